@@ -1,0 +1,36 @@
+"""tl_paramdecomp: the weights of a language model as trainable sums of components, patched back through its hooks.
+
+Import it as `tlpd`. Host libraries, the command and plots load when they are used.
+"""
+
+from tl_paramdecomp import errors
+from tl_paramdecomp.adapters import find_sites, site_weight
+from tl_paramdecomp.analysis.activations import causal_importances, component_acts
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.methods.from_factors import from_factors
+from tl_paramdecomp.patching.attach import attached
+from tl_paramdecomp.patching.edit import edited_model, edited_weights
+from tl_paramdecomp.patching.hooks import fwd_hooks, patched
+from tl_paramdecomp.patching.target import check_target
+from tl_paramdecomp.patching.trace import patch_trace
+from tl_paramdecomp.sites import WeightSite
+
+__all__ = [
+    "Decomposition",
+    "Masks",
+    "WeightSite",
+    "attached",
+    "causal_importances",
+    "check_target",
+    "component_acts",
+    "edited_model",
+    "edited_weights",
+    "errors",
+    "find_sites",
+    "from_factors",
+    "fwd_hooks",
+    "patch_trace",
+    "patched",
+    "site_weight",
+]

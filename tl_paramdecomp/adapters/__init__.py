@@ -1,0 +1,92 @@
+"""Adapters: how a host's model is read and run. They know hosts; they know no components.
+
+`adapt(model)` picks the adapter by the model's type, without importing any host library.
+"""
+
+import weakref
+from collections.abc import Hashable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_paramdecomp.adapters.base import Captured, ModelAdapter
+from tl_paramdecomp.errors import UnsupportedModelError
+from tl_paramdecomp.sites import SitePattern, WeightSite, resolve_name, select_sites
+
+__all__ = ["Captured", "ModelAdapter", "adapt", "find_sites", "site_weight"]
+
+_ADAPTERS: "weakref.WeakKeyDictionary[Any, tuple[Hashable, ModelAdapter]]" = weakref.WeakKeyDictionary()
+
+
+def adapt(model: Any) -> ModelAdapter:
+    """The adapter of a model; made once, and anew when the host's flags have changed since.
+
+    Raises:
+        UnsupportedModelError: The model is of no supported host, is remote, or has no weight that can be read.
+    """
+    adapter_class = _adapter_class(model)
+    known = _ADAPTERS.get(model)
+    if known is not None and known[0] == known[1].signature():
+        return known[1]
+    adapter = adapter_class(model)
+    _ADAPTERS[model] = (adapter.signature(), adapter)
+    return adapter
+
+
+def find_sites(model: Any, pattern: SitePattern = "*") -> dict[str, WeightSite]:
+    """Weight sites of a model that a pattern selects, in execution order.
+
+    Args:
+        model: A HookedTransformer, TransformerBridge, nnsight model, transformers model or torch module.
+        pattern: A glob over canonical names and the host's own names (`*` also crosses dots), a list of globs, or a
+            predicate over `WeightSite`.
+
+    Raises:
+        NoMatchingSiteError: Nothing matches; the message names the nearest names.
+        UnsupportedModelError: The model, or the one site asked for, cannot be decomposed exactly.
+    """
+    adapter = adapt(model)
+    return select_sites(adapter.sites, pattern, adapter.refused)
+
+
+def site_weight(model: Any, name: str) -> Float[Tensor, "d_in d_out"]:
+    """W [d_in, d_out] of one site, detached; the heads of W_Q, W_K, W_V and W_O flattened, GPT-2's c_attn split.
+
+    Raises:
+        NoMatchingSiteError: There is no site of that name or alias.
+        UnsupportedSiteError: The weight is quantised or on the meta device.
+    """
+    adapter = adapt(model)
+    return adapter.weight(resolve_name(adapter.sites, name, adapter.refused)).detach()
+
+
+def _adapter_class(model: Any) -> type[ModelAdapter]:
+    bases = {(base.__module__.split(".")[0], base.__name__) for base in type(model).__mro__}
+    lens = {name for package, name in bases if package == "transformer_lens"}
+    if lens & {"RemoteBridge", "VLLMBridge"} or type(model).__name__ == "RemoteBridge":
+        raise UnsupportedModelError(f"{type(model).__name__} holds no weights on this side; boot the model locally instead.")
+    if "TransformerBridge" in lens:
+        from tl_paramdecomp.adapters.transformer_bridge import TransformerBridgeAdapter
+
+        return TransformerBridgeAdapter
+    if "HookedTransformer" in lens:
+        from tl_paramdecomp.adapters.hooked_transformer import HookedTransformerAdapter
+
+        return HookedTransformerAdapter
+    if lens & {"HookedEncoder", "HookedEncoderDecoder", "HookedAudioEncoder"}:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported; decoder-only models as HookedTransformer or TransformerBridge are."
+        )
+    if ("nnsight", "Envoy") in bases:
+        from tl_paramdecomp.adapters.nnsight import NNsightAdapter
+
+        return NNsightAdapter
+    if isinstance(model, nn.Module):
+        from tl_paramdecomp.adapters.torch_module import TorchModuleAdapter
+
+        return TorchModuleAdapter
+    raise UnsupportedModelError(
+        f"Expected a HookedTransformer, TransformerBridge, nnsight model, transformers model or torch.nn.Module, "
+        f"not {type(model).__name__}."
+    )

@@ -1,0 +1,203 @@
+"""Adapter for TransformerLens' HookedTransformer (2.16 to 3.9).
+
+HookedTransformer applies its weights by einsum inside `attn` and `mlp`, so inputs are read where those modules are
+called and outputs where their hook points stand. W_O and W_out are intercepted at the module's own result: the famous
+`hook_attn_out` and `hook_mlp_out` stand after a post-norm where a model has one.
+"""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_paramdecomp.adapters.base import make_interception
+from tl_paramdecomp.adapters.interception import Interception, shadowed_method, torch_call_hook
+from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point
+from tl_paramdecomp.adapters.torch_module import watch_generate
+from tl_paramdecomp.adapters.wiring import Tap, Wiring
+from tl_paramdecomp.errors import UnsupportedModelError
+from tl_paramdecomp.sites import SiteFn, WeightSite
+
+FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "ungroup_grouped_query_attention")
+
+
+class HookedTransformerAdapter(LensAdapter):
+    """Hooks a HookedTransformer's own weights."""
+
+    host = "hooked_transformer"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        cfg = model.cfg
+        if getattr(cfg, "load_in_4bit", False):
+            raise UnsupportedModelError("This HookedTransformer holds 4-bit weights; load it unquantised.")
+        self._add_embeddings(model, cfg)
+        for i, block in enumerate(model.blocks):
+            self._add_attention(block, i, cfg)
+            if not cfg.attn_only:
+                self._add_mlp(block, i, cfg)
+        self._add_unembedding(model, cfg)
+
+    def _add(self, name: str, shape: tuple[int, int], **wiring: Any) -> None:
+        site_fields = {k: wiring.pop(k) for k in ("kind", "n_heads", "head_side") if k in wiring}
+        site = WeightSite(name, *shape, has_bias=wiring.get("bias") is not None, **site_fields)
+        self.wirings[name] = Wiring(site, **wiring)
+
+    def _add_embeddings(self, model: Any, cfg: Any) -> None:
+        post_norm = hasattr(model.embed, "ln")
+        x, y = (Tap("embed", "input"), Tap("embed.ln", "input")) if post_norm else (Tap("embed"), Tap("embed"))
+        self._add("embed.W_E", tuple(model.embed.W_E.shape), kind="embedding", owner="embed", weight="W_E", bias=None,
+                  layout="in_out", x=x, y=y)
+        if hasattr(model, "pos_embed"):
+            self._add("pos_embed.W_pos", tuple(model.pos_embed.W_pos.shape), kind="embedding", owner="pos_embed",
+                      weight="W_pos", bias=None, layout="in_out", x=Tap("pos_embed", "input", position_rows),
+                      y=Tap("pos_embed", "output"))
+
+    def _add_attention(self, block: nn.Module, i: int, cfg: Any) -> None:
+        path = f"blocks.{i}.attn"
+        grouped = "_W_K" in block.attn._parameters
+        for role, heads in (("Q", cfg.n_heads), ("K", cfg.n_key_value_heads), ("V", cfg.n_key_value_heads)):
+            heads = heads or cfg.n_heads
+            stored = "_" if grouped and role != "Q" else ""
+            argument = {"Q": "query_input", "K": "key_input", "V": "value_input"}[role]
+            self._add(f"{path}.W_{role}", (cfg.d_model, heads * cfg.d_head), n_heads=heads, head_side="out", owner=path,
+                      weight=f"{stored}W_{role}", bias=f"{stored}b_{role}", layout="heads_in_out",
+                      x=Tap(path, "input", _keyword(argument)), y=Tap(f"{path}.hook_{role.lower()}", "output"))
+        self._add(f"{path}.W_O", (cfg.n_heads * cfg.d_head, cfg.d_model), n_heads=cfg.n_heads, head_side="in", owner=path,
+                  weight="W_O", bias="b_O", layout="heads_out_in", x=Tap(f"{path}.hook_z", "output"), y=Tap(path, "output"))
+
+    def _add_mlp(self, block: nn.Module, i: int, cfg: Any) -> None:
+        path = f"blocks.{i}.mlp"
+        if "W_in" not in block.mlp._parameters:
+            for role in ("W_in", "W_out"):
+                self.refused[f"{path}.{role}"] = f"{type(block.mlp).__name__} routes tokens among experts"
+            return
+        gated = "W_gate" in block.mlp._parameters
+        shape = tuple(block.mlp.W_in.shape)
+        x = Tap(path, "input")
+        if gated:  # a gated MLP adds b_in after gating, so it is not the bias of x W_in
+            self._add(f"{path}.W_gate", shape, owner=path, weight="W_gate", bias=None, layout="in_out", x=x,
+                      y=Tap(f"{path}.hook_pre", "output"))
+        self._add(f"{path}.W_in", shape, owner=path, weight="W_in", bias=None if gated else "b_in", layout="in_out", x=x,
+                  y=Tap(f"{path}.hook_pre_linear" if gated else f"{path}.hook_pre", "output"))
+        self._add(f"{path}.W_out", shape[::-1], owner=path, weight="W_out", bias="b_out", layout="in_out",
+                  x=Tap(f"{path}.hook_post", "output"), y=Tap(path, "output"))
+
+    def _add_unembedding(self, model: Any, cfg: Any) -> None:
+        shape = tuple(model.unembed.W_U.shape)
+        self._add("unembed.W_U", shape, owner="unembed", weight="W_U", bias="b_U", layout="in_out", x=Tap("unembed"),
+                  y=Tap("unembed"))
+
+    # --- state of the host --------------------------------------------------------------------------------------------
+    @property
+    def processing(self) -> str | None:
+        kind = self.model.cfg.normalization_type
+        return "LayerNorm folded into the weights" if kind in ("LNPre", "RMSPre") else None
+
+    def signature(self) -> Hashable:
+        """Flags under which other tensors pass the hook points."""
+        return tuple(bool(getattr(self.model.cfg, flag, False)) for flag in FLAGS)
+
+    # --- running ------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def intercept(self, fns: Mapping[str, SiteFn]) -> Iterator[None]:
+        interception = make_interception(self, fns)
+        with contextlib.ExitStack() as stack:
+            interception.install(stack, torch_call_hook)
+            stack.enter_context(shadowed_method(self.model, "forward", _watched_forward(interception)))
+            watch_generate(stack, self.model, interception, "generate", "generate_stream")
+            yield
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos vocab"]:
+        if attention_mask is None:
+            return self.model(tokens)
+        left = bool((attention_mask[:, 0] == 0).any())
+        return self.model(tokens, attention_mask=attention_mask, padding_side="left" if left else "right")
+
+    # --- hook points --------------------------------------------------------------------------------------------------
+    def hook_registries(self) -> list[dict[str, Any]]:
+        return [self.model.mod_dict, self.model.hook_dict]
+
+    def hook_route(self, name: str) -> HookRoute:
+        if name in ("embed.W_E", "pos_embed.W_pos"):
+            raise no_hook_point(name, "HookedTransformer has no hook point at an embedding's input")
+        if name == "unembed.W_U":
+            if not hasattr(self.model.unembed, "hook_out"):
+                raise no_hook_point(name, "this version of HookedTransformer has no hook point at the logits")
+            return HookRoute("unembed.hook_in", "unembed.hook_out")
+        block_path, part, role = name.rsplit(".", 2)
+        block = self.model.blocks[int(block_path.split(".")[1])]
+        if role in ("W_O", "W_out"):
+            if hasattr(block, "ln1_post") or _post_norm(self.model.cfg):
+                raise no_hook_point(name, "this model normalises the product before its hook point")
+            x = f"{block_path}.attn.hook_z" if role == "W_O" else f"{block_path}.mlp.hook_post"
+            return HookRoute(x, f"{block_path}.hook_{part}_out")
+        return self._normalised_route(name, block, block_path, part)
+
+    def _normalised_route(self, name: str, block: nn.Module, block_path: str, part: str) -> HookRoute:
+        cfg = self.model.cfg
+        if cfg.positional_embedding_type == "shortformer" and name.endswith(("W_Q", "W_K")):
+            raise no_hook_point(name, "shortformer adds positions after the last hook point")
+        if cfg.use_split_qkv_input or cfg.use_attn_in:
+            raise no_hook_point(name, "the heads' inputs are split (use_split_qkv_input or use_attn_in)")
+        y_hook = self.wirings[name].y.path
+        norm = block.ln1 if part == "attn" else block.ln2
+        if isinstance(norm, nn.Identity) or _post_norm(cfg):
+            mid = part == "mlp" and not cfg.parallel_attn_mlp
+            return HookRoute(f"{block_path}.hook_resid_{'mid' if mid else 'pre'}", y_hook)
+        x_hook = f"{block_path}.ln{1 if part == 'attn' else 2}.hook_normalized"
+        return HookRoute(x_hook, y_hook, _affine(norm))
+
+
+def position_rows(args: tuple, kwargs: dict) -> Int[Tensor, "batch pos"]:
+    """Rows of W_pos that PosEmbed looks up; -1 where it writes zeros, at padding."""
+    named = dict(zip(("tokens", "past_kv_pos_offset", "attention_mask"), args, strict=False)) | kwargs
+    tokens, offset, mask = named["tokens"], named.get("past_kv_pos_offset", 0), named.get("attention_mask")
+    if mask is None:
+        return torch.arange(offset, offset + tokens.shape[-1], device=tokens.device).expand(tokens.shape)
+    rows = (mask.cumsum(dim=1) - 1).clamp(min=0).masked_fill(~mask.bool(), -1)
+    return rows[:, offset : offset + tokens.shape[-1]]
+
+
+def _keyword(name: str) -> Callable[[tuple, dict], Tensor]:
+    return lambda args, kwargs: kwargs[name]
+
+
+def _post_norm(cfg: Any) -> bool:
+    return getattr(cfg, "original_architecture", None) in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+
+
+def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
+    """From `hook_normalized` to the norm's output: LayerNorm of TransformerLens 2 has its gain already applied there."""
+    weight, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+    if weight is None or (bias is not None and int(version("transformer-lens").split(".")[0]) < 3):
+        return lambda tensor: tensor
+    if bias is None:
+        return lambda tensor: tensor * weight
+    return lambda tensor: tensor * weight + bias
+
+
+def _watched_forward(interception: Interception) -> Callable[..., Any]:
+    """Around HookedTransformer.forward, which its own `generate` calls without `__call__`."""
+
+    def forward(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_kv_cache")
+        start = 0 if cache is None else int(cache[0].past_keys.shape[1])
+        partial = kwargs.get("start_at_layer") is not None or kwargs.get("stop_at_layer") is not None
+        interception.begin(start, None)
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            interception.tracker.end()
+        if not partial:
+            interception.check_fired()
+        return out
+
+    return forward

@@ -1,0 +1,293 @@
+"""Running a host with functions at its weight sites: one engine for every host.
+
+1. As a forward pass begins, note which columns of the rows it computes (`RowTracker`).
+2. Where a site's input passes, keep it until the site's output fires.
+3. Where its output passes, hand both to the site's function and return what it gives.
+4. As a pass that ran from embedding to logits ends, see that every site fired.
+
+Only torch hooks and instance attributes are used, all removed on leaving; a TransformerLens user's `reset_hooks()` does
+not reach them. Inputs are read after every other hook, outputs are replaced before every other hook, so that what a
+user edits upstream counts and what a user reads downstream is the patched value.
+"""
+
+import contextlib
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
+from tl_paramdecomp.errors import ShapeError, SiteNotFiredError
+from tl_paramdecomp.sites import SiteCall, SiteFn, Span
+
+
+class RowTracker:
+    """Knows, while a model runs, where in the user's token rows the present forward pass stands."""
+
+    def __init__(self) -> None:
+        self.fired: set[str] = set()
+        self._start: int | None = None
+        self._length: int | None = None
+        self._batch: int | None = None
+        self._prompt: int | None = None
+        self._generating = False
+
+    def begin(self, start: int, tokens: Tensor | None) -> None:
+        """A forward pass begins after `start` cached columns; `tokens` are its own, where the host says."""
+        rows = tokens.shape if tokens is not None and tokens.ndim >= 2 else (None, None)
+        self._start, self._batch, self._length = start, rows[0], rows[1]
+        if start == 0 and not self._generating:
+            self._prompt = None
+        self.fired.clear()
+
+    def end(self) -> None:
+        """The forward pass is over, however it ended."""
+        self._start = None
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside a host's `generate`: later passes extend the first one's rows, with or without a cache."""
+        before, self._generating, self._prompt = self._generating, True, None
+        try:
+            yield
+        finally:
+            self._generating, self._prompt = before, None
+
+    def fold_rows(self, x: Tensor, y: Tensor, kind: str) -> tuple[int, int] | None:
+        """The (batch, length) that a host flattened into one axis before this site, or None."""
+        folded = 1 if kind == "embedding" else 2
+        if x.ndim == folded and y.ndim == 2 and self._length and self._batch and x.shape[0] == self._batch * self._length:
+            return self._batch, self._length
+        return None
+
+    def span(self, y: Tensor, is_last: bool) -> Span:
+        """Columns that one site's call covers.
+
+        Args:
+            y: The site's output [batch, pos, d_out]; anything without a position axis gets a span of its own.
+            is_last: The site is the unembedding, which hosts may call for the last columns alone.
+
+        Raises:
+            ShapeError: The call covers other columns than the pass, and nothing tells which.
+        """
+        if y.ndim < 3:
+            return Span()
+        length = y.shape[-2]
+        start, whole = self._start or 0, self._length or length
+        if self._prompt is None:
+            self._prompt = start + whole
+        if length != whole:
+            if not is_last:
+                raise ShapeError(
+                    f"A weight site was called with {length} positions in a forward pass over {whole}; masks by position "
+                    "have no meaning there. Patch other sites of this model."
+                )
+            start += whole - length
+        return Span(start, self._prompt, self._generating)
+
+
+@dataclass
+class Interception:
+    """One context in which functions stand at weight sites of a module tree."""
+
+    root: nn.Module
+    wirings: Mapping[str, Wiring]
+    fns: Mapping[str, SiteFn]
+    tracker: RowTracker = field(default_factory=RowTracker)
+
+    def __post_init__(self) -> None:
+        self._x: dict[str, Tensor] = {}
+        self._last: list[tuple[nn.Module, int]] = []
+        self._biases: dict[str, Tensor | None] = {}
+
+    # --- setting up -------------------------------------------------------------------------------------------------
+    def install(self, stack: contextlib.ExitStack, call_hook: Callable[..., contextlib.AbstractContextManager]) -> None:
+        """Put every function at its site; `call_hook(module, fn)` intercepts one module's own call."""
+        calls: dict[str, list[str]] = defaultdict(list)
+        for name in self.fns:
+            wiring = self.wirings[name]
+            if wiring.y.point == "call":
+                calls[wiring.y.path].append(name)
+                continue
+            self._install_taps(stack, name, wiring)
+        for path, names in calls.items():
+            stack.enter_context(call_hook(find_module(self.root, path), functools.partial(self._call, names)))
+
+    def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring) -> None:
+        x_module, y_module = find_module(self.root, wiring.x.path), find_module(self.root, wiring.y.path)
+        if wiring.x.point == "output":
+
+            def keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
+                self._x[name] = output
+
+            handle = x_module.register_forward_hook(keep_output)
+            self._last.append((x_module, handle.id))
+        else:
+            read = wiring.x.read or (lambda args, kwargs: args[0])
+
+            def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                self._x[name] = read(args, kwargs)
+
+            handle = x_module.register_forward_pre_hook(keep_input, with_kwargs=True)
+        stack.callback(handle.remove)
+        if wiring.y.point == "input":
+
+            def replace_input(module: nn.Module, args: tuple) -> tuple:
+                return (self._patched(name, self._take_x(name), args[0]), *args[1:])
+
+            handle = y_module.register_forward_pre_hook(replace_input)
+        else:
+
+            def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+                return self._patched(name, self._take_x(name), output)
+
+            handle = y_module.register_forward_hook(replace_output, prepend=True)
+        stack.callback(handle.remove)
+
+    def begin(self, start: int, tokens: Tensor | None) -> None:
+        """A forward pass begins: forget the last one, and move to the end of the queue where inputs are read."""
+        self._x.clear()
+        self.tracker.begin(start, tokens)
+        for module, hook_id in self._last:
+            if hook_id in module._forward_hooks:
+                module._forward_hooks.move_to_end(hook_id)
+
+    # --- at the sites -----------------------------------------------------------------------------------------------
+    def _call(self, names: list[str], x: Tensor, y: Tensor) -> Tensor:
+        """A module that is itself one site, or holds several fused side by side."""
+        for name in names:
+            y = self._patched(name, x, y)
+        return y
+
+    def _take_x(self, name: str) -> Tensor:
+        if name not in self._x:
+            raise SiteNotFiredError(
+                f"{name} gave an output, but its input never passed {self.wirings[name].x.path!r}. "
+                f"The host took another path, perhaps because of a flag such as use_split_qkv_input."
+            )
+        return self._x.pop(name)
+
+    def _patched(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        self.tracker.fired.add(name)
+        wiring = self.wirings[name]
+        rows = matching_rows(x, y, wiring)
+        folded = self.tracker.fold_rows(rows.x, rows.y, wiring.site.kind)
+        if folded is not None:
+            rows = replace(rows, x=rows.x.unflatten(0, folded), y=rows.y.unflatten(0, folded))
+        span = self.tracker.span(rows.y, is_last=wiring.site.name == "unembed.W_U")
+        if name not in self._biases:
+            self._biases[name] = read_bias(self.root, wiring)
+        new = self.fns[name](SiteCall(rows.x, rows.y, self._biases[name], span))
+        if new is rows.y:
+            return y
+        if rows.padding is not None:
+            new = torch.where(rows.padding.unsqueeze(-1), rows.y, new)
+        if folded is not None:
+            new = new.flatten(0, 1)
+        return host_output(new, y, wiring)
+
+    def check_fired(self, exempt: Callable[[str], bool] = lambda name: False) -> None:
+        """See that every site fired in a pass that ran from embedding to logits.
+
+        Raises:
+            SiteNotFiredError: Some did not.
+        """
+        missing = [name for name in self.fns if name not in self.tracker.fired and not exempt(name)]
+        if missing:
+            raise SiteNotFiredError(
+                f"The forward pass reached the logits without passing {', '.join(missing)}: what was patched there had no "
+                "effect. The host may have taken a fused path (a flag, a compiled or replaced module), or the patch was "
+                "removed meanwhile; switch the flag off or patch other sites."
+            )
+
+
+@dataclass(frozen=True)
+class MatchedRows:
+    """x and y of one call with heads flattened and fused neighbours cut away."""
+
+    x: Tensor
+    y: Tensor
+    padding: Tensor | None = None
+    """True where the host looked no row up (padded positions of TransformerLens' W_pos)."""
+
+
+def matching_rows(x: Tensor, y: Tensor, wiring: Wiring) -> MatchedRows:
+    """x [..., d_in] and y [..., d_out] of one call, whatever shapes the host passes.
+
+    Raises:
+        ShapeError: The host's tensors do not fit the site, or its heads read different inputs.
+    """
+    site = wiring.site
+    flat_y = take_columns(y, wiring.columns)
+    if flat_y.shape[-1] != site.d_out and flat_y.ndim >= 3 and flat_y.shape[-2] * flat_y.shape[-1] == site.d_out:
+        flat_y = flat_y.flatten(-2)
+    padding = None
+    if site.kind == "embedding":
+        if x.dtype.is_floating_point:
+            raise ShapeError(f"{site.name} looks rows up, but its input is {x.dtype} {list(x.shape)}, not indices.")
+        if bool((x < 0).any()):
+            padding, x = x < 0, x.clamp(min=0)
+    elif x.ndim == flat_y.ndim + 1 and x.shape[-2] * x.shape[-1] == site.d_in:
+        x = x.flatten(-2)
+    elif x.ndim == flat_y.ndim + 1 and x.shape[-1] == site.d_in:
+        if not bool((x == x[..., :1, :]).all()):
+            raise ShapeError(
+                f"The heads of {site.name} read different inputs (use_split_qkv_input with an edit at one head); "
+                "one weight for all heads has no single input then. Patch without splitting the inputs."
+            )
+        x = x[..., 0, :]
+    if flat_y.shape[-1] != site.d_out or (site.kind == "linear" and x.shape[-1] != site.d_in):
+        raise ShapeError(
+            f"{site.name} maps {site.d_in} to {site.d_out}, but the host passes {list(x.shape)} in and {list(y.shape)} out. "
+            "A flag that regroups heads (ungroup_grouped_query_attention) does this; switch it off."
+        )
+    return MatchedRows(x, flat_y, padding)
+
+
+def host_output(new: Tensor, y: Tensor, wiring: Wiring) -> Tensor:
+    """The host's own output with one site's part replaced, in the host's shape."""
+    if wiring.columns is None:
+        if new.shape == y.shape:
+            return new
+        return new.unflatten(-1, y.shape[-2:]) if new.shape[-1] != y.shape[-1] else new
+    whole = y.expand(*new.shape[:-1], y.shape[-1]).clone()
+    put_columns(whole, wiring.columns, new)
+    return whole
+
+
+@contextlib.contextmanager
+def torch_call_hook(module: nn.Module, fn: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Intercept one module's call by a torch forward hook that runs before all others."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return fn(args[0] if args else next(iter(kwargs.values())), output)
+
+    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def shadowed_method(instance: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Run `around(original, *args, **kwargs)` for calls of one instance's method, by an instance attribute."""
+    original = getattr(instance, name)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    had, before = name in instance.__dict__, instance.__dict__.get(name)
+    instance.__dict__[name] = wrapper
+    try:
+        yield
+    finally:
+        if had:
+            instance.__dict__[name] = before
+        elif instance.__dict__.get(name) is wrapper:
+            del instance.__dict__[name]

@@ -1,0 +1,115 @@
+"""What the two TransformerLens hosts share: hook points by name."""
+
+import contextlib
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tl_paramdecomp.adapters.base import ModelAdapter
+from tl_paramdecomp.adapters.interception import host_output, matching_rows
+from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
+from tl_paramdecomp.sites import SiteCall, SiteFn, Span
+
+HookPair = tuple[str, Callable[..., Tensor | None]]
+
+
+@dataclass(frozen=True)
+class HookRoute:
+    """The hook points at which a site's input can be read and its output replaced."""
+
+    x_hook: str
+    y_hook: str
+    read: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """From the activation at `x_hook` to what multiplies the weight."""
+
+
+class LensAdapter(ModelAdapter):
+    """A host whose activations have hook points."""
+
+    @abstractmethod
+    def hook_route(self, name: str) -> HookRoute:
+        """Hook points of a site.
+
+        Raises:
+            UnsupportedSiteError: The host has no hook point at the site's input or output.
+        """
+
+    @abstractmethod
+    def hook_registries(self) -> list[dict[str, Any]]:
+        """The host's own tables of hook points by name."""
+
+    def fwd_hook_pairs(self, fns: Mapping[str, SiteFn], by_position: bool) -> list[HookPair]:
+        """Plain (name, function) pairs for `run_with_hooks`.
+
+        Args:
+            fns: A function for each site.
+            by_position: The functions depend on the position in the row. Pairs cannot see a key/value cache, so a
+                decoding step is refused rather than taken for position 0.
+
+        Raises:
+            UnsupportedSiteError: A site has no hook points of its own.
+        """
+        pairs: list[HookPair] = []
+        for name, fn in fns.items():
+            pairs += self._pair(name, fn, by_position)
+        return pairs
+
+    def _pair(self, name: str, fn: SiteFn, by_position: bool) -> list[HookPair]:
+        route, wiring = self.hook_route(name), self.wirings[name]
+        kept: list[Tensor] = []
+        longest = [0]
+
+        def keep_input(activation: Tensor, hook: Any) -> None:
+            kept[:] = [activation]
+
+        def patch_output(activation: Tensor, hook: Any) -> Tensor:
+            if not kept:
+                raise SiteNotFiredError(f"{name} gave an output at {route.y_hook}, but {route.x_hook} did not fire before.")
+            rows = matching_rows(route.read(kept.pop()), activation, wiring)
+            length = rows.y.shape[-2]
+            if by_position and length == 1 < longest[0]:
+                raise SiteNotFiredError(
+                    "Masks by position as plain hooks cannot tell where a decoding step stands in its row; "
+                    "generate inside tl_paramdecomp.patched(...) instead."
+                )
+            longest[0] = max(longest[0], length)
+            new = fn(SiteCall(rows.x, rows.y, self.bias(name), Span(prompt=length)))
+            return activation if new is rows.y else host_output(new, activation, wiring)
+
+        return [(route.x_hook, keep_input), (route.y_hook, patch_output)]
+
+    @contextlib.contextmanager
+    def hook_points(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        """New hook points of the host under these names, known to `run_with_cache` and `run_with_hooks`.
+
+        Raises:
+            UnsupportedModelError: The host already has a hook point of that name.
+        """
+        registries = self.hook_registries()
+        taken = [name for name in names if any(name in registry for registry in registries)]
+        if taken:
+            raise UnsupportedModelError(
+                f"The model already has {taken[0]!r}; components of the same sites are attached once at a time."
+            )
+        points = {}
+        for name in names:
+            point = sys.modules["transformer_lens.hook_points"].HookPoint()
+            point.name = name
+            points[name] = point
+        try:
+            for registry in registries:
+                registry.update(points)
+            yield points
+        finally:
+            for registry in registries:
+                for name in names:
+                    registry.pop(name, None)
+
+
+def no_hook_point(name: str, why: str) -> UnsupportedSiteError:
+    """The error for a site that plain hooks cannot reach."""
+    return UnsupportedSiteError(f"{name} cannot be patched by plain hooks: {why}. Use tl_paramdecomp.patched(...).")

@@ -1,0 +1,194 @@
+"""Adapter for any torch module: transformers models under canonical names, all others under dotted paths."""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
+from tl_paramdecomp.adapters.interception import Interception, shadowed_method, torch_call_hook
+from tl_paramdecomp.adapters.probe import probe
+from tl_paramdecomp.adapters.transformers_names import (
+    POSITIONS,
+    find_blocks,
+    linear_kind,
+    module_wiring,
+    name_block,
+)
+from tl_paramdecomp.adapters.wiring import Wiring, find_module
+from tl_paramdecomp.errors import UnsupportedModelError
+from tl_paramdecomp.sites import SiteFn
+
+KNOWN_FAMILIES = {
+    "gpt2", "gpt_neo", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "bloom", "mpt",
+}  # fmt: skip
+"""transformers model types whose wiring the tests hold exact; others are probed when first seen."""
+
+
+class TorchModuleAdapter(ModelAdapter):
+    """Hooks the linear maps and embeddings of a module tree."""
+
+    host = "torch"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        config = getattr(self.root, "config", None)
+        self._is_language_model = hasattr(config, "model_type")
+        if self._is_language_model:
+            self._name_language_model(config)
+        covered = {wiring.owner for wiring in self.wirings.values()}
+        for path, module in self.root.named_modules():
+            if path and path not in covered and (isinstance(module, nn.Embedding) or linear_kind(module) is not None):
+                self._add(module_wiring(f"{path}.weight", path, module))
+        if not self.wirings:
+            raise UnsupportedModelError(
+                f"{type(self.root).__name__} holds no linear map or embedding table that can be read "
+                f"(nn.Linear, Conv1D, nn.Embedding). {self._refusals()}"
+            )
+        if self._is_language_model and config.model_type not in KNOWN_FAMILIES:
+            self._probe()
+
+    def _add(self, wiring: Wiring) -> None:
+        weight = getattr(find_module(self.root, wiring.owner), wiring.weight)
+        if weight.is_floating_point():
+            self.wirings[wiring.site.name] = wiring
+        else:
+            self.refused[wiring.site.name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
+
+    def _name_language_model(self, config: Any) -> None:
+        paths = {id(module): path for path, module in self.root.named_modules()}
+        embedding, output = (_maybe(self.root, f"get_{side}_embeddings") for side in ("input", "output"))
+        if isinstance(embedding, nn.Embedding) and id(embedding) in paths:
+            self._add(module_wiring("embed.W_E", paths[id(embedding)], embedding))
+        for path in POSITIONS:
+            with contextlib.suppress(AttributeError):
+                self._add(module_wiring("pos_embed.W_pos", path, find_module(self.root, path)))
+                break
+        blocks = find_blocks(self.root, config)
+        if blocks is not None:
+            for i, block in enumerate(blocks[1]):
+                for wiring in name_block(block, config, f"{blocks[0]}.{i}", i).values():
+                    self._add(wiring)
+        if output is not None and id(output) in paths and linear_kind(output) is not None:
+            wiring = module_wiring("unembed.W_U", paths[id(output)], output)
+            if getattr(embedding, "weight", None) is output.weight:
+                wiring = replace(wiring, site=replace(wiring.site, tied_to="embed.W_E"))
+            self._add(wiring)
+
+    def _probe(self) -> None:
+        tokens = torch.arange(3, device=self.device).unsqueeze(0)
+        self.refused |= probe(self, lambda: self.root(tokens))
+        self.wirings = {name: w for name, w in self.wirings.items() if name not in self.refused}
+        if not self.wirings:
+            raise UnsupportedModelError(f"{type(self.root).__name__} has no site that is exact. {self._refusals()}")
+
+    def _refusals(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in list(self.refused.items())[:3])
+
+    def signature(self) -> Hashable:
+        """The identity of every parameter's module stands for the structure of the tree."""
+        return sum(1 for _ in self.root.modules())
+
+    # --- running ----------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def intercept(self, fns: Mapping[str, SiteFn]) -> Iterator[None]:
+        interception = make_interception(self, fns)
+        with contextlib.ExitStack() as stack:
+            interception.install(stack, self.call_hook)
+            watch_forward(stack, self.root, interception, embedding="embed.W_E")
+            watch_generate(stack, self.root, interception)
+            yield
+
+    def call_hook(
+        self, module: nn.Module, fn: Callable[[Tensor, Tensor], Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Intercept one module's own call."""
+        return torch_call_hook(module, fn)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos vocab"]:
+        out = self.root(tokens) if attention_mask is None else self.root(tokens, attention_mask=attention_mask)
+        return getattr(out, "logits", out)
+
+    def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
+        super().write_weights(weights)
+        if any(self.wirings[name].site.tied_to or name == "embed.W_E" for name in weights):
+            config = getattr(self.root, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False  # saving and loading would tie the two again
+
+
+def watch_forward(
+    stack: contextlib.ExitStack, root: nn.Module, interception: Interception, embedding: str = "embed.W_E"
+) -> None:
+    """Note where each forward pass of `root` stands, and see at its end that every site fired.
+
+    The model without its head (`root.base_model`) is watched as well, for users who call it directly.
+    """
+    outermost: list[nn.Module] = []
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not outermost:
+            outermost.append(module)
+            interception.begin(cached_columns(kwargs), input_rows(args, kwargs))
+
+    def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not outermost or outermost[0] is not module:
+            return
+        outermost.clear()
+        interception.tracker.end()
+        if output is not None and module is root:  # None: the pass was stopped or failed
+            embedded = kwargs.get("inputs_embeds") is not None
+            interception.check_fired(exempt=lambda name: embedded and name == embedding)
+
+    modules = [root]
+    prefix = getattr(root, "base_model_prefix", "")
+    base = root._modules.get(prefix) if prefix else None
+    if base is not None:
+        modules.append(base)
+    for module in modules:
+        stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
+
+
+def watch_generate(stack: contextlib.ExitStack, owner: Any, interception: Interception, *names: str) -> None:
+    """Let the tracker know that a host's decoding loop is running."""
+
+    def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        with interception.tracker.generating():
+            return original(*args, **kwargs)
+
+    for name in names or ("generate",):
+        if hasattr(owner, name):
+            stack.enter_context(shadowed_method(owner, name, around))
+
+
+def cached_columns(kwargs: Mapping[str, Any]) -> int:
+    """Columns a transformers forward pass finds in its key/value cache."""
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[-2]) if cache else 0
+
+
+def input_rows(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The token rows (or their embeddings) of a forward pass; None where the input is something else."""
+    for rows in (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds")):
+        if isinstance(rows, Tensor) and (rows.ndim == 3 or (rows.ndim == 2 and not rows.is_floating_point())):
+            return rows
+    return None
+
+
+def _maybe(model: Any, method: str) -> Any:
+    """What an optional accessor of transformers models returns; None where the model has no such part."""
+    try:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None

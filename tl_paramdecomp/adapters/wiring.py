@@ -1,0 +1,153 @@
+"""Where a weight site lives in a tree of torch modules: its parameter, its layout, and where x and y pass.
+
+Every host is torch underneath, so one description serves them all; what differs is which modules a host names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_paramdecomp.errors import UnsupportedSiteError
+from tl_paramdecomp.sites import WeightSite
+
+Layout = Literal["in_out", "out_in", "heads_in_out", "heads_out_in"]
+"""How the host stores W: `in_out` [d_in, d_out] (Conv1D, TransformerLens MLPs, embeddings), `out_in` [d_out, d_in]
+(nn.Linear), `heads_in_out` [head, d_model, d_head] (TransformerLens W_Q, W_K, W_V), `heads_out_in` [head, d_head, d_model]
+(its W_O)."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in the module tree where a tensor passes."""
+
+    path: str
+    """Dotted path of the module."""
+    point: Literal["call", "input", "output"] = "call"
+    """`call`: x and y are that module's own first argument and result. `input`: what goes into it. `output`: what comes
+    out of it, after every hook that others put there (as x) or before (as y)."""
+    read: Callable[[tuple, dict], Tensor] | None = None
+    """From the module's arguments to x, where x is not the first positional argument."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How one site is read, written and intercepted in a tree of torch modules."""
+
+    site: WeightSite
+    owner: str
+    """Dotted path of the module that holds the weight."""
+    weight: str = "weight"
+    """Attribute of the owner that holds it."""
+    bias: str | None = "bias"
+    """Attribute that holds the bias, or None where the host adds none inside this map."""
+    layout: Layout = "out_in"
+    columns: tuple[int, ...] | slice | None = None
+    """Output columns of a fused weight (such as c_attn) that belong to this site."""
+    scale: float = 1.0
+    """What the host multiplies the product by: Gemma's embedding is sqrt(d_model) times its table."""
+    x: Tap = field(default_factory=lambda: Tap(""))
+    y: Tap = field(default_factory=lambda: Tap(""))
+    also: tuple[tuple[str, str], ...] = ()
+    """Further (owner, attribute) pairs that share the weight's storage, to be kept in step by a permanent edit."""
+
+
+def find_module(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path; attributes that are not registered children are followed too."""
+    module: Any = root
+    for part in path.split(".") if path else ():
+        module = module._modules[part] if part in module._modules else getattr(module, part)
+    return module
+
+
+def read_parameter(root: nn.Module, wiring: Wiring) -> Tensor:
+    """The host's own tensor that holds the site's weight.
+
+    Raises:
+        UnsupportedSiteError: The weight is on the meta device, or is not a floating-point matrix (quantised).
+    """
+    tensor = getattr(find_module(root, wiring.owner), wiring.weight)
+    name = wiring.site.name
+    if tensor.device.type == "meta":
+        raise UnsupportedSiteError(
+            f"The weight of {name} is on the meta device and holds no numbers; load the model's weights first."
+        )
+    if not tensor.dtype.is_floating_point:
+        raise UnsupportedSiteError(
+            f"The weight of {name} is stored as {tensor.dtype}: quantised weights cannot be decomposed; "
+            "load the model in float32, bfloat16 or float16."
+        )
+    return tensor
+
+
+def read_weight(root: nn.Module, wiring: Wiring) -> Float[Tensor, "d_in d_out"]:
+    """W [d_in, d_out] of a site, attached to the host's parameter; a view where the layout allows one."""
+    tensor = read_parameter(root, wiring)
+    if wiring.layout == "heads_in_out":
+        matrix = tensor.permute(1, 0, 2).reshape(tensor.shape[1], -1)
+    elif wiring.layout == "heads_out_in":
+        matrix = tensor.reshape(-1, tensor.shape[-1])
+    else:
+        matrix = tensor.T if wiring.layout == "out_in" else tensor
+    matrix = take_columns(matrix, wiring.columns)
+    return matrix if wiring.scale == 1.0 else matrix * wiring.scale
+
+
+def read_bias(root: nn.Module, wiring: Wiring) -> Float[Tensor, " d_out"] | None:
+    """Bias [d_out] of a site, attached to the host's parameter, or None."""
+    if wiring.bias is None:
+        return None
+    bias = getattr(find_module(root, wiring.owner), wiring.bias, None)
+    return None if bias is None else take_columns(bias.reshape(-1), wiring.columns)
+
+
+def stored_weight(
+    root: nn.Module, wiring: Wiring, matrix: Float[Tensor, "d_in d_out"]
+) -> Float[Tensor, "..."]:
+    """The host's whole tensor with this site's part replaced by `matrix`, in the host's layout and dtype."""
+    old = read_parameter(root, wiring).detach()
+    matrix = matrix.to(old.dtype) if wiring.scale == 1.0 else (matrix / wiring.scale).to(old.dtype)
+    if wiring.layout == "heads_in_out":
+        heads, d_model, d_head = old.shape
+        return matrix.reshape(d_model, heads, d_head).permute(1, 0, 2).contiguous()
+    if wiring.layout == "heads_out_in":
+        return matrix.reshape(old.shape)
+    full = (old.T if wiring.layout == "out_in" else old).clone()
+    put_columns(full, wiring.columns, matrix)
+    return full.T.contiguous() if wiring.layout == "out_in" else full
+
+
+def take_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None) -> Tensor:
+    """The last-axis entries of a fused tensor that belong to one site; the tensor itself where it is not fused."""
+    if columns is None:
+        return tensor
+    if isinstance(columns, slice):
+        return tensor[..., columns]
+    return tensor.index_select(-1, torch.tensor(columns, device=tensor.device))
+
+
+def put_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None, part: Tensor) -> None:
+    """Write one site's part into the last axis of a tensor, in place."""
+    if columns is None:
+        tensor.copy_(part)
+    elif isinstance(columns, slice):
+        tensor[..., columns] = part
+    else:
+        tensor.index_copy_(-1, torch.tensor(columns, device=tensor.device), part)
+
+
+def interleaved_columns(n_groups: int, group: int, d_head: int, which: range | int) -> tuple[int, ...]:
+    """Columns of a fused query/key/value weight stored group by group, `[n_groups, group, d_head]`.
+
+    Args:
+        n_groups: Key/value heads (or heads, where each has its own).
+        group: Heads stored per group, queries first, then key and value.
+        d_head: Width of a head.
+        which: Which of the group's heads: a range for the queries, an index for key or value.
+    """
+    inside = [which] if isinstance(which, int) else which
+    starts = [(g * group + head) * d_head for g in range(n_groups) for head in inside]
+    return tuple(start + i for start in starts for i in range(d_head))

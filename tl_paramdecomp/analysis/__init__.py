@@ -1,0 +1,1 @@
+"""Analysis: what components do, measured."""

@@ -1,0 +1,99 @@
+"""Components of one weight site: V [d_in, C] reads, U [C, d_out] writes, and component c is the rank-one V[:, c] U[c, :].
+
+`h = x V` are the component activations. For an embedding site x is a tensor of indices and h their rows of V.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from tl_paramdecomp.errors import DtypeError, ShapeError
+from tl_paramdecomp.sites import WeightSite
+
+
+class Components(nn.Module):
+    """A trainable sum of rank-one components of one linear map.
+
+    Raises:
+        ShapeError: V and U do not fit the site or each other.
+        DtypeError: V or U is not floating point.
+    """
+
+    def __init__(self, site: WeightSite, V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> None:
+        super().__init__()
+        check_factors(site, V, U)
+        self.site = site
+        self.V = nn.Parameter(V.detach().clone().contiguous())
+        self.U = nn.Parameter(U.detach().clone().contiguous())
+
+    @property
+    def n_components(self) -> int:
+        """C, the number of components."""
+        return self.V.shape[1]
+
+    def product(self) -> Float[Tensor, "d_in d_out"]:
+        """V U, the sum of all components."""
+        return self.V @ self.U
+
+    def component(self, c: int) -> Float[Tensor, "d_in d_out"]:
+        """The rank-one matrix of component c."""
+        return torch.outer(self.V[:, c], self.U[c])
+
+    def acts(self, x: Shaped[Tensor, "..."], only: Int[Tensor, " some"] | None = None) -> Float[Tensor, "..."]:
+        """Component activations h = x V [..., C] of inputs x [..., d_in], or those of some components."""
+        return x.to(self.V.dtype) @ (self.V if only is None else self.V[:, only])
+
+    def head_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... head C"]:
+        """Activations head by head, for a site whose input divides into heads; they sum to `acts(x)`."""
+        heads = self._heads("in")
+        v = self.V.unflatten(0, (heads, -1))
+        return torch.einsum("...hi,hic->...hc", x.to(v.dtype).unflatten(-1, (heads, -1)), v)
+
+    def head_writes(self, h: Float[Tensor, "... head C"]) -> Float[Tensor, "... d_out"]:
+        """h U with activations of their own for every head of the output."""
+        u = self.U.unflatten(1, (self._heads("out"), -1))
+        return torch.einsum("...hc,chd->...hd", h, u).flatten(-2)
+
+    def _heads(self, side: Literal["in", "out"]) -> int:
+        assert self.site.n_heads is not None and self.site.head_side == side, f"{self.site.name} has no heads at its {side}put"
+        return self.site.n_heads
+
+    def extra_repr(self) -> str:
+        return f"{self.site.name}: {self.site.d_in} -> {self.site.d_out}, C={self.n_components}"
+
+
+class EmbeddingComponents(Components):
+    """Components of an embedding table: row i of W is the sum over c of V[i, c] U[c]."""
+
+    def acts(self, x: Int[Tensor, "..."], only: Int[Tensor, " some"] | None = None) -> Float[Tensor, "..."]:
+        """Component activations V[x] [..., C] of indices x [...], or those of some components."""
+        return nn.functional.embedding(x, self.V if only is None else self.V[:, only])
+
+
+def make_components(site: WeightSite, V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Components:
+    """Components of the kind that a site needs."""
+    return (EmbeddingComponents if site.kind == "embedding" else Components)(site, V, U)
+
+
+def check_factors(site: WeightSite, V: Tensor, U: Tensor) -> None:
+    """Refuse factors that are not V [d_in, C] and U [C, d_out] of a site.
+
+    Raises:
+        ShapeError, DtypeError: as said.
+    """
+    for letter, tensor in (("V", V), ("U", U)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise DtypeError(f"{letter} of {site.name} must be a floating-point tensor, not {given}.")
+    fits = V.ndim == 2 and U.ndim == 2 and V.shape[0] == site.d_in and U.shape[1] == site.d_out and V.shape[1] == U.shape[0]
+    if not fits or V.shape[1] == 0:
+        raise ShapeError(
+            f"{site.name} needs V [d_in={site.d_in}, C] and U [C, d_out={site.d_out}] with C >= 1; "
+            f"given V {list(V.shape)} and U {list(U.shape)}."
+        )
+    if V.dtype != U.dtype or V.device != U.device:
+        raise DtypeError(
+            f"V and U of {site.name} must share dtype and device; given {V.dtype} on {V.device} and {U.dtype} on {U.device}."
+        )

@@ -1,0 +1,383 @@
+"""Masks: which components of each site take part, where, and how much of the delta component.
+
+A `Masks` is an immutable value. It holds, per site, component masks m (1 keeps a component, 0 removes it) and a delta mask d,
+either as tensors that broadcast over [batch, pos, C] and [batch, pos], or as constants with a short list of edits
+(ablate, keep, scale) that are worked out for the columns a forward pass computes. A site that nothing was said about is
+the model itself and costs nothing.
+
+Positions are columns of the token row as it was handed to the model, padding included, counted through the key/value
+cache while decoding. Negative ones count from the end of the prompt and never reach decoded tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
+from tl_paramdecomp.errors import (
+    ComponentIndexError,
+    DtypeError,
+    HeadIndexError,
+    MaskNotConstantError,
+    ShapeError,
+)
+from tl_paramdecomp.sites import Span, WeightSite, resolve_name
+
+ComponentsLike: TypeAlias = int | Sequence[int] | slice | Tensor
+
+
+class ResolvedMask(NamedTuple):
+    """Masks of one site for the columns of one forward pass."""
+
+    m: Float[Tensor, "... C"]
+    """Component masks; [..., head, C] where `by_head`."""
+    d: Float[Tensor, "..."] | float
+    """Delta masks."""
+    by_head: bool = False
+    only: Tensor | None = None
+    """Indices of the components whose m differs from d, where they are constants and few."""
+
+    @property
+    def weight(self) -> Float[Tensor, "... C"]:
+        """m - d, what multiplies the component activations in the correction."""
+        return self.m - (self.d if isinstance(self.d, float) else self.d.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Multiply some components' masks by a factor at some positions, and perhaps set the delta mask there."""
+
+    factors: tuple[float, ...]
+    """One factor for each component of the site."""
+    delta: float | None
+    positions: Positions | None
+    head: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMask:
+    """The mask of one site."""
+
+    site: WeightSite
+    n_components: int
+    m: Tensor | None = None
+    """Given component masks [C], [pos, C] or [batch, pos, C]; None: all ones."""
+    d: Tensor | float = 1.0
+    """Given delta masks: a number, [pos] or [batch, pos]."""
+    edits: tuple[Edit, ...] = ()
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this is the model itself, by construction and not by the values of a tensor."""
+        return self.m is None and isinstance(self.d, float) and self.d == 1.0 and not self.edits
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the same mask holds for every row and position."""
+        m_varies = self.m is not None and self.m[..., 0].numel() > 1
+        d_varies = isinstance(self.d, Tensor) and self.d.numel() > 1
+        return not (m_varies or d_varies or self.by_position)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether positions matter: an edit names some, or a tensor has a position axis."""
+        m_rows = self.m is not None and self.m.ndim >= 2 and self.m.shape[-2] > 1
+        d_rows = isinstance(self.d, Tensor) and self.d.ndim >= 1 and self.d.shape[-1] > 1
+        return m_rows or d_rows or any(edit.positions is not None for edit in self.edits)
+
+    @property
+    def keeps_delta(self) -> bool:
+        """Whether d is the constant 1, so that the patch only subtracts or adds components."""
+        return isinstance(self.d, float) and self.d == 1.0 and all(edit.delta in (None, 1.0) for edit in self.edits)
+
+    def constant(self, device: torch.device, dtype: torch.dtype) -> ResolvedMask:
+        """m [C] and d of a constant mask.
+
+        Raises:
+            MaskNotConstantError: It differs over batch or position.
+        """
+        if not self.is_constant:
+            raise MaskNotConstantError(
+                f"The mask of {self.site.name} differs over batch or position, which no single weight can do; "
+                "use tl_paramdecomp.patched(...), or name components without positions."
+            )
+        return self.resolve((1, 1), Span(), device, dtype)
+
+    def resolve(self, rows: Sequence[int], span: Span, device: torch.device, dtype: torch.dtype) -> ResolvedMask:
+        """Masks for the columns of one forward pass.
+
+        Args:
+            rows: Shape of the site's output without its last axis: [batch, pos], or [batch] where there is no position.
+            span: Which columns these are.
+            device: Where to put the masks.
+            dtype: Number type of the masks.
+
+        Raises:
+            ShapeError: A given tensor does not broadcast to the rows.
+            PositionIndexError: An edit names a position the row does not have.
+        """
+        plain_m = self.m is None or (self.m.ndim == 1 and not self.m.requires_grad)
+        constant = plain_m and not self.by_position and not isinstance(self.d, Tensor)
+        key = (device, dtype)
+        if constant and key in self._cache:
+            return self._cache[key]
+        m = torch.ones(self.n_components, dtype=dtype, device=device) if self.m is None else self.m.to(device, dtype)
+        d: Tensor | float = self.d.to(device, dtype) if isinstance(self.d, Tensor) else self.d
+        m = _at_columns(m, m.ndim - 2, rows, span, self.site.name, "component")
+        d = _at_columns(d, d.ndim - 1, rows, span, self.site.name, "delta") if isinstance(d, Tensor) else d
+        by_head = any(edit.head is not None for edit in self.edits)
+        if by_head:
+            m = m.unsqueeze(-2).expand(*m.shape[:-1], self.site.n_heads, m.shape[-1])
+        for edit in self.edits:
+            m, d = self._edited(edit, m, d, by_head, rows, span)
+        resolved = ResolvedMask(m, d, by_head)
+        if constant:
+            resolved = resolved._replace(only=_few_changed(resolved))
+            self._cache[key] = resolved
+        return resolved
+
+    def _edited(
+        self, edit: Edit, m: Tensor, d: Tensor | float, by_head: bool, rows: Sequence[int], span: Span
+    ) -> tuple[Tensor, Tensor | float]:
+        factors = torch.tensor(edit.factors, dtype=m.dtype, device=m.device)
+        if edit.head is not None:
+            head = torch.arange(m.shape[-2], device=m.device).unsqueeze(-1) == edit.head
+            factors = torch.where(head, factors, torch.ones_like(factors))
+        if edit.positions is None:
+            return m * factors, d if edit.delta is None else edit.delta
+        there = edit.positions.columns(rows, span, self.site.name).to(m.device)
+        m = torch.where(there[..., None, None] if by_head else there[..., None], m * factors, m)
+        if edit.delta is not None:
+            d = torch.where(there, torch.as_tensor(edit.delta, dtype=m.dtype), torch.as_tensor(d, dtype=m.dtype))
+        return m, d
+
+
+class Masks(Mapping[str, "SiteMask"]):
+    """Masks of every site of a decomposition, as an immutable value.
+
+    Every method returns a new value. Sites without an entry of their own are the model itself.
+    """
+
+    def __init__(self, sites: Mapping[str, WeightSite], n_components: Mapping[str, int]) -> None:
+        self._sites = dict(sites)
+        self._n_components = dict(n_components)
+        self._changed: dict[str, SiteMask] = {}
+
+    # --- making masks -------------------------------------------------------------------------------------------------
+    def ablate(
+        self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: int | None = None
+    ) -> "Masks":
+        """Subtract components.
+
+        Args:
+            site: Name or alias of the site.
+            components: One index, several, a slice, or a boolean tensor [C].
+            positions: Columns of the row: int, list, slice, boolean mask [pos] or [batch, pos]; None: everywhere.
+            head: Only what this head reads (W_O) or writes (W_Q by query head, W_K and W_V by key/value head).
+
+        Raises:
+            NoMatchingSiteError, ComponentIndexError, HeadIndexError, PositionIndexError: No such site, component, head,
+                or (from the forward pass) position.
+        """
+        return self.scale(site, components, 0.0, positions, head)
+
+    def scale(
+        self,
+        site: str,
+        components: ComponentsLike,
+        factor: float,
+        positions: PositionsLike = None,
+        head: int | None = None,
+    ) -> "Masks":
+        """Multiply components' masks by a factor: 0 ablates, 1 leaves, 2 doubles. Arguments as in `ablate`."""
+        old = self._site_mask(site)
+        chosen = set(component_indices(components, old.n_components, old.site.name))
+        factors = tuple(float(factor) if c in chosen else 1.0 for c in range(old.n_components))
+        self._check_head(old.site, head)
+        return self._with(replace(old, edits=(*old.edits, Edit(factors, None, parse_positions(positions), head)), _cache={}))
+
+    def keep_only(
+        self, site: str, components: ComponentsLike, delta: float = 0.0, positions: PositionsLike = None
+    ) -> "Masks":
+        """Remove all other components and set the delta mask; the bias always stays. Arguments as in `ablate`."""
+        old = self._site_mask(site)
+        chosen = set(component_indices(components, old.n_components, old.site.name))
+        factors = tuple(1.0 if c in chosen else 0.0 for c in range(old.n_components))
+        edit = Edit(factors, float(delta), parse_positions(positions), None)
+        return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
+
+    def with_values(self, site: str, m: Tensor | float, delta: Tensor | float = 1.0) -> "Masks":
+        """Replace a site's masks by given values.
+
+        Args:
+            site: Name or alias of the site.
+            m: Component masks that broadcast to [batch, pos, C]. Gradients reach them.
+            delta: Delta masks that broadcast to [batch, pos].
+
+        A mask with a position axis covers exactly the prompt; tokens decoded after it are left to the model.
+
+        Raises:
+            ShapeError: m or delta does not end in C, or has too many axes.
+            DtypeError: m or delta is complex.
+        """
+        old = self._site_mask(site)
+        m = torch.as_tensor(m)
+        if m.ndim == 0:
+            m = m.expand(old.n_components)
+        if m.ndim > 3 or m.shape[-1] not in (1, old.n_components):
+            raise ShapeError(
+                f"Component masks of {old.site.name} must broadcast to [batch, pos, C={old.n_components}]; "
+                f"given {list(m.shape)}."
+            )
+        if isinstance(delta, Tensor) and delta.ndim > 2:
+            raise ShapeError(f"Delta masks of {old.site.name} must broadcast to [batch, pos]; given {list(delta.shape)}.")
+        m = m.expand(*m.shape[:-1], old.n_components)
+        new = SiteMask(old.site, old.n_components, _own(m, old.site.name),
+                       _own(delta, old.site.name) if isinstance(delta, Tensor) else float(delta))
+        return self._with(new)
+
+    def replaced(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> "Masks":
+        """Masks given site by site as (m, d) without copies or checks, for code that makes them itself."""
+        new = Masks(self._sites, self._n_components)
+        new._changed = dict(self._changed)
+        for name, (m, d) in values.items():
+            new._changed[name] = SiteMask(self._sites[name], self._n_components[name], m, d)
+        return new
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+    def __getitem__(self, site: str) -> "MaskPair":
+        """(m, d) of a site: tensors that broadcast to [batch, pos, C] and [batch, pos].
+
+        Raises:
+            MaskNotConstantError: Edits name positions, so that the values depend on the row; see `at`.
+        """
+        mask = self._site_mask(site)
+        if any(edit.positions is not None for edit in mask.edits):
+            raise MaskNotConstantError(
+                f"The mask of {mask.site.name} names positions; ask for its values in a row of a given length with "
+                f"masks.at({mask.site.name!r}, length)."
+            )
+        m_rows = () if mask.m is None else mask.m.shape[:-1]
+        rows = torch.broadcast_shapes(m_rows, mask.d.shape if isinstance(mask.d, Tensor) else ())
+        return self._values(mask, rows or (1, 1))
+
+    def at(self, site: str, length: int, batch: int = 1) -> "MaskPair":
+        """(m, d) of a site for rows of a given length."""
+        return self._values(self._site_mask(site), (batch, length))
+
+    @staticmethod
+    def _values(mask: SiteMask, rows: Sequence[int]) -> "MaskPair":
+        dtype = mask.m.dtype if mask.m is not None and mask.m.is_floating_point() else torch.get_default_dtype()
+        device = mask.m.device if mask.m is not None else torch.device("cpu")
+        resolved = mask.resolve(rows, Span(), device, dtype)
+        return MaskPair(resolved.m, torch.as_tensor(resolved.d, dtype=dtype, device=device))
+
+    def site_mask(self, site: str) -> SiteMask:
+        """The mask of one site as it was built."""
+        return self._site_mask(site)
+
+    def changed(self) -> dict[str, SiteMask]:
+        """Masks of the sites that are not the model itself."""
+        return {name: mask for name in self._sites if (mask := self._changed.get(name)) and not mask.is_identity}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} sites, {len(self.changed())} changed: {', '.join(self.changed()) or 'none'})"
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+    def _site_mask(self, site: str) -> SiteMask:
+        name = resolve_name(self._sites, site)
+        return self._changed.get(name) or SiteMask(self._sites[name], self._n_components[name])
+
+    def _with(self, mask: SiteMask) -> "Masks":
+        new = Masks(self._sites, self._n_components)
+        new._changed = {**self._changed, mask.site.name: mask}
+        return new
+
+    @staticmethod
+    def _check_head(site: WeightSite, head: int | None) -> None:
+        if head is None:
+            return
+        if site.n_heads is None:
+            raise HeadIndexError(f"{site.name} does not divide into heads; head= is for W_Q, W_K, W_V and W_O.")
+        if not isinstance(head, int) or not 0 <= head < site.n_heads:
+            kind = "key/value" if site.name.endswith(("W_K", "W_V")) else "query"
+            raise HeadIndexError(f"{site.name} has {kind} heads 0 to {site.n_heads - 1}; given {head!r}.")
+
+
+class MaskPair(NamedTuple):
+    """Values of one site's masks."""
+
+    m: Tensor
+    """Component masks that broadcast to [batch, pos, C]; [batch, pos, head, C] where an edit named a head."""
+    d: Tensor
+    """Delta masks that broadcast to [batch, pos]."""
+
+
+def component_indices(components: ComponentsLike, n_components: int, name: str) -> list[int]:
+    """Indices of components, however given; negative ones count from the end.
+
+    Raises:
+        ComponentIndexError: One is out of range, or the mask has another length.
+    """
+    if isinstance(components, slice):
+        return list(range(n_components))[components]
+    if isinstance(components, Tensor) and components.dtype == torch.bool:
+        if components.shape != (n_components,):
+            raise ComponentIndexError(
+                f"A boolean mask of components of {name} needs shape [{n_components}]; given {list(components.shape)}."
+            )
+        return components.nonzero().flatten().tolist()
+    given = components.tolist() if isinstance(components, Tensor) else components
+    given = [given] if isinstance(given, int) else list(given)
+    for c in given:
+        if isinstance(c, bool) or not hasattr(c, "__index__") or not -n_components <= c < n_components:
+            raise ComponentIndexError(f"{name} has components 0 to {n_components - 1}; given {c!r}.")
+    return [int(c) % n_components for c in given]
+
+
+def _own(tensor: Tensor, name: str) -> Tensor:
+    """A copy that the caller's later in-place changes do not reach; gradients still flow."""
+    if tensor.is_complex():
+        raise DtypeError(f"Masks of {name} must be real numbers or booleans, not {tensor.dtype}.")
+    return tensor.clone() if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _few_changed(mask: ResolvedMask) -> Tensor | None:
+    """Indices of the components a constant mask changes, when skipping the others saves work."""
+    if mask.by_head or mask.m.requires_grad or not isinstance(mask.d, float):
+        return None
+    changed = mask.weight.nonzero().flatten()
+    return changed if 4 * len(changed) <= mask.m.shape[-1] else None
+
+
+def _at_columns(tensor: Tensor, axis: int, rows: Sequence[int], span: Span, name: str, kind: str) -> Tensor:
+    """The part of a given mask for the columns of one pass; ones for tokens decoded after the columns it covers."""
+    if axis < 0:
+        return tensor
+    covered, length = tensor.shape[axis], rows[-1]
+    if len(rows) == 2 and axis == 1 and tensor.shape[0] not in (1, rows[0]):
+        raise ShapeError(
+            f"The {kind} mask of {name} has {tensor.shape[0]} rows for a batch of {rows[0]}; give one row, or one for each "
+            "(generation with beams or several return sequences multiplies the batch)."
+        )
+    if covered == 1 or (covered == length and span.start == 0):
+        return tensor
+    if span.start + length <= covered == span.prompt:
+        return tensor.narrow(axis, span.start, length)
+    if span.start >= covered and span.prompt == covered:
+        return torch.ones_like(tensor.narrow(axis, 0, 1))
+    raise ShapeError(
+        f"The {kind} mask of {name} covers {covered} positions, but this forward pass computes positions {span.start} to "
+        f"{span.start + length - 1} of a prompt of {span.prompt or length}. Give one value, or one for each position of the prompt."
+    )

@@ -1,0 +1,100 @@
+"""Every error the package raises on purpose.
+
+    TLParamDecompError
+    ├── UnsupportedModelError (ValueError)      this model, or this part of it, cannot be decomposed exactly
+    │   └── UnsupportedSiteError                one weight of an otherwise supported model
+    ├── NoMatchingSiteError (ValueError)        a pattern or name that matches no weight site
+    ├── TargetMismatchError (ValueError)        the model's weights are not those the decomposition was made from
+    ├── ShapeError (ValueError)                 a tensor of the wrong shape
+    ├── DtypeError (TypeError)                  a tensor of the wrong number type
+    ├── DeviceError (ValueError)                components and model on different devices
+    ├── ComponentIndexError (IndexError)        no such component
+    ├── PositionIndexError (IndexError)         no such position in this row
+    ├── HeadIndexError (IndexError)             no such head, or a site that has none
+    ├── MaskNotConstantError (ValueError)       a mask that differs over batch or position where one weight must serve all
+    ├── PatchConflictError (RuntimeError)       two patches of one site that have no common meaning
+    ├── SiteNotFiredError (RuntimeError)        a patched site that the forward pass never reached
+    ├── NoImportanceError (ValueError)          a decomposition without a causal-importance function
+    ├── SettingError (ValueError)               a hyperparameter or an argument that makes no sense
+    ├── DataError (ValueError)                  training or evaluation data that cannot be used
+    ├── DecompositionFileError (OSError)        a missing, broken or foreign file
+    └── DivergedError (ArithmeticError)         a loss that is no longer a number
+
+Each says what was given, what was expected and what to try, and leaves the model and the files as they were.
+"""
+
+
+class TLParamDecompError(Exception):
+    """Root of the package's errors."""
+
+
+class UnsupportedModelError(TLParamDecompError, ValueError):
+    """The model cannot be decomposed exactly."""
+
+
+class UnsupportedSiteError(UnsupportedModelError):
+    """One weight of a supported model cannot be decomposed exactly."""
+
+
+class NoMatchingSiteError(TLParamDecompError, ValueError):
+    """A pattern or a name matches no weight site."""
+
+
+class TargetMismatchError(TLParamDecompError, ValueError):
+    """The weights of the model are not those the decomposition was made from."""
+
+
+class ShapeError(TLParamDecompError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class DtypeError(TLParamDecompError, TypeError):
+    """A tensor has the wrong number type."""
+
+
+class DeviceError(TLParamDecompError, ValueError):
+    """Components and target model are on different devices."""
+
+
+class ComponentIndexError(TLParamDecompError, IndexError):
+    """The site has no such component."""
+
+
+class PositionIndexError(TLParamDecompError, IndexError):
+    """The row has no such position."""
+
+
+class HeadIndexError(TLParamDecompError, IndexError):
+    """The site has no such head, or no heads at all."""
+
+
+class MaskNotConstantError(TLParamDecompError, ValueError):
+    """A mask differs over batch or position where one weight must serve every token."""
+
+
+class PatchConflictError(TLParamDecompError, RuntimeError):
+    """Two patches of one site have no common meaning."""
+
+
+class SiteNotFiredError(TLParamDecompError, RuntimeError):
+    """A patched site was not reached by the forward pass."""
+
+
+class NoImportanceError(TLParamDecompError, ValueError):
+    """The decomposition has no causal-importance function."""
+
+
+class SettingError(TLParamDecompError, ValueError):
+    """A hyperparameter or an argument makes no sense."""
+
+
+class DataError(TLParamDecompError, ValueError):
+    """Data cannot be used as token rows."""
+
+
+class DecompositionFileError(TLParamDecompError, OSError):
+    """A decomposition's files are missing, broken or foreign."""
+
+
+class DivergedError(TLParamDecompError, ArithmeticError):
+    """A loss is no longer a finite number."""

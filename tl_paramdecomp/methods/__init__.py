@@ -1,0 +1,1 @@
+"""Methods: how components are found. One file is one method."""

@@ -1,0 +1,121 @@
+"""Components patched into a running model: as a context on any host, or as plain TransformerLens hooks."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.lens import HookPair, LensAdapter
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.masked_output import site_fn
+from tl_paramdecomp.components.masks import Masks, SiteMask
+from tl_paramdecomp.errors import NoMatchingSiteError, PatchConflictError, UnsupportedModelError
+from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import SiteFn
+
+_ACTIVE: "weakref.WeakKeyDictionary[Any, list[dict[str, bool]]]" = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def patched(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[Any]:
+    """Within this context the model runs with its components masked, however it is called.
+
+    `run_with_cache`, `run_with_hooks` (the user's functions see the patched values), `generate`, `stop_at_layer`,
+    `reset_hooks`, autocast and nnsight traces work inside. Contexts nest; patches of one site combine while all of them
+    leave the delta mask at 1. One patched model per thread.
+
+    Args:
+        model: The target model, on any host.
+        decomposition: Made from this model's weights.
+        masks: From `decomposition.masks()` or `importance_masks`.
+
+    Yields:
+        The model.
+
+    Raises:
+        TargetMismatchError: The model holds other weights.
+        DeviceError: The components are on another device.
+        PatchConflictError: A site is already patched, and one of the two patches changes the delta mask.
+        SiteNotFiredError: From a forward pass that did not reach a patched site.
+    """
+    adapter = checked_adapter(model, decomposition)
+    changed = site_masks(decomposition, masks)
+    fns = {name: site_fn(decomposition[name], mask) for name, mask in changed.items()}
+    with claimed(model, {name: mask.keeps_delta for name, mask in changed.items()}), intercepted(adapter, fns):
+        yield model
+
+
+def fwd_hooks(model: Any, decomposition: Decomposition, masks: Masks) -> list[HookPair]:
+    """The patch as plain (name, function) pairs for TransformerLens' `run_with_hooks` and `hooks`.
+
+    Pairs see no key/value cache: masks by position raise at a decoding step, where `patched` works. Give hooks of your
+    own that edit a site's input before these, and hooks that read its output after them.
+
+    Raises:
+        UnsupportedModelError: The model is not of TransformerLens.
+        UnsupportedSiteError: A site has no hook points at its input and output.
+        TargetMismatchError, DeviceError: As `patched`.
+    """
+    adapter = checked_adapter(model, decomposition)
+    if not isinstance(adapter, LensAdapter):
+        raise UnsupportedModelError(
+            f"fwd_hooks is for TransformerLens models; for this {adapter.host} model use tl_paramdecomp.patched(...)."
+        )
+    pairs: list[HookPair] = []
+    for name, mask in site_masks(decomposition, masks).items():
+        pairs += adapter.fwd_hook_pairs({name: site_fn(decomposition[name], mask)}, mask.by_position)
+    return pairs
+
+
+def site_masks(decomposition: Decomposition, masks: Masks) -> dict[str, SiteMask]:
+    """The masks that change something, of sites that the decomposition has with as many components.
+
+    Raises:
+        NoMatchingSiteError: The masks belong to another decomposition.
+    """
+    changed = masks.changed()
+    for name, mask in changed.items():
+        if name not in decomposition or decomposition[name].n_components != mask.n_components:
+            raise NoMatchingSiteError(
+                f"The masks speak of {mask.n_components} components of {name}, which this decomposition does not have; "
+                "make them with its own masks()."
+            )
+    return changed
+
+
+@contextlib.contextmanager
+def intercepted(adapter: Any, fns: Mapping[str, SiteFn]) -> Iterator[None]:
+    """`adapter.intercept`, or nothing at all where there is nothing to run."""
+    if not fns:
+        yield
+        return
+    with adapter.intercept(fns):
+        yield
+
+
+@contextlib.contextmanager
+def claimed(model: Any, sites: Mapping[str, bool]) -> Iterator[None]:
+    """Note which sites of a model are patched, and whether their patch only adds to the output.
+
+    Raises:
+        PatchConflictError: Two patches of one site have no common meaning.
+    """
+    with _LOCK:
+        stack = _ACTIVE.setdefault(model, [])
+        for name, additive in sites.items():
+            others = [claim[name] for claim in stack if name in claim]
+            if others and not (additive and all(others)):
+                raise PatchConflictError(
+                    f"{name} is already patched on this model, and one of the two patches sets its delta mask; the two have "
+                    "no common meaning. Leave the other context first, or put both into one set of masks."
+                )
+        claim = dict(sites)
+        stack.append(claim)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            stack[:] = [other for other in stack if other is not claim]

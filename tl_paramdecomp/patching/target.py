@@ -1,0 +1,71 @@
+"""Seeing that a model is the one a decomposition was made from, before anything is patched."""
+
+from typing import Any
+
+from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters.fingerprint import centring_differs, differs
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.errors import DeviceError, TargetMismatchError
+
+
+def check_target(model: Any, decomposition: Decomposition) -> None:
+    """See that a model's weights are those a decomposition was made from; reads every entry of them anew.
+
+    Raises:
+        TargetMismatchError: They are not; the message names the sites, and says when the weights look processed
+            (folded LayerNorm, centred weights), which is the usual cause.
+    """
+    _compare(adapt(model), decomposition, fresh=True)
+
+
+def checked_adapter(model: Any, decomposition: Decomposition) -> ModelAdapter:
+    """The adapter of the decomposition's own target, its weights compared by remembered fingerprints.
+
+    Raises:
+        TargetMismatchError: The model holds other weights.
+        DeviceError: The components are on another device.
+    """
+    adapter = adapt(model)
+    _compare(adapter, decomposition, fresh=False)
+    for name, components in decomposition.items():
+        device = adapter.weight(name).device
+        if components.V.device != device:
+            raise DeviceError(
+                f"The components of {name} are on {components.V.device}, the model's weight on {device}; "
+                f"move them with decomposition.to({str(device)!r})."
+            )
+    return adapter
+
+
+def _compare(adapter: ModelAdapter, decomposition: Decomposition, fresh: bool) -> None:
+    wrong: dict[str, str] = {}
+    centred = False
+    for name in decomposition:
+        if name not in adapter.wirings:
+            reason = adapter.refused.get(name)
+            wrong[name] = f"not a site of this model{f' ({reason})' if reason else ''}"
+            continue
+        known, found = decomposition.fingerprints[name], adapter.fingerprint(name, fresh)
+        difference = differs(known, found)
+        if difference:
+            wrong[name] = difference
+            centred |= centring_differs(known, found)
+    if wrong:
+        raise TargetMismatchError(_message(adapter, decomposition, wrong, centred))
+
+
+def _message(adapter: ModelAdapter, decomposition: Decomposition, wrong: dict[str, str], centred: bool) -> str:
+    listed = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:4])
+    more = f" (and {len(wrong) - 4} more sites)" if len(wrong) > 4 else ""
+    text = f"The weights of this model are not those the decomposition was made from. {listed}{more}."
+    made_on = decomposition.info.get("processing")
+    if adapter.processing != made_on or centred:
+        here = adapter.processing or "as trained"
+        text += (
+            f" They look processed on one side only (here: {here}; decomposed: {made_on or 'as trained'}): load the model "
+            "unprocessed, with HookedTransformer.from_pretrained_no_processing(name) or TransformerBridge.boot_transformers(name) "
+            "without enable_compatibility_mode(), or load it the way it was when it was decomposed."
+        )
+    else:
+        text += " Load the model and revision it was made from, or decompose this one."
+    return text

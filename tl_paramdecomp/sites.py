@@ -1,0 +1,160 @@
+"""Weight sites: the linear maps of a model, and the seam between hosts and components.
+
+A weight site is one linear map (or embedding look-up) inside a model, with a readable input `x`, output `y`, weight
+`W [d_in, d_out]` and bias `b`. An adapter runs the host model and hands every call of a site to a `SiteFn`, which
+returns the output to use instead. Nothing here knows a host library or a component.
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.errors import NoMatchingSiteError, UnsupportedSiteError
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One linear map of a target model, as it is known on every host."""
+
+    name: str
+    """Canonical name, such as `blocks.0.mlp.W_in`; a plain module's is its dotted path plus `.weight`."""
+    d_in: int
+    """Input width; for an embedding the number of rows of its table."""
+    d_out: int
+    """Output width."""
+    kind: Literal["linear", "embedding"] = "linear"
+    """`embedding`: x is a tensor of row indices, and y their rows."""
+    n_heads: int | None = None
+    """Heads the weight divides into: query heads for W_Q and W_O, key/value heads for W_K and W_V."""
+    head_side: Literal["in", "out"] | None = None
+    """Which side of W the heads divide: `in` for W_O (what is read), `out` for W_Q, W_K, W_V (what is written)."""
+    has_bias: bool = False
+    """Whether the host adds a bias inside this map."""
+    tied_to: str | None = None
+    """The site whose parameter this one shares, such as `embed.W_E` for a tied unembedding."""
+    aliases: tuple[str, ...] = field(default=(), compare=False)
+    """The host's own names for the site."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The columns of the token rows that one forward pass computes.
+
+    A row is what the user handed to the model, padding included; with a key/value cache a forward pass computes only
+    its last columns.
+    """
+
+    start: int = 0
+    """Columns before this pass: the length of the cache."""
+    prompt: int | None = None
+    """Columns of the row when decoding began; None while that is this very pass."""
+    generating: bool = False
+    """Inside `generate`: the row may still grow."""
+
+
+@dataclass(frozen=True)
+class SiteCall:
+    """One call of a weight site during a forward pass."""
+
+    x: Float[Tensor, "*rows d_in"] | Int[Tensor, "*rows"]
+    """Exactly what multiplies the weight; for an embedding, the indices."""
+    y: Float[Tensor, "*out_rows d_out"]
+    """The host's own output, bias included."""
+    bias: Float[Tensor, " d_out"] | None
+    """The bias the host added, if any."""
+    span: Span
+    """Which columns of the row these are."""
+
+
+SiteFn: TypeAlias = Callable[[SiteCall], Tensor]
+"""From one call of a site to the output to use instead of `y` (broadcast to the batch where the masks need it)."""
+
+SitePattern: TypeAlias = str | Iterable[str] | Callable[[WeightSite], bool]
+"""A glob, several globs, or a predicate over sites."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is remembered of one site's weight and bias, to recognise them again."""
+
+    shape: tuple[int, int]
+    dtype: str
+    norm: float
+    """Frobenius norm of W."""
+    bias_norm: float
+    """Norm of b; 0 without a bias."""
+    projections: tuple[float, ...]
+    """Seeded random projections over all entries of W, then of b."""
+    means: tuple[float, float]
+    """Norms of the mean over the input and over the output axis: 0 after the host centred that side."""
+
+
+def select_sites(
+    sites: Mapping[str, WeightSite], pattern: SitePattern, refused: Mapping[str, str] | None = None
+) -> dict[str, WeightSite]:
+    """Sites that a pattern selects, in the order of `sites`.
+
+    Args:
+        sites: All sites of a model by canonical name.
+        pattern: A glob (`*` also crosses dots) over canonical names and aliases, a list of globs, or a predicate.
+        refused: Names that the host has but that cannot be decomposed, each with the reason.
+
+    Raises:
+        NoMatchingSiteError: A pattern selects nothing; the message names the nearest names.
+        UnsupportedSiteError: A pattern selects only refused names.
+    """
+    if callable(pattern):
+        chosen = {name for name, site in sites.items() if pattern(site)}
+        if not chosen:
+            raise NoMatchingSiteError(
+                f"The predicate {pattern!r} is true of none of the {len(sites)} weight sites. {_example_names(sites)}"
+            )
+        return {name: sites[name] for name in sites if name in chosen}
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not patterns:
+        raise NoMatchingSiteError(f"An empty list of patterns selects no weight site. {_example_names(sites)}")
+    chosen = set()
+    for glob in patterns:
+        matched = {name for name, site in sites.items() if _matches(glob, site)}
+        if not matched:
+            raise _no_match(glob, sites, refused or {})
+        chosen |= matched
+    return {name: sites[name] for name in sites if name in chosen}
+
+
+def resolve_name(sites: Mapping[str, WeightSite], name: str, refused: Mapping[str, str] | None = None) -> str:
+    """Canonical name of the one site called `name`, canonically or by a host's alias.
+
+    Raises:
+        NoMatchingSiteError: There is no such site.
+        UnsupportedSiteError: There is one, and it cannot be decomposed.
+    """
+    if name in sites:
+        return name
+    for site in sites.values():
+        if name in site.aliases:
+            return site.name
+    raise _no_match(name, sites, refused or {})
+
+
+def _matches(glob: str, site: WeightSite) -> bool:
+    return any(name == glob or fnmatch.fnmatchcase(name, glob) for name in (site.name, *site.aliases))
+
+
+def _no_match(glob: str, sites: Mapping[str, WeightSite], refused: Mapping[str, str]) -> Exception:
+    for name, reason in refused.items():
+        if name == glob or fnmatch.fnmatchcase(name, glob):
+            return UnsupportedSiteError(f"{name} cannot be decomposed on this host: {reason}")
+    names = [*sites, *(alias for site in sites.values() for alias in site.aliases)]
+    near = difflib.get_close_matches(glob, names, n=4, cutoff=0.4)
+    hint = f"Nearest names: {', '.join(near)}." if near else _example_names(sites)
+    return NoMatchingSiteError(f"{glob!r} matches none of the {len(sites)} weight sites. {hint}")
+
+
+def _example_names(sites: Mapping[str, WeightSite]) -> str:
+    return f"Names look like: {', '.join(list(sites)[:4])}." if sites else "The model has no weight sites."
