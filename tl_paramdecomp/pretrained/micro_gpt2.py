@@ -1,0 +1,242 @@
+"""micro-gpt2 on any host, and its text and task prompts as token tensors.
+
+The weights lie beside this file as a plain transformers checkpoint (safetensors and JSON), so that every host loads
+what it would load from the hub, offline. Nothing is folded or centred on the way.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_paramdecomp.errors import SettingError, UnsupportedModelError
+from tl_paramdecomp.pretrained import grammar
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+MICRO_GPT2_DIR = Path(__file__).parent / "micro-gpt2"
+
+
+@dataclass(frozen=True, eq=False)
+class TaskPrompt:
+    """One prompt of a task, and what the next token may and may not be.
+
+    Attributes:
+        task: "ioi", "pronoun", "greater_than" or "induction".
+        text: the prompt without the end-of-text mark in front, which TransformerLens' `to_tokens` adds.
+        tokens: the token ids with that mark.
+        answers: ids of the correct next tokens: the indirect object, the pronoun, every later year, the next word.
+        wrong: ids to contrast them with: the subject, the other pronoun, every year that is not later; none for
+            induction.
+        corrupted: the same task asked of other content, token by token aligned with `tokens`: three different names
+            (ioi), a name of the other gender (pronoun), the first year 01 (greater_than), an unrelated first copy
+            (induction).
+    """
+
+    task: str
+    text: str
+    tokens: Int[Tensor, " length"]
+    answers: tuple[int, ...]
+    wrong: tuple[int, ...]
+    corrupted: Int[Tensor, " length"] | None
+
+
+def _ids(words: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(grammar.TOKEN_IDS[word] for word in words)
+
+
+def _marked(words: tuple[str, ...]) -> Int[Tensor, " length"]:
+    return torch.tensor(_ids((grammar.END_OF_TEXT, *words)))
+
+
+def as_task_prompt(prompt: grammar.Prompt) -> TaskPrompt:
+    """Return a prompt of the grammar as token ids."""
+    return TaskPrompt(
+        task=prompt.task,
+        text=" ".join(prompt.words),
+        tokens=_marked(prompt.words),
+        answers=_ids(prompt.answers),
+        wrong=_ids(prompt.wrong),
+        corrupted=_marked(prompt.corrupted),
+    )
+
+
+def micro_gpt2_prompts(task: str, n: int, seed: int = 0, split: str = "test") -> list[TaskPrompt]:
+    """Return `n` prompts of one task, the same for the same arguments.
+
+    Prompts of the splits "validation" and "test" ask for pairs of names, names with adjectives, years and random words
+    that the training text never held together. IOI and pronoun prompts differ in length, from template to template.
+
+    Args:
+        task: "ioi", "pronoun", "greater_than" or "induction".
+        n: the number of prompts.
+        seed: selects the prompts.
+        split: "train", "validation" or "test".
+
+    Raises:
+        SettingError: for an unknown task or split, or a negative n.
+    """
+    return [as_task_prompt(prompt) for prompt in grammar.prompts(task, n, seed, split)]
+
+
+def micro_gpt2_tokens(n: int, seed: int = 0) -> Int[Tensor, "n 64"]:
+    """Return `n` rows of the text micro-gpt2 was trained on, `[n, 64]`: packed documents and repeated random words.
+
+    Raises:
+        SettingError: for a negative n.
+    """
+    if n < 0:
+        raise SettingError(f"the number of rows must not be negative, got {n}")
+    rows = [_ids(row.words) for row in islice(grammar.rows(f"text/{seed}"), n)]
+    return torch.tensor(rows, dtype=torch.long).reshape(n, grammar.N_CTX)
+
+
+def micro_gpt2_tokenizer() -> "PreTrainedTokenizerFast":
+    """Return the tokenizer: one token per word, mark of punctuation and pair of digits, whatever the case.
+
+    It adds no end-of-text mark by itself (TransformerLens' `to_tokens` does), and raises on a word that micro-gpt2
+    does not know, instead of passing a token that means nothing.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(MICRO_GPT2_DIR)
+
+
+def load_micro_gpt2(host: str = "transformers") -> Any:
+    """Return micro-gpt2 with unprocessed weights, in eval mode on the CPU, with its tokenizer where the host holds one.
+
+    Args:
+        host: "transformers" (`GPT2LMHeadModel`), "transformer_bridge" (`TransformerBridge`, TransformerLens 3 and 4),
+            "hooked_transformer" (`HookedTransformer`, TransformerLens 2 and 3) or "nnsight" (`TransformersModel`).
+
+    Raises:
+        UnsupportedModelError: for another host, or one the installed libraries do not have; it names those there are.
+    """
+    if host not in _LOADERS:
+        raise UnsupportedModelError(f"unknown host {host!r}; micro-gpt2 loads on {', '.join(_LOADERS)}")
+    try:
+        host_class = _HOST_CLASSES[host]()
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"the installed libraries have no host {host!r} ({error}); "
+            f"here micro-gpt2 loads on {', '.join(_available_hosts())}"
+        ) from error
+    # Some hosts draw initial weights before they take ours; the caller's random numbers must not depend on that.
+    with torch.random.fork_rng(devices=[]):
+        return _LOADERS[host](host_class)
+
+
+# hosts -----------------------------------------------------------------------------------------------------------
+# Finding a host's class and loading onto it are two steps, so that only a missing class reads as a missing host and an
+# ImportError from inside a host stays what it is.
+
+
+def _gpt2_class() -> Any:
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel
+
+
+def _bridge_class() -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge
+
+
+def _hooked_class() -> Any:
+    from transformer_lens import HookedTransformer
+
+    return HookedTransformer
+
+
+def _nnsight_class() -> Any:
+    try:
+        from nnsight.modeling.transformers import TransformersModel
+    except ImportError:
+        from nnsight import LanguageModel
+
+        return LanguageModel
+    return TransformersModel
+
+
+def _available_hosts() -> list[str]:
+    found = []
+    for host, find in _HOST_CLASSES.items():
+        try:
+            find()
+        except ImportError:
+            continue
+        found.append(host)
+    return found
+
+
+def _load_transformers(gpt2_class: Any) -> "GPT2LMHeadModel":
+    # Eager attention: the one that returns attention patterns, and the one TransformerLens computes.
+    return gpt2_class.from_pretrained(MICRO_GPT2_DIR, local_files_only=True, attn_implementation="eager").eval()
+
+
+def _load_bridge(bridge_class: Any) -> Any:
+    bridge = bridge_class.boot_transformers(
+        str(MICRO_GPT2_DIR),
+        hf_model=_load_transformers(_gpt2_class()),
+        tokenizer=micro_gpt2_tokenizer(),
+        device="cpu",
+    )
+    return bridge.eval()
+
+
+def _load_hooked(hooked_class: Any) -> Any:
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+
+    source = _load_transformers(_gpt2_class())
+    shape = source.config
+    config = HookedTransformerConfig(
+        n_layers=shape.n_layer,
+        d_model=shape.n_embd,
+        d_head=shape.n_embd // shape.n_head,
+        n_heads=shape.n_head,
+        d_mlp=shape.n_inner,
+        n_ctx=shape.n_positions,
+        d_vocab=shape.vocab_size,
+        act_fn=shape.activation_function,
+        eps=shape.layer_norm_epsilon,
+        normalization_type="LN",
+        model_name="micro-gpt2",
+        original_architecture="GPT2LMHeadModel",
+        init_weights=False,
+        device="cpu",
+    )
+    model = hooked_class(config, tokenizer=micro_gpt2_tokenizer())
+    model.load_and_process_state_dict(
+        {name: weight.detach() for name, weight in convert_gpt2_weights(source, config).items()},
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model.eval()
+
+
+def _load_nnsight(nnsight_class: Any) -> Any:
+    return nnsight_class(_load_transformers(_gpt2_class()), tokenizer=micro_gpt2_tokenizer())
+
+
+_HOST_CLASSES: dict[str, Callable[[], Any]] = {
+    "transformers": _gpt2_class,
+    "transformer_bridge": _bridge_class,
+    "hooked_transformer": _hooked_class,
+    "nnsight": _nnsight_class,
+}
+_LOADERS: dict[str, Callable[[Any], Any]] = {
+    "transformers": _load_transformers,
+    "transformer_bridge": _load_bridge,
+    "hooked_transformer": _load_hooked,
+    "nnsight": _load_nnsight,
+}
