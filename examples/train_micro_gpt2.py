@@ -86,7 +86,7 @@ def new_model(seed: int) -> GPT2LMHeadModel:
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
-        pad_token_id=0,
+        pad_token_id=None,  # the mark begins every row, and transformers would take it for padding
     )
     return GPT2LMHeadModel(config)
 

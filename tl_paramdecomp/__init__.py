@@ -9,27 +9,47 @@ from tl_paramdecomp.analysis.activations import causal_importances, component_ac
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.methods.from_factors import from_factors
+from tl_paramdecomp.methods.spd import SPD
 from tl_paramdecomp.patching.attach import attached
 from tl_paramdecomp.patching.edit import edited_model, edited_weights
 from tl_paramdecomp.patching.hooks import fwd_hooks, patched
+from tl_paramdecomp.patching.interventions import importance_masks
 from tl_paramdecomp.patching.target import check_target
 from tl_paramdecomp.patching.trace import patch_trace
+from tl_paramdecomp.pretrained import (
+    TaskPrompt,
+    load_micro_gpt2,
+    micro_gpt2_prompts,
+    micro_gpt2_tokenizer,
+    micro_gpt2_tokens,
+)
 from tl_paramdecomp.sites import WeightSite
+from tl_paramdecomp.training.data import TextRows
+from tl_paramdecomp.training.fit import decompose
 
 __all__ = [
     "Decomposition",
     "Masks",
+    "SPD",
+    "TaskPrompt",
+    "TextRows",
     "WeightSite",
     "attached",
     "causal_importances",
     "check_target",
     "component_acts",
+    "decompose",
     "edited_model",
     "edited_weights",
     "errors",
     "find_sites",
     "from_factors",
     "fwd_hooks",
+    "importance_masks",
+    "load_micro_gpt2",
+    "micro_gpt2_prompts",
+    "micro_gpt2_tokenizer",
+    "micro_gpt2_tokens",
     "patch_trace",
     "patched",
     "site_weight",

@@ -1,0 +1,41 @@
+"""Where benchmark ratios go: the terminal always, and a JSON file when TLPD_BENCHMARKS names one."""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from tl_paramdecomp.methods.from_factors import versions
+
+RATIOS = []
+
+
+@pytest.fixture
+def report(capsys):
+    """`report(what, (ratio, slow_ms, fast_ms))` prints and keeps one ratio."""
+
+    def keep(what, measured):
+        quotient, slow, fast = measured
+        RATIOS.append({"what": what, "ratio": quotient, "slow_ms": slow, "fast_ms": fast})
+        with capsys.disabled():
+            print(f"\n{what}: {quotient:.3f} ({slow:.1f} ms / {fast:.1f} ms)")
+
+    return keep
+
+
+def pytest_sessionfinish(session):
+    path = os.environ.get("TLPD_BENCHMARKS")
+    if not path or not RATIOS:
+        return
+    record = {
+        "command": f"TLPD_BENCHMARKS={path} make bench",
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch with {torch.get_num_threads()} thread(s), medians",
+        "ratios": RATIOS,
+    }
+    Path(path).write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The command as a user runs it: output, exit status, errors without tracebacks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tl_paramdecomp as tlpd
+from tl_paramdecomp.pretrained import load_micro_gpt2
+
+
+def command(*arguments, cwd=None):
+    code = "from tl_paramdecomp.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = load_micro_gpt2()
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        name: (torch.randn(s.d_in, 4, generator=generator), torch.randn(4, s.d_out, generator=generator))
+        for name, s in tlpd.find_sites(model, "blocks.0.mlp.*").items()
+    }
+    return tlpd.from_factors(model, factors).save(tmp_path_factory.mktemp("saved") / "dec")
+
+
+@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "patch"])
+def test_help_says_what_a_command_does(name):
+    shown = command(name, "--help")
+    assert shown.returncode == 0 and "Usage" in shown.stdout and len(shown.stdout) > 300
+    assert command("--help").stdout.count(name) >= 1
+
+
+def test_sites_as_json():
+    shown = command("sites", "micro-gpt2", "blocks.0.mlp.*", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert list(json.loads(shown.stdout)["sites"]) == ["blocks.0.mlp.W_in", "blocks.0.mlp.W_out"]
+
+
+def test_patch_shows_before_and_after(saved):
+    arguments = ("patch", "micro-gpt2", saved, "--prompt", "the cat", "--ablate", "blocks.0.mlp.W_in:0,2", "--json")
+    shown = command(*arguments)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["kl"] > 0 and len(found["before"]) == len(found["after"]) == 5
+
+
+def test_decompose_writes_a_decomposition_that_loads(tmp_path):
+    out = tmp_path / "run"
+    shown = command("decompose", "micro-gpt2", "--sites", "blocks.0.mlp.W_in", "--out", out, "--steps", 3, "--components", 8,
+                    "--importance", "0.01", "--batch-size", 2)  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "KL from the target" in shown.stdout and "Traceback" not in shown.stderr
+    made = tlpd.Decomposition.load(out / "decomposition")
+    assert made["blocks.0.mlp.W_in"].n_components == 8
+    assert made.info["run"]["method"]["losses"][-1]["coefficient"] == 0.01
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("sites", "micro-gpt2", "blocks.0.mpl.*"), "NoMatchingSiteError"),
+    (("sites", "no/such-model"), "UnsupportedModelError"),
+    (("sites", "micro-gpt2", "--host", "jax"), "SettingError"),
+    (("patch", "micro-gpt2", "nowhere", "--prompt", "the", "--ablate", "a:0"), "DecompositionFileError"),
+    (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--steps", "0"), "SettingError"),
+])  # fmt: skip
+def test_errors_are_one_line_and_status_1(arguments, words, tmp_path):
+    shown = command(*arguments, cwd=tmp_path)
+    assert shown.returncode == 1 and words in shown.stderr and "Traceback" not in shown.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", ["blocks.0.mlp.W_in", "blocks.0.mlp.W_in:x", "blocks.0.mlp.W_in:99"])
+def test_bad_components_are_refused(saved, bad):
+    shown = command("patch", "micro-gpt2", saved, "--prompt", "the cat", "--ablate", bad)
+    assert shown.returncode == 1 and "Traceback" not in shown.stderr and "Error" in shown.stderr
+
+
+def test_wrong_usage_is_status_2():
+    shown = command("decompose", "micro-gpt2")
+    assert shown.returncode == 2 and "--sites" in shown.stderr

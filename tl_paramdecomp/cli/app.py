@@ -1,0 +1,196 @@
+"""The sub-commands and their options."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tl_paramdecomp.errors import SettingError
+
+app = typer.Typer(
+    name="tl-paramdecomp",
+    help="Turn a language model's weight matrices into trainable components, and patch them back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+MODEL = typer.Argument(help="[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub.")
+ModelName = Annotated[str, MODEL]
+HostName = Annotated[
+    str,
+    typer.Option(
+        "--host", help="Library that opens it: transformers, transformer_bridge, hooked_transformer, nnsight."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the decomposition and its metrics.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the start, the rows and the masks.")] = 0,
+) -> None:
+    """Decompose two layers of the embedded model and ablate what matters; minutes, no network."""
+    from tl_paramdecomp.cli.demo import run_demo
+
+    run_demo(console, out, steps, seed)
+
+
+@app.command()
+def sites(
+    model: ModelName,
+    pattern: Annotated[str, typer.Argument(help="Glob over names; * also crosses dots.")] = "*",
+    host: HostName = "transformers",
+    as_json: AsJson = False,
+) -> None:
+    """List the weights that can be decomposed, and those that cannot, with the reason."""
+    from tl_paramdecomp.adapters import adapt, find_sites
+    from tl_paramdecomp.cli.models import open_model
+
+    opened = open_model(model, host)
+    found, refused = find_sites(opened, pattern), adapt(opened).refused
+    if as_json:
+        rows = {
+            name: {"d_in": s.d_in, "d_out": s.d_out, "kind": s.kind, "heads": s.n_heads} for name, s in found.items()
+        }
+        print(json.dumps({"sites": rows, "refused": refused}, indent=1))
+        return
+    table = Table(title=f"Weight sites of {model} ({host})", title_justify="left")
+    for column, justify in (
+        ("site", "left"),
+        ("d_in", "right"),
+        ("d_out", "right"),
+        ("heads", "right"),
+        ("also called", "left"),
+    ):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for name, site in found.items():
+        heads = "" if site.n_heads is None else str(site.n_heads)
+        table.add_row(name, str(site.d_in), str(site.d_out), heads, site.aliases[0] if site.aliases else "")
+    console.print(table)
+    for name, reason in refused.items():
+        console.print(f"[yellow]not exact here:[/] {name}: {reason}", highlight=False)
+
+
+@app.command()
+def decompose(
+    model: ModelName,
+    site_globs: Annotated[list[str], typer.Option("--sites", help="Glob over site names; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics, checkpoints and the result.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Token rows per step.")] = 8,
+    components: Annotated[
+        int | None, typer.Option(help="Components per site; left out: chosen from its shape.")
+    ] = None,
+    importance: Annotated[
+        float | None, typer.Option(help="Coefficient of importance minimality; larger is sparser.")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The published form of SPD instead of the modern one.")
+    ] = False,
+    settings: Annotated[
+        Path | None, typer.Option(help="JSON file with a method's settings, as a run writes them.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to train on; left out for micro-gpt2: its own text.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Dataset on the hub with a text or tokens column, streamed.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the start, the rows and the masks.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    host: HostName = "transformers",
+) -> None:
+    """Learn components of some weights by SPD. Run it again to go on after an interruption."""
+    from tl_paramdecomp.cli.models import open_model
+    from tl_paramdecomp.cli.report import measure_quality, print_quality, write_quality
+    from tl_paramdecomp.cli.rows import open_rows
+    from tl_paramdecomp.training.fit import decompose as fit
+
+    method = _method(paper, settings, components, importance)
+    opened = open_model(model, host).to(device)
+    rows = open_rows(model, opened, text, dataset, length)
+    made = fit(opened, site_globs, method, rows.train, steps, batch_size, seed, out)
+    quality = measure_quality(opened, made, rows.held_out.to(device))
+    print_quality(console, made, quality)
+    write_quality(out / "quality.json", made, quality)
+    console.print(f"Saved to [bold]{out / 'decomposition'}[/].", highlight=False)
+
+
+@app.command()
+def patch(
+    model: ModelName,
+    decomposition: Annotated[Path, typer.Argument(help="Folder that Decomposition.save (or decompose) wrote.")],
+    prompt: Annotated[str, typer.Option(help="Text whose next token is looked at.")],
+    ablate: Annotated[
+        list[str] | None, typer.Option(help="SITE:C[,C...] to remove, such as blocks.0.mlp.W_in:3,17.")
+    ] = None,
+    keep_only: Annotated[
+        list[str] | None, typer.Option(help="SITE:C[,C...] to keep, all others of the site removed.")
+    ] = None,
+    position: Annotated[
+        list[int] | None, typer.Option(help="Only at this position; may be given several times.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Next tokens to show.")] = 5,
+    host: HostName = "transformers",
+    as_json: AsJson = False,
+) -> None:
+    """Ask what a prompt's next token is, before and after removing components."""
+    from tl_paramdecomp.cli.models import open_model, tokenizer_of
+    from tl_paramdecomp.cli.report import next_token_table, print_next_tokens
+    from tl_paramdecomp.components.decomposition import Decomposition
+
+    loaded = Decomposition.load(decomposition)
+    masks = loaded.masks()
+    for spec in ablate or ():
+        masks = masks.ablate(*_site_and_components(spec), positions=position)
+    for spec in keep_only or ():
+        masks = masks.keep_only(*_site_and_components(spec), positions=position)
+    if not masks.changed():
+        raise SettingError("Nothing to patch: give --ablate SITE:C or --keep-only SITE:C.")
+    opened = open_model(model, host)
+    rows = next_token_table(opened, loaded, masks, tokenizer_of(model, opened), prompt, top)
+    if as_json:
+        print(json.dumps({"prompt": prompt, "kl": rows.kl, "before": rows.before, "after": rows.after}))
+    else:
+        print_next_tokens(console, prompt, {"model": rows.before, "patched": rows.after}, rows.kl)
+
+
+def _site_and_components(spec: str) -> tuple[str, list[int]]:
+    site, _, listed = spec.rpartition(":")
+    try:
+        return site, [int(c) for c in listed.split(",")]
+    except ValueError:
+        raise SettingError(f"{spec!r} is not SITE:C[,C...], such as blocks.0.mlp.W_in:3,17.") from None
+
+
+def _method(paper: bool, settings: Path | None, components: int | None, importance: float | None) -> Any:
+    from dataclasses import replace
+
+    from tl_paramdecomp.methods.losses import ImportanceMinimality
+    from tl_paramdecomp.methods.settings import from_settings
+    from tl_paramdecomp.methods.spd import SPD
+
+    if settings is not None:
+        try:
+            return from_settings(json.loads(settings.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise SettingError(f"{settings} cannot be read as JSON settings: {error}") from error
+    method = SPD.paper() if paper else SPD()
+    if components is not None:
+        method = replace(method, n_components=components)
+    if importance is not None:
+        losses = tuple(
+            replace(loss, coefficient=importance) if isinstance(loss, ImportanceMinimality) else loss
+            for loss in method.losses
+        )
+        method = replace(method, losses=losses)
+    return method

@@ -1,0 +1,145 @@
+"""What the command prints: how good a decomposition is, and next tokens before and after a patch."""
+
+import datetime
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tl_paramdecomp.analysis.ablation import next_token_probs
+from tl_paramdecomp.analysis.metrics import kl_by_mask_kind, sparsity
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.patching.hooks import patched
+
+MEANINGS = {
+    "unmasked": "all components whole, no delta",
+    "stochastic": "m = g + (1 - g) r",
+    "importance": "m = g",
+    "rounded": "only components with g > 0.1",
+    "adversarial": "worst r, 20 gradient steps",
+    "random": "m = r, whatever the importance",
+    "zero": "all components removed",
+}
+
+NextTokens = Sequence[tuple[str, float]]
+
+
+class BeforeAndAfter(NamedTuple):
+    """Likeliest next tokens with their probabilities."""
+
+    before: NextTokens
+    after: NextTokens
+    kl: float
+    """KL of the patched next-token distribution from the model's, in nats."""
+
+
+class Quality(NamedTuple):
+    """How good a decomposition is on held-out rows."""
+
+    kl: dict[str, float]
+    """KL from the target by kind of mask, nats per token."""
+    l0: dict[str, float]
+    """Components with importance above 0.1, mean over positions, by site."""
+    alive: dict[str, int]
+    """Components above 0.1 at one position at least, by site."""
+
+
+def measure_quality(model: Any, decomposition: Decomposition, tokens: Int[Tensor, "row pos"]) -> Quality:
+    """KL under every kind of mask, L0 and alive components."""
+    return Quality(kl_by_mask_kind(model, decomposition, tokens), *sparsity(model, decomposition, tokens))
+
+
+def print_quality(console: Console, decomposition: Decomposition, quality: Quality) -> None:
+    """The two tables a user judges a decomposition by."""
+    table = Table(title="KL from the target on held-out rows, nats per token", title_justify="left")
+    table.add_column("masks")
+    table.add_column("KL", justify="right")
+    table.add_column("what runs", style="dim")
+    for kind, kl in quality.kl.items():
+        table.add_row(kind, f"{kl:.4f}", MEANINGS[kind])
+    console.print(table)
+    table = Table(title="Components that matter: importance above 0.1", title_justify="left")
+    for column in ("site", "L0 per token", "alive", "of"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for name, components in decomposition.items():
+        table.add_row(name, f"{quality.l0[name]:.1f}", str(quality.alive[name]), str(components.n_components))
+    table.add_section()
+    sums = sum(quality.l0.values()), sum(quality.alive.values()), sum(decomposition.n_components.values())
+    table.add_row("all", f"{sums[0]:.1f}", str(sums[1]), str(sums[2]))
+    console.print(table)
+
+
+def write_quality(path: Path, decomposition: Decomposition, quality: Quality) -> None:
+    """The same as JSON, with the command, versions and date, for those who keep results."""
+    command = " ".join(["tl-paramdecomp", *(shlex.quote(word) for word in sys.argv[1:])])
+    assets = os.environ.get("TLPD_TEST_ASSETS")
+    record = {
+        "command": command.replace(assets, "$TLPD_TEST_ASSETS") if assets else command,
+        "date": datetime.date.today().isoformat(),
+        "versions": decomposition.info["versions"],
+        "settings": decomposition.info.get("run"),
+        "components": decomposition.n_components,
+        **quality._asdict(),
+    }
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def next_token_table(
+    model: Any, decomposition: Decomposition, masks: Masks, tokenizer: Any, prompt: str, top: int
+) -> BeforeAndAfter:
+    """Likeliest next tokens of a prompt, of the model and with components masked.
+
+    Raises:
+        DataError: There is no tokenizer, or the prompt is empty or not in its vocabulary.
+    """
+    tokens = prompt_tokens(tokenizer, prompt)
+    before = next_token_probs(model, tokens)
+    with patched(model, decomposition, masks):
+        after = next_token_probs(model, tokens)
+    kl = (before * (before.clamp(min=1e-30).log() - after.clamp(min=1e-30).log())).sum().item()
+    return BeforeAndAfter(top_tokens(before, tokenizer, top), top_tokens(after, tokenizer, top), kl)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> Int[Tensor, "1 pos"]:
+    """A prompt as one token row that begins with the beginning-of-text token, where there is one."""
+    if tokenizer is None:
+        raise DataError("This model has no tokenizer, so a prompt cannot be read; use the library with token rows.")
+    try:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        raise DataError(f"The tokenizer cannot read the prompt {prompt!r}: {error}") from error
+    if not ids:
+        raise DataError("The prompt is empty.")
+    bos = tokenizer.bos_token_id
+    return torch.tensor([([bos] if bos is not None and ids[0] != bos else []) + list(ids)])
+
+
+def top_tokens(probs: Tensor, tokenizer: Any, n: int) -> NextTokens:
+    """The n likeliest tokens as text, with their probabilities."""
+    values, indices = probs.topk(min(n, len(probs)))
+    return [(tokenizer.decode([i]), p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+
+
+def print_next_tokens(
+    console: Console, prompt: str, columns: Mapping[str, NextTokens], kl: float | None = None
+) -> None:
+    """Next tokens side by side, one column for each way of running the model."""
+    table = Table(title=f"{prompt} …", title_justify="left", title_style="italic")
+    for name in columns:
+        table.add_column(name)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(f"{p:6.1%} {token.strip() or repr(token)}" for token, p in row))
+    console.print(table)
+    if kl is not None:
+        console.print(f"KL of the next token: {kl:.4f} nats", highlight=False)

@@ -1,0 +1,59 @@
+"""Methods and losses as JSON and back: one explicit table of the names that files may hold."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from tl_paramdecomp.errors import SettingError
+
+
+def table() -> dict[str, type]:
+    """Every class that a file may name."""
+    from tl_paramdecomp.components.importance import ImportanceConfig
+    from tl_paramdecomp.methods.adversary import AdversarialReconstruction
+    from tl_paramdecomp.methods.losses import (
+        Faithfulness,
+        ImportanceMinimality,
+        StochasticReconstruction,
+        UnmaskedReconstruction,
+    )
+    from tl_paramdecomp.methods.spd import SPD
+
+    classes = (
+        SPD, ImportanceConfig, Faithfulness, ImportanceMinimality, StochasticReconstruction, UnmaskedReconstruction,
+        AdversarialReconstruction,
+    )  # fmt: skip
+    return {cls.__name__: cls for cls in classes}
+
+
+def to_settings(value: Any) -> Any:
+    """A method, loss or plain value as JSON-able values; objects become {"type": name, field: value, ...}."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__, **{f.name: to_settings(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, Mapping):
+        return {key: to_settings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_settings(item) for item in value]
+    return value
+
+
+def from_settings(settings: Any) -> Any:
+    """The object that `to_settings` wrote down.
+
+    Raises:
+        SettingError: A type is unknown, or a field is.
+    """
+    if isinstance(settings, list):
+        return tuple(from_settings(item) for item in settings)
+    if not isinstance(settings, Mapping):
+        return settings
+    values = {key: from_settings(item) for key, item in settings.items()}
+    name = values.pop("type", None)
+    if name is None:
+        return values
+    if name not in table():
+        raise SettingError(f"Settings name the type {name!r}; known are {', '.join(table())}.")
+    try:
+        return table()[name](**values)
+    except TypeError as error:
+        raise SettingError(f"Settings of {name} do not fit: {error}.") from error

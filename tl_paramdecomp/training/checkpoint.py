@@ -1,0 +1,88 @@
+"""Checkpoints: everything a run needs to go on bit for bit, as safetensors and JSON, written whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
+from tl_paramdecomp.errors import DecompositionFileError
+
+FOLDER, STATE, OPTIMISER = "checkpoint", "run.json", "optimiser.safetensors"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    decomposition: Decomposition,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    settings: dict[str, Any],
+) -> Path:
+    """Write the state after `step` steps; the checkpoint before stays until this one is complete."""
+    scratch, final, old = (run_dir / name for name in (f".{FOLDER}-new", FOLDER, f".{FOLDER}-old"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    decomposition.save(scratch / "decomposition")
+    state = optimiser.state_dict()["state"]
+    tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+    tensors["rng.masks"] = generator.get_state()
+    tensors["rng.torch"] = torch.get_rng_state()
+    write_tensors(scratch / OPTIMISER, tensors)
+    write_text(scratch / STATE, json.dumps({"step": step, "settings": settings}, indent=1))
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(scratch, final)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def read_state(run_dir: Path) -> dict[str, Any] | None:
+    """Step and settings of a run's checkpoint; None where there is none.
+
+    Raises:
+        DecompositionFileError: It is there and cannot be read.
+    """
+    old = run_dir / f".{FOLDER}-old"
+    if old.exists() and not (run_dir / FOLDER).exists():
+        os.rename(old, run_dir / FOLDER)  # the run ended between the two renames of a save
+    path = run_dir / FOLDER / STATE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DecompositionFileError(
+            f"{path} cannot be read ({error}); delete {run_dir / FOLDER} to begin anew."
+        ) from error
+
+
+def restore(
+    run_dir: Path, decomposition: Decomposition, optimiser: torch.optim.Optimizer, generator: torch.Generator
+) -> None:
+    """Put a checkpoint's state into a freshly made decomposition, optimiser and generator.
+
+    Raises:
+        DecompositionFileError: The checkpoint does not fit them.
+    """
+    saved = Decomposition.load(run_dir / FOLDER / "decomposition")
+    tensors = read_tensors(run_dir / FOLDER / OPTIMISER)
+    try:
+        decomposition.load_state_dict(saved.state_dict())
+        generator.set_state(tensors.pop("rng.masks"))
+        torch.set_rng_state(tensors.pop("rng.torch"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = tensor
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DecompositionFileError(
+            f"The checkpoint in {run_dir / FOLDER} does not fit this run ({error}); delete it to begin anew."
+        ) from error

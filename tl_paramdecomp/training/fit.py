@@ -1,0 +1,292 @@
+"""`decompose`: the one training loop, for every method.
+
+1. Pick the sites, freeze the target, let the method make its start (or read a checkpoint).
+2. For each step: a batch, the method's losses, one optimiser step per parameter group.
+3. Log to `metrics.jsonl`, show progress, write checkpoints; a loss that is no number stops the run.
+4. Save the decomposition and return it; the target is as it was.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.errors import DivergedError, SettingError
+from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup
+from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.sites import SitePattern, select_sites
+from tl_paramdecomp.training.checkpoint import FOLDER, read_state, restore, save_checkpoint
+from tl_paramdecomp.training.data import BatchSource, batch_source
+
+
+class StepInfo(NamedTuple):
+    """What callbacks are told after a logged step."""
+
+    step: int
+    """Steps done."""
+    steps: int
+    figures: dict[str, float]
+    """Loss, its terms, L0, gradient norms, learning rate, seconds since the start."""
+    decomposition: Decomposition
+
+
+Callback = Callable[[StepInfo], None]
+
+
+def decompose(
+    model: Any,
+    sites: SitePattern,
+    method: Method,
+    data: Any,
+    steps: int,
+    batch_size: int = 16,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    resume: Literal["auto"] | bool = "auto",
+    device: str | torch.device | None = None,
+    callbacks: Sequence[Callback] = (),
+    *,
+    log_every: int = 10,
+    checkpoint_every: int = 1000,
+    progress: bool = True,
+) -> Decomposition:
+    """Learn components of a model's weights.
+
+    Args:
+        model: The target, on any host. It is frozen and in evaluation mode meanwhile, and afterwards as it was.
+        sites: Which weights; a glob, a list of globs, or a predicate.
+        method: `SPD(...)`, or another method's object.
+        data: Token rows [rows, pos], batches, or a dataset; see `training.data.batch_source`.
+        steps: Optimiser steps.
+        batch_size: Rows per step, where the data comes as rows.
+        seed: Start, order of the rows and masks.
+        run_dir: Where metrics, checkpoints and the result go; None keeps nothing on disk.
+        resume: `auto` goes on from a checkpoint of the same settings where `run_dir` has one; True demands one; False begins
+            anew.
+        device: Must be the model's own; None takes it.
+        callbacks: Called after every logged step.
+        log_every: Steps between lines of `metrics.jsonl`.
+        checkpoint_every: Steps between checkpoints.
+        progress: Show a progress bar.
+
+    Returns:
+        The decomposition, on the model's device.
+
+    Raises:
+        NoMatchingSiteError, UnsupportedModelError: No such site, or none that is exact.
+        DataError, SettingError: Data or settings that make no sense; a checkpoint of other settings.
+        DivergedError: A loss is NaN or infinite; the last checkpoint stays.
+    """
+    adapter = adapt(model)
+    _check(adapter, steps, device, run_dir, resume)
+    chosen = select_sites(adapter.sites, sites, adapter.refused)
+    source = batch_source(data, batch_size, seed, getattr(model, "tokenizer", None))
+    generator = torch.Generator(device=adapter.device).manual_seed(seed)
+    run = _Run(
+        None if run_dir is None else Path(run_dir), steps, log_every, checkpoint_every, progress, tuple(callbacks)
+    )
+    run.settings = {
+        "method": to_settings(method),
+        "sites": list(chosen),
+        "batch_size": batch_size,
+        "seed": seed,
+        "steps": steps,
+    }
+    with frozen(adapter.root):
+        start_generator = torch.Generator().manual_seed(seed)
+        first = run.first_step(resume)
+        decomposition = method.initialise(adapter, chosen, start_generator, run.phase)
+        decomposition.requires_grad_(True)
+        groups = method.parameter_groups(decomposition)
+        optimiser = torch.optim.AdamW(
+            [{"params": g.parameters, "lr": g.lr} for g in groups], weight_decay=0.0, fused=_can_fuse(groups)
+        )
+        if first and run.folder is not None:
+            restore(run.folder, decomposition, optimiser, generator)
+        with torch.enable_grad():
+            run.train(adapter, decomposition, method, source, groups, optimiser, generator, first)
+    decomposition.requires_grad_(False)
+    if run.folder is not None:
+        decomposition.info["run"] = run.settings
+        decomposition.save(run.folder / "decomposition")
+    return decomposition
+
+
+class _Run:
+    """One run's folder, progress bar and log."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        steps: int,
+        log_every: int,
+        checkpoint_every: int,
+        progress: bool,
+        callbacks: tuple[Callback, ...],
+    ) -> None:
+        self.folder, self.steps, self.progress, self.callbacks = folder, steps, progress, callbacks
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.settings: dict[str, Any] = {}
+        self.saved_at: int | None = None
+
+    def phase(self, what: str, total: int) -> Iterable[int]:
+        """Numbers 0 to total - 1 under a progress bar."""
+        return tqdm(range(total), desc=what, disable=not self.progress, leave=False)
+
+    def first_step(self, resume: Literal["auto"] | bool) -> int:
+        """Steps already done according to a checkpoint of the same settings."""
+        state = None if self.folder is None or resume is False else read_state(self.folder)
+        if state is None:
+            if resume is True:
+                raise SettingError(
+                    f"resume=True, but {self.folder} holds no checkpoint; use resume='auto' to begin anew."
+                )
+            self._cut_log(0)
+            return 0
+        differing = [
+            key for key, value in json.loads(json.dumps(self.settings)).items() if state["settings"].get(key) != value
+        ]
+        if differing:
+            raise SettingError(
+                f"{self.folder} holds a checkpoint of a run with other {', '.join(differing)}; choose another run_dir, or pass "
+                "resume=False to begin anew there."
+            )
+        self.saved_at = state["step"]
+        self._cut_log(state["step"])
+        return state["step"]
+
+    def train(
+        self,
+        adapter: ModelAdapter,
+        decomposition: Decomposition,
+        method: Method,
+        source: BatchSource,
+        groups: list[ParameterGroup],
+        optimiser: torch.optim.Optimizer,
+        generator: torch.Generator,
+        first: int,
+    ) -> None:
+        """The steps from `first` on."""
+        begun = time.perf_counter()
+        bar = tqdm(total=self.steps, initial=first, desc="decompose", disable=not self.progress, unit="step", mininterval=0.5)
+        done = first
+        try:
+            for step in range(first, self.steps):
+                batch = source.batch(step).to(adapter.device)
+                share = step / max(1, self.steps - 1)
+                report = method.losses_of(adapter, decomposition, *batch, generator, share)
+                self._check_finite(report, step)
+                factor = method.learning_rate_factor(step, self.steps)
+                norms = optimise(report.total, groups, optimiser, factor)
+                done = step + 1
+                bar.update()
+                if done % self.log_every == 0 or done == self.steps:
+                    figures = _figures(report, norms, optimiser, groups) | {"seconds": time.perf_counter() - begun}
+                    bar.set_postfix(loss=f"{figures['loss']:.4g}", L0=f"{figures.get('l0', float('nan')):.1f}")
+                    self._log(done, figures, decomposition)
+                if self.folder is not None and (done % self.checkpoint_every == 0 or done == self.steps):
+                    self._checkpoint(done, decomposition, optimiser, generator)
+        except KeyboardInterrupt:
+            if self.folder is not None and done > (self.saved_at or 0):
+                self._checkpoint(done, decomposition, optimiser, generator)
+                bar.write(f"Stopped after step {done}; the same call goes on from {self.folder / FOLDER}.")
+            raise
+        finally:
+            bar.close()
+
+    def _check_finite(self, report: LossReport, step: int) -> None:
+        if bool(torch.isfinite(report.total)):
+            return
+        bad = [name for name, value in report.terms.items() if not bool(torch.isfinite(value))]
+        kept = f"The last checkpoint is of step {self.saved_at}." if self.saved_at else "There is no checkpoint."
+        raise DivergedError(
+            f"At step {step} the loss is {report.total.item()} ({', '.join(bad) or 'the sum'} is not finite). {kept} "
+            "Lower the learning rates, or clip gradients."
+        )
+
+    def _checkpoint(
+        self, done: int, decomposition: Decomposition, optimiser: torch.optim.Optimizer, generator: torch.Generator
+    ) -> None:
+        assert self.folder is not None
+        save_checkpoint(self.folder, done, decomposition, optimiser, generator, self.settings)
+        self.saved_at = done
+
+    def _log(self, done: int, figures: dict[str, float], decomposition: Decomposition) -> None:
+        if self.folder is not None:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": done, **figures}) + "\n")
+        for callback in self.callbacks:
+            callback(StepInfo(done, self.steps, figures, decomposition))
+
+    def _cut_log(self, done: int) -> None:
+        """Keep the lines of the first `done` steps: what came after a checkpoint is done again."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if done and path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
+
+
+def optimise(
+    loss: Tensor, groups: Sequence[ParameterGroup], optimiser: torch.optim.Optimizer, factor: float
+) -> dict[str, Tensor]:
+    """One optimiser step with each group's gradient clipped apart; returns the norms before clipping."""
+    optimiser.zero_grad()
+    loss.backward()
+    norms = {}
+    for group, settings in zip(groups, optimiser.param_groups, strict=True):
+        settings["lr"] = group.lr * factor
+        limit = float("inf") if group.clip is None else group.clip
+        norms[group.name] = nn.utils.clip_grad_norm_(group.parameters, limit)
+    optimiser.step()
+    return norms
+
+
+@contextlib.contextmanager
+def frozen(root: nn.Module) -> Iterator[None]:
+    """The target without gradients and in evaluation mode; afterwards every flag is as it was."""
+    gradients = [(p, p.requires_grad) for p in root.parameters()]
+    modes = [(module, module.training) for module in root.modules()]
+    try:
+        for parameter, _ in gradients:
+            parameter.requires_grad_(False)
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for parameter, needed in gradients:
+            parameter.requires_grad_(needed)
+        for module, training in modes:
+            module.training = training
+
+
+def _figures(
+    report: LossReport, norms: dict[str, Tensor], optimiser: torch.optim.Optimizer, groups: Sequence[ParameterGroup]
+) -> dict[str, float]:
+    named = {"loss": report.total, **report.terms, **report.figures, **{f"grad_norm_{n}": v for n, v in norms.items()}}
+    rates = {f"lr_{g.name}": settings["lr"] for g, settings in zip(groups, optimiser.param_groups, strict=True)}
+    return {name: float(value.detach()) for name, value in named.items()} | rates
+
+
+def _can_fuse(groups: Sequence[ParameterGroup]) -> bool:
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g.parameters)
+
+
+def _check(adapter: ModelAdapter, steps: int, device: Any, run_dir: Any, resume: Any) -> None:
+    if steps < 1:
+        raise SettingError(f"steps must be at least 1; given {steps}.")
+    if device is not None and torch.device(device).type != adapter.device.type:
+        raise SettingError(
+            f"device={device!r}, but the model is on {adapter.device}; move the model there first, components follow it."
+        )
+    if resume not in ("auto", True, False):
+        raise SettingError(f"resume must be 'auto', True or False; given {resume!r}.")
