@@ -67,7 +67,8 @@ def _ask(console: Console, model: Any, made: Decomposition, prompt: TaskPrompt, 
     for label, component in ((f"without {top.component}", top.component), (f"without {drawn} (random)", drawn)):
         with patched(model, made, made.masks().ablate(top.site, [component])):
             probs[label] = next_token_probs(model, tokens)
-    text = prompt.text if len(prompt.text) < 100 else f"… {prompt.text[-98:]}"
+    words = prompt.text.split()
+    text = prompt.text if len(words) <= 20 else f"… {' '.join(words[-18:])}"
     console.print(f"[bold]{TASKS[prompt.task]}[/]\n[italic]{text} …[/]", highlight=False)
     console.print(f"What matters most: component {top.component} of {top.site}.", highlight=False)
     console.print(_next_tokens(prompt, probs))
