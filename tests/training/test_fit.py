@@ -174,3 +174,17 @@ def test_spd_recovers_the_truth_of_a_small_model():
         features, components = [f for f, _, _ in found], [c for _, c, _ in found]
         assert set(features) == {0, 1, 2} and len(set(components)) == len(components)
         assert min(cosine for _, _, cosine in found) > 0.95
+
+
+@pytest.mark.parametrize("make", [tlpd.SPD, tlpd.SPD.paper])
+def test_both_forms_lower_their_own_faithfulness_and_reconstruction(make):
+    """From a random start, over 60 steps; a seed each of three, all of which must improve by a fifth."""
+    model = tiny_gpt2()
+    for seed in range(3):
+        seen = []
+        method = make(n_components=24, start="random", warm_up_steps=0, lr=1e-2, final_lr=1.0)
+        fit(model, steps=60, method=method, seed=seed, callbacks=[seen.append], log_every=10)
+        first, last = seen[0].figures, seen[-1].figures
+        names = [name for name in first if name.startswith(("faithfulness", "stochastic"))]
+        print(f"seed {seed}:", {name: (round(first[name], 4), round(last[name], 4)) for name in names})
+        assert all(last[name] < 0.8 * first[name] for name in names)

@@ -65,7 +65,9 @@ def _adapter_class(model: Any) -> type[ModelAdapter]:
     bases = {(base.__module__.split(".")[0], base.__name__) for base in type(model).__mro__}
     lens = {name for package, name in bases if package == "transformer_lens"}
     if lens & {"RemoteBridge", "VLLMBridge"} or type(model).__name__ == "RemoteBridge":
-        raise UnsupportedModelError(f"{type(model).__name__} holds no weights on this side; boot the model locally instead.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds no weights on this side; boot the model locally instead."
+        )
     if "TransformerBridge" in lens:
         from tl_paramdecomp.adapters.transformer_bridge import TransformerBridgeAdapter
 

@@ -7,20 +7,20 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.fingerprint import fingerprint
-from tl_paramdecomp.adapters.interception import Interception
+from tl_paramdecomp.adapters.interception import Interception, OnError
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, read_bias, read_parameter, read_weight, stored_weight
-from tl_paramdecomp.errors import UnsupportedModelError
+from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import Fingerprint, SiteCall, SiteFn, WeightSite
 
 
 class Captured(NamedTuple):
     """One clean forward pass."""
 
-    logits: Float[Tensor, "batch pos vocab"]
+    logits: Float[Tensor, "batch ..."]
     inputs: dict[str, Tensor]
     """x of each captured site: [batch, pos, d_in], or indices [batch, pos] for an embedding."""
 
@@ -98,8 +98,14 @@ class ModelAdapter(ABC):
 
     # --- running ----------------------------------------------------------------------------------------------------
     @abstractmethod
-    def intercept(self, fns: Mapping[str, SiteFn]) -> contextlib.AbstractContextManager[None]:
+    def intercept(
+        self, fns: Mapping[str, SiteFn], on_error: OnError | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Within this context every forward pass of the host runs with these functions at its sites.
+
+        Args:
+            fns: A function for each site.
+            on_error: Told what goes wrong at a site, which then leaves its output; None: it is raised.
 
         Raises:
             SiteNotFiredError: From the forward pass, where a site was not reached.
@@ -107,21 +113,29 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos vocab"]:
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch ..."]:
         """Logits of token rows, the way the host computes them."""
 
     def capture(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        tokens: Shaped[Tensor, "batch ..."],
         names: Sequence[str],
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Captured:
-        """Logits and site inputs of the model as it stands."""
+        """Logits and site inputs of the model as it stands.
+
+        Raises:
+            UnsupportedSiteError: A site is called more than once.
+        """
         inputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> SiteFn:
             def keep_input(call: SiteCall) -> Tensor:
+                if name in inputs:
+                    raise UnsupportedSiteError(
+                        f"{name} is called more than once in a forward pass, so that it has no single input to capture."
+                    )
                 inputs[name] = call.x.expand(len(tokens), *call.x.shape[1:]) if call.x.shape[0] == 1 else call.x
                 return call.y
 
@@ -147,8 +161,8 @@ class ModelAdapter(ABC):
         with contextlib.ExitStack() as stack:
             for name, matrix in weights.items():
                 wiring = self.wirings[name]
-                stack.enter_context(_swapped(find_module(self.root, wiring.owner), wiring.weight,
-                                             stored_weight(self.root, wiring, matrix)))
+                stored = stored_weight(self.root, wiring, matrix)
+                stack.enter_context(swapped_parameter(find_module(self.root, wiring.owner), wiring.weight, stored))
             yield
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
@@ -165,7 +179,7 @@ class ModelAdapter(ABC):
 
 
 @contextlib.contextmanager
-def _swapped(owner: nn.Module, attribute: str, tensor: Tensor) -> Iterator[None]:
+def swapped_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> Iterator[None]:
     """Hold another tensor under a parameter's name."""
     slot = next((s for s in (owner._parameters, owner._buffers, owner.__dict__) if attribute in s), None)
     if slot is None:
@@ -179,6 +193,6 @@ def _swapped(owner: nn.Module, attribute: str, tensor: Tensor) -> Iterator[None]
         slot[attribute] = old
 
 
-def make_interception(adapter: ModelAdapter, fns: Mapping[str, SiteFn]) -> Interception:
+def make_interception(adapter: ModelAdapter, fns: Mapping[str, SiteFn], on_error: OnError | None) -> Interception:
     """The shared engine set up for one adapter."""
-    return Interception(adapter.root, adapter.wirings, fns)
+    return Interception(adapter.root, adapter.wirings, fns, on_error)

@@ -7,16 +7,15 @@ called and outputs where their hook points stand. W_O and W_out are intercepted 
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
-from tl_paramdecomp.adapters.interception import Interception, shadowed_method, torch_call_hook
+from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point
 from tl_paramdecomp.adapters.torch_module import watch_generate
 from tl_paramdecomp.adapters.wiring import Tap, Wiring
@@ -51,25 +50,66 @@ class HookedTransformerAdapter(LensAdapter):
     def _add_embeddings(self, model: Any, cfg: Any) -> None:
         post_norm = hasattr(model.embed, "ln")
         x, y = (Tap("embed", "input"), Tap("embed.ln", "input")) if post_norm else (Tap("embed"), Tap("embed"))
-        self._add("embed.W_E", tuple(model.embed.W_E.shape), kind="embedding", owner="embed", weight="W_E", bias=None,
-                  layout="in_out", x=x, y=y)
-        if hasattr(model, "pos_embed"):
-            self._add("pos_embed.W_pos", tuple(model.pos_embed.W_pos.shape), kind="embedding", owner="pos_embed",
-                      weight="W_pos", bias=None, layout="in_out", x=Tap("pos_embed", "input", position_rows),
-                      y=Tap("pos_embed", "output"))
+        self._add(
+            "embed.W_E",
+            tuple(model.embed.W_E.shape),
+            kind="embedding",
+            owner="embed",
+            weight="W_E",
+            bias=None,
+            layout="in_out",
+            x=x,
+            y=y,
+        )
+        if cfg.positional_embedding_type in ("standard", "shortformer"):
+            self._add(
+                "pos_embed.W_pos",
+                tuple(model.pos_embed.W_pos.shape),
+                kind="embedding",
+                owner="pos_embed",
+                weight="W_pos",
+                bias=None,
+                layout="in_out",
+                x=Tap("pos_embed", "input", position_rows),
+                y=Tap("pos_embed", "output"),
+            )
 
     def _add_attention(self, block: nn.Module, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.attn"
         grouped = "_W_K" in block.attn._parameters
         for role, heads in (("Q", cfg.n_heads), ("K", cfg.n_key_value_heads), ("V", cfg.n_key_value_heads)):
             heads = heads or cfg.n_heads
+            if grouped and role != "Q" and getattr(cfg, "ungroup_grouped_query_attention", False):
+                self.refused[f"{path}.W_{role}"] = (
+                    "key/value heads are repeated for every query head; call set_ungroup_grouped_query_attention(False)"
+                )
+                continue
             stored = "_" if grouped and role != "Q" else ""
             argument = {"Q": "query_input", "K": "key_input", "V": "value_input"}[role]
-            self._add(f"{path}.W_{role}", (cfg.d_model, heads * cfg.d_head), n_heads=heads, head_side="out", owner=path,
-                      weight=f"{stored}W_{role}", bias=f"{stored}b_{role}", layout="heads_in_out",
-                      x=Tap(path, "input", _keyword(argument)), y=Tap(f"{path}.hook_{role.lower()}", "output"))
-        self._add(f"{path}.W_O", (cfg.n_heads * cfg.d_head, cfg.d_model), n_heads=cfg.n_heads, head_side="in", owner=path,
-                  weight="W_O", bias="b_O", layout="heads_out_in", x=Tap(f"{path}.hook_z", "output"), y=Tap(path, "output"))
+            self._add(
+                f"{path}.W_{role}",
+                (cfg.d_model, heads * cfg.d_head),
+                n_heads=heads,
+                head_side="out",
+                owner=path,
+                weight=f"{stored}W_{role}",
+                bias=f"{stored}b_{role}",
+                layout="heads_in_out",
+                x=Tap(path, "input", _keyword(argument)),
+                y=Tap(f"{path}.hook_{role.lower()}", "output"),
+            )
+        self._add(
+            f"{path}.W_O",
+            (cfg.n_heads * cfg.d_head, cfg.d_model),
+            n_heads=cfg.n_heads,
+            head_side="in",
+            owner=path,
+            weight="W_O",
+            bias="b_O",
+            layout="heads_out_in",
+            x=Tap(f"{path}.hook_z", "output"),
+            y=Tap(path, "output"),
+        )
 
     def _add_mlp(self, block: nn.Module, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.mlp"
@@ -81,17 +121,49 @@ class HookedTransformerAdapter(LensAdapter):
         shape = tuple(block.mlp.W_in.shape)
         x = Tap(path, "input")
         if gated:  # a gated MLP adds b_in after gating, so it is not the bias of x W_in
-            self._add(f"{path}.W_gate", shape, owner=path, weight="W_gate", bias=None, layout="in_out", x=x,
-                      y=Tap(f"{path}.hook_pre", "output"))
-        self._add(f"{path}.W_in", shape, owner=path, weight="W_in", bias=None if gated else "b_in", layout="in_out", x=x,
-                  y=Tap(f"{path}.hook_pre_linear" if gated else f"{path}.hook_pre", "output"))
-        self._add(f"{path}.W_out", shape[::-1], owner=path, weight="W_out", bias="b_out", layout="in_out",
-                  x=Tap(f"{path}.hook_post", "output"), y=Tap(path, "output"))
+            self._add(
+                f"{path}.W_gate",
+                shape,
+                owner=path,
+                weight="W_gate",
+                bias=None,
+                layout="in_out",
+                x=x,
+                y=Tap(f"{path}.hook_pre", "output"),
+            )
+        self._add(
+            f"{path}.W_in",
+            shape,
+            owner=path,
+            weight="W_in",
+            bias=None if gated else "b_in",
+            layout="in_out",
+            x=x,
+            y=Tap(f"{path}.hook_pre_linear" if gated else f"{path}.hook_pre", "output"),
+        )
+        self._add(
+            f"{path}.W_out",
+            shape[::-1],
+            owner=path,
+            weight="W_out",
+            bias="b_out",
+            layout="in_out",
+            x=Tap(f"{path}.hook_post", "output"),
+            y=Tap(path, "output"),
+        )
 
     def _add_unembedding(self, model: Any, cfg: Any) -> None:
         shape = tuple(model.unembed.W_U.shape)
-        self._add("unembed.W_U", shape, owner="unembed", weight="W_U", bias="b_U", layout="in_out", x=Tap("unembed"),
-                  y=Tap("unembed"))
+        self._add(
+            "unembed.W_U",
+            shape,
+            owner="unembed",
+            weight="W_U",
+            bias="b_U",
+            layout="in_out",
+            x=Tap("unembed"),
+            y=Tap("unembed"),
+        )
 
     # --- state of the host --------------------------------------------------------------------------------------------
     @property
@@ -105,8 +177,8 @@ class HookedTransformerAdapter(LensAdapter):
 
     # --- running ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def intercept(self, fns: Mapping[str, SiteFn]) -> Iterator[None]:
-        interception = make_interception(self, fns)
+    def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
+        interception = make_interception(self, fns, on_error)
         with contextlib.ExitStack() as stack:
             interception.install(stack, torch_call_hook)
             stack.enter_context(shadowed_method(self.model, "forward", _watched_forward(interception)))
@@ -114,8 +186,8 @@ class HookedTransformerAdapter(LensAdapter):
             yield
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos vocab"]:
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch ..."]:
         if attention_mask is None:
             return self.model(tokens)
         left = bool((attention_mask[:, 0] == 0).any())

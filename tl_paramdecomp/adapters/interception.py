@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
-from tl_paramdecomp.errors import ShapeError, SiteNotFiredError
+from tl_paramdecomp.errors import ShapeError, SiteNotFiredError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
+
+OnError = Callable[[str, Exception], None]
+"""Told the site and what went wrong there."""
 
 
 class RowTracker:
@@ -60,7 +63,13 @@ class RowTracker:
     def fold_rows(self, x: Tensor, y: Tensor, kind: str) -> tuple[int, int] | None:
         """The (batch, length) that a host flattened into one axis before this site, or None."""
         folded = 1 if kind == "embedding" else 2
-        if x.ndim == folded and y.ndim == 2 and self._length and self._batch and x.shape[0] == self._batch * self._length:
+        if (
+            x.ndim == folded
+            and y.ndim == 2
+            and self._length
+            and self._batch
+            and x.shape[0] == self._batch * self._length
+        ):
             return self._batch, self._length
         return None
 
@@ -80,6 +89,8 @@ class RowTracker:
         start, whole = self._start or 0, self._length or length
         if self._prompt is None:
             self._prompt = start + whole
+        if self._length is None and not self._generating and not start:
+            return Span(0, length)  # the host did not say what the rows are: the site's own, then
         if length != whole:
             if not is_last:
                 raise ShapeError(
@@ -97,10 +108,11 @@ class Interception:
     root: nn.Module
     wirings: Mapping[str, Wiring]
     fns: Mapping[str, SiteFn]
+    on_error: OnError | None = None
     tracker: RowTracker = field(default_factory=RowTracker)
 
     def __post_init__(self) -> None:
-        self._x: dict[str, Tensor] = {}
+        self._x: dict[str, Any] = {}
         self._last: list[tuple[nn.Module, int]] = []
         self._biases: dict[str, Tensor | None] = {}
 
@@ -120,33 +132,33 @@ class Interception:
     def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring) -> None:
         x_module, y_module = find_module(self.root, wiring.x.path), find_module(self.root, wiring.y.path)
         if wiring.x.point == "output":
-
-            def keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
-                self._x[name] = output
-
-            handle = x_module.register_forward_hook(keep_output)
+            handle = x_module.register_forward_hook(functools.partial(self._keep_output, name))
             self._last.append((x_module, handle.id))
         else:
-            read = wiring.x.read or (lambda args, kwargs: args[0])
-
-            def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                self._x[name] = read(args, kwargs)
-
-            handle = x_module.register_forward_pre_hook(keep_input, with_kwargs=True)
+            read = wiring.x.read or first_argument
+            handle = x_module.register_forward_pre_hook(
+                functools.partial(self._keep_input, name, read), with_kwargs=True
+            )
         stack.callback(handle.remove)
         if wiring.y.point == "input":
-
-            def replace_input(module: nn.Module, args: tuple) -> tuple:
-                return (self._patched(name, self._take_x(name), args[0]), *args[1:])
-
-            handle = y_module.register_forward_pre_hook(replace_input)
+            handle = y_module.register_forward_pre_hook(functools.partial(self._replace_input, name))
         else:
-
-            def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-                return self._patched(name, self._take_x(name), output)
-
-            handle = y_module.register_forward_hook(replace_output, prepend=True)
+            handle = y_module.register_forward_hook(functools.partial(self._replace_output, name), prepend=True)
         stack.callback(handle.remove)
+
+    def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        self._x[name] = output
+
+    def _keep_input(
+        self, name: str, read: Callable[[tuple, dict], Any], module: nn.Module, args: tuple, kwargs: dict
+    ) -> None:
+        self._x[name] = read(args, kwargs)
+
+    def _replace_input(self, name: str, module: nn.Module, args: tuple) -> tuple:
+        return (self._patched(name, self._take_x(name), args[0]), *args[1:])
+
+    def _replace_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> Any:
+        return self._patched(name, self._take_x(name), output)
 
     def begin(self, start: int, tokens: Tensor | None) -> None:
         """A forward pass begins: forget the last one, and move to the end of the queue where inputs are read."""
@@ -157,13 +169,13 @@ class Interception:
                 module._forward_hooks.move_to_end(hook_id)
 
     # --- at the sites -----------------------------------------------------------------------------------------------
-    def _call(self, names: list[str], x: Tensor, y: Tensor) -> Tensor:
+    def _call(self, names: list[str], x: Any, y: Any) -> Any:
         """A module that is itself one site, or holds several fused side by side."""
         for name in names:
             y = self._patched(name, x, y)
         return y
 
-    def _take_x(self, name: str) -> Tensor:
+    def _take_x(self, name: str) -> Any:
         if name not in self._x:
             raise SiteNotFiredError(
                 f"{name} gave an output, but its input never passed {self.wirings[name].x.path!r}. "
@@ -171,9 +183,23 @@ class Interception:
             )
         return self._x.pop(name)
 
-    def _patched(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _patched(self, name: str, x: Any, y: Any) -> Any:
         self.tracker.fired.add(name)
+        try:
+            return self._replaced(name, x, y)
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            self.on_error(name, error)
+            return y
+
+    def _replaced(self, name: str, x: Any, y: Any) -> Tensor:
         wiring = self.wirings[name]
+        for tensor, way in ((x, "receives"), (y, "gives")):
+            if not isinstance(tensor, Tensor):
+                raise UnsupportedSiteError(
+                    f"{name} {way} a {type(tensor).__name__}, not a tensor: it is no plain linear map."
+                )
         rows = matching_rows(x, y, wiring)
         folded = self.tracker.fold_rows(rows.x, rows.y, wiring.site.kind)
         if folded is not None:
@@ -184,6 +210,11 @@ class Interception:
         new = self.fns[name](SiteCall(rows.x, rows.y, self._biases[name], span))
         if new is rows.y:
             return y
+        if new.ndim != rows.y.ndim:
+            raise ShapeError(
+                f"The masks of {name} have {new.ndim - 1} axes of rows, but its output is {list(rows.y.shape)}; "
+                "give masks that broadcast to it."
+            )
         if rows.padding is not None:
             new = torch.where(rows.padding.unsqueeze(-1), rows.y, new)
         if folded is not None:
@@ -236,14 +267,15 @@ def matching_rows(x: Tensor, y: Tensor, wiring: Wiring) -> MatchedRows:
     elif x.ndim == flat_y.ndim + 1 and x.shape[-1] == site.d_in:
         if not bool((x == x[..., :1, :]).all()):
             raise ShapeError(
-                f"The heads of {site.name} read different inputs (use_split_qkv_input with an edit at one head); "
-                "one weight for all heads has no single input then. Patch without splitting the inputs."
+                f"The heads of {site.name} read different inputs (use_split_qkv_input or use_attn_in, and an edit at one "
+                "head); one weight for all heads has no single input then. Call set_use_split_qkv_input(False) and "
+                "set_use_attn_in(False)."
             )
         x = x[..., 0, :]
     if flat_y.shape[-1] != site.d_out or (site.kind == "linear" and x.shape[-1] != site.d_in):
         raise ShapeError(
             f"{site.name} maps {site.d_in} to {site.d_out}, but the host passes {list(x.shape)} in and {list(y.shape)} out. "
-            "A flag that regroups heads (ungroup_grouped_query_attention) does this; switch it off."
+            "A flag that regroups heads does this; call set_ungroup_grouped_query_attention(False)."
         )
     return MatchedRows(x, flat_y, padding)
 
@@ -260,17 +292,22 @@ def host_output(new: Tensor, y: Tensor, wiring: Wiring) -> Tensor:
 
 
 @contextlib.contextmanager
-def torch_call_hook(module: nn.Module, fn: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+def torch_call_hook(module: nn.Module, fn: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Intercept one module's call by a torch forward hook that runs before all others."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        return fn(args[0] if args else next(iter(kwargs.values())), output)
-
-    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+    handle = module.register_forward_hook(functools.partial(_on_call, fn), prepend=True, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _on_call(fn: Callable[[Any, Any], Any], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    return fn(first_argument(args, kwargs), output)
+
+
+def first_argument(args: tuple, kwargs: dict) -> Any:
+    """What a module was called with first, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ to a site's input are then seen, and its `.output` shows the patched value.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from tl_paramdecomp.adapters.interception import torch_call_hook
+from tl_paramdecomp.adapters.interception import first_argument, torch_call_hook
 from tl_paramdecomp.adapters.torch_module import TorchModuleAdapter
 from tl_paramdecomp.errors import UnsupportedModelError
 
@@ -29,42 +30,36 @@ class NNsightAdapter(TorchModuleAdapter):
             raise UnsupportedModelError(
                 f"nnsight's {kind} holds no weights on this side that can be read; wrap the transformers model itself."
             )
-        if any(parameter.is_meta for parameter in model._module.parameters()):
-            raise UnsupportedModelError(
-                f"This {kind} has not loaded its weights (they are on the meta device). Remote models are not supported; "
-                "for a local one pass dispatch=True."
-            )
         super().__init__(model)
 
     @property
     def root(self) -> nn.Module:
         return self.model._module
 
-    def call_hook(
-        self, module: nn.Module, fn: Callable[[Tensor, Tensor], Tensor]
-    ) -> contextlib.AbstractContextManager[None]:
+    def call_hook(self, module: nn.Module, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
         state = module.__dict__.get(CONTROLLER_STATE)
         return torch_call_hook(module, fn) if not hasattr(state, "body") else _inside_controller(state, fn)
 
     def envoy(self, path: str) -> Any:
         """The envoy of the module at a dotted path."""
         envoy = self.model
-        for part in path.split("."):
+        for part in path.split(".") if path else ():
             envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
         return envoy
 
 
 @contextlib.contextmanager
-def _inside_controller(state: Any, fn: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+def _inside_controller(state: Any, fn: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Run `fn(x, y)` on one module's call, within nnsight's controller."""
     body = state.body
-
-    def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        return fn(x, body(module, *args, **kwargs))
-
-    state.body = patched
+    state.body = functools.partial(_patched_body, fn, body)
     try:
         yield
     finally:
         state.body = body
+
+
+def _patched_body(
+    fn: Callable[[Any, Any], Any], body: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    return fn(first_argument(args, kwargs), body(module, *args, **kwargs))

@@ -6,20 +6,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
-from tl_paramdecomp.adapters.interception import Interception, shadowed_method, torch_call_hook
+from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.probe import probe
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
+    block_refusals,
     find_blocks,
+    is_plain,
     linear_kind,
     module_wiring,
     name_block,
+    storage_of,
+    unreachable_matrices,
 )
-from tl_paramdecomp.adapters.wiring import Wiring, find_module
+from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn
 
@@ -36,42 +40,55 @@ class TorchModuleAdapter(ModelAdapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
+        refuse_wrapped(self.root)
         config = getattr(self.root, "config", None)
-        self._is_language_model = hasattr(config, "model_type")
+        self._is_language_model = hasattr(config, "model_type") and self.root.main_input_name == "input_ids"
         if self._is_language_model:
-            self._name_language_model(config)
+            self._name_language_model(config.get_text_config())
         covered = {wiring.owner for wiring in self.wirings.values()}
         for path, module in self.root.named_modules():
-            if path and path not in covered and (isinstance(module, nn.Embedding) or linear_kind(module) is not None):
-                self._add(module_wiring(f"{path}.weight", path, module))
+            if path not in covered and (isinstance(module, nn.Embedding) or linear_kind(module) is not None):
+                self._add(module_wiring(f"{path}.weight".lstrip("."), path, module))
+        if self._is_language_model:
+            covered = {storage_of(find_module(self.root, w.owner).weight) for w in self.wirings.values()}
+            self.refused |= unreachable_matrices(self.root, covered)
+            known = config.model_type in KNOWN_FAMILIES
+            if not known or not all(is_plain(find_module(self.root, w.owner)) for w in self.wirings.values()):
+                self.wirings, reasons = probe(self, self._run_probe)
+                self.refused |= reasons
         if not self.wirings:
             raise UnsupportedModelError(
                 f"{type(self.root).__name__} holds no linear map or embedding table that can be read "
                 f"(nn.Linear, Conv1D, nn.Embedding). {self._refusals()}"
             )
-        if self._is_language_model and config.model_type not in KNOWN_FAMILIES:
-            self._probe()
 
     def _add(self, wiring: Wiring) -> None:
-        weight = getattr(find_module(self.root, wiring.owner), wiring.weight)
-        if weight.is_floating_point():
-            self.wirings[wiring.site.name] = wiring
+        module = find_module(self.root, wiring.owner)
+        weight, name = getattr(module, wiring.weight), wiring.site.name
+        if weight.dtype not in READABLE:
+            self.refused[name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
+        elif not self._is_language_model and not is_plain(module):
+            self.refused[name] = f"{type(module).__name__} has a forward of its own, or is used without being called"
         else:
-            self.refused[wiring.site.name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
+            self.wirings[name] = wiring
 
     def _name_language_model(self, config: Any) -> None:
         paths = {id(module): path for path, module in self.root.named_modules()}
         embedding, output = (_maybe(self.root, f"get_{side}_embeddings") for side in ("input", "output"))
         if isinstance(embedding, nn.Embedding) and id(embedding) in paths:
             self._add(module_wiring("embed.W_E", paths[id(embedding)], embedding))
-        for path in POSITIONS:
-            with contextlib.suppress(AttributeError):
-                self._add(module_wiring("pos_embed.W_pos", path, find_module(self.root, path)))
+        parent = paths.get(id(embedding), "").rpartition(".")[0]
+        for path in (f"{parent}.{name}".lstrip(".") for name in (*POSITIONS, "position_embeddings")):
+            if isinstance(module := _maybe_module(self.root, path), nn.Embedding):
+                self._add(module_wiring("pos_embed.W_pos", path, module))
                 break
-        blocks = find_blocks(self.root, config)
-        if blocks is not None:
-            for i, block in enumerate(blocks[1]):
-                for wiring in name_block(block, config, f"{blocks[0]}.{i}", i).values():
+        blocks = find_blocks(self.root, config, paths.get(id(embedding), ""))
+        for i, block in enumerate(blocks[1] if blocks else ()):
+            wirings = name_block(block, config, f"{blocks[0]}.{i}", i)
+            reasons = block_refusals(wirings, block, i)
+            self.refused |= reasons
+            for wiring in wirings.values():
+                if wiring.site.name not in reasons:
                     self._add(wiring)
         if output is not None and id(output) in paths and linear_kind(output) is not None:
             wiring = module_wiring("unembed.W_U", paths[id(output)], output)
@@ -79,12 +96,8 @@ class TorchModuleAdapter(ModelAdapter):
                 wiring = replace(wiring, site=replace(wiring.site, tied_to="embed.W_E"))
             self._add(wiring)
 
-    def _probe(self) -> None:
-        tokens = torch.arange(3, device=self.device).unsqueeze(0)
-        self.refused |= probe(self, lambda: self.root(tokens))
-        self.wirings = {name: w for name, w in self.wirings.items() if name not in self.refused}
-        if not self.wirings:
-            raise UnsupportedModelError(f"{type(self.root).__name__} has no site that is exact. {self._refusals()}")
+    def _run_probe(self) -> Tensor:
+        return self.forward(torch.arange(3, device=self.device).unsqueeze(0))
 
     def _refusals(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.refused.items())[:3])
@@ -95,25 +108,25 @@ class TorchModuleAdapter(ModelAdapter):
 
     # --- running ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def intercept(self, fns: Mapping[str, SiteFn]) -> Iterator[None]:
-        interception = make_interception(self, fns)
+    def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
+        interception = make_interception(self, fns, on_error)
         with contextlib.ExitStack() as stack:
             interception.install(stack, self.call_hook)
-            watch_forward(stack, self.root, interception, embedding="embed.W_E")
+            watch_forward(stack, self.root, interception)
             watch_generate(stack, self.root, interception)
             yield
 
-    def call_hook(
-        self, module: nn.Module, fn: Callable[[Tensor, Tensor], Tensor]
-    ) -> contextlib.AbstractContextManager[None]:
+    def call_hook(self, module: nn.Module, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
         """Intercept one module's own call."""
         return torch_call_hook(module, fn)
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos vocab"]:
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch ..."]:
         out = self.root(tokens) if attention_mask is None else self.root(tokens, attention_mask=attention_mask)
-        return getattr(out, "logits", out)
+        for name in ("logits", "last_hidden_state"):
+            out = getattr(out, name, out)
+        return out[0] if isinstance(out, (tuple, list)) else out
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         super().write_weights(weights)
@@ -180,10 +193,41 @@ def cached_columns(kwargs: Mapping[str, Any]) -> int:
 
 def input_rows(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The token rows (or their embeddings) of a forward pass; None where the input is something else."""
-    for rows in (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds")):
-        if isinstance(rows, Tensor) and (rows.ndim == 3 or (rows.ndim == 2 and not rows.is_floating_point())):
+    for rows in (kwargs.get("input_ids"), *args[:1]):
+        if isinstance(rows, Tensor) and rows.ndim == 2 and not rows.is_floating_point():
             return rows
-    return None
+    return kwargs.get("inputs_embeds")
+
+
+def refuse_wrapped(root: nn.Module) -> None:
+    """Refuse modules that would run past the hooks put on them, or whose weights hold no numbers.
+
+    Raises:
+        UnsupportedModelError: The module is a wrapper for several devices, compiled, an encoder-decoder, or on the meta
+            device.
+    """
+    kind = type(root).__name__
+    if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise UnsupportedModelError(f"{kind} runs copies or shards of the model; give the model inside it (.module).")
+    if kind == "OptimizedModule" or getattr(root, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError(
+            "A compiled model runs past hooks that are put on it later; give the model as it was before torch.compile."
+        )
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder; decoder-only language models are supported.")
+    if any(parameter.is_meta for parameter in root.parameters()):
+        raise UnsupportedModelError(
+            f"This {kind} has parameters on the meta device, which hold no numbers: it is remote, offloaded, or not loaded "
+            "yet. Load the whole model on this side (nnsight: dispatch=True)."
+        )
+
+
+def _maybe_module(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path, or None."""
+    try:
+        return find_module(root, path)
+    except AttributeError:
+        return None
 
 
 def _maybe(model: Any, method: str) -> Any:

@@ -11,18 +11,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
-from tl_paramdecomp.adapters.interception import torch_call_hook
+from tl_paramdecomp.adapters.interception import OnError, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.torch_module import watch_forward, watch_generate
-from tl_paramdecomp.adapters.transformers_names import linear_kind, module_wiring, with_heads
-from tl_paramdecomp.adapters.wiring import Tap, Wiring
+from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_forward, watch_generate
+from tl_paramdecomp.adapters.transformers_names import (
+    ROLES,
+    block_refusals,
+    linear_kind,
+    module_wiring,
+    plain_path,
+    storage_of,
+    unreachable_matrices,
+    with_heads,
+)
+from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, read_parameter
 from tl_paramdecomp.errors import UnsupportedModelError
-from tl_paramdecomp.sites import SiteFn, WeightSite
+from tl_paramdecomp.sites import SiteFn
 
 PARTS = {
     "attn.W_Q": "attn.q", "attn.W_K": "attn.k", "attn.W_V": "attn.v", "attn.W_O": "attn.o",
@@ -46,10 +55,11 @@ class TransformerBridgeAdapter(LensAdapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
+        kind = getattr(model.cfg, "architecture", None) or type(model).__name__
+        refuse_wrapped(model.original_model)
         if not hasattr(model, "blocks"):
             raise UnsupportedModelError(
-                f"This bridge of {getattr(model.cfg, 'architecture', type(model).__name__)} has no list of decoder blocks; "
-                "only decoder-only language models are supported."
+                f"This bridge of {kind} has no list of decoder blocks; only decoder-only language models are supported."
             )
         self._paths = {id(module): path for path, module in model.original_model.named_modules()}
         self._add_table("embed.W_E", "embed")
@@ -57,27 +67,34 @@ class TransformerBridgeAdapter(LensAdapter):
         for i, block in enumerate(model.blocks):
             self._add_block(block, i)
         self._add_unembedding()
+        if kind not in KNOWN_ARCHITECTURES or any(self.signature()):
+            self._add_the_rest()
+            self.wirings, reasons = probe(self, self._run_probe)
+            self.refused |= reasons
         if not self.wirings:
-            raise UnsupportedModelError("This bridge wraps no linear map that can be read.")
-        if getattr(model.cfg, "architecture", None) not in KNOWN_ARCHITECTURES or self.processing:
-            self._probe()
+            name, reason = next(iter(self.refused.items()), ("Its tree", "holds no linear map that can be read"))
+            raise UnsupportedModelError(f"No site of this bridge of {kind} is exact. {name}: {reason}.")
 
     def _component(self, path: str) -> Any:
         module: Any = self.model
         for part in path.split("."):
-            module = module._modules.get(part) if part in getattr(module, "_modules", {}) else getattr(module, part, None)
+            module = (
+                module._modules.get(part) if part in getattr(module, "_modules", {}) else getattr(module, part, None)
+            )
             if module is None:
                 return None
         return module
 
     def _add(self, wiring: Wiring, path: str, component: Any) -> None:
-        hf_path = self._paths.get(id(component))
-        aliases = (path, *((hf_path, f"{hf_path}.weight") if hf_path else ()))
-        weight = getattr(component.original_component, "weight", None)
-        if weight is not None and not weight.is_floating_point():
+        hf_path = plain_path(self._paths.get(id(component), ""))
+        if component is not None:
+            aliases = (path, *((hf_path, f"{hf_path}.weight") if hf_path else ()))
+            wiring = replace(wiring, site=replace(wiring.site, aliases=aliases))
+        weight = getattr(find_module(self.root, wiring.owner), wiring.weight)
+        if weight.dtype not in READABLE:
             self.refused[wiring.site.name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
             return
-        self.wirings[wiring.site.name] = replace(wiring, site=replace(wiring.site, aliases=aliases))
+        self.wirings[wiring.site.name] = wiring
 
     def _add_table(self, name: str, path: str) -> None:
         component = self._component(path)
@@ -89,21 +106,43 @@ class TransformerBridgeAdapter(LensAdapter):
 
     def _add_block(self, block: nn.Module, i: int) -> None:
         cfg = self.model.cfg
+        found: dict[str, Wiring] = {}
         for role, part in PARTS.items():
             name, path = f"blocks.{i}.{role}", f"blocks.{i}.{part}"
-            component = self._component(path)
-            original = getattr(component, "original_component", None)
+            original = getattr(self._component(path), "original_component", None)
             if original is None:
                 continue
             if linear_kind(original) is None:
                 self.refused[name] = f"{type(original).__name__} is not one linear map"
             elif role in ("attn.W_Q", "attn.W_K", "attn.W_V") and any(getattr(cfg, f, False) for f in SPLITTING_FLAGS):
-                self.refused[name] = "the heads' inputs are split; call set_use_split_qkv_input(False) and set_use_attn_in(False)"
+                self.refused[name] = (
+                    "the heads' inputs are split; call set_use_split_qkv_input(False) and set_use_attn_in(False)"
+                )
             elif role == "attn.W_O" and getattr(cfg, "use_attn_result", False):
                 self.refused[name] = "the heads' results are computed one by one; call set_use_attn_result(False)"
             else:
                 wiring = with_heads(module_wiring(name, f"{path}.original_component", original), role, cfg)
-                self._add(self._processed(wiring, i) or wiring, path, component)
+                found[name] = self._processed(wiring, i) or wiring
+        self._find_unwrapped(block, i, found)
+        for name, reason in block_refusals(found, block, i).items():
+            found.pop(name, None)
+            self.refused.setdefault(name, reason)
+        for name, wiring in found.items():
+            path = f"blocks.{i}.{PARTS[name.split('.', 2)[2]]}"
+            self._add(wiring, path, self._component(path))
+
+    def _find_unwrapped(self, block: nn.Module, i: int, found: dict[str, Wiring]) -> None:
+        """Roles that modules play which the bridge leaves as transformers has them, such as a dense MLP among experts."""
+        top = self._paths.get(id(block))
+        modules = {plain_path(path): (path, module) for path, module in block.named_modules() if linear_kind(module)}
+        for role, candidates in ROLES.items():
+            name, chosen = f"blocks.{i}.{role}", next((c for c in candidates if c in modules), None)
+            if top is None or chosen is None or name in found or name in self.refused:
+                continue
+            path, module = modules[chosen]
+            wiring = with_heads(module_wiring(name, f"original_model.{top}.{path}", module), role, self.model.cfg)
+            aliases = (f"{plain_path(top)}.{chosen}", f"{plain_path(top)}.{chosen}.weight")
+            found[name] = replace(wiring, site=replace(wiring.site, aliases=aliases))
 
     def _processed(self, wiring: Wiring, i: int) -> Wiring | None:
         """Wiring of a gated MLP in compatibility mode, which multiplies its own processed weights."""
@@ -111,14 +150,23 @@ class TransformerBridgeAdapter(LensAdapter):
         role = wiring.site.name.rsplit(".", 1)[1]
         if role not in ("W_gate", "W_in", "W_out") or not getattr(mlp, "_use_processed_weights", False):
             return None
-        if getattr(mlp, f"_processed_{role}", None) is None:
-            return None
         path, part = f"blocks.{i}.mlp", {"W_gate": "gate", "W_in": "in", "W_out": "out"}[role]
-        bias = f"_processed_{role.replace('W_', 'b_')}"
+        if getattr(mlp, "gate", None) is None:
+            return None
         x = Tap(f"{path}.out.hook_in", "output") if role == "W_out" else Tap(f"{path}.hook_in", "output")
+        wiring = replace(wiring, x=x, y=Tap(f"{path}.{part}.hook_out", "output"))
+        if getattr(mlp, f"_processed_{role}", None) is None:  # transformer-lens 4 keeps them in the module itself
+            return wiring
+        bias = f"_processed_{role.replace('W_', 'b_')}"
         has_bias = getattr(mlp, bias, None) is not None
-        return replace(wiring, owner=path, weight=f"_processed_{role}", bias=bias if has_bias else None, layout="out_in", x=x,
-                       y=Tap(f"{path}.{part}.hook_out", "output"), site=replace(wiring.site, has_bias=has_bias))
+        return replace(
+            wiring,
+            owner=path,
+            weight=f"_processed_{role}",
+            bias=bias if has_bias else None,
+            layout="out_in",
+            site=replace(wiring.site, has_bias=has_bias),
+        )
 
     def _add_unembedding(self) -> None:
         component = self._component("unembed")
@@ -131,15 +179,24 @@ class TransformerBridgeAdapter(LensAdapter):
             wiring = replace(wiring, site=replace(wiring.site, tied_to="embed.W_E"))
         self._add(wiring, "unembed", component)
 
-    def _probe(self) -> None:
-        tokens = torch.arange(3, device=self.device).unsqueeze(0)
-        self.refused |= probe(self, lambda: self.model(tokens))
-        self.wirings = {name: w for name, w in self.wirings.items() if name not in self.refused}
-        if not self.wirings:
-            name, reason = next(iter(self.refused.items()))
-            raise UnsupportedModelError(
-                f"No site of {getattr(self.model.cfg, 'architecture', 'this bridge')} is exact. {name}: {reason}"
-            )
+    def _add_the_rest(self) -> None:
+        """Linear maps that the bridge has no role for, under their names in transformers."""
+        covered = {storage_of(read_parameter(self.root, wiring)) for wiring in self.wirings.values()}
+        for path, module in self.model.original_model.named_modules():
+            plain = plain_path(path)
+            if not isinstance(module, nn.Embedding) and linear_kind(module) is None:
+                continue
+            if plain.endswith(".qkv"):
+                self.refused[f"{plain}.weight"] = "the bridge multiplies its three parts: W_Q, W_K and W_V"
+                covered.add(storage_of(module.weight))
+            elif module.weight.dtype in READABLE and storage_of(module.weight) not in covered:
+                wiring = module_wiring(f"{plain}.weight", f"original_model.{path}", module)
+                self.wirings[wiring.site.name] = replace(wiring, site=replace(wiring.site, aliases=(plain,)))
+                covered.add(storage_of(module.weight))
+        self.refused |= unreachable_matrices(self.model.original_model, covered)
+
+    def _run_probe(self) -> Tensor:
+        return self.forward(torch.arange(3, device=self.device).unsqueeze(0))
 
     # --- state of the host --------------------------------------------------------------------------------------------
     @property
@@ -160,8 +217,8 @@ class TransformerBridgeAdapter(LensAdapter):
 
     # --- running ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def intercept(self, fns: Mapping[str, SiteFn]) -> Iterator[None]:
-        interception = make_interception(self, fns)
+    def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
+        interception = make_interception(self, fns, on_error)
         with contextlib.ExitStack() as stack:
             interception.install(stack, torch_call_hook)
             watch_forward(stack, self.model.original_model, interception)
@@ -169,8 +226,8 @@ class TransformerBridgeAdapter(LensAdapter):
             yield
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos vocab"]:
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch ..."]:
         return self.model(tokens) if attention_mask is None else self.model(tokens, attention_mask=attention_mask)
 
     # --- hook points --------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 Every host is torch underneath, so one description serves them all; what differs is which modules a host names.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_paramdecomp.errors import UnsupportedSiteError
@@ -18,6 +19,10 @@ Layout = Literal["in_out", "out_in", "heads_in_out", "heads_out_in"]
 """How the host stores W: `in_out` [d_in, d_out] (Conv1D, TransformerLens MLPs, embeddings), `out_in` [d_out, d_in]
 (nn.Linear), `heads_in_out` [head, d_model, d_head] (TransformerLens W_Q, W_K, W_V), `heads_out_in` [head, d_head, d_model]
 (its W_O)."""
+
+
+READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Number types of weights that are their own values; 8-bit and smaller ones need scales that only their host knows."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,6 @@ class Wiring:
     """What the host multiplies the product by: Gemma's embedding is sqrt(d_model) times its table."""
     x: Tap = field(default_factory=lambda: Tap(""))
     y: Tap = field(default_factory=lambda: Tap(""))
-    also: tuple[tuple[str, str], ...] = ()
-    """Further (owner, attribute) pairs that share the weight's storage, to be kept in step by a permanent edit."""
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
@@ -75,7 +78,7 @@ def read_parameter(root: nn.Module, wiring: Wiring) -> Tensor:
         raise UnsupportedSiteError(
             f"The weight of {name} is on the meta device and holds no numbers; load the model's weights first."
         )
-    if not tensor.dtype.is_floating_point:
+    if tensor.dtype not in READABLE:
         raise UnsupportedSiteError(
             f"The weight of {name} is stored as {tensor.dtype}: quantised weights cannot be decomposed; "
             "load the model in float32, bfloat16 or float16."
@@ -104,9 +107,7 @@ def read_bias(root: nn.Module, wiring: Wiring) -> Float[Tensor, " d_out"] | None
     return None if bias is None else take_columns(bias.reshape(-1), wiring.columns)
 
 
-def stored_weight(
-    root: nn.Module, wiring: Wiring, matrix: Float[Tensor, "d_in d_out"]
-) -> Float[Tensor, "..."]:
+def stored_weight(root: nn.Module, wiring: Wiring, matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "..."]:
     """The host's whole tensor with this site's part replaced by `matrix`, in the host's layout and dtype."""
     old = read_parameter(root, wiring).detach()
     matrix = matrix.to(old.dtype) if wiring.scale == 1.0 else (matrix / wiring.scale).to(old.dtype)
@@ -126,7 +127,7 @@ def take_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None) -> Ten
         return tensor
     if isinstance(columns, slice):
         return tensor[..., columns]
-    return tensor.index_select(-1, torch.tensor(columns, device=tensor.device))
+    return tensor.index_select(-1, _indices(columns, tensor.device))
 
 
 def put_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None, part: Tensor) -> None:
@@ -136,7 +137,12 @@ def put_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None, part: T
     elif isinstance(columns, slice):
         tensor[..., columns] = part
     else:
-        tensor.index_copy_(-1, torch.tensor(columns, device=tensor.device), part)
+        tensor.index_copy_(-1, _indices(columns, tensor.device), part)
+
+
+@functools.lru_cache(maxsize=4096)
+def _indices(columns: tuple[int, ...], device: torch.device) -> Int[Tensor, " columns"]:
+    return torch.tensor(columns, device=device)
 
 
 def interleaved_columns(n_groups: int, group: int, d_head: int, which: range | int) -> tuple[int, ...]:

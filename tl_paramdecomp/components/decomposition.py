@@ -30,7 +30,8 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         ShapeError, DtypeError: Factors do not fit their site.
     """
 
-    __hash__ = nn.Module.__hash__  # Mapping compares by content and so cannot be hashed; a module must be
+    # Mapping compares by content and so cannot be hashed; a module must be
+    __hash__ = nn.Module.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
     def __init__(
@@ -52,7 +53,7 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         self.info = dict(info or {})
         self.importance = None if importance is None else ImportanceFunction(self, importance, generator)
 
-    # --- a Mapping ------------------------------------------------------------------------------------------------------
+    # --- a Mapping ----------------------------------------------------------------------------------------------------
     def __getitem__(self, site: str) -> Components:
         if module_key(site) in self._components:
             return self._components[module_key(site)]  # type: ignore[return-value]
@@ -65,9 +66,15 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         return len(self._components)
 
     def __contains__(self, site: object) -> bool:
-        return isinstance(site, str) and module_key(site) in self._components
+        return any(site == c.site.name or site in c.site.aliases for c in self._components.values())  # type: ignore
 
-    # --- reading --------------------------------------------------------------------------------------------------------
+    def get(self, site: str, default: Any = None) -> Any:
+        """Components of a site, or `default` where the decomposition has none."""
+        if site not in self:
+            return default
+        return self[site]
+
+    # --- reading ------------------------------------------------------------------------------------------------------
     @property
     def sites(self) -> dict[str, WeightSite]:
         """The decomposed sites by name, in execution order."""
@@ -90,12 +97,12 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         """
         if self.importance is None:
             raise NoImportanceError(
-                "This decomposition has no causal-importance function (it was made from factors, or by a method without "
-                "one); train one with tl_paramdecomp.decompose(..., method=SPD(...))."
+                "This decomposition has no causal-importance function (it was made from factors, or by a method "
+                "without one); train one with tl_paramdecomp.decompose(..., method=SPD(...))."
             )
         return self.importance(inputs, self)
 
-    # --- files ----------------------------------------------------------------------------------------------------------
+    # --- files --------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
         """Write `components.safetensors` and `decomposition.json` into a folder, atomically.
 
@@ -110,5 +117,6 @@ class Decomposition(nn.Module, Mapping[str, Components]):
 
         Raises:
             DecompositionFileError: The folder or a file is missing, broken, foreign or of a newer format.
+            DeviceError: There is no such device.
         """
         return files.load(cls, Path(folder), device)

@@ -1,15 +1,15 @@
-"""Components of one weight site: V [d_in, C] reads, U [C, d_out] writes, and component c is the rank-one V[:, c] U[c, :].
+"""Components of one weight site: V [d_in, C] reads, U [C, d_out] writes, component c is the rank-one V[:, c] U[c, :].
 
 `h = x V` are the component activations. For an embedding site x is a tensor of indices and h their rows of V.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from tl_paramdecomp.errors import DtypeError, ShapeError
+from tl_paramdecomp.errors import DeviceError, DtypeError, ShapeError
 from tl_paramdecomp.sites import WeightSite
 
 
@@ -18,15 +18,16 @@ class Components(nn.Module):
 
     Raises:
         ShapeError: V and U do not fit the site or each other.
-        DtypeError: V or U is not floating point.
+        DtypeError: V or U is not floating point, or they differ.
+        DeviceError: V and U are on different devices.
     """
 
-    def __init__(self, site: WeightSite, V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> None:
+    def __init__(self, site: WeightSite, V: Tensor, U: Tensor) -> None:
         super().__init__()
         check_factors(site, V, U)
         self.site = site
-        self.V = nn.Parameter(V.detach().clone().contiguous())
-        self.U = nn.Parameter(U.detach().clone().contiguous())
+        self.V: Float[Tensor, "d_in C"] = nn.Parameter(V.detach().clone().contiguous())
+        self.U: Float[Tensor, "C d_out"] = nn.Parameter(U.detach().clone().contiguous())
 
     @property
     def n_components(self) -> int:
@@ -57,7 +58,7 @@ class Components(nn.Module):
         return torch.einsum("...hc,chd->...hd", h, u).flatten(-2)
 
     def _heads(self, side: Literal["in", "out"]) -> int:
-        assert self.site.n_heads is not None and self.site.head_side == side, f"{self.site.name} has no heads at its {side}put"
+        assert self.site.n_heads is not None and self.site.head_side == side, f"{self.site.name} has no such heads"
         return self.site.n_heads
 
     def extra_repr(self) -> str:
@@ -72,28 +73,28 @@ class EmbeddingComponents(Components):
         return nn.functional.embedding(x, self.V if only is None else self.V[:, only])
 
 
-def make_components(site: WeightSite, V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> Components:
-    """Components of the kind that a site needs."""
+def make_components(site: WeightSite, V: Tensor, U: Tensor) -> Components:
+    """Components V [d_in, C] and U [C, d_out] of the kind that a site needs."""
     return (EmbeddingComponents if site.kind == "embedding" else Components)(site, V, U)
 
 
-def check_factors(site: WeightSite, V: Tensor, U: Tensor) -> None:
+def check_factors(site: WeightSite, V: Any, U: Any) -> None:
     """Refuse factors that are not V [d_in, C] and U [C, d_out] of a site.
 
     Raises:
-        ShapeError, DtypeError: as said.
+        ShapeError, DtypeError, DeviceError: as said.
     """
     for letter, tensor in (("V", V), ("U", U)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise DtypeError(f"{letter} of {site.name} must be a floating-point tensor, not {given}.")
-    fits = V.ndim == 2 and U.ndim == 2 and V.shape[0] == site.d_in and U.shape[1] == site.d_out and V.shape[1] == U.shape[0]
+    fits = V.ndim == U.ndim == 2 and V.shape[1] == U.shape[0] and (V.shape[0], U.shape[1]) == (site.d_in, site.d_out)
     if not fits or V.shape[1] == 0:
         raise ShapeError(
             f"{site.name} needs V [d_in={site.d_in}, C] and U [C, d_out={site.d_out}] with C >= 1; "
             f"given V {list(V.shape)} and U {list(U.shape)}."
         )
-    if V.dtype != U.dtype or V.device != U.device:
-        raise DtypeError(
-            f"V and U of {site.name} must share dtype and device; given {V.dtype} on {V.device} and {U.dtype} on {U.device}."
-        )
+    if V.dtype != U.dtype:
+        raise DtypeError(f"V and U of {site.name} must have one dtype; given {V.dtype} and {U.dtype}.")
+    if V.device != U.device:
+        raise DeviceError(f"V and U of {site.name} must be on one device; given {V.device} and {U.device}.")

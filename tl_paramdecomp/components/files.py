@@ -7,14 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from tl_paramdecomp.components.importance import ImportanceConfig
-from tl_paramdecomp.errors import DecompositionFileError
+from tl_paramdecomp.errors import DecompositionFileError, DeviceError
 from tl_paramdecomp.sites import Fingerprint, WeightSite
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TENSORS, METADATA = "components.safetensors", "decomposition.json"
-T = TypeVar("T")
 
 
 def save(folder: Path, decomposition: "Decomposition") -> Path:
@@ -31,9 +30,14 @@ def save(folder: Path, decomposition: "Decomposition") -> Path:
     Raises:
         DecompositionFileError: The path is a file, a folder of other things, or cannot be written.
     """
-    known = {TENSORS, METADATA}
     if folder.is_file():
         raise DecompositionFileError(f"{folder} is a file; give a folder to save a decomposition in.")
+    if (folder / METADATA).exists():
+        read_metadata(folder)  # refuses a file of that name that is not a decomposition's
+    elif (folder / TENSORS).exists():
+        raise DecompositionFileError(
+            f"{folder} holds a {TENSORS} without its {METADATA}; save into a folder of its own."
+        )
     importance = decomposition.importance
     metadata = {
         "format": FORMAT,
@@ -51,24 +55,29 @@ def save(folder: Path, decomposition: "Decomposition") -> Path:
             write_tensors(Path(scratch) / TENSORS, tensors)
             metadata["sha256"] = _digest(Path(scratch) / TENSORS)
             write_text(Path(scratch) / METADATA, json.dumps(metadata, indent=1))
-            for name in sorted(known):
+            for name in (TENSORS, METADATA):
                 os.replace(Path(scratch) / name, folder / name)
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError, NotImplementedError) as error:
         raise DecompositionFileError(f"Could not save into {folder}: {error}") from error
     return folder
 
 
-def load(cls: type[T], folder: Path, device: torch.device | str) -> T:
+def load(cls: Any, folder: Path, device: torch.device | str) -> Any:
     """Read a decomposition from a folder.
 
     Raises:
         DecompositionFileError: Something is missing, broken, foreign or newer than this version knows.
+        DeviceError: There is no such device.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise DeviceError(f"Cannot load onto {device}: {error}") from error
     metadata, tensors = read_metadata(folder), read_tensors(folder / TENSORS, device)
     if metadata.get("sha256") != _digest(folder / TENSORS):
         raise DecompositionFileError(
-            f"{folder / TENSORS} is not the file that {METADATA} describes: a save was interrupted, or one of the two was "
-            "replaced. Copy both again from where they were saved."
+            f"{folder / TENSORS} is not the file that {METADATA} describes: a save was interrupted, or one of the two "
+            "was replaced. Copy both again from where they were saved."
         )
     try:
         sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
@@ -76,14 +85,16 @@ def load(cls: type[T], folder: Path, device: torch.device | str) -> T:
         factors = {name: (tensors[f"{name}.V"], tensors[f"{name}.U"]) for name in sites}
         settings = metadata["importance"]
         importance = None if settings is None else ImportanceConfig(**settings)
-        made: Any = cls(factors, sites, fingerprints, importance, metadata["info"])
+        made = cls(factors, sites, fingerprints, importance, metadata["info"])
         if importance is not None:
             prefix = "importance:"
-            made.importance.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+            made.importance.load_state_dict(
+                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            )
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DecompositionFileError(
-            f"{folder} holds a decomposition whose files do not agree with each other ({type(error).__name__}: {error}); "
-            "it is damaged or was edited. Copy it again from where it was saved."
+            f"{folder} holds a decomposition whose files do not agree with each other ({type(error).__name__}: "
+            f"{error}); it is damaged or was edited. Copy it again from where it was saved."
         ) from error
     return made
 
@@ -91,7 +102,8 @@ def load(cls: type[T], folder: Path, device: torch.device | str) -> T:
 def read_metadata(folder: Path) -> dict[str, Any]:
     """The JSON half of a saved decomposition."""
     if not folder.is_dir():
-        raise DecompositionFileError(f"There is no folder {folder}; give the folder that Decomposition.save wrote.")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise DecompositionFileError(f"{folder} {found}; give the folder that Decomposition.save wrote.")
     path = folder / METADATA
     if not path.is_file():
         raise DecompositionFileError(f"{folder} holds no {METADATA}; it is not a saved decomposition.")
@@ -141,4 +153,5 @@ def _sync(path: Path) -> None:
 
 def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
     lists = {f.name for f in fields(Fingerprint)} & {"shape", "projections", "means"}
-    return Fingerprint(**{k: tuple(v) if k in lists else v for k, v in values.items()})
+    plain: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in values.items()}
+    return Fingerprint(**plain)

@@ -38,7 +38,7 @@ class _SignGatedClamp(torch.autograd.Function):
         return x.clamp(0.0, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(grad, x, 0.0, 1.0)
         return inside + grad.clamp(max=0.0) * SIGMOID_LEAK * (x <= 0)
@@ -53,14 +53,14 @@ class _LeakyAboveOne(torch.autograd.Function):
         return x.clamp(0.0, 1.0) + SIGMOID_LEAK * (x - 1.0).clamp(min=0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(grad, x, 0.0, 1.0)
         return inside + grad * SIGMOID_LEAK * (x >= 1)
 
 
 def clamped(raw: Float[Tensor, "... C"]) -> Importance:
-    """The authors' later pair: values stay in [0, 1] forward; lower's gradient is 0.01 below 0 where the loss wants it up."""
+    """The authors' later pair: values in [0, 1]; below 0 lower's gradient leaks (0.01) where the loss wants it up."""
     return Importance(_SignGatedClamp.apply(raw), _LeakyAboveOne.apply(raw))
 
 
@@ -156,9 +156,7 @@ class ImportanceFunction(nn.Module):
             network = KINDS[config.kind](comps, hidden, generator)
             self.networks[module_key(name)] = network.to(comps.V.device, comps.V.dtype)
 
-    def forward(
-        self, inputs: Mapping[str, Tensor], components: Mapping[str, Components]
-    ) -> dict[str, Importance]:
+    def forward(self, inputs: Mapping[str, Tensor], components: Mapping[str, Components]) -> dict[str, Importance]:
         """Importances [..., C] of every site in `inputs`.
 
         Args:

@@ -32,7 +32,7 @@ def masked_output(
         bias: The bias in y, or None.
 
     Returns:
-        y' in y's dtype, computed in the wider of the dtypes of y and V; broadcast to the masks' batch where it is larger.
+        y' in y's dtype, computed in the wider of the dtypes of y and V; broadcast to the masks' batch if that is more.
     """
     wide = torch.promote_types(y.dtype, components.V.dtype)
     base = _delta_part(y, bias, mask.d, wide)
@@ -42,7 +42,7 @@ def masked_output(
 def _delta_part(y: Tensor, bias: Tensor | None, d: Tensor | float, wide: torch.dtype) -> Tensor:
     """b + d (y - b), which is y itself for d = 1."""
     y = y.to(wide)
-    if isinstance(d, float):
+    if not isinstance(d, Tensor):
         if d == 1.0:
             return y
         d = torch.tensor(d, dtype=wide, device=y.device)
@@ -53,7 +53,7 @@ def _delta_part(y: Tensor, bias: Tensor | None, d: Tensor | float, wide: torch.d
 def _component_part(components: Components, mask: ResolvedMask, x: Tensor) -> Tensor:
     """((m - d) * h) U."""
     if mask.by_head:
-        weight = mask.m - (mask.d if isinstance(mask.d, float) else mask.d[..., None, None])
+        weight = mask.m - (mask.d[..., None, None] if isinstance(mask.d, Tensor) else mask.d)
         if components.site.head_side == "in":
             return (weight * components.head_acts(x)).sum(-2) @ components.U
         return components.head_writes(weight * components.acts(x).unsqueeze(-2))

@@ -1,9 +1,9 @@
 """Masks: which components of each site take part, where, and how much of the delta component.
 
-A `Masks` is an immutable value. It holds, per site, component masks m (1 keeps a component, 0 removes it) and a delta mask d,
-either as tensors that broadcast over [batch, pos, C] and [batch, pos], or as constants with a short list of edits
-(ablate, keep, scale) that are worked out for the columns a forward pass computes. A site that nothing was said about is
-the model itself and costs nothing.
+A `Masks` is an immutable value. It holds, per site, component masks m (1 keeps a component, 0 removes it) and a delta
+mask d, either as tensors that broadcast over [batch, pos, C] and [batch, pos], or as constants with a short list of
+edits (ablate, keep, scale) that are worked out for the columns a forward pass computes. A site that nothing was said
+about is the model itself and costs nothing.
 
 Positions are columns of the token row as it was handed to the model, padding included, counted through the key/value
 cache while decoding. Negative ones count from the end of the prompt and never reach decoded tokens.
@@ -11,23 +11,21 @@ cache while decoding. Negative ones count from the end of the prompt and never r
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_paramdecomp.components.indices import ComponentsLike, component_indices
 from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
 from tl_paramdecomp.errors import (
-    ComponentIndexError,
     DtypeError,
     HeadIndexError,
     MaskNotConstantError,
     ShapeError,
 )
 from tl_paramdecomp.sites import Span, WeightSite, resolve_name
-
-ComponentsLike: TypeAlias = int | Sequence[int] | slice | Tensor
 
 
 class ResolvedMask(NamedTuple):
@@ -44,14 +42,14 @@ class ResolvedMask(NamedTuple):
     @property
     def weight(self) -> Float[Tensor, "... C"]:
         """m - d, what multiplies the component activations in the correction."""
-        return self.m - (self.d if isinstance(self.d, float) else self.d.unsqueeze(-1))
+        return self.m - (self.d.unsqueeze(-1) if isinstance(self.d, Tensor) else self.d)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Edit:
     """Multiply some components' masks by a factor at some positions, and perhaps set the delta mask there."""
 
-    factors: tuple[float, ...]
+    factors: Float[Tensor, " C"]
     """One factor for each component of the site."""
     delta: float | None
     positions: Positions | None
@@ -91,6 +89,13 @@ class SiteMask:
         return m_rows or d_rows or any(edit.positions is not None for edit in self.edits)
 
     @property
+    def touched(self) -> frozenset[int]:
+        """Components whose masks may differ from 1."""
+        if self.m is not None:
+            return frozenset(range(self.n_components))
+        return frozenset(c for edit in self.edits for c in (edit.factors != 1.0).nonzero().flatten().tolist())
+
+    @property
     def keeps_delta(self) -> bool:
         """Whether d is the constant 1, so that the patch only subtracts or adds components."""
         return isinstance(self.d, float) and self.d == 1.0 and all(edit.delta in (None, 1.0) for edit in self.edits)
@@ -123,16 +128,13 @@ class SiteMask:
         """
         plain_m = self.m is None or (self.m.ndim == 1 and not self.m.requires_grad)
         constant = plain_m and not self.by_position and not isinstance(self.d, Tensor)
-        key = (device, dtype)
+        key = (device, dtype, torch.is_inference_mode_enabled())  # autograd refuses what inference mode made
         if constant and key in self._cache:
             return self._cache[key]
-        m = torch.ones(self.n_components, dtype=dtype, device=device) if self.m is None else self.m.to(device, dtype)
-        d: Tensor | float = self.d.to(device, dtype) if isinstance(self.d, Tensor) else self.d
-        m = _at_columns(m, m.ndim - 2, rows, span, self.site.name, "component")
-        d = _at_columns(d, d.ndim - 1, rows, span, self.site.name, "delta") if isinstance(d, Tensor) else d
+        m, d = self._given(rows, span, device, dtype)
         by_head = any(edit.head is not None for edit in self.edits)
         if by_head:
-            m = m.unsqueeze(-2).expand(*m.shape[:-1], self.site.n_heads, m.shape[-1])
+            m = m.unsqueeze(-2).expand(*m.shape[:-1], self.site.n_heads or 1, m.shape[-1])
         for edit in self.edits:
             m, d = self._edited(edit, m, d, by_head, rows, span)
         resolved = ResolvedMask(m, d, by_head)
@@ -141,10 +143,26 @@ class SiteMask:
             self._cache[key] = resolved
         return resolved
 
+    def _given(
+        self, rows: Sequence[int], span: Span, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | float]:
+        """The given values at the columns of one pass; tokens decoded after the prompt they cover get 1 and 1."""
+        m = torch.ones(self.n_components, dtype=dtype, device=device) if self.m is None else self.m.to(device, dtype)
+        d: Tensor | float = self.d.to(device, dtype) if isinstance(self.d, Tensor) else self.d
+        covers = (m.ndim > 1 and m.shape[-2] > 1) or (isinstance(d, Tensor) and d.ndim > 0 and d.shape[-1] > 1)
+        m = _at_columns(m, m.ndim - 2, rows, span, self.site.name, "component")
+        d = _at_columns(d, d.ndim - 1, rows, span, self.site.name, "delta") if isinstance(d, Tensor) else d
+        if covers and span.prompt is not None and span.start + rows[-1] > span.prompt:
+            decoded = torch.arange(span.start, span.start + rows[-1], device=device) >= span.prompt
+            one = torch.ones((), dtype=dtype, device=device)
+            m = torch.where(decoded.unsqueeze(-1), one, m)
+            d = torch.where(decoded, one, torch.as_tensor(d, dtype=dtype, device=device))
+        return m, d
+
     def _edited(
         self, edit: Edit, m: Tensor, d: Tensor | float, by_head: bool, rows: Sequence[int], span: Span
     ) -> tuple[Tensor, Tensor | float]:
-        factors = torch.tensor(edit.factors, dtype=m.dtype, device=m.device)
+        factors = edit.factors.to(m.device, m.dtype)
         if edit.head is not None:
             head = torch.arange(m.shape[-2], device=m.device).unsqueeze(-1) == edit.head
             factors = torch.where(head, factors, torch.ones_like(factors))
@@ -157,11 +175,15 @@ class SiteMask:
         return m, d
 
 
-class Masks(Mapping[str, "SiteMask"]):
+class Masks(Mapping[str, Any]):
     """Masks of every site of a decomposition, as an immutable value.
 
     Every method returns a new value. Sites without an entry of their own are the model itself.
     """
+
+    # Mapping compares by content, which tensors cannot do in one truth value
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
 
     def __init__(self, sites: Mapping[str, WeightSite], n_components: Mapping[str, int]) -> None:
         self._sites = dict(sites)
@@ -170,7 +192,7 @@ class Masks(Mapping[str, "SiteMask"]):
 
     # --- making masks -------------------------------------------------------------------------------------------------
     def ablate(
-        self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: int | None = None
+        self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: SupportsIndex | None = None
     ) -> "Masks":
         """Subtract components.
 
@@ -190,28 +212,28 @@ class Masks(Mapping[str, "SiteMask"]):
         self,
         site: str,
         components: ComponentsLike,
-        factor: float,
+        factor: float | int,
         positions: PositionsLike = None,
-        head: int | None = None,
+        head: SupportsIndex | None = None,
     ) -> "Masks":
         """Multiply components' masks by a factor: 0 ablates, 1 leaves, 2 doubles. Arguments as in `ablate`."""
         old = self._site_mask(site)
-        chosen = set(component_indices(components, old.n_components, old.site.name))
-        factors = tuple(float(factor) if c in chosen else 1.0 for c in range(old.n_components))
-        self._check_head(old.site, head)
-        return self._with(replace(old, edits=(*old.edits, Edit(factors, None, parse_positions(positions), head)), _cache={}))
+        factors = torch.ones(old.n_components, dtype=torch.float64)
+        factors[component_indices(components, old.n_components, old.site.name)] = float(factor)
+        edit = Edit(factors, None, parse_positions(positions), _checked_head(old.site, head))
+        return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
 
     def keep_only(
-        self, site: str, components: ComponentsLike, delta: float = 0.0, positions: PositionsLike = None
+        self, site: str, components: ComponentsLike, delta: float | int = 0.0, positions: PositionsLike = None
     ) -> "Masks":
         """Remove all other components and set the delta mask; the bias always stays. Arguments as in `ablate`."""
         old = self._site_mask(site)
-        chosen = set(component_indices(components, old.n_components, old.site.name))
-        factors = tuple(1.0 if c in chosen else 0.0 for c in range(old.n_components))
+        factors = torch.zeros(old.n_components, dtype=torch.float64)
+        factors[component_indices(components, old.n_components, old.site.name)] = 1.0
         edit = Edit(factors, float(delta), parse_positions(positions), None)
         return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
 
-    def with_values(self, site: str, m: Tensor | float, delta: Tensor | float = 1.0) -> "Masks":
+    def with_values(self, site: str, m: Tensor | float | int, delta: Tensor | float | int = 1.0) -> "Masks":
         """Replace a site's masks by given values.
 
         Args:
@@ -223,23 +245,22 @@ class Masks(Mapping[str, "SiteMask"]):
 
         Raises:
             ShapeError: m or delta does not end in C, or has too many axes.
-            DtypeError: m or delta is complex.
+            DtypeError: m or delta is complex, or no numbers at all.
         """
         old = self._site_mask(site)
-        m = torch.as_tensor(m)
+        m = _own(m, old.site.name)
+        delta = float(delta) if isinstance(delta, float | int) else _own(delta, old.site.name)
         if m.ndim == 0:
-            m = m.expand(old.n_components)
+            m = m.expand(1)
         if m.ndim > 3 or m.shape[-1] not in (1, old.n_components):
             raise ShapeError(
                 f"Component masks of {old.site.name} must broadcast to [batch, pos, C={old.n_components}]; "
                 f"given {list(m.shape)}."
             )
         if isinstance(delta, Tensor) and delta.ndim > 2:
-            raise ShapeError(f"Delta masks of {old.site.name} must broadcast to [batch, pos]; given {list(delta.shape)}.")
-        m = m.expand(*m.shape[:-1], old.n_components)
-        new = SiteMask(old.site, old.n_components, _own(m, old.site.name),
-                       _own(delta, old.site.name) if isinstance(delta, Tensor) else float(delta))
-        return self._with(new)
+            raise ShapeError(f"Delta masks of {old.site.name} must broadcast to [batch, pos], not {list(delta.shape)}.")
+        m = m.expand(*m.shape[:-1], old.n_components).contiguous()
+        return self._with(SiteMask(old.site, old.n_components, m, delta))
 
     def replaced(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> "Masks":
         """Masks given site by site as (m, d) without copies or checks, for code that makes them itself."""
@@ -275,7 +296,7 @@ class Masks(Mapping[str, "SiteMask"]):
         dtype = mask.m.dtype if mask.m is not None and mask.m.is_floating_point() else torch.get_default_dtype()
         device = mask.m.device if mask.m is not None else torch.device("cpu")
         resolved = mask.resolve(rows, Span(), device, dtype)
-        return MaskPair(resolved.m, torch.as_tensor(resolved.d, dtype=dtype, device=device))
+        return MaskPair(resolved.m.clone(), torch.as_tensor(resolved.d, dtype=dtype, device=device).clone())
 
     def site_mask(self, site: str) -> SiteMask:
         """The mask of one site as it was built."""
@@ -287,6 +308,9 @@ class Masks(Mapping[str, "SiteMask"]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites or any(site in known.aliases for known in self._sites.values())
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -304,16 +328,6 @@ class Masks(Mapping[str, "SiteMask"]):
         new._changed = {**self._changed, mask.site.name: mask}
         return new
 
-    @staticmethod
-    def _check_head(site: WeightSite, head: int | None) -> None:
-        if head is None:
-            return
-        if site.n_heads is None:
-            raise HeadIndexError(f"{site.name} does not divide into heads; head= is for W_Q, W_K, W_V and W_O.")
-        if not isinstance(head, int) or not 0 <= head < site.n_heads:
-            kind = "key/value" if site.name.endswith(("W_K", "W_V")) else "query"
-            raise HeadIndexError(f"{site.name} has {kind} heads 0 to {site.n_heads - 1}; given {head!r}.")
-
 
 class MaskPair(NamedTuple):
     """Values of one site's masks."""
@@ -324,30 +338,23 @@ class MaskPair(NamedTuple):
     """Delta masks that broadcast to [batch, pos]."""
 
 
-def component_indices(components: ComponentsLike, n_components: int, name: str) -> list[int]:
-    """Indices of components, however given; negative ones count from the end.
-
-    Raises:
-        ComponentIndexError: One is out of range, or the mask has another length.
-    """
-    if isinstance(components, slice):
-        return list(range(n_components))[components]
-    if isinstance(components, Tensor) and components.dtype == torch.bool:
-        if components.shape != (n_components,):
-            raise ComponentIndexError(
-                f"A boolean mask of components of {name} needs shape [{n_components}]; given {list(components.shape)}."
-            )
-        return components.nonzero().flatten().tolist()
-    given = components.tolist() if isinstance(components, Tensor) else components
-    given = [given] if isinstance(given, int) else list(given)
-    for c in given:
-        if isinstance(c, bool) or not hasattr(c, "__index__") or not -n_components <= c < n_components:
-            raise ComponentIndexError(f"{name} has components 0 to {n_components - 1}; given {c!r}.")
-    return [int(c) % n_components for c in given]
+def _checked_head(site: WeightSite, head: SupportsIndex | None) -> int | None:
+    if head is None:
+        return None
+    if site.n_heads is None:
+        raise HeadIndexError(f"{site.name} does not divide into heads; head= is for W_Q, W_K, W_V and W_O.")
+    if isinstance(head, bool) or not hasattr(head, "__index__") or not 0 <= head.__index__() < site.n_heads:
+        kind = "key/value" if site.name.endswith(("W_K", "W_V")) else "query"
+        raise HeadIndexError(f"{site.name} has {kind} heads 0 to {site.n_heads - 1}; given {head!r}.")
+    return head.__index__()
 
 
-def _own(tensor: Tensor, name: str) -> Tensor:
+def _own(values: Any, name: str) -> Tensor:
     """A copy that the caller's later in-place changes do not reach; gradients still flow."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DtypeError(f"Masks of {name} must be tensors or numbers; given {type(values).__name__}.") from error
     if tensor.is_complex():
         raise DtypeError(f"Masks of {name} must be real numbers or booleans, not {tensor.dtype}.")
     return tensor.clone() if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
@@ -365,19 +372,20 @@ def _at_columns(tensor: Tensor, axis: int, rows: Sequence[int], span: Span, name
     """The part of a given mask for the columns of one pass; ones for tokens decoded after the columns it covers."""
     if axis < 0:
         return tensor
-    covered, length = tensor.shape[axis], rows[-1]
-    if len(rows) == 2 and axis == 1 and tensor.shape[0] not in (1, rows[0]):
+    if axis >= len(rows) or (axis == 1 and 1 not in (tensor.shape[0], rows[0]) and tensor.shape[0] != rows[0]):
         raise ShapeError(
-            f"The {kind} mask of {name} has {tensor.shape[0]} rows for a batch of {rows[0]}; give one row, or one for each "
-            "(generation with beams or several return sequences multiplies the batch)."
+            f"The {kind} mask of {name} is {list(tensor.shape)}, but the site's output has rows {list(rows)}; give one "
+            "row, or one for each (generation with beams or several return sequences multiplies the batch)."
         )
-    if covered == 1 or (covered == length and span.start == 0):
+    covered, start, end = tensor.shape[axis], span.start, span.start + rows[-1]
+    if covered == 1 or (start == 0 and covered == end):
         return tensor
-    if span.start + length <= covered == span.prompt:
-        return tensor.narrow(axis, span.start, length)
-    if span.start >= covered and span.prompt == covered:
-        return torch.ones_like(tensor.narrow(axis, 0, 1))
-    raise ShapeError(
-        f"The {kind} mask of {name} covers {covered} positions, but this forward pass computes positions {span.start} to "
-        f"{span.start + length - 1} of a prompt of {span.prompt or length}. Give one value, or one for each position of the prompt."
-    )
+    if covered != span.prompt:
+        raise ShapeError(
+            f"The {kind} mask of {name} covers {covered} positions, but this forward pass computes positions {start} "
+            f"to {end - 1} of a prompt of {span.prompt or end}. Give one value, or one for each position of the prompt."
+        )
+    inside = tensor.narrow(axis, min(start, covered), max(0, min(end, covered) - start))
+    shape = list(tensor.shape)
+    shape[axis] = rows[-1] - inside.shape[axis]
+    return torch.cat([inside, tensor.new_ones(shape)], dim=axis) if shape[axis] else inside

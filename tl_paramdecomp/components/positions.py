@@ -1,17 +1,19 @@
 """Positions in a token row, in every form users write them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tl_paramdecomp.components.indices import plain_indices
 from tl_paramdecomp.errors import PositionIndexError, ShapeError
 from tl_paramdecomp.sites import Span
 
-PositionsLike: TypeAlias = int | Sequence[int] | slice | Tensor | None
+PositionsLike: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | slice | None
+"""A column, several (list, tensor, array), a slice, a boolean mask [pos] or [batch, pos], or None for everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,9 @@ class Positions:
             ShapeError: There is no position axis, or a boolean mask has another length than the prompt.
         """
         if len(rows) < 2:
-            raise ShapeError(f"{name} has no position axis here (its output is [{rows[0] if rows else ''}, d_out]); leave positions out.")
+            raise ShapeError(
+                f"{name} has no position axis here (its output is {[*rows, 'd_out']}); leave positions out."
+            )
         length = rows[-1]
         prompt = span.prompt if span.prompt is not None else span.start + length
         here = torch.arange(span.start, span.start + length)
@@ -56,10 +60,11 @@ class Positions:
 
     @staticmethod
     def _masked(mask: Tensor, here: Tensor, prompt: int, rows: Sequence[int], name: str) -> Tensor:
-        if mask.shape[-1] != prompt or (mask.ndim == 2 and mask.shape[0] not in (1, rows[0])):
+        fits = mask.ndim == 1 or 1 in (mask.shape[0], rows[0]) or mask.shape[0] == rows[0]
+        if mask.shape[-1] != prompt or not fits:
             raise ShapeError(
-                f"A boolean mask of positions for {name} needs shape [{prompt}] or [{rows[0]}, {prompt}] (the prompt's); "
-                f"given {list(mask.shape)}."
+                f"A boolean mask of positions for {name} needs shape [{prompt}] or [{rows[0]}, {prompt}], like the "
+                f"prompt; given {list(mask.shape)}."
             )
         inside = here < prompt  # decoded tokens are beyond the mask
         picked = mask.cpu()[..., here.clamp(max=prompt - 1)]
@@ -73,14 +78,17 @@ class Positions:
         open_end = prompt if relative else int(here[-1]) + 1
         stop = open_end if wanted.stop is None else wanted.stop
         start, stop = (max(p + prompt, 0) if p < 0 else p for p in (start, stop))
-        if step < 1 or (start >= stop and wanted.stop is not None) or (start >= prompt and not span.generating and span.start == 0):
+        empty = start >= stop and wanted.stop is not None
+        beyond = start >= prompt and span.start == 0 and not span.generating
+        if step < 1 or empty or beyond:
             raise PositionIndexError(
-                f"positions={wanted} for {name} selects nothing of a prompt of {prompt} positions (steps must be positive)."
+                f"positions={wanted} for {name} selects nothing of a row with positions 0 to {prompt - 1} (a step must "
+                "be positive)."
             )
         return (here >= start) & (here < stop) & ((here - start) % step == 0)
 
 
-def parse_positions(positions: PositionsLike) -> Positions | None:
+def parse_positions(positions: Any) -> Positions | None:
     """Positions as given by a user; None stands for everywhere.
 
     Raises:
@@ -89,19 +97,25 @@ def parse_positions(positions: PositionsLike) -> Positions | None:
     if positions is None:
         return None
     if isinstance(positions, slice):
+        parts = (positions.start, positions.stop, positions.step)
+        if any(part is not None and not hasattr(part, "__index__") for part in parts):
+            raise _no_positions(positions)
         return Positions(slice_=positions)
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        if positions.ndim not in (1, 2):
-            raise PositionIndexError(f"A boolean mask of positions is [pos] or [batch, pos]; given {list(positions.shape)}.")
-        return Positions(mask=positions.clone())
-    given = positions.tolist() if isinstance(positions, Tensor) or hasattr(positions, "tolist") else positions
-    given = [given] if isinstance(given, int) and not isinstance(given, bool) else given
-    if isinstance(given, list | tuple) and given and all(isinstance(p, bool) for p in given):
-        return Positions(mask=torch.tensor(given))
-    if not isinstance(given, list | tuple | range | set) or not all(isinstance(p, int) and not isinstance(p, bool) for p in given):
-        raise PositionIndexError(
-            f"positions must be an int, a list of ints, a slice, a boolean mask or None; given {positions!r}."
-        )
-    if not len(given):
-        raise PositionIndexError("An empty list of positions changes nothing; leave the edit out, or pass None for everywhere.")
-    return Positions(indices=tuple(int(p) for p in given))
+    if str(getattr(positions, "dtype", "")) in ("bool", "torch.bool"):
+        mask = torch.as_tensor(positions).clone()
+        if mask.ndim not in (1, 2):
+            raise PositionIndexError(f"A boolean mask of positions is [pos] or [batch, pos]; given {list(mask.shape)}.")
+        return Positions(mask=mask)
+    given = plain_indices(positions)
+    if given is None:
+        raise _no_positions(positions)
+    if not given:
+        raise PositionIndexError("An empty list of positions changes nothing; leave the edit out, or pass None.")
+    return Positions(mask=torch.tensor(given)) if isinstance(given[0], bool) else Positions(indices=tuple(given))
+
+
+def _no_positions(given: Any) -> PositionIndexError:
+    return PositionIndexError(
+        "positions must be an int, a list of ints, a slice, a boolean mask [pos] or [batch, pos], or None; "
+        f"given {given!r}."
+    )

@@ -1,4 +1,4 @@
-"""Components as hook points: read by `run_with_cache`, edited by `run_with_hooks`, patched by TransformerLens' own tools.
+"""Components as hook points: read by `run_with_cache`, edited by `run_with_hooks`, patched by TransformerLens' tools.
 
 At every decomposed site the host gains the hook point `<site>.hook_component_acts`, through which h = x V passes:
 
@@ -18,7 +18,7 @@ from tl_paramdecomp.adapters.lens import LensAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import UnsupportedModelError
-from tl_paramdecomp.patching.hooks import claimed
+from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SiteCall, SiteFn
 
@@ -33,8 +33,8 @@ def attached(model: Any, decomposition: Decomposition, use_error_term: bool = Tr
         model: A HookedTransformer or TransformerBridge.
         decomposition: Made from this model's weights.
         use_error_term: Keep the delta component, computed on the current input with all its gradients (an autoencoder's
-            error term in SAELens is a detached constant of the clean run instead). Without it a site writes the sum of its
-            components alone.
+            error term in SAELens is a detached constant of the clean run instead). Without it a site writes the sum of
+            its components alone.
 
     Yields:
         The model. `<site>.hook_component_acts` is [batch, pos, C].
@@ -51,7 +51,7 @@ def attached(model: Any, decomposition: Decomposition, use_error_term: bool = Tr
         )
     names = {name: f"{name}.{HOOK_NAME}" for name in decomposition}
     with (
-        claimed(model, dict.fromkeys(names, use_error_term)),
+        claimed(adapter.root, {n: Claim(decomposition[n], additive=use_error_term) for n in names}),
         adapter.hook_points(list(names.values())) as points,
         adapter.intercept({n: _through(decomposition[n], points[names[n]], use_error_term) for n in names}),
     ):

@@ -2,17 +2,20 @@
 
 import contextlib
 import copy
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import masked_weight
 from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.patching.hooks import claimed, site_masks
+from tl_paramdecomp.errors import PatchConflictError
+from tl_paramdecomp.patching.claims import Claim, claimed, is_patched
+from tl_paramdecomp.patching.hooks import site_masks
 from tl_paramdecomp.patching.target import checked_adapter
 
 
@@ -20,8 +23,8 @@ from tl_paramdecomp.patching.target import checked_adapter
 def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[Any]:
     """Within this context the masks are in the weights themselves: W' = V diag(m) U + d (W - V U).
 
-    The parameters are swapped, not written to: afterwards the same objects are back, bit for bit, and a tied embedding is
-    tied again; only the named side of it changes meanwhile.
+    The parameters are swapped, not written to: afterwards the same objects are back, bit for bit, and a tied embedding
+    is tied again; only the named side of it changes meanwhile.
 
     Raises:
         MaskNotConstantError: A mask differs over batch or position.
@@ -29,24 +32,57 @@ def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> It
     """
     weights = _edited(model, decomposition, masks)
     adapter = adapt(model)
-    with claimed(model, dict.fromkeys(weights, False)), adapter.replaced_weights(weights):
+    claims = {name: Claim(decomposition[name], in_weights=True) for name in weights}
+    with claimed(adapter.root, claims), adapter.replaced_weights(weights):
         yield model
 
 
 def edited_model(model: Any, decomposition: Decomposition, masks: Masks) -> Any:
     """A deep copy of the model with the masks in its weights for good, to be saved like any model of its kind.
 
-    A tied embedding is untied in the copy (`config.tie_word_embeddings` becomes False), so that saving and loading keeps
-    the edit of the named side alone.
+    A tied embedding is untied in the copy (`config.tie_word_embeddings` becomes False), so that saving and loading
+    keeps the edit of the named side alone.
 
     Raises:
         MaskNotConstantError: A mask differs over batch or position.
+        PatchConflictError: The model is patched at present, so that a copy would carry the hooks along.
         TargetMismatchError, DeviceError: As `patched`.
     """
     weights = _edited(model, decomposition, masks)
-    made = copy.deepcopy(model)
+    if is_patched(adapt(model).root):
+        raise PatchConflictError(
+            "edited_model copies the model, and this one is patched at present; leave the contexts around it first."
+        )
+    made = _copied(model)
     adapt(made).write_weights(weights)
     return made
+
+
+def _copied(model: Any) -> Any:
+    """A deep copy of a model that works like the model."""
+    adapter = adapt(model)
+    root = copy.deepcopy(adapter.root)
+    _share_again(adapter.root, root)
+    if adapter.host != "nnsight":
+        return root
+    kept = ("task", "tokenizer", "rename")  # a copied nnsight model cannot be traced; the module is wrapped anew
+    given = {name: getattr(model, name if name != "rename" else "_rename", None) for name in kept}
+    return type(model)(root, **{name: value for name, value in given.items() if value})
+
+
+def _share_again(root: nn.Module, made: nn.Module) -> None:
+    """Make parameters of a copy views of one another where the original's are: copying each by itself parts them.
+
+    A bridge's q, k and v are such views of GPT-2's c_attn, which a later save would otherwise find unedited.
+    """
+    groups: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for old, new in zip(root.parameters(), made.parameters()):
+        groups[old.untyped_storage().data_ptr()].append((old, new))
+    for pairs in groups.values():
+        whole, copied = max(pairs, key=lambda pair: pair[0].numel())
+        if len(pairs) > 1 and whole.is_contiguous() and whole.untyped_storage().nbytes() == whole.nbytes:
+            for old, new in pairs:
+                new.data = copied.data.as_strided(old.shape, old.stride(), old.storage_offset())
 
 
 def _edited(model: Any, decomposition: Decomposition, masks: Masks) -> dict[str, Tensor]:

@@ -1,22 +1,17 @@
 """Components patched into a running model: as a context on any host, or as plain TransformerLens hooks."""
 
 import contextlib
-import threading
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.lens import HookPair, LensAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.components.masks import Masks, SiteMask
-from tl_paramdecomp.errors import NoMatchingSiteError, PatchConflictError, UnsupportedModelError
+from tl_paramdecomp.errors import NoMatchingSiteError, UnsupportedModelError
+from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SiteFn
-
-_ACTIVE: "weakref.WeakKeyDictionary[Any, list[dict[str, bool]]]" = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -25,7 +20,7 @@ def patched(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[
 
     `run_with_cache`, `run_with_hooks` (the user's functions see the patched values), `generate`, `stop_at_layer`,
     `reset_hooks`, autocast and nnsight traces work inside. Contexts nest; patches of one site combine while all of them
-    leave the delta mask at 1. One patched model per thread.
+    leave the delta mask at 1 and each changes other components. One patched model per thread.
 
     Args:
         model: The target model, on any host.
@@ -38,13 +33,13 @@ def patched(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[
     Raises:
         TargetMismatchError: The model holds other weights.
         DeviceError: The components are on another device.
-        PatchConflictError: A site is already patched, and one of the two patches changes the delta mask.
+        PatchConflictError: A site is already patched, and the two patches have no common meaning.
         SiteNotFiredError: From a forward pass that did not reach a patched site.
     """
     adapter = checked_adapter(model, decomposition)
     changed = site_masks(decomposition, masks)
     fns = {name: site_fn(decomposition[name], mask) for name, mask in changed.items()}
-    with claimed(model, {name: mask.keeps_delta for name, mask in changed.items()}), intercepted(adapter, fns):
+    with claimed(adapter.root, claims_of(decomposition, changed)), intercepted(adapter, fns):
         yield model
 
 
@@ -86,6 +81,11 @@ def site_masks(decomposition: Decomposition, masks: Masks) -> dict[str, SiteMask
     return changed
 
 
+def claims_of(decomposition: Decomposition, changed: Mapping[str, SiteMask]) -> dict[str, Claim]:
+    """What running under these masks does to each site."""
+    return {name: Claim(decomposition[name], mask, additive=mask.keeps_delta) for name, mask in changed.items()}
+
+
 @contextlib.contextmanager
 def intercepted(adapter: Any, fns: Mapping[str, SiteFn]) -> Iterator[None]:
     """`adapter.intercept`, or nothing at all where there is nothing to run."""
@@ -94,28 +94,3 @@ def intercepted(adapter: Any, fns: Mapping[str, SiteFn]) -> Iterator[None]:
         return
     with adapter.intercept(fns):
         yield
-
-
-@contextlib.contextmanager
-def claimed(model: Any, sites: Mapping[str, bool]) -> Iterator[None]:
-    """Note which sites of a model are patched, and whether their patch only adds to the output.
-
-    Raises:
-        PatchConflictError: Two patches of one site have no common meaning.
-    """
-    with _LOCK:
-        stack = _ACTIVE.setdefault(model, [])
-        for name, additive in sites.items():
-            others = [claim[name] for claim in stack if name in claim]
-            if others and not (additive and all(others)):
-                raise PatchConflictError(
-                    f"{name} is already patched on this model, and one of the two patches sets its delta mask; the two have "
-                    "no common meaning. Leave the other context first, or put both into one set of masks."
-                )
-        claim = dict(sites)
-        stack.append(claim)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            stack[:] = [other for other in stack if other is not claim]

@@ -6,6 +6,7 @@ from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.fingerprint import centring_differs, differs
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DeviceError, TargetMismatchError
+from tl_paramdecomp.patching.claims import edited_sites
 
 
 def check_target(model: Any, decomposition: Decomposition) -> None:
@@ -21,12 +22,14 @@ def check_target(model: Any, decomposition: Decomposition) -> None:
 def checked_adapter(model: Any, decomposition: Decomposition) -> ModelAdapter:
     """The adapter of the decomposition's own target, its weights compared by remembered fingerprints.
 
+    Sites that `edited_weights` edits at present are not compared.
+
     Raises:
         TargetMismatchError: The model holds other weights.
         DeviceError: The components are on another device.
     """
     adapter = adapt(model)
-    _compare(adapter, decomposition, fresh=False)
+    _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.root))
     for name, components in decomposition.items():
         device = adapter.weight(name).device
         if components.V.device != device:
@@ -37,10 +40,14 @@ def checked_adapter(model: Any, decomposition: Decomposition) -> ModelAdapter:
     return adapter
 
 
-def _compare(adapter: ModelAdapter, decomposition: Decomposition, fresh: bool) -> None:
+def _compare(
+    adapter: ModelAdapter, decomposition: Decomposition, fresh: bool, skip: frozenset[str] = frozenset()
+) -> None:
     wrong: dict[str, str] = {}
     centred = False
     for name in decomposition:
+        if name in skip:
+            continue
         if name not in adapter.wirings:
             reason = adapter.refused.get(name)
             wrong[name] = f"not a site of this model{f' ({reason})' if reason else ''}"
@@ -62,9 +69,10 @@ def _message(adapter: ModelAdapter, decomposition: Decomposition, wrong: dict[st
     if adapter.processing != made_on or centred:
         here = adapter.processing or "as trained"
         text += (
-            f" They look processed on one side only (here: {here}; decomposed: {made_on or 'as trained'}): load the model "
-            "unprocessed, with HookedTransformer.from_pretrained_no_processing(name) or TransformerBridge.boot_transformers(name) "
-            "without enable_compatibility_mode(), or load it the way it was when it was decomposed."
+            f" They look processed on one side only (here: {here}; decomposed: {made_on or 'as trained'}): load the "
+            "model unprocessed, with HookedTransformer.from_pretrained_no_processing(name) or "
+            "TransformerBridge.boot_transformers(name) without enable_compatibility_mode(), or load it the way it was "
+            "when it was decomposed."
         )
     else:
         text += " Load the model and revision it was made from, or decompose this one."

@@ -1,6 +1,10 @@
 """Components patched inside an nnsight trace, in forward order, as the user's own interventions are."""
 
-from typing import Any
+import itertools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.adapters.nnsight import NNsightAdapter
@@ -8,14 +12,15 @@ from tl_paramdecomp.adapters.torch_module import cached_columns, input_rows
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.errors import UnsupportedModelError
-from tl_paramdecomp.patching.hooks import site_masks
+from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
+from tl_paramdecomp.patching.claims import claimed
+from tl_paramdecomp.patching.hooks import claims_of, site_masks
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SiteCall, Span
 
 
 def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
-    """Patch components from within `with model.trace(...)`, `tracer.invoke(...)`, `model.edit(...)` or `tracer.iter[...]`.
+    """Patch components from within `model.trace(...)`, `tracer.invoke(...)`, `model.edit(...)` or `tracer.iter[...]`.
 
     It visits the changed sites in forward order, so call it before reading anything that comes after the first of them.
     In an invoke it reaches that invoke's rows only. In generation it reaches the step it is called in; call it under
@@ -23,26 +28,81 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
 
     Raises:
         UnsupportedModelError: The model is not of nnsight.
-        TargetMismatchError, DeviceError: As `patched`.
+        UnsupportedSiteError: A site's output is shared by several invokes.
+        TargetMismatchError, DeviceError, PatchConflictError: As `patched`.
     """
     adapter = checked_adapter(model, decomposition)
     if not isinstance(adapter, NNsightAdapter):
-        raise UnsupportedModelError(f"patch_trace is for nnsight models; on this {adapter.host} model use patched(...).")
+        raise UnsupportedModelError(
+            f"patch_trace is for nnsight models; on this {adapter.host} model use patched(...)."
+        )
     changed = site_masks(decomposition, masks)
-    span = _span(model) if any(mask.by_position for mask in changed.values()) else None
-    for name, mask in changed.items():
-        wiring = adapter.wirings[name]
-        envoy = adapter.envoy(wiring.owner)
-        x, y = envoy.input, envoy.output
-        rows = matching_rows(x, y, wiring)
-        here = span or Span(prompt=rows.y.shape[-2] if rows.y.ndim > 2 else None)
-        new = site_fn(decomposition[name], mask)(SiteCall(rows.x, rows.y, adapter.bias(name), here))
-        envoy.output = host_output(new, y, wiring)
+    columns = _columns(model) if any(mask.by_position for mask in changed.values()) else None
+    with claimed(adapter.root, claims_of(decomposition, changed)):
+        pass  # a context around the trace may patch the same sites
+    in_order = [name for name in adapter.wirings if name in changed]
+    for owner, names in itertools.groupby(in_order, key=lambda name: adapter.wirings[name].owner):
+        envoy = adapter.envoy(owner)
+        x, y = envoy.input, envoy.output  # once for all the sites of a fused module: a trace does not go back
+        for name in names:
+            wiring = adapter.wirings[name]
+            rows = matching_rows(x, y, wiring)
+            _refuse_shared_rows(name, rows.y)
+            span = Span() if columns is None else columns.ending_with(rows.y)
+            new = site_fn(decomposition[name], changed[name])(SiteCall(rows.x, rows.y, adapter.bias(name), span))
+            y = host_output(new, y, wiring)
+        envoy.output = y
 
 
-def _span(model: Any) -> Span:
-    """Where the present step of a trace stands in its rows, from what the model was called with."""
+class _Columns(NamedTuple):
+    """Columns that the present step of a trace computes."""
+
+    span: Span
+    length: int | None
+
+    def ending_with(self, y: Tensor) -> Span:
+        """Columns of one site's output: an unembedding may see the last ones alone."""
+        if self.length is None or y.ndim < 3:
+            return self.span
+        return replace(self.span, start=self.span.start + self.length - y.shape[-2])
+
+
+def _columns(model: Any) -> _Columns:
+    """Where the present step of a trace stands in its rows, from what the model is called with."""
+    step = _decoding_step()  # before the model's inputs are asked for, which lets go of the step
     args, kwargs = model.inputs
     tokens, start = input_rows(args, kwargs), cached_columns(kwargs)
-    length = tokens.shape[1] if tokens is not None else 1
-    return Span(start, start + length if start == 0 else start, generating=start > 0)
+    length = None if tokens is None else tokens.shape[1]
+    end = start + (length or 1)
+    prompt = end - step if step or not start else start  # a cache in the first step is of an earlier call
+    return _Columns(Span(start, prompt, generating="use_cache" in kwargs or prompt < end), length)
+
+
+def _decoding_step() -> int:
+    """Decoding steps before the one that the running trace is at: what `tracer.iter[...]` has come to."""
+    mediator = _mediator()
+    return (None if mediator is None else mediator.iteration) or 0
+
+
+def _refuse_shared_rows(name: str, y: Tensor) -> None:
+    """Refuse a look-up that several invokes share: position embeddings are looked up once for the whole batch.
+
+    Raises:
+        UnsupportedSiteError: as said.
+    """
+    mediator = _mediator()
+    group = getattr(mediator, "batch_group", None)
+    total = getattr(getattr(getattr(mediator, "interleaver", None), "batcher", None), "total", None)
+    if name == "pos_embed.W_pos" and group and total and group[1] < total and y.shape[0] == 1:
+        raise UnsupportedSiteError(
+            f"{name} is looked up once for all invokes of this trace, so that one of them cannot have it patched alone; "
+            "trace its prompt on its own."
+        )
+
+
+def _mediator() -> Any:
+    """nnsight's record of the running body of a trace, which is a greenlet; None where there is none."""
+    from greenlet import getcurrent
+
+    found = getattr(getcurrent(), "mediator", None)
+    return None if found is None else found()

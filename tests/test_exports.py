@@ -1,0 +1,49 @@
+"""What the top level offers: exactly its `__all__`, every name of it real and documented."""
+
+import inspect
+import types
+
+import pytest
+
+import tl_paramdecomp as tlpd
+from tl_paramdecomp import adapters, pretrained
+
+
+def public_names(module: types.ModuleType) -> set[str]:
+    """Names without an underscore that are not subpackages."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (name in module.__all__ or not isinstance(value, types.ModuleType))
+    }
+
+
+def test_all_is_what_is_public() -> None:
+    assert set(tlpd.__all__) == public_names(tlpd)
+    assert len(set(tlpd.__all__)) == len(tlpd.__all__)
+
+
+@pytest.mark.parametrize("module", [adapters, pretrained])
+def test_rooms_that_export_export_what_they_have(module: types.ModuleType) -> None:
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(tlpd.__all__))
+def test_every_name_is_documented(name: str) -> None:
+    thing = getattr(tlpd, name)
+    assert inspect.getdoc(thing), name
+    if isinstance(thing, type):
+        for attribute, value in vars(thing).items():
+            if not attribute.startswith("_") and inspect.isfunction(value):
+                assert inspect.getdoc(value), f"{name}.{attribute}"
+
+
+def test_a_star_import_brings_the_names() -> None:
+    namespace: dict[str, object] = {}
+    exec("from tl_paramdecomp import *", namespace)
+    assert set(tlpd.__all__) <= set(namespace)
+
+
+def test_a_wrong_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError):
+        _ = tlpd.no_such_name

@@ -1,0 +1,73 @@
+"""Which sites of a model are patched at present, and whether two patches of one site have a common meaning."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.masks import SiteMask
+from tl_paramdecomp.errors import PatchConflictError
+
+_ACTIVE: "weakref.WeakKeyDictionary[Any, list[dict[str, Claim]]]" = weakref.WeakKeyDictionary()
+"""By the torch module that holds the weights, so that an nnsight model and the module it wraps share their claims."""
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """What one context does to one site."""
+
+    components: Components
+    mask: SiteMask | None = None
+    """None: what its hook points make of any component."""
+    additive: bool = False
+    """It only adds to the output: the delta mask stays 1."""
+    in_weights: bool = False
+    """The site holds other weights meanwhile."""
+
+    def joins(self, other: "Claim") -> bool:
+        """Whether both can hold at once: corrections add up, unless they are to the same component."""
+        if not (self.additive and other.additive):
+            return False
+        return self.components is not other.components or not self._touched() & other._touched()
+
+    def _touched(self) -> frozenset[int]:
+        return frozenset(range(self.components.n_components)) if self.mask is None else self.mask.touched
+
+
+@contextlib.contextmanager
+def claimed(root: Any, claims: Mapping[str, Claim]) -> Iterator[None]:
+    """Note what happens to which sites of a model.
+
+    Raises:
+        PatchConflictError: Two patches of one site have no common meaning.
+    """
+    own = dict(claims)
+    with _LOCK:
+        stack = _ACTIVE.setdefault(root, [])
+        for name, claim in own.items():
+            if not all(claim.joins(other[name]) for other in stack if name in other):
+                raise PatchConflictError(
+                    f"{name} is already patched on this model. Patches of one site combine when each leaves the delta "
+                    "mask at 1 and they change different components; these do not. Leave the other context first, or "
+                    "put both into one set of masks."
+                )
+        stack.append(own)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            stack[:] = [other for other in stack if other is not own]
+
+
+def edited_sites(root: Any) -> frozenset[str]:
+    """Sites of a model whose weights are edited at present."""
+    return frozenset(name for claims in _ACTIVE.get(root, ()) for name, claim in claims.items() if claim.in_weights)
+
+
+def is_patched(root: Any) -> bool:
+    """Whether any context is open on a model."""
+    return bool(_ACTIVE.get(root))
