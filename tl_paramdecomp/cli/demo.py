@@ -37,6 +37,7 @@ TASKS = {
 
 def run_demo(console: Console, out: Path, steps: int, seed: int) -> None:
     """Run the demo and print it."""
+    torch.set_num_threads(1)  # on matrices this small a second thread gains little, and on a busy machine costs much
     model = open_model("micro-gpt2")
     begun = time.perf_counter()
     size = sum(parameter.numel() for parameter in model.parameters())
