@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.errors import NoMatchingSiteError, UnsupportedSiteError
+from tl_paramdecomp.errors import DtypeError, NoMatchingSiteError, ShapeError, UnsupportedSiteError
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,26 @@ def resolve_name(sites: Mapping[str, WeightSite], name: str, refused: Mapping[st
         if name in site.aliases:
             return site.name
     raise _no_match(name, sites, refused or {})
+
+
+def check_rows(tokens: object, attention_mask: object = None) -> None:
+    """Refuse what cannot be a batch of token rows (or of other inputs, for a model that is no language model).
+
+    Raises:
+        DtypeError: Tokens or mask are no tensors, or the mask is not of whole numbers.
+        ShapeError: Token ids are not [batch, pos], or the mask has another shape.
+    """
+    if not isinstance(tokens, Tensor):
+        raise DtypeError(f"Tokens must be a tensor [batch, pos]; given {type(tokens).__name__}. Tokenise text first.")
+    if not tokens.is_floating_point() and tokens.ndim != 2:
+        raise ShapeError(f"Token rows are [batch, pos]; given {list(tokens.shape)}. For one row: tokens.unsqueeze(0).")
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
+        given = attention_mask.dtype if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise DtypeError(f"An attention mask is a tensor of 0 and 1 (integers or booleans); given {given}.")
+    if attention_mask.shape != tokens.shape[:2]:
+        raise ShapeError(f"The attention mask is {list(attention_mask.shape)}, the token rows {list(tokens.shape)}.")
 
 
 def _matches(glob: str, site: WeightSite) -> bool:

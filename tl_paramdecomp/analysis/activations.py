@@ -3,24 +3,27 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import check_rows
 
 
 def component_acts(
     model: Any,
     decomposition: Decomposition,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Shaped[Tensor, "batch ..."],
     attention_mask: Int[Tensor, "batch pos"] | None = None,
-) -> dict[str, Float[Tensor, "batch pos C"]]:
+) -> dict[str, Float[Tensor, "batch ... C"]]:
     """Component activations h = x V of every site, of the model as it stands (other patches included).
 
     Raises:
+        DtypeError, ShapeError: Tokens or mask are not token rows.
         TargetMismatchError, DeviceError: The model is not the decomposition's target, or is elsewhere.
     """
+    check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition)
     with torch.no_grad():
         inputs = adapter.capture(tokens, list(decomposition), attention_mask).inputs
@@ -30,15 +33,17 @@ def component_acts(
 def causal_importances(
     model: Any,
     decomposition: Decomposition,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Shaped[Tensor, "batch ..."],
     attention_mask: Int[Tensor, "batch pos"] | None = None,
-) -> dict[str, Float[Tensor, "batch pos C"]]:
+) -> dict[str, Float[Tensor, "batch ... C"]]:
     """Causal importances in [0, 1] of every component at every position.
 
     Raises:
         NoImportanceError: The decomposition has no importance function.
+        DtypeError, ShapeError: Tokens or mask are not token rows.
         TargetMismatchError, DeviceError: The model is not the decomposition's target, or is elsewhere.
     """
+    check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition)
     with torch.no_grad():
         inputs = adapter.capture(tokens, list(decomposition), attention_mask).inputs

@@ -13,6 +13,7 @@ from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.patching.hooks import patched
 from tl_paramdecomp.patching.interventions import MaskKind, importance_masks
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import check_rows
 
 
 class Sparsity(NamedTuple):
@@ -48,6 +49,7 @@ def masked_kl(
     Raises:
         TargetMismatchError, DeviceError: As `patched`.
     """
+    check_rows(tokens, attention_mask)
     adapter = adapt(model)
     with torch.no_grad():
         target = adapter.forward(tokens, attention_mask)
@@ -92,6 +94,7 @@ def sparsity(
     Raises:
         NoImportanceError: The decomposition has no importance function.
     """
+    check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition)
     with torch.no_grad():
         inputs = adapter.capture(tokens, list(decomposition), attention_mask).inputs

@@ -3,7 +3,7 @@
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -13,6 +13,7 @@ from tl_paramdecomp.methods.adversary import source_values, worst_sources
 from tl_paramdecomp.methods.base import LossStep, SiteValues
 from tl_paramdecomp.methods.losses import stochastic_values
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import check_rows
 
 MaskKind = Literal["importance", "rounded", "stochastic", "random", "zero", "unmasked", "adversarial"]
 
@@ -20,7 +21,7 @@ MaskKind = Literal["importance", "rounded", "stochastic", "random", "zero", "unm
 def importance_masks(
     model: Any,
     decomposition: Decomposition,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Shaped[Tensor, "batch ..."],
     kind: MaskKind = "importance",
     *,
     threshold: float = 0.1,
@@ -49,10 +50,12 @@ def importance_masks(
     Raises:
         NoImportanceError: The kind needs importances and there are none.
         SettingError: No such kind.
+        DtypeError, ShapeError: Tokens or mask are not token rows.
         TargetMismatchError, DeviceError: As `patched`.
     """
     if kind not in get_args(MaskKind):
         raise SettingError(f"Mask kind {kind!r} is none of {', '.join(get_args(MaskKind))}.")
+    check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     masks = decomposition.masks()
