@@ -118,8 +118,8 @@ def _fresh(code: str) -> str:
     return run.stdout
 
 
-def test_a_bare_import_takes_no_host_library(record_property: pytest.FixtureRequest) -> None:
-    """The time beyond torch's own is reported, not asserted: `pytest --junitxml` and `-s` show it."""
+def test_a_bare_import_takes_no_host_library() -> None:
+    """The time beyond torch's own is reported, not asserted: `pytest -s` shows it."""
     out = _fresh(
         "import time, sys, torch\n"
         "start = time.perf_counter()\n"
@@ -129,6 +129,5 @@ def test_a_bare_import_takes_no_host_library(record_property: pytest.FixtureRequ
         "print(round(seconds, 2))"
     )
     loaded, seconds = out.splitlines()
-    record_property("import_seconds_beyond_torch", seconds)
     print(f"import tl_paramdecomp: {seconds} s beyond torch")
     assert loaded == "", f"import tl_paramdecomp loads {loaded}"

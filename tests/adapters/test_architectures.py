@@ -27,14 +27,17 @@ if transformers.__version__.startswith("4"):
 from tl_paramdecomp.adapters import adapt
 
 from ..support import zoo
-from ..support.architectures import HOSTS, page, row, surveyed, tiny_on
+from ..support.architectures import HOSTS, TELLING, page, row, surveyed, tiny_on
 from ..support.hosts import run
 
 TL4 = version("transformer-lens").startswith("4.")
-SLOW_BRIDGE = [pytest.mark.slow] if not TL4 else []
-"""The bridge of every architecture is left to the newest transformer-lens, where it is not slow but the point."""
-EVERY = [pytest.param(key, "transformers") for key in zoo.TABLE]
-EVERY += [pytest.param(key, "transformer_bridge", marks=SLOW_BRIDGE) for key in zoo.TABLE]
+EVERY = [
+    pytest.param(key, host, marks=[] if key in TELLING and (TL4 or host == "transformers") else [pytest.mark.slow])
+    for host in HOSTS
+    for key in zoo.TABLE
+]
+"""The quick tests try the telling ones, their bridges on the newest transformer-lens alone; the slow tests try all. The page
+is made from all of them even so, by the library's own trial at load."""
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 

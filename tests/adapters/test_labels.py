@@ -19,7 +19,7 @@ if transformers.__version__.startswith("4"):
 from tl_paramdecomp.adapters import adapt
 
 from ..support import zoo
-from ..support.architectures import tiny_on
+from ..support.architectures import FUSED, TELLING, tiny_on
 from ..support.exactness import random_decomposition
 
 NOT_CAUSAL = ("BertForMaskedLM", "RobertaForMaskedLM")
@@ -70,18 +70,8 @@ def layer(request: pytest.FixtureRequest) -> Layer:
         pytest.skip(str(reason))
 
 
-FUSED = [
-    key
-    for key in KEYS
-    if key.startswith(("GPT2", "GPTBig", "Bloom", "FalconForC", "Phi3", "CodeGen", "Mpt", "OpenAI", "GPTNeoX"))
-]
-QUICK = {*FUSED, "Glm4ForCausalLM", "ModernBertDecoderForCausalLM", "Gemma4ForCausalLM", "Lfm2ForCausalLM", "OPTForCausalLM",
-         "NemotronHForCausalLM", "StableLmForCausalLM", "LlavaForConditionalGeneration", "JambaForCausalLM"}  # fmt: skip
-"""Architectures whose names or layouts are the library's own reading; the others are left to the slow tests."""
-
-
 def layers(roles: tuple[str, ...]) -> pytest.MarkDecorator:
-    marks = {key: [] if key in QUICK else [pytest.mark.slow] for key in KEYS}
+    marks = {key: [] if key in TELLING else [pytest.mark.slow] for key in KEYS}
     cases = [pytest.param((key, "transformers", roles), id=key, marks=marks[key]) for key in KEYS]
     return pytest.mark.parametrize("layer", cases, indirect=True)
 

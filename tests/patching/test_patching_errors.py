@@ -12,7 +12,7 @@ from tl_paramdecomp import errors
 from ..support.models import C, build, decomposition_of, gpt2, logits, module_of
 
 SITE = "blocks.0.mlp.W_in"  # 24 -> 96
-HOSTS = ["gpt2", "nnsight", "bridge", "hooked"]
+HOSTS = ["gpt2", "bridge", "hooked"]
 Ask = Callable[[Any, tlpd.Decomposition], Any]
 
 

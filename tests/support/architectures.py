@@ -16,6 +16,28 @@ from .hosts import build_bridge_from_module
 HOSTS = {"transformer_bridge": "TransformerBridge", "transformers": "transformers, and nnsight around it"}
 
 
+FUSED = [
+    key
+    for key in zoo.TABLE
+    if key.startswith(("GPT2", "GPTBig", "BloomForC", "FalconForC", "Phi3", "CodeGen", "Mpt", "OpenAI", "GPTNeoX"))
+    and not key.endswith(("/post_residual", "/sequential", "/bias"))
+]
+"""Architectures that keep queries, keys and values in one weight, one of each layout."""
+TELLING = {
+    *FUSED,
+    *("Glm4ForCausalLM", "ModernBertDecoderForCausalLM", "Gemma4ForCausalLM", "Lfm2ForCausalLM", "OPTForCausalLM"),
+    *(
+        "NemotronHForCausalLM",
+        "StableLmForCausalLM",
+        "LlavaForConditionalGeneration",
+        "JambaForCausalLM",
+        "BertLMHeadModel",
+    ),
+    *("MixtralForCausalLM", "DeepseekV3ForCausalLM", "Qwen3_5ForCausalLM", "AfmoeForCausalLM", "HrmTextForCausalLM"),
+}
+"""Architectures whose names or layouts are the library's own reading, and one of each odd kind."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What an architecture's tiny model offers on one host."""

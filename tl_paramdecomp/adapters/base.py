@@ -1,6 +1,7 @@
 """What every host adapter offers: the model's weight sites, their weights, and a way to run it with functions at them."""
 
 import contextlib
+import functools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -130,18 +131,7 @@ class ModelAdapter(ABC):
         """
         inputs: dict[str, Tensor] = {}
 
-        def keep(name: str) -> SiteFn:
-            def keep_input(call: SiteCall) -> Tensor:
-                if name in inputs:
-                    raise UnsupportedSiteError(
-                        f"{name} is called more than once in a forward pass, so that it has no single input to capture."
-                    )
-                inputs[name] = call.x.expand(len(tokens), *call.x.shape[1:]) if call.x.shape[0] == 1 else call.x
-                return call.y
-
-            return keep_input
-
-        with self.intercept({name: keep(name) for name in names}):
+        with self.intercept({name: functools.partial(_keep_input, inputs, name, len(tokens)) for name in names}):
             logits = self.forward(tokens, attention_mask)
         return Captured(logits, inputs)
 
@@ -178,10 +168,21 @@ class ModelAdapter(ABC):
                 read_parameter(self.root, wiring).data.copy_(stored)
 
 
+def _keep_input(inputs: dict[str, Tensor], name: str, batch: int, call: SiteCall) -> Tensor:
+    """A site's function that leaves its output and keeps its input."""
+    if name in inputs:
+        raise UnsupportedSiteError(
+            f"{name} is called more than once in a forward pass, so that it has no single input to capture."
+        )
+    inputs[name] = call.x.expand(batch, *call.x.shape[1:]) if call.x.shape[0] == 1 else call.x
+    return call.y
+
+
 @contextlib.contextmanager
 def swapped_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> Iterator[None]:
     """Hold another tensor under a parameter's name."""
-    slot = next((s for s in (owner._parameters, owner._buffers, owner.__dict__) if attribute in s), None)
+    slots: list[Any] = [owner._parameters, owner._buffers, owner.__dict__]
+    slot = next((s for s in slots if attribute in s), None)
     if slot is None:
         raise UnsupportedModelError(f"{type(owner).__name__} computes its {attribute}; it cannot be replaced.")
     old = slot[attribute]

@@ -74,7 +74,7 @@ class HookedTransformerAdapter(LensAdapter):
                 y=Tap("pos_embed", "output"),
             )
 
-    def _add_attention(self, block: nn.Module, i: int, cfg: Any) -> None:
+    def _add_attention(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.attn"
         grouped = "_W_K" in block.attn._parameters
         for role, heads in (("Q", cfg.n_heads), ("K", cfg.n_key_value_heads), ("V", cfg.n_key_value_heads)):
@@ -111,7 +111,7 @@ class HookedTransformerAdapter(LensAdapter):
             y=Tap(path, "output"),
         )
 
-    def _add_mlp(self, block: nn.Module, i: int, cfg: Any) -> None:
+    def _add_mlp(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.mlp"
         if "W_in" not in block.mlp._parameters:
             for role in ("W_in", "W_out"):

@@ -165,8 +165,9 @@ class Interception:
         self._x.clear()
         self.tracker.begin(start, tokens)
         for module, hook_id in self._last:
-            if hook_id in module._forward_hooks:
-                module._forward_hooks.move_to_end(hook_id)
+            hooks: Any = module._forward_hooks  # torch keeps an OrderedDict and declares a dict
+            if hook_id in hooks:
+                hooks.move_to_end(hook_id)
 
     # --- at the sites -----------------------------------------------------------------------------------------------
     def _call(self, names: list[str], x: Any, y: Any) -> Any:

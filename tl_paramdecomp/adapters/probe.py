@@ -9,6 +9,7 @@ does not come out exactly is refused with the reason.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters.base import ModelAdapter, swapped_parameter
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, read_parameter
 from tl_paramdecomp.errors import SiteNotFiredError, TLParamDecompError
-from tl_paramdecomp.sites import SiteCall, SiteFn
+from tl_paramdecomp.sites import SiteCall
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """Largest difference relative to the largest output, by dtype: rounding of one matrix product."""
@@ -35,21 +36,12 @@ def probe(adapter: ModelAdapter, run: Callable[[], Tensor]) -> tuple[dict[str, W
         return {}, {}
     fired: dict[str, str] = {}
 
-    def compare(name: str) -> SiteFn:
-        def check(call: SiteCall) -> Tensor:
-            again = (
-                f"it is called more than once in a forward pass, on inputs of its own each time ({list(call.x.shape)})"
-            )
-            fired[name] = again if name in fired else _difference(adapter, name, call)
-            return call.y
-
-        return check
-
     def failed(name: str, error: Exception) -> None:
         fired[name] = _in_words(error)
 
+    comparing = {name: functools.partial(_compare, adapter, fired, name) for name in adapter.wirings}
     try:
-        with torch.no_grad(), adapter.intercept({name: compare(name) for name in adapter.wirings}, failed):
+        with torch.no_grad(), adapter.intercept(comparing, failed):
             clean = run()
     except SiteNotFiredError:
         with torch.no_grad():
@@ -62,6 +54,13 @@ def probe(adapter: ModelAdapter, run: Callable[[], Tensor]) -> tuple[dict[str, W
     return {name: w for name, w in exact.items() if not reasons[name]}, {
         n: reason for n, reason in reasons.items() if reason
     }
+
+
+def _compare(adapter: ModelAdapter, fired: dict[str, str], name: str, call: SiteCall) -> Tensor:
+    """A site's function that notes what is wrong with its call."""
+    again = f"it is called more than once in a forward pass, on inputs of its own each time ({list(call.x.shape)})"
+    fired[name] = again if name in fired else _difference(adapter, name, call)
+    return call.y
 
 
 def _difference(adapter: ModelAdapter, name: str, call: SiteCall) -> str:
@@ -109,12 +108,9 @@ def _stands_alone(
     names = [name for group in groups.values() for name in group]
     weights = {name: adapter.weight(name).detach() for name in names}
 
-    def replace_by_product(name: str) -> SiteFn:
-        return lambda call: _product(weights[name], call)
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(adapter.intercept({name: replace_by_product(name) for name in names}))
+        stack.enter_context(adapter.intercept({name: functools.partial(_product, weights[name]) for name in names}))
         for owner, attribute in groups:
             module = find_module(adapter.root, owner)
             old = getattr(module, attribute)

@@ -23,7 +23,7 @@ from tl_paramdecomp.adapters.transformers_names import (
     storage_of,
     unreachable_matrices,
 )
-from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module
+from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module, read_parameter
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn
 
@@ -41,7 +41,7 @@ class TorchModuleAdapter(ModelAdapter):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         refuse_wrapped(self.root)
-        config = getattr(self.root, "config", None)
+        config: Any = getattr(self.root, "config", None)
         self._is_language_model = hasattr(config, "model_type") and self.root.main_input_name == "input_ids"
         if self._is_language_model:
             self._name_language_model(config.get_text_config())
@@ -50,7 +50,7 @@ class TorchModuleAdapter(ModelAdapter):
             if path not in covered and (isinstance(module, nn.Embedding) or linear_kind(module) is not None):
                 self._add(module_wiring(f"{path}.weight".lstrip("."), path, module))
         if self._is_language_model:
-            covered = {storage_of(find_module(self.root, w.owner).weight) for w in self.wirings.values()}
+            covered = {storage_of(read_parameter(self.root, w)) for w in self.wirings.values()}
             self.refused |= unreachable_matrices(self.root, covered)
             known = config.model_type in KNOWN_FAMILIES
             if not known or not all(is_plain(find_module(self.root, w.owner)) for w in self.wirings.values()):
@@ -83,8 +83,9 @@ class TorchModuleAdapter(ModelAdapter):
                 self._add(module_wiring("pos_embed.W_pos", path, module))
                 break
         blocks = find_blocks(self.root, config, paths.get(id(embedding), ""))
-        for i, block in enumerate(blocks[1] if blocks else ()):
-            wirings = name_block(block, config, f"{blocks[0]}.{i}", i)
+        path, listed = blocks or ("", ())
+        for i, block in enumerate(listed):
+            wirings = name_block(block, config, f"{path}.{i}", i)
             reasons = block_refusals(wirings, block, i)
             self.refused |= reasons
             for wiring in wirings.values():
@@ -131,7 +132,7 @@ class TorchModuleAdapter(ModelAdapter):
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         super().write_weights(weights)
         if any(self.wirings[name].site.tied_to or name == "embed.W_E" for name in weights):
-            config = getattr(self.root, "config", None)
+            config: Any = getattr(self.root, "config", None)
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False  # saving and loading would tie the two again
 

@@ -6,7 +6,7 @@ the patched output. In compatibility mode a gated MLP multiplies processed weigh
 """
 
 import contextlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -205,7 +205,7 @@ class TransformerBridgeAdapter(LensAdapter):
             return "compatibility mode (weights may be folded and centred)"
         return None
 
-    def signature(self) -> Hashable:
+    def signature(self) -> tuple[bool, ...]:
         """Flags under which a bridge takes other paths."""
         cfg = self.model.cfg
         flags = tuple(bool(getattr(cfg, f, False)) for f in (*SPLITTING_FLAGS, "use_attn_result", "use_hook_mlp_in"))

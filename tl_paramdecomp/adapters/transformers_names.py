@@ -146,13 +146,16 @@ def block_refusals(wirings: Mapping[str, Wiring], block: nn.Module, index: int) 
     if "mlp.W_in" not in sites and any(p.ndim == 3 and min(p.shape) > 1 for p in block.parameters()):
         refused |= dict.fromkeys(("mlp.W_in", "mlp.W_out"), "the block routes tokens among experts")
     query, key = sites.get("attn.W_Q"), sites.get("attn.W_K")
-    if query and key and (not query.n_heads or not key.n_heads):
+    if query and key and query.n_heads and key.n_heads:
+        widths = query.d_out // query.n_heads, key.d_out // key.n_heads
+        if widths[0] != widths[1]:
+            refused["attn.W_Q"] = (
+                f"it gives {widths[0]} columns a head where W_K gives {widths[1]}: queries and something else in one"
+            )
+    elif query and key:
         refused |= dict.fromkeys(
             ("attn.W_Q", "attn.W_K", "attn.W_V"), "its width does not divide into the model's heads"
         )
-    elif query and key and query.d_out // query.n_heads != key.d_out // key.n_heads:
-        refused["attn.W_Q"] = f"it gives {query.d_out // query.n_heads} columns a head where W_K gives "
-        refused["attn.W_Q"] += f"{key.d_out // key.n_heads}: queries and something else in one"
     enters, leaves = sites.get("mlp.W_in"), sites.get("mlp.W_out")
     if enters and leaves and enters.d_out != leaves.d_in:
         refused["mlp.W_in"] = f"it gives {enters.d_out} columns where W_out reads {leaves.d_in}: gate and input in one"

@@ -4,6 +4,7 @@ from typing import Any
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.fingerprint import centring_differs, differs
+from tl_paramdecomp.adapters.wiring import read_parameter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DeviceError, TargetMismatchError
 from tl_paramdecomp.patching.claims import edited_sites
@@ -31,7 +32,7 @@ def checked_adapter(model: Any, decomposition: Decomposition) -> ModelAdapter:
     adapter = adapt(model)
     _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.root))
     for name, components in decomposition.items():
-        device = adapter.weight(name).device
+        device = read_parameter(adapter.root, adapter.wirings[name]).device  # W itself may be a copy, head by head
         if components.V.device != device:
             raise DeviceError(
                 f"The components of {name} are on {components.V.device}, the model's weight on {device}; "

@@ -136,7 +136,9 @@ def batch_source(
         raise DataError(f"Data must be a tensor of token rows, batches, or a dataset; given {type(data).__name__}.")
     if not isinstance(data, Iterator):  # a stream need not know its columns before it is read
         first = next(iter(data), None)
-        if isinstance(first, str) or (isinstance(first, Mapping) and "text" in first and not set(TOKEN_COLUMNS) & set(first)):
+        if isinstance(first, str) or (
+            isinstance(first, Mapping) and "text" in first and not set(TOKEN_COLUMNS) & set(first)
+        ):
             return StreamSource(TextRows(data, tokenizer, length), batch_size)
     return StreamSource(data, batch_size)
 

@@ -176,7 +176,9 @@ class _Run:
     ) -> None:
         """The steps from `first` on."""
         begun = time.perf_counter()
-        bar = tqdm(total=self.steps, initial=first, desc="decompose", disable=not self.progress, unit="step", mininterval=0.5)
+        bar = tqdm(
+            total=self.steps, initial=first, desc="decompose", disable=not self.progress, unit="step", mininterval=0.5
+        )
         done = first
         try:
             for step in range(first, self.steps):
