@@ -77,17 +77,15 @@ def _seen_in_the_output(names: Iterable[str]) -> list[str]:
 @pytest.mark.filterwarnings("ignore")
 def test_every_role_by_itself_in_float64_where_it_runs(architecture: str, host: str) -> None:
     inputs, tolerance = zoo.sample_inputs(architecture), 1e-8
-    try:
-        model = tiny_on(architecture, host)
-        model.to(torch.float64)
-        run(model, inputs)
-    except zoo.ArchitectureMissing as reason:
-        pytest.skip(str(reason))
-    except RuntimeError:  # grouped matrix products of experts, and a few more, have no float64
-        model, tolerance = tiny_on(architecture, host), 1e-4
-    found = row(architecture, host, model)
+    found = surveyed(architecture, host)
     if not found.exact:
         pytest.skip("; ".join(found.refused))
+    model = tiny_on(architecture, host)
+    try:
+        model.to(torch.float64)
+        run(model, inputs)
+    except RuntimeError:  # grouped matrix products of experts, and a few more, have no float64
+        model, tolerance = tiny_on(architecture, host), 1e-4
     names = _seen_in_the_output(adapt(model).sites)
     decomposition = random_decomposition(model, names, size=1.0)
     assert_ablation_is_an_edited_weight(model, inputs, decomposition, tolerance, roles(names).values())

@@ -14,6 +14,7 @@ from ..support.exactness import (
     difference,
     gone,
     no_hooks_left,
+    part_kept,
     patched_run,
     random_decomposition,
 )
@@ -63,6 +64,10 @@ def test_one_site_at_a_time_against_a_hand_edited_weight(family: str, tokens: Te
         by_hand, hooked = run(edited, tokens), patched_run(model, decomposition, ablate(decomposition, [name]), tokens)
         assert difference(hooked, by_hand) < TOLERANCE, name
         assert difference(hooked, plain) > 1e-4, f"{name}: the patch does nothing"
+        masks, taken = part_kept(decomposition, name)
+        edited = build(family)
+        subtract(edited, place, taken(read(edited, place)))
+        assert difference(patched_run(model, decomposition, masks, tokens), run(edited, tokens)) < TOLERANCE, name
     assert torch.equal(run(model, tokens), plain)
 
 

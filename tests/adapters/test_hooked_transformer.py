@@ -17,6 +17,7 @@ from ..support.exactness import (
     difference,
     gone,
     no_hooks_left,
+    part_kept,
     patched_run,
     random_decomposition,
 )
@@ -84,6 +85,10 @@ def test_every_site_against_hand_edited_parameters(kind: str, tokens: Tensor) ->
         hooked_run = patched_run(model, decomposition, ablate(decomposition, [name]), tokens)
         assert difference(hooked_run, run(edited, tokens)) < 1e-10, name
         assert difference(hooked_run, run(model, tokens)) > 1e-4, f"{name}: the patch does nothing"
+        masks, taken = part_kept(decomposition, name)
+        edited = copy.deepcopy(model)
+        subtract(edited, name, taken(tlpd.site_weight(model, name)))
+        assert difference(patched_run(model, decomposition, masks, tokens), run(edited, tokens)) < 1e-10, name
     assert no_hooks_left(model) == before
 
 

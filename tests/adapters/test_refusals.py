@@ -143,17 +143,19 @@ class Lowered(nn.Linear):
         return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
 
 
-def test_a_linear_map_that_does_more_is_found_out() -> None:
+@pytest.mark.parametrize("host", ["transformers", "nnsight", "bridge"])
+def test_a_linear_map_that_does_more_is_found_out(host: str) -> None:
     """Even in a family that is known: the type of the module is not the one that is known."""
     original = build("llama")
     old = original.model.layers[1].mlp.down_proj
     new = Lowered(old.in_features, old.out_features, bias=False).to(torch.float64)
     new.weight = old.weight
     original.model.layers[1].mlp.down_proj = new
-    sites = tlpd.find_sites(original)
+    model = on_host(original, host)
+    sites = tlpd.find_sites(model)
     assert "blocks.1.mlp.W_out" not in sites and "blocks.0.mlp.W_out" in sites
     with pytest.raises(UnsupportedSiteError, match="something else happens inside"):
-        tlpd.find_sites(original, "blocks.1.mlp.W_out")
+        tlpd.find_sites(model, "blocks.1.mlp.W_out")
     plain = nn.Sequential(copy.deepcopy(new))
     with pytest.raises(UnsupportedModelError, match="forward of its own"):
         tlpd.find_sites(plain)

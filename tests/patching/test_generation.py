@@ -136,14 +136,8 @@ def test_mask_tensors_of_the_prompt_leave_decoded_tokens_to_the_model(host: str,
 @pytest.mark.parametrize("case", ["first", "last of the prompt", "boolean", "decoded"])
 @pytest.mark.parametrize("site", ["embed.W_E", "pos_embed.W_pos", "unembed.W_U"])
 @pytest.mark.parametrize("host", GPT2_LIKE)
-def test_positions_on_embeddings_and_unembedding(
-    host: str, site: str, case: str, cache: bool, tokens: Tensor, request: pytest.FixtureRequest
-) -> None:
+def test_positions_on_embeddings_and_unembedding(host: str, site: str, case: str, cache: bool, tokens: Tensor) -> None:
     """Hosts embed outside their forward pass, look positions up once for all rows, and unembed the last column alone."""
-    known = site == "embed.W_E" or (site == "pos_embed.W_pos" and cache)
-    if host == "hooked" and known and case != "last of the prompt":
-        why = "HookedTransformer.generate embeds tokens outside forward, where they are taken for columns from 0"
-        request.applymarker(pytest.mark.xfail(reason=why))
     model = with_tokenizer(host)
     dec = decomposition_of(model, site)
     given, spelled_out = CASES[case]

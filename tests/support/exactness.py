@@ -1,6 +1,6 @@
 """What must hold of every site on every host, worked out without the library where that is possible."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,16 @@ def gone(decomposition: Any, site: str) -> Tensor:
     """The rank-one matrix [d_in, d_out] that `ablate` takes out of a site's weight."""
     components = decomposition[site]
     return torch.outer(components.V[:, GONE], components.U[GONE]).detach()
+
+
+def part_kept(decomposition: Any, site: str) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """Masks that keep component 0 and 0.3 of the delta component, and what they take out of the weight; the bias stays.
+
+    Unlike an ablation, this is wrong wherever the bias is.
+    """
+    v, u = decomposition[site].V.detach(), decomposition[site].U.detach()
+    kept = torch.outer(v[:, 0], u[0])
+    return decomposition.masks().keep_only(site, 0, delta=0.3), lambda weight: weight - kept - 0.3 * (weight - v @ u)
 
 
 def ones(decomposition: Any, rows: tuple[int, ...]) -> Any:

@@ -26,6 +26,29 @@ class Captured(NamedTuple):
     """x of each captured site: [batch, pos, d_in], or indices [batch, pos] for an embedding."""
 
 
+class _Remembered(NamedTuple):
+    """A fingerprint, and the parameters it was taken of in the state they were in."""
+
+    parameters: "tuple[weakref.ref[Tensor], ...]"
+    states: tuple[Hashable, ...] | None
+    found: Fingerprint
+
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the very same parameters, unchanged since."""
+        alive = len(parameters) == len(self.parameters) and all(
+            ref() is t for ref, t in zip(self.parameters, parameters)
+        )
+        return alive and self.states is not None and self.states == _states(parameters)
+
+
+def _states(parameters: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
+    """What changes with every in-place change; None for inference tensors, which keep no count."""
+    try:
+        return tuple((t._version, t.data_ptr(), t.dtype) for t in parameters)
+    except RuntimeError:
+        return None
+
+
 class ModelAdapter(ABC):
     """Reads and runs one host model. It knows hosts; it knows no components.
 
@@ -37,7 +60,7 @@ class ModelAdapter(ABC):
 
     def __init__(self, model: Any) -> None:
         self._model_ref = weakref.ref(model)
-        self._fingerprints: dict[str, tuple[Hashable, Fingerprint]] = {}
+        self._fingerprints: dict[str, _Remembered] = {}
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
@@ -80,22 +103,17 @@ class ModelAdapter(ABC):
 
     def fingerprint(self, name: str, fresh: bool = False) -> Fingerprint:
         """Fingerprint of a site's weight and bias; remembered until a parameter changes, unless `fresh`."""
-        key = self._parameter_key(name)
-        known = self._fingerprints.get(name)
-        if not fresh and known is not None and key is not None and known[0] == key:
-            return known[1]
+        parameters, known = self._parameters_of(name), self._fingerprints.get(name)
+        if not fresh and known is not None and known.is_of(parameters):
+            return known.found
         found = fingerprint(self.weight(name), self.bias(name))
-        self._fingerprints[name] = (key, found)
+        self._fingerprints[name] = _Remembered(tuple(map(weakref.ref, parameters)), _states(parameters), found)
         return found
 
-    def _parameter_key(self, name: str) -> Hashable | None:
+    def _parameters_of(self, name: str) -> list[Tensor]:
         wiring = self.wirings[name]
         bias = getattr(find_module(self.root, wiring.owner), wiring.bias, None) if wiring.bias else None
-        tensors = [t for t in (read_parameter(self.root, wiring), bias) if t is not None]
-        try:
-            return tuple((id(t), t._version, t.data_ptr(), t.dtype) for t in tensors)
-        except RuntimeError:  # inference tensors count no versions
-            return None
+        return [t for t in (read_parameter(self.root, wiring), bias) if t is not None]
 
     # --- running ----------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -38,6 +38,7 @@ class RowTracker:
         self._batch: int | None = None
         self._prompt: int | None = None
         self._generating = False
+        self._outside: dict[str, int] = {}
 
     def begin(self, start: int, tokens: Tensor | None) -> None:
         """A forward pass begins after `start` cached columns; `tokens` are its own, where the host says."""
@@ -55,6 +56,7 @@ class RowTracker:
     def generating(self) -> Iterator[None]:
         """Inside a host's `generate`: later passes extend the first one's rows, with or without a cache."""
         before, self._generating, self._prompt = self._generating, True, None
+        self._outside.clear()
         try:
             yield
         finally:
@@ -73,12 +75,12 @@ class RowTracker:
             return self._batch, self._length
         return None
 
-    def span(self, y: Tensor, is_last: bool) -> Span:
+    def span(self, y: Tensor, name: str) -> Span:
         """Columns that one site's call covers.
 
         Args:
             y: The site's output [batch, pos, d_out]; anything without a position axis gets a span of its own.
-            is_last: The site is the unembedding, which hosts may call for the last columns alone.
+            name: The site; the unembedding may be called for the last columns alone.
 
         Raises:
             ShapeError: The call covers other columns than the pass, and nothing tells which.
@@ -86,13 +88,19 @@ class RowTracker:
         if y.ndim < 3:
             return Span()
         length = y.shape[-2]
+        if self._start is None and self._generating:
+            # HookedTransformer.generate embeds outside its forward: the whole row, or the one token that was added
+            start = 0 if length > 1 else self._outside.get(name, 0)
+            self._outside[name] = start + length
+            self._prompt = start + length if self._prompt is None else self._prompt
+            return Span(start, self._prompt, True)
         start, whole = self._start or 0, self._length or length
         if self._prompt is None:
             self._prompt = start + whole
         if self._length is None and not self._generating and not start:
             return Span(0, length)  # the host did not say what the rows are: the site's own, then
         if length != whole:
-            if not is_last:
+            if name != "unembed.W_U":
                 raise ShapeError(
                     f"A weight site was called with {length} positions in a forward pass over {whole}; masks by position "
                     "have no meaning there. Patch other sites of this model."
@@ -205,7 +213,7 @@ class Interception:
         folded = self.tracker.fold_rows(rows.x, rows.y, wiring.site.kind)
         if folded is not None:
             rows = replace(rows, x=rows.x.unflatten(0, folded), y=rows.y.unflatten(0, folded))
-        span = self.tracker.span(rows.y, is_last=wiring.site.name == "unembed.W_U")
+        span = self.tracker.span(rows.y, name)
         if name not in self._biases:
             self._biases[name] = read_bias(self.root, wiring)
         new = self.fns[name](SiteCall(rows.x, rows.y, self._biases[name], span))

@@ -22,6 +22,7 @@ from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_forward, 
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
     block_refusals,
+    is_plain,
     linear_kind,
     module_wiring,
     plain_path,
@@ -67,7 +68,8 @@ class TransformerBridgeAdapter(LensAdapter):
         for i, block in enumerate(model.blocks):
             self._add_block(block, i)
         self._add_unembedding()
-        if kind not in KNOWN_ARCHITECTURES or any(self.signature()):
+        plain = all(is_plain(find_module(self.root, wiring.owner)) for wiring in self.wirings.values())
+        if kind not in KNOWN_ARCHITECTURES or any(self.signature()) or not plain:
             self._add_the_rest()
             self.wirings, reasons = probe(self, self._run_probe)
             self.refused |= reasons

@@ -1,6 +1,7 @@
 """A decomposition: components for every site, their importance function, and what target they were made from."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from tl_paramdecomp.components import files
 from tl_paramdecomp.components.factors import Components, make_components
 from tl_paramdecomp.components.importance import Importance, ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.errors import NoImportanceError, ShapeError
+from tl_paramdecomp.errors import DecompositionFileError, NoImportanceError, ShapeError
 from tl_paramdecomp.sites import Fingerprint, WeightSite, resolve_name
+
+IMPORTANCE = "importance:"
+"""Prefix of the importance function's tensors on disk."""
 
 
 class Decomposition(nn.Module, Mapping[str, Components]):
@@ -109,7 +113,16 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         Raises:
             DecompositionFileError: The folder cannot be written, or holds something else.
         """
-        return files.save(Path(folder), self)
+        tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in self.items() for letter in ("V", "U")}
+        metadata = {
+            "sites": [asdict(site) for site in self.sites.values()],
+            "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
+            "importance": None if self.importance is None else self.importance.settings(),
+            "info": self.info,
+        }
+        if self.importance is not None:
+            tensors |= {f"{IMPORTANCE}{key}": value for key, value in self.importance.state_dict().items()}
+        return files.save_parts(Path(folder), tensors, metadata)
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Decomposition":
@@ -119,4 +132,25 @@ class Decomposition(nn.Module, Mapping[str, Components]):
             DecompositionFileError: The folder or a file is missing, broken, foreign or of a newer format.
             DeviceError: There is no such device.
         """
-        return files.load(cls, Path(folder), device)
+        tensors, metadata = files.load_parts(Path(folder), device)
+        try:
+            sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
+            fingerprints = {name: _fingerprint(values) for name, values in metadata["fingerprints"].items()}
+            factors = {name: (tensors[f"{name}.V"], tensors[f"{name}.U"]) for name in sites}
+            config = None if metadata["importance"] is None else ImportanceConfig(**metadata["importance"])
+            made = cls(factors, sites, fingerprints, config, metadata["info"])
+            if made.importance is not None:
+                state = {k.removeprefix(IMPORTANCE): t for k, t in tensors.items() if k.startswith(IMPORTANCE)}
+                made.importance.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise DecompositionFileError(
+                f"{folder} holds a decomposition whose files do not agree with each other ({type(error).__name__}: "
+                f"{error}); it is damaged or was edited. Copy it again from where it was saved."
+            ) from error
+        return made
+
+
+def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
+    """A fingerprint from JSON, which has lists for tuples."""
+    plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Fingerprint(**plain)

@@ -5,27 +5,21 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import DecompositionFileError, DeviceError
-from tl_paramdecomp.sites import Fingerprint, WeightSite
-
-if TYPE_CHECKING:
-    from tl_paramdecomp.components.decomposition import Decomposition
 
 FORMAT = 1
 TENSORS, METADATA = "components.safetensors", "decomposition.json"
 
 
-def save(folder: Path, decomposition: "Decomposition") -> Path:
-    """Write a decomposition into a folder; what the folder held before stays until all is written.
+def save_parts(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write a decomposition's tensors and JSON values into a folder; what it held before stays until all is written.
 
     Raises:
         DecompositionFileError: The path is a file, a folder of other things, or cannot be written.
@@ -38,23 +32,12 @@ def save(folder: Path, decomposition: "Decomposition") -> Path:
         raise DecompositionFileError(
             f"{folder} holds a {TENSORS} without its {METADATA}; save into a folder of its own."
         )
-    importance = decomposition.importance
-    metadata = {
-        "format": FORMAT,
-        "sites": [asdict(site) for site in decomposition.sites.values()],
-        "fingerprints": {name: asdict(f) for name, f in decomposition.fingerprints.items()},
-        "importance": None if importance is None else importance.settings(),
-        "info": decomposition.info,
-    }
-    tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in decomposition.items() for letter in ("V", "U")}
-    if importance is not None:
-        tensors |= {f"importance:{key}": value for key, value in importance.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
             write_tensors(Path(scratch) / TENSORS, tensors)
-            metadata["sha256"] = _digest(Path(scratch) / TENSORS)
-            write_text(Path(scratch) / METADATA, json.dumps(metadata, indent=1))
+            digest = _digest(Path(scratch) / TENSORS)
+            write_text(Path(scratch) / METADATA, json.dumps({"format": FORMAT, **metadata, "sha256": digest}, indent=1))
             for name in (TENSORS, METADATA):
                 os.replace(Path(scratch) / name, folder / name)
     except (OSError, TypeError, ValueError, NotImplementedError) as error:
@@ -62,8 +45,8 @@ def save(folder: Path, decomposition: "Decomposition") -> Path:
     return folder
 
 
-def load(cls: Any, folder: Path, device: torch.device | str) -> Any:
-    """Read a decomposition from a folder.
+def load_parts(folder: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and JSON values that `save_parts` wrote.
 
     Raises:
         DecompositionFileError: Something is missing, broken, foreign or newer than this version knows.
@@ -79,24 +62,7 @@ def load(cls: Any, folder: Path, device: torch.device | str) -> Any:
             f"{folder / TENSORS} is not the file that {METADATA} describes: a save was interrupted, or one of the two "
             "was replaced. Copy both again from where they were saved."
         )
-    try:
-        sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
-        fingerprints = {name: _fingerprint(f) for name, f in metadata["fingerprints"].items()}
-        factors = {name: (tensors[f"{name}.V"], tensors[f"{name}.U"]) for name in sites}
-        settings = metadata["importance"]
-        importance = None if settings is None else ImportanceConfig(**settings)
-        made = cls(factors, sites, fingerprints, importance, metadata["info"])
-        if importance is not None:
-            prefix = "importance:"
-            made.importance.load_state_dict(
-                {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            )
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise DecompositionFileError(
-            f"{folder} holds a decomposition whose files do not agree with each other ({type(error).__name__}: "
-            f"{error}); it is damaged or was edited. Copy it again from where it was saved."
-        ) from error
-    return made
+    return tensors, metadata
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -149,9 +115,3 @@ def _digest(path: Path) -> str:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
-    lists = {f.name for f in fields(Fingerprint)} & {"shape", "projections", "means"}
-    plain: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in values.items()}
-    return Fingerprint(**plain)

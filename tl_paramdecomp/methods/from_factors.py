@@ -40,7 +40,6 @@ def describe(
     adapter: ModelAdapter,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     importance: ImportanceConfig | None = None,
-    info: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Decomposition:
     """A decomposition that remembers which target its factors belong to."""
@@ -48,7 +47,7 @@ def describe(
     fingerprints = {name: adapter.fingerprint(name) for name in factors}
     target = type(adapter.root).__name__ if adapter.host in ("torch", "nnsight") else type(adapter.model).__name__
     origin = {"host": adapter.host, "target": target, "processing": adapter.processing, "versions": versions()}
-    return Decomposition(factors, sites, fingerprints, importance, {**origin, **(info or {})}, generator)
+    return Decomposition(factors, sites, fingerprints, importance, origin, generator)
 
 
 def versions() -> dict[str, str]:

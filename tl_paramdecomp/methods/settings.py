@@ -4,26 +4,30 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.methods.adversary import AdversarialReconstruction
+from tl_paramdecomp.methods.losses import (
+    Faithfulness,
+    ImportanceMinimality,
+    StochasticReconstruction,
+    UnmaskedReconstruction,
+)
+from tl_paramdecomp.methods.spd import SPD
 
-
-def table() -> dict[str, type]:
-    """Every class that a file may name."""
-    from tl_paramdecomp.components.importance import ImportanceConfig
-    from tl_paramdecomp.methods.adversary import AdversarialReconstruction
-    from tl_paramdecomp.methods.losses import (
+TABLE: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        SPD,
+        ImportanceConfig,
         Faithfulness,
         ImportanceMinimality,
         StochasticReconstruction,
         UnmaskedReconstruction,
-    )
-    from tl_paramdecomp.methods.spd import SPD
-
-    classes = (
-        SPD, ImportanceConfig, Faithfulness, ImportanceMinimality, StochasticReconstruction, UnmaskedReconstruction,
         AdversarialReconstruction,
-    )  # fmt: skip
-    return {cls.__name__: cls for cls in classes}
+    )
+}
+"""Every class that a file may name."""
 
 
 def to_settings(value: Any) -> Any:
@@ -51,9 +55,9 @@ def from_settings(settings: Any) -> Any:
     name = values.pop("type", None)
     if name is None:
         return values
-    if name not in table():
-        raise SettingError(f"Settings name the type {name!r}; known are {', '.join(table())}.")
+    if name not in TABLE:
+        raise SettingError(f"Settings name the type {name!r}; known are {', '.join(TABLE)}.")
     try:
-        return table()[name](**values)
+        return TABLE[name](**values)
     except TypeError as error:
         raise SettingError(f"Settings of {name} do not fit: {error}.") from error

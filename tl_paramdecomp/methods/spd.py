@@ -27,7 +27,6 @@ from tl_paramdecomp.methods.adversary import AdversarialReconstruction
 from tl_paramdecomp.methods.base import Loss, LossReport, LossStep, Method, ParameterGroup, Progress
 from tl_paramdecomp.methods.from_factors import describe
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality, StochasticReconstruction
-from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.methods.starts import Start, initial_factors, warm_up
 from tl_paramdecomp.sites import WeightSite
 
@@ -114,7 +113,7 @@ class SPD(Method):
             name: initial_factors(site, adapter.weight(name), counts[name], self.start, generator)
             for name, site in sites.items()
         }
-        made = describe(adapter, factors, self.importance, {"method": to_settings(self)}, generator)
+        made = describe(adapter, factors, self.importance, generator)
         warm_up(adapter, made, self.warm_up_steps, self.warm_up_lr, self.warm_up_weight_decay, progress)
         return made
 

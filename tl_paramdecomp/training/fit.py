@@ -104,6 +104,7 @@ def decompose(
         start_generator = torch.Generator().manual_seed(seed)
         first = run.first_step(resume)
         decomposition = method.initialise(adapter, chosen, start_generator, run.phase)
+        decomposition.info["run"] = run.settings
         decomposition.requires_grad_(True)
         groups = method.parameter_groups(decomposition)
         optimiser = torch.optim.AdamW(
@@ -115,7 +116,6 @@ def decompose(
             run.train(adapter, decomposition, method, source, groups, optimiser, generator, first)
     decomposition.requires_grad_(False)
     if run.folder is not None:
-        decomposition.info["run"] = run.settings
         decomposition.save(run.folder / "decomposition")
     return decomposition
 
