@@ -45,6 +45,25 @@ class LossStep:
     """Share of the run that is over, in [0, 1]."""
     measure: Literal["kl", "mse"]
 
+    @classmethod
+    def of(
+        cls,
+        adapter: ModelAdapter,
+        decomposition: Decomposition,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        generator: torch.Generator,
+        progress: float = 1.0,
+        measure: Literal["kl", "mse"] = "kl",
+    ) -> "LossStep":
+        """A batch with the target's output and the importances of a clean forward pass."""
+        with torch.no_grad():
+            clean = adapter.capture(tokens, list(decomposition), attention_mask)
+        importances = decomposition.importances(clean.inputs)
+        return cls(
+            adapter, decomposition, tokens, attention_mask, clean.logits, importances, generator, progress, measure
+        )
+
     @functools.cached_property
     def scored(self) -> Bool[Tensor, "..."] | None:
         """Positions that count; None where all do."""

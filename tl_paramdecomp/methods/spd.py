@@ -75,6 +75,11 @@ class SPD(Method):
             raise SettingError(f"n_components must be at least 1; given {self.n_components}.")
         if not self.losses:
             raise SettingError("SPD needs at least one loss.")
+        names = [loss.name for loss in self.losses]
+        if len(set(names)) < len(names):
+            raise SettingError(
+                f"Each loss may stand once; given {', '.join(names)}. Raise its coefficient or samples instead."
+            )
         for rate in ("lr", "lr_importance"):
             if getattr(self, rate) <= 0:
                 raise SettingError(f"{rate} must be positive; given {getattr(self, rate)}.")
@@ -160,23 +165,10 @@ class SPD(Method):
     ) -> LossReport:
         enabled = self.autocast is not None
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=enabled):
-            with torch.no_grad():
-                clean = adapter.capture(tokens, list(decomposition), attention_mask)
-            importances = decomposition.importances(clean.inputs)
-            step = LossStep(
-                adapter,
-                decomposition,
-                tokens,
-                attention_mask,
-                clean.logits,
-                importances,
-                generator,
-                progress,
-                self.measure,
-            )
+            step = LossStep.of(adapter, decomposition, tokens, attention_mask, generator, progress, self.measure)
             terms = {loss.name: loss(step) for loss in self.losses}
         total = torch.stack([loss.coefficient * terms[loss.name].float() for loss in self.losses]).sum()
-        l0 = sum((g.lower.detach() > ALIVE).sum(-1).float() for g in importances.values())
+        l0 = sum((g.lower.detach() > ALIVE).sum(-1).float() for g in step.importances.values())
         assert isinstance(l0, Tensor)
         l0 = l0.mean() if step.scored is None else l0[step.scored].mean()
         return LossReport(total, terms, {"l0": l0})

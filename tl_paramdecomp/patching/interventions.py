@@ -62,19 +62,8 @@ def importance_masks(
     if kind in ("zero", "unmasked", "random"):
         return masks.replaced(_without_importances(decomposition, tokens, kind, generator))
     with torch.no_grad():
-        clean = adapter.capture(tokens, list(decomposition), attention_mask)
-        importances = decomposition.importances(clean.inputs)
-        step = LossStep(
-            adapter,
-            decomposition,
-            tokens,
-            attention_mask,
-            clean.logits,
-            importances,
-            generator,
-            progress=1.0,
-            measure="kl",
-        )
+        step = LossStep.of(adapter, decomposition, tokens, attention_mask, generator)
+        importances = step.importances
         if kind == "importance":
             return masks.replaced({name: (g.lower, 0.0) for name, g in importances.items()})
         if kind == "rounded":
