@@ -235,7 +235,7 @@ def test_importance_one_leaves_the_adversary_only_the_delta_component():
 @pytest.mark.parametrize("make", [
     lambda: StochasticReconstruction(samples=0), lambda: ImportanceMinimality(p_end=0.0),
     lambda: AdversarialReconstruction(steps=0), lambda: tlpd.SPD(n_components=0), lambda: tlpd.SPD(lr=-1.0),
-    lambda: tlpd.SPD(losses=()),
+    lambda: tlpd.SPD(losses=()), lambda: tlpd.SPD(losses=(Faithfulness(1.0), Faithfulness(2.0))),
 ])  # fmt: skip
 def test_settings_without_meaning_are_refused(make):
     with pytest.raises(SettingError) as caught:
