@@ -172,6 +172,17 @@ def test_plain_hooks_agree_with_the_context(family: str, mode: str, tokens: Tens
         assert difference(by_pairs, patched_run(model, decomposition, masks, tokens)) < 1e-10, name
 
 
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_every_pass_in_one_context_reads_its_own_inputs(mode: str, tokens: Tensor) -> None:
+    model = in_mode("llama", mode)
+    decomposition = random_decomposition(model)
+    rows = (tokens, tokens.flip(1), tokens[:1, :3], (tokens + 5) % VOCAB)
+    with tlpd.patched(model, decomposition, ablate(decomposition)):
+        together = [run(model, other) for other in rows]
+    for other, out in zip(rows, together):
+        assert torch.equal(out, patched_run(model, decomposition, ablate(decomposition), other))
+
+
 def test_the_user_reads_patched_values(tokens: Tensor) -> None:
     original = build("gpt2")
     model = on_host(original, "bridge")

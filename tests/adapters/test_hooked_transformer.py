@@ -194,6 +194,17 @@ def test_an_upstream_edit_of_the_user_counts(hook: str, site: str, tokens: Tenso
         assert difference(model(tokens), inside) < 1e-10
 
 
+def test_every_pass_in_one_context_reads_its_own_inputs(tokens: Tensor) -> None:
+    model = hooked()
+    decomposition = random_decomposition(model)
+    edited = copy.deepcopy(model)
+    for name in decomposition:
+        subtract(edited, name, gone(decomposition, name))
+    with tlpd.patched(model, decomposition, ablate(decomposition)):
+        for other in (tokens, tokens.flip(1), tokens[:1, :3], (tokens + 5) % VOCAB):
+            assert difference(model(other), edited(other)) < 1e-10
+
+
 def test_the_user_reads_patched_values(tokens: Tensor) -> None:
     model = hooked()
     decomposition = random_decomposition(model, "blocks.0.*")
