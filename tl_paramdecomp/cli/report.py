@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Int
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -135,7 +136,8 @@ def print_next_tokens(
     console: Console, prompt: str, columns: Mapping[str, NextTokens], kl: float | None = None
 ) -> None:
     """Next tokens side by side, one column for each way of running the model."""
-    table = Table(title=f"{prompt} …", title_justify="left", title_style="italic")
+    console.print(f"[italic]{escape(prompt)} …[/]", highlight=False)
+    table = Table()
     for name in columns:
         table.add_column(name)
     for row in zip(*columns.values(), strict=True):
