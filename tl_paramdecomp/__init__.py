@@ -9,7 +9,7 @@ from tl_paramdecomp.analysis.activations import causal_importances, component_ac
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.methods.from_factors import from_factors
-from tl_paramdecomp.methods.spd import SPD
+from tl_paramdecomp.methods.spd import SPD, VPD
 from tl_paramdecomp.patching.attach import attached
 from tl_paramdecomp.patching.edit import edited_model, edited_weights
 from tl_paramdecomp.patching.hooks import fwd_hooks, patched
@@ -33,6 +33,7 @@ __all__ = [
     "SPD",
     "TaskPrompt",
     "TextRows",
+    "VPD",
     "WeightSite",
     "attached",
     "causal_importances",

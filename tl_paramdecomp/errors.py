@@ -18,6 +18,7 @@
     ├── SettingError (ValueError)               a hyperparameter or an argument that makes no sense
     ├── DataError (ValueError)                  training or evaluation data that cannot be used
     ├── DecompositionFileError (OSError)        a missing, broken or foreign file
+    ├── MissingExtraError (ImportError)         an optional library that this needs is not installed
     └── DivergedError (ArithmeticError)         a loss that is no longer a number
 
 Each says what was given, what was expected and what to try, and leaves the model and the files as they were.
@@ -94,6 +95,10 @@ class DataError(TLParamDecompError, ValueError):
 
 class DecompositionFileError(TLParamDecompError, OSError):
     """A decomposition's files are missing, broken or foreign."""
+
+
+class MissingExtraError(TLParamDecompError, ImportError):
+    """An optional library is not installed."""
 
 
 class DivergedError(TLParamDecompError, ArithmeticError):

@@ -16,13 +16,14 @@ RATIOS = []
 
 @pytest.fixture
 def report(capsys):
-    """`report(what, (ratio, slow_ms, fast_ms))` prints and keeps one ratio."""
+    """`report(what, (ratio, slow_ms, fast_ms), floor_ms)` prints and keeps one ratio; the floor is what the first cannot be under."""
 
-    def keep(what, measured):
+    def keep(what, measured, floor=None):
         quotient, slow, fast = measured
-        RATIOS.append({"what": what, "ratio": quotient, "slow_ms": slow, "fast_ms": fast})
+        RATIOS.append({"what": what, "ratio": quotient, "slow_ms": slow, "fast_ms": fast, "floor_ms": floor})
         with capsys.disabled():
-            print(f"\n{what}: {quotient:.3f} ({slow:.1f} ms / {fast:.1f} ms)")
+            least = "" if floor is None else f"; floor {floor:.1f}, {slow / floor:.2f} times that"
+            print(f"\n{what}: {quotient:.3f} ({slow:.1f} / {fast:.1f}{least})")
 
     return keep
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from tl_paramdecomp import Decomposition
 from tl_paramdecomp.components.factors import make_components
-from tl_paramdecomp.components.importance import ImportanceConfig, clamped, leaky
+from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.components.sigmoids import clamped, leaky
 from tl_paramdecomp.errors import (
     DeviceError,
     DtypeError,

@@ -1,14 +1,25 @@
-"""SPD's start, its settings as JSON, and the gradient of a whole step against a dense form."""
+"""SPD's start, its settings as JSON, and its schedules."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
-from tl_paramdecomp.methods.settings import from_settings, to_settings
+from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
+from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
+from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.reconstruction import (
+    ImportanceMaskedReconstruction,
+    StochasticReconstruction,
+    UnmaskedReconstruction,
+)
+from tl_paramdecomp.methods.settings import TABLE, from_settings, to_settings
 from tl_paramdecomp.methods.starts import initial_factors
 from tl_paramdecomp.sites import WeightSite
 
@@ -73,9 +84,42 @@ def test_components_by_pattern():
         tlpd.SPD(n_components={"1.*": 7, "*": 2}).counts(sites)
 
 
-@pytest.mark.parametrize("method", [tlpd.SPD(), tlpd.SPD.paper(), tlpd.SPD(n_components={"a": 3}, autocast="bfloat16")])
+# --- settings ---------------------------------------------------------------------------------------------------------
+ALL_LOSSES = (
+    Faithfulness(3.0, relative=False, rows=7),
+    ImportanceMinimality(2.0, "smooth_l0", 2.5, 0.3, 0.9, 0.2, 0.1, 0.6, 0.5, 4096),
+    StochasticReconstruction(0.3, "layerwise", "kept", 3, "binomial"),
+    ImportanceMaskedReconstruction(0.1, "subset"),
+    UnmaskedReconstruction(0.2),
+    HiddenActsReconstruction(0.4, "importance", "inputs", False),
+    AttentionPatternReconstruction(0.6, "importance"),
+    AdversarialReconstruction(0.7, 3, 0.4, "layerwise", "broadcast_across_batch", "zeros", "absent", "other"),
+    PersistentAdversarialReconstruction(0.8, "repeat_across_batch", 2, "subset", 1, "sign", 0.1, (0.1, 0.2), 0.5, "sigmoid",
+                                        "kept", "another"),
+)  # fmt: skip
+
+
+def test_the_settings_below_name_every_loss_and_leave_no_field_at_its_default():
+    assert {type(loss).__name__ for loss in ALL_LOSSES} == set(TABLE) - {"SPD", "VPD", "ImportanceConfig"}
+    for loss in ALL_LOSSES:
+        default, given = to_settings(type(loss)()), to_settings(loss)
+        alike = {key for key in given if given[key] == default[key]} - {"type", "name"}
+        assert not alike, (type(loss).__name__, alike)
+
+
+@pytest.mark.parametrize("method", [
+    tlpd.SPD(), tlpd.SPD.paper(), tlpd.SPD.targeted(n_components=4), tlpd.VPD(), tlpd.VPD(lr=1e-4, kl_chunk=64),
+    tlpd.VPD(importance=ImportanceConfig.vpd()), tlpd.SPD(n_components={"a": 3}, autocast="bfloat16"),
+    tlpd.SPD(losses=ALL_LOSSES, background_losses=ALL_LOSSES[:3]), tlpd.SPD(tied={"b.weight": "a.weight"}),
+], ids=lambda m: type(m).__name__)  # fmt: skip
 def test_settings_survive_json(method):
-    assert from_settings(json.loads(json.dumps(to_settings(method)))) == method
+    back = from_settings(json.loads(json.dumps(to_settings(method))))
+    assert back == method and type(back) is type(method)
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: type(loss).__name__)
+def test_every_loss_survives_json(loss):
+    assert from_settings(json.loads(json.dumps(to_settings(loss)))) == loss
 
 
 @pytest.mark.parametrize("settings", [{"type": "SDP"}, {"type": "SPD", "n_component": 3}])
@@ -84,44 +128,33 @@ def test_foreign_settings_are_refused(settings):
         from_settings(settings)
 
 
-def test_a_steps_gradient_is_that_of_the_dense_textbook_form():
-    """The published losses on a two-layer model, written out densely with the same masks, in float64."""
-    model = mlp().double()
-    method = tlpd.SPD.paper(n_components=6, measure="mse", losses=(
-        tlpd.methods.losses.Faithfulness(1.0, relative=False),
-        tlpd.methods.losses.StochasticReconstruction(1.0, delta=True),
-        tlpd.methods.losses.ImportanceMinimality(3e-3, p_start=1.5, p_end=1.5),
-    ))  # fmt: skip
-    dec = method.initialise(adapt(model), tlpd.find_sites(model), generator(), lambda what, total: range(total))
-    dec.requires_grad_(True)
-    x = torch.randn(10, 6, generator=generator(), dtype=torch.float64)
-    report = method.losses_of(adapt(model), dec, x, None, torch.Generator().manual_seed(7), 0.0)
-    report.total.backward()
-    found = {name: (dec[name].V.grad.clone(), dec[name].U.grad.clone()) for name in dec}
-    dec.zero_grad()
+# --- forms and schedules ----------------------------------------------------------------------------------------------
+def test_the_published_forms_have_their_published_terms():
+    names = [[loss.name for loss in method.losses] for method in (tlpd.SPD.paper(), tlpd.VPD())]
+    assert names[0] == ["faithfulness", "stochastic_all", "stochastic_layerwise", "importance_minimality"]
+    assert names[1] == ["faithfulness", "stochastic_subset", "persistent_adversarial", "importance_minimality"]
+    assert tlpd.VPD().importance.kind == "global_transformer" and tlpd.SPD.paper().importance.sigmoid == "leaky"
+    assert tlpd.SPD.paper(lr=0.5).lr == 0.5
 
-    draws = torch.Generator().manual_seed(7)
-    inputs = {"0.weight": x, "2.weight": torch.relu(model[0](x))}
-    masks, penalty, wrong, size = {}, 0.0, 0.0, 0
-    for name, site_input in inputs.items():
-        h = site_input @ dec[name].V
-        net = dec.importance.networks[name.replace(".", "/")]
-        raw = (torch.nn.functional.gelu(h[..., None] * net.w_in + net.b_in) * net.w_out).sum(-1) + net.b_out
-        lower = torch.where(raw < 0, 0.01 * raw, raw.clamp(max=1.0))
-        upper = torch.where(raw > 1, 1 + 0.01 * (raw - 1), raw.clamp(min=0.0))
-        penalty = penalty + ((upper + 1e-12) ** 1.5).sum(-1).mean()
-        q = torch.rand(lower.shape, generator=draws, dtype=torch.float64)
-        r = torch.rand(lower.shape[:-1], generator=draws, dtype=torch.float64)
-        masks[name] = (lower + (1 - lower) * (1 - q), 1 - r)
-        rest = tlpd.site_weight(model, name) - dec[name].V @ dec[name].U
-        wrong, size = wrong + rest.square().sum(), size + rest.numel()
-    out = x
-    for name, layer, after in (("0.weight", model[0], torch.relu), ("2.weight", model[2], lambda t: t)):
-        (m, d), V, U = masks[name], dec[name].V, dec[name].U
-        out = after((m * (out @ V)) @ U + d[:, None] * (out @ (layer.weight.T - V @ U)) + layer.bias)
-    dense = wrong / size + (out - model(x)).square().mean() + 3e-3 * penalty
-    assert abs(dense.item() - report.total.item()) < 1e-6  # divergences are taken in float32
-    dense.backward()
-    for name, (v, u) in found.items():
-        assert (dec[name].V.grad - v).abs().max() < 1e-5 * v.abs().max()
-        assert (dec[name].U.grad - u).abs().max() < 1e-5 * u.abs().max()
+
+@pytest.mark.parametrize("steps", [2, 10, 101])
+def test_the_learning_rate_rises_then_falls_along_a_cosine_to_its_end_at_the_last_step(steps):
+    """Acceptance test 6."""
+    method = tlpd.SPD(ramp_steps=0, final_lr=0.2)
+    rates = [method.learning_rate_factor(step, steps) for step in range(steps)]
+    assert rates[0] == 1.0 and abs(rates[-1] - 0.2) < 1e-12 and rates == sorted(rates, reverse=True)
+    if steps == 101:
+        assert abs(rates[50] - 0.6) < 1e-12 and abs(rates[25] - (0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)) < 1e-12
+    ramped = replace(method, ramp_steps=4, final_lr=1.0)
+    assert [ramped.learning_rate_factor(step, 100) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert replace(method, ramp_steps=0, final_lr=1.0).learning_rate_factor(7, 10) == 1.0
+
+
+def test_importance_and_components_are_groups_of_their_own():
+    model = mlp()
+    method = tlpd.SPD(n_components=8, lr=0.1, lr_importance=0.2, clip=0.3, clip_importance=None)
+    dec = method.initialise(adapt(model), tlpd.find_sites(model), generator(), lambda what, total: range(total))
+    components, importance = method.parameter_groups(dec)
+    assert (components.lr, components.clip, importance.lr, importance.clip) == (0.1, 0.3, 0.2, None)
+    assert {id(p) for p in components.parameters} == {id(t) for c in dec.values() for t in (c.V, c.U)}
+    assert {id(p) for p in (*components.parameters, *importance.parameters)} == {id(p) for p in dec.parameters()}

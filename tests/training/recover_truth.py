@@ -9,7 +9,8 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.components.importance import ImportanceConfig
-from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality, StochasticReconstruction
+from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 
 METHOD = tlpd.SPD(
     n_components=6,

@@ -176,15 +176,11 @@ def test_spd_recovers_the_truth_of_a_small_model():
         assert min(cosine for _, _, cosine in found) > 0.95
 
 
-@pytest.mark.parametrize("make", [tlpd.SPD, tlpd.SPD.paper])
-def test_both_forms_lower_their_own_faithfulness_and_reconstruction(make):
-    """From a random start, over 60 steps; a seed each of three, all of which must improve by a fifth."""
-    model = tiny_gpt2()
-    for seed in range(3):
-        seen = []
-        method = make(n_components=24, start="random", warm_up_steps=0, lr=1e-2, final_lr=1.0)
-        fit(model, steps=60, method=method, seed=seed, callbacks=[seen.append], log_every=10)
-        first, last = seen[0].figures, seen[-1].figures
-        names = [name for name in first if name.startswith(("faithfulness", "stochastic"))]
-        print(f"seed {seed}:", {name: (round(first[name], 4), round(last[name], 4)) for name in names})
-        assert all(last[name] < 0.8 * first[name] for name in names)
+def test_every_form_lowers_its_own_faithfulness_and_reconstruction():
+    """From a random start, over 45 steps; a seed each of three, all of which must improve by a fifth."""
+    command = [sys.executable, "-m", "tests.training.lower_losses"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    for form, seeds in json.loads(shown.stdout).items():
+        for seed, terms in enumerate(seeds):
+            print(f"{form}, seed {seed}:", {name: (round(a, 4), round(b, 4)) for name, (a, b) in terms.items()})
+            assert len(terms) >= 2 and all(last < 0.8 * first for first, last in terms.values())

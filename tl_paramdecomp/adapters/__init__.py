@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import Captured, ModelAdapter
 from tl_paramdecomp.errors import UnsupportedModelError
-from tl_paramdecomp.sites import SitePattern, WeightSite, resolve_name, select_sites
+from tl_paramdecomp.sites import SitePattern, WeightSite
 
 __all__ = ["Captured", "ModelAdapter", "adapt", "find_sites", "site_weight"]
 
@@ -40,25 +40,27 @@ def find_sites(model: Any, pattern: SitePattern = "*") -> dict[str, WeightSite]:
     Args:
         model: A HookedTransformer, TransformerBridge, nnsight model, transformers model or torch module.
         pattern: A glob over canonical names and the host's own names (`*` also crosses dots), a list of globs, or a
-            predicate over `WeightSite`.
+            predicate over `WeightSite`. Globs and names that end in `.pre_identity` select the identities that can be
+            inserted before linear weights, which nothing else selects.
 
     Raises:
         NoMatchingSiteError: Nothing matches; the message names the nearest names.
         UnsupportedModelError: The model, or the one site asked for, cannot be decomposed exactly.
     """
-    adapter = adapt(model)
-    return select_sites(adapter.sites, pattern, adapter.refused)
+    return adapt(model).select(pattern)
 
 
 def site_weight(model: Any, name: str) -> Float[Tensor, "d_in d_out"]:
     """W [d_in, d_out] of one site, detached; the heads of W_Q, W_K, W_V and W_O flattened, GPT-2's c_attn split.
+
+    For an inserted identity that is I.
 
     Raises:
         NoMatchingSiteError: There is no site of that name or alias.
         UnsupportedSiteError: The weight is quantised or on the meta device.
     """
     adapter = adapt(model)
-    return adapter.weight(resolve_name(adapter.sites, name, adapter.refused)).detach()
+    return adapter.weight(adapter.resolve(name)).detach()
 
 
 def _adapter_class(model: Any) -> type[ModelAdapter]:

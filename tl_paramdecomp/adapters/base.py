@@ -12,18 +12,47 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.fingerprint import fingerprint
+from tl_paramdecomp.adapters.identity import (
+    behind,
+    composed,
+    identity_before,
+    identity_fingerprint,
+    identity_weight,
+    is_identity,
+    resolve,
+    select,
+)
 from tl_paramdecomp.adapters.interception import Interception, OnError
+from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
+from tl_paramdecomp.adapters.shortcuts import (
+    AfterUnembedding,
+    blocks_of_sites,
+    find_after_unembedding,
+    find_blocks_to_skip,
+    kept_outputs,
+    product,
+    run_until_unembedding,
+    skipped,
+)
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, read_bias, read_parameter, read_weight, stored_weight
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
-from tl_paramdecomp.sites import Fingerprint, SiteCall, SiteFn, WeightSite
+from tl_paramdecomp.sites import Fingerprint, SiteCall, SiteFn, SitePattern, WeightSite
 
 
 class Captured(NamedTuple):
     """One clean forward pass."""
 
-    logits: Float[Tensor, "batch ..."]
+    output: Float[Tensor, "batch ..."]
+    """Logits; where the pass ended before the unembedding, the vectors [batch, pos, d_model] that reached it."""
     inputs: dict[str, Tensor]
     """x of each captured site: [batch, pos, d_in], or indices [batch, pos] for an embedding."""
+    blocks: tuple[Any, ...] = ()
+    """What each of the adapter's `blocks` returned, where that was asked for."""
+
+    @property
+    def logits(self) -> Float[Tensor, "batch ..."]:
+        """The pass's output, where it ran to the logits."""
+        return self.output
 
 
 class _Remembered(NamedTuple):
@@ -64,6 +93,10 @@ class ModelAdapter(ABC):
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
+        self.interceptions: list[Interception] = []
+        """Contexts of `intercept` that are open."""
+        self._skippable: dict[bool, bool] = {}
+        self._patternless: dict[bool, str] = {}
 
     @property
     def model(self) -> Any:
@@ -92,17 +125,48 @@ class ModelAdapter(ABC):
         """Weight sites by canonical name, in execution order."""
         return {name: wiring.site for name, wiring in self.wirings.items()}
 
+    def select(self, pattern: SitePattern) -> dict[str, WeightSite]:
+        """Sites that a pattern selects, in execution order; what ends in `.pre_identity` selects inserted identities.
+
+        Raises:
+            NoMatchingSiteError, UnsupportedSiteError: Nothing matches, or only what cannot be decomposed.
+        """
+        return select(self.sites, pattern, self.refused)
+
+    def resolve(self, name: str) -> str:
+        """Canonical name of a site or inserted identity, from that or an alias.
+
+        Raises:
+            NoMatchingSiteError, UnsupportedSiteError: There is no such site, or it cannot be decomposed.
+        """
+        return resolve(self.sites, name, self.refused)
+
+    def wiring(self, name: str) -> Wiring | None:
+        """Where a site is in the host (for an inserted identity: the site behind it); None where there is none."""
+        found = self.wirings.get(behind(name))
+        return None if found is not None and is_identity(name) and found.site.kind != "linear" else found
+
+    def site(self, name: str) -> WeightSite:
+        """A site, or an inserted identity, by its canonical name."""
+        found = self.wirings[behind(name)].site
+        return identity_before(found) if is_identity(name) else found
+
     # --- reading ----------------------------------------------------------------------------------------------------
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
-        """W of a site, attached to the host's parameter."""
-        return read_weight(self.root, self.wirings[name])
+        """W of a site, attached to the host's parameter; I for an inserted identity."""
+        wiring = self.wirings[behind(name)]
+        if is_identity(name):
+            return identity_weight(wiring.site, read_parameter(self.root, wiring))
+        return read_weight(self.root, wiring)
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
         """Bias of a site, attached to the host's parameter, or None."""
-        return read_bias(self.root, self.wirings[name])
+        return None if is_identity(name) else read_bias(self.root, self.wirings[name])
 
     def fingerprint(self, name: str, fresh: bool = False) -> Fingerprint:
         """Fingerprint of a site's weight and bias; remembered until a parameter changes, unless `fresh`."""
+        if is_identity(name):
+            return identity_fingerprint(self.fingerprint(behind(name), fresh))
         parameters, known = self._parameters_of(name), self._fingerprints.get(name)
         if not fresh and known is not None and known.is_of(parameters):
             return known.found
@@ -141,22 +205,151 @@ class ModelAdapter(ABC):
         tokens: Shaped[Tensor, "batch ..."],
         names: Sequence[str],
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        keep_blocks: bool = False,
+        to_hidden: bool = False,
     ) -> Captured:
-        """Logits and site inputs of the model as it stands.
+        """Output and site inputs of the model as it stands.
+
+        Args:
+            tokens: Rows.
+            names: Sites.
+            attention_mask: 1 where a position counts.
+            keep_blocks: Keep what each of `blocks` returned as well, for `resumed`.
+            to_hidden: End the pass before the unembedding, as `hidden` does.
 
         Raises:
             UnsupportedSiteError: A site is called more than once.
         """
         inputs: dict[str, Tensor] = {}
+        run = self.hidden if to_hidden else self.forward
 
-        with self.intercept({name: functools.partial(_keep_input, inputs, name, len(tokens)) for name in names}):
-            logits = self.forward(tokens, attention_mask)
-        return Captured(logits, inputs)
+        fns = {name: functools.partial(_keep_input, inputs, name, len(tokens)) for name in names}
+        with self.intercept(fns), kept_outputs(self.blocks if keep_blocks else ()) as blocks:
+            output = run(tokens, attention_mask)
+        return Captured(output, inputs, tuple(blocks))
 
     @property
     def device(self) -> torch.device:
         """Device of the model's first parameter."""
         return next(self.root.parameters()).device
+
+    # --- shorter passes ---------------------------------------------------------------------------------------------
+    def block_modules(self) -> Sequence[nn.Module]:
+        """The host's residual blocks in the order of a forward pass; empty where it is not known to have any."""
+        return ()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Residual blocks at which a forward pass may begin; empty where beginning later is not the same model.
+
+        Tried out on a few tokens when first asked for, and again in training mode, where dropout may stand against it.
+        """
+        modules, mode = self.block_modules(), self.root.training
+        if mode not in self._skippable:
+            self._skippable[mode] = len(modules) > 1 and find_blocks_to_skip(self, modules)
+        return modules if self._skippable[mode] else ()
+
+    def block_of(self, name: str) -> int | None:
+        """Index in `blocks` of the block that holds a site; None for embeddings, the unembedding and plain modules."""
+        return self._blocks_of_sites.get(behind(name)) if self.blocks else None
+
+    @functools.cached_property
+    def _blocks_of_sites(self) -> dict[str, int]:
+        return blocks_of_sites(self.root, self.block_modules(), self.wirings)
+
+    @contextlib.contextmanager
+    def resumed(self, outputs: Sequence[Any], block: int) -> Iterator[None]:
+        """Within this context forward passes begin at a block: those before it return what they returned, uncomputed.
+
+        Outputs and gradients of a pass that changes nothing before that block are those of the full pass. A site in a
+        block that is left out does not fire.
+
+        Args:
+            outputs: `blocks` of a `capture(..., keep_blocks=True)` over the same rows with the same attention mask.
+            block: The first block to compute; `len(outputs)` leaves all of them out.
+
+        Raises:
+            SettingError: There is no such block, or these are not the outputs of all blocks.
+        """
+        with skipped(self.blocks, outputs, block):
+            yield
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within this context the functions of every open `intercept` leave the model alone."""
+        before = [(interception, interception.idle) for interception in self.interceptions]
+        try:
+            for interception, _ in before:
+                interception.idle = True
+            yield
+        finally:
+            for interception, idle in before:
+                interception.idle = idle
+
+    def hidden(
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The vectors that the unembedding receives, from a forward pass that ends there: no logits are made.
+
+        Raises:
+            SiteNotFiredError: An intercepted site was not reached; the unembedding itself never is.
+            UnsupportedModelError: The model has no unembedding that is called.
+        """
+        hidden = run_until_unembedding(self, functools.partial(self.forward, tokens, attention_mask))
+        for interception in self.interceptions:
+            interception.check_fired()
+        return hidden
+
+    @property
+    def splits_at_unembedding(self) -> bool:
+        """Whether `unembed(hidden(tokens))` are the logits; tried out on a few tokens when first asked for."""
+        return self._after_unembedding is not None
+
+    @functools.cached_property
+    def _after_unembedding(self) -> AfterUnembedding | None:
+        return find_after_unembedding(self)
+
+    def unembed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Logits of vectors before the unembedding: x W_U + b, scaled and capped as the host does.
+
+        Raises:
+            UnsupportedModelError: The host does more than that between the unembedding and its logits.
+        """
+        if self._after_unembedding is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does something to its logits after the unembedding that is not known, or has "
+                "no unembedding; take them from a full forward pass."
+            )
+        return self._after_unembedding(product(self, x))
+
+    # --- attention patterns -----------------------------------------------------------------------------------------
+    def pattern_taps(self) -> Mapping[int, nn.Module]:
+        """By layer, the module whose output is the attention pattern, or holds it; layers without attention are missing."""
+        return {}
+
+    @contextlib.contextmanager
+    def patterns(self) -> Iterator[Patterns]:
+        """Within this context forward passes leave their softmaxed attention patterns, with gradients.
+
+        A pass empties the dictionary first, so that it holds the last one's; blocks that a pass leaves out are missing. Grouped
+        key/value heads are given once per query head. At padding, rows are what the host makes of them.
+
+        Yields:
+            [batch, head, query, key] by layer.
+
+        Raises:
+            UnsupportedModelError: The host does not give its patterns; says why.
+        """
+        taps, mode = self.pattern_taps(), self.root.training
+        if mode not in self._patternless:
+            self._patternless[mode] = why_no_patterns(self, taps)
+        if self._patternless[mode]:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not give its attention patterns: {self._patternless[mode]}. Put the model "
+                "in eval mode, or leave terms that compare patterns out."
+            )
+        with collected_patterns(self.root, self.block_modules()[0], taps) as kept:
+            yield kept
 
     # --- changing weights -------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -212,6 +405,15 @@ def swapped_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> Itera
         slot[attribute] = old
 
 
-def make_interception(adapter: ModelAdapter, fns: Mapping[str, SiteFn], on_error: OnError | None) -> Interception:
-    """The shared engine set up for one adapter."""
-    return Interception(adapter.root, adapter.wirings, fns, on_error)
+def make_interception(
+    adapter: ModelAdapter, fns: Mapping[str, SiteFn], on_error: OnError | None, stack: contextlib.ExitStack
+) -> Interception:
+    """The shared engine set up for one adapter, which knows of it until the stack is left."""
+    interception = Interception(adapter.root, adapter.wirings, composed(fns, adapter.weight), on_error)
+    adapter.interceptions.append(interception)
+    stack.callback(_forget, adapter.interceptions, interception)
+    return interception
+
+
+def _forget(interceptions: list[Interception], gone: Interception) -> None:
+    interceptions[:] = [interception for interception in interceptions if interception is not gone]

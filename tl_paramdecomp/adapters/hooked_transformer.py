@@ -178,8 +178,8 @@ class HookedTransformerAdapter(LensAdapter):
     # --- running ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
-        interception = make_interception(self, fns, on_error)
         with contextlib.ExitStack() as stack:
+            interception = make_interception(self, fns, on_error, stack)
             interception.install(stack, torch_call_hook)
             stack.enter_context(shadowed_method(self.model, "forward", _watched_forward(interception)))
             watch_generate(stack, self.model, interception, "generate", "generate_stream")

@@ -3,13 +3,14 @@
 import contextlib
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import ModelAdapter
+from tl_paramdecomp.adapters.identity import composed
 from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
@@ -30,6 +31,14 @@ class HookRoute:
 class LensAdapter(ModelAdapter):
     """A host whose activations have hook points."""
 
+    def block_modules(self) -> Sequence[nn.Module]:
+        return tuple(self.model.blocks)
+
+    def pattern_taps(self) -> Mapping[int, nn.Module]:
+        attentions = ((i, block._modules.get("attn")) for i, block in enumerate(self.block_modules()))
+        hooks = ((i, getattr(attention, "hook_pattern", None)) for i, attention in attentions)
+        return {i: hook for i, hook in hooks if hook is not None}
+
     @abstractmethod
     def hook_route(self, name: str) -> HookRoute:
         """Hook points of a site.
@@ -46,7 +55,7 @@ class LensAdapter(ModelAdapter):
         """Plain (name, function) pairs for `run_with_hooks`.
 
         Args:
-            fns: A function for each site.
+            fns: A function for each site; one at an identity before a site goes along with the site's own, if any.
             by_position: The functions depend on the position in the row. Pairs cannot see a key/value cache, so a
                 decoding step is refused rather than taken for position 0.
 
@@ -54,7 +63,7 @@ class LensAdapter(ModelAdapter):
             UnsupportedSiteError: A site has no hook points of its own.
         """
         pairs: list[HookPair] = []
-        for name, fn in fns.items():
+        for name, fn in composed(fns, self.weight).items():
             pairs += self._pair(name, fn, by_position)
         return pairs
 

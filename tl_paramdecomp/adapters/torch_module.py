@@ -1,7 +1,7 @@
 """Adapter for any torch module: transformers models under canonical names, all others under dotted paths."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class TorchModuleAdapter(ModelAdapter):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         refuse_wrapped(self.root)
+        self._blocks_path = ""
         config: Any = getattr(self.root, "config", None)
         self._is_language_model = hasattr(config, "model_type") and self.root.main_input_name == "input_ids"
         if self._is_language_model:
@@ -84,6 +85,7 @@ class TorchModuleAdapter(ModelAdapter):
                 break
         blocks = find_blocks(self.root, config, paths.get(id(embedding), ""))
         path, listed = blocks or ("", ())
+        self._blocks_path = path
         for i, block in enumerate(listed):
             wirings = name_block(block, config, f"{path}.{i}", i)
             reasons = block_refusals(wirings, block, i)
@@ -110,12 +112,20 @@ class TorchModuleAdapter(ModelAdapter):
     # --- running ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
-        interception = make_interception(self, fns, on_error)
         with contextlib.ExitStack() as stack:
+            interception = make_interception(self, fns, on_error, stack)
             interception.install(stack, self.call_hook)
             watch_forward(stack, self.root, interception)
             watch_generate(stack, self.root, interception)
             yield
+
+    def block_modules(self) -> Sequence[nn.Module]:
+        blocks = find_module(self.root, self._blocks_path) if self._blocks_path else None
+        return tuple(blocks) if isinstance(blocks, nn.ModuleList) else ()
+
+    def pattern_taps(self) -> Mapping[int, nn.Module]:
+        outputs = ((i, self.wirings.get(f"blocks.{i}.attn.W_O")) for i in range(len(self.block_modules())))
+        return {i: find_module(self.root, w.owner.rpartition(".")[0]) for i, w in outputs if w is not None}
 
     def call_hook(self, module: nn.Module, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
         """Intercept one module's own call."""

@@ -220,8 +220,8 @@ class TransformerBridgeAdapter(LensAdapter):
     # --- running ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
-        interception = make_interception(self, fns, on_error)
         with contextlib.ExitStack() as stack:
+            interception = make_interception(self, fns, on_error, stack)
             interception.install(stack, torch_call_hook)
             watch_forward(stack, self.model.original_model, interception)
             watch_generate(stack, self.model, interception, "generate", "generate_stream", "hf_generate")

@@ -47,4 +47,4 @@ def causal_importances(
     adapter = checked_adapter(model, decomposition)
     with torch.no_grad():
         inputs = adapter.capture(tokens, list(decomposition), attention_mask).inputs
-        return {name: g.lower.clamp(0.0, 1.0) for name, g in decomposition.importances(inputs).items()}
+        return {name: g.lower.clamp(0.0, 1.0) for name, g in decomposition.importances(inputs, attention_mask).items()}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.adapters import adapt
@@ -85,7 +85,7 @@ def kl_by_mask_kind(
 def sparsity(
     model: Any,
     decomposition: Decomposition,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Shaped[Tensor, "batch ..."],
     threshold: float = 0.1,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Sparsity:
@@ -99,7 +99,7 @@ def sparsity(
     with torch.no_grad():
         inputs = adapter.capture(tokens, list(decomposition), attention_mask).inputs
         l0, alive = {}, {}
-        for name, importance in decomposition.importances(inputs).items():
+        for name, importance in decomposition.importances(inputs, attention_mask).items():
             active = importance.lower > threshold
             active = active.flatten(0, -2) if attention_mask is None else active[attention_mask.bool()]
             l0[name] = active.sum(-1).float().mean().item()

@@ -164,6 +164,34 @@ def patch(
         print_next_tokens(console, prompt, {"model": rows.before, "patched": rows.after}, rows.kl)
 
 
+@app.command()
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(help="tms-5-2, tms-5-2-id, tms-40-10, tms-40-10-id, resid-mlp-1, -2, -3, or induction.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for targets, checkpoints, results and figures.")] = Path(
+        "runs/reproduce"
+    ),
+    seeds: Annotated[int, typer.Option(help="Run seeds 0 to N - 1.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Training steps, instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step, instead of the recipe's.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; the smallest toys gain nothing from a second one.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Redo a published toy result: train the target, decompose it, score it. Run it again to go on."""
+    import torch
+
+    from tl_paramdecomp.cli.reproduce import reproduce as run
+    from tl_paramdecomp.cli.reproduce import result_table
+
+    torch.set_num_threads(threads)
+    record = run(name, seeds, out, Console(stderr=True), steps, batch_size)
+    if as_json:
+        print(json.dumps(record))
+    else:
+        console.print(result_table(record))
+
+
 def _site_and_components(spec: str) -> tuple[str, list[int]]:
     site, _, listed = spec.rpartition(":")
     try:

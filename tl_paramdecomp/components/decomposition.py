@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.components import files
-from tl_paramdecomp.components.factors import Components, make_components
-from tl_paramdecomp.components.importance import Importance, ImportanceConfig, ImportanceFunction, module_key
+from tl_paramdecomp.components.factors import Components, make_components, tied_components
+from tl_paramdecomp.components.importance import ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.components.sigmoids import Importance
+from tl_paramdecomp.components.ties import check_ties
 from tl_paramdecomp.errors import DecompositionFileError, NoImportanceError, ShapeError
 from tl_paramdecomp.sites import Fingerprint, WeightSite, resolve_name
 
@@ -23,15 +25,17 @@ class Decomposition(nn.Module, Mapping[str, Components]):
     """A Mapping from site name to components. It holds no model.
 
     Args:
-        factors: V [d_in, C] and U [C, d_out] of each site.
-        sites: The sites, by the same names.
+        factors: V [d_in, C] and U [C, d_out] of each site that is not tied.
+        sites: The sites by the same names, and the tied ones; where there are any, in the order they should have.
         fingerprints: Of the weights the factors belong to.
         importance: Which causal-importance function it has; None for none.
         info: Where it came from: host, method, versions; anything JSON can hold.
         generator: Seeds the importance function's start.
+        tied: Sites whose components are another site's, transposed, each with that site; the two share parameters.
 
     Raises:
         ShapeError, DtypeError: Factors do not fit their site.
+        SettingError: A tie that cannot be.
     """
 
     # Mapping compares by content and so cannot be hashed; a module must be
@@ -46,14 +50,19 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         importance: ImportanceConfig | None = None,
         info: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
+        tied: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if not factors:
             raise ShapeError("A decomposition needs at least one site.")
-        self._components = nn.ModuleDict(
-            {module_key(name): make_components(sites[name], V, U) for name, (V, U) in factors.items()}
-        )
-        self.fingerprints = {name: fingerprints[name] for name in factors}
+        self.tied = dict(tied or {})
+        """Tied sites, each with the site whose parameters it shares."""
+        check_ties(self.tied, sites, factors)
+        made = {name: make_components(sites[name], V, U) for name, (V, U) in factors.items()}
+        made |= {name: tied_components(sites[name], made[source]) for name, source in self.tied.items()}
+        order = [name for name in sites if name in made] if self.tied else list(made)
+        self._components = nn.ModuleDict({module_key(name): made[name] for name in order})
+        self.fingerprints = {name: fingerprints[name] for name in self}
         self.info = dict(info or {})
         self.importance = None if importance is None else ImportanceFunction(self, importance, generator)
 
@@ -93,18 +102,25 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         """All ones with the delta component: the model itself."""
         return Masks(self.sites, self.n_components)
 
-    def importances(self, inputs: Mapping[str, Tensor]) -> dict[str, Importance]:
+    def importances(
+        self, inputs: Mapping[str, Tensor], attention_mask: Tensor | None = None
+    ) -> dict[str, Importance]:
         """Causal importances from the site inputs of a clean forward pass.
+
+        Args:
+            inputs: x of each site: [..., d_in], or indices [...]. The global kinds need those of all sites.
+            attention_mask: [batch, pos], 0 at padding; for importance functions that look at other positions.
 
         Raises:
             NoImportanceError: The decomposition has no importance function.
+            SettingError, ShapeError: An input that a global importance function needs is missing; a mask of another shape.
         """
         if self.importance is None:
             raise NoImportanceError(
                 "This decomposition has no causal-importance function (it was made from factors, or by a method "
                 "without one); train one with tl_paramdecomp.decompose(..., method=SPD(...))."
             )
-        return self.importance(inputs, self)
+        return self.importance(inputs, self, attention_mask)
 
     # --- files --------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
@@ -113,9 +129,11 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         Raises:
             DecompositionFileError: The folder cannot be written, or holds something else.
         """
-        tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in self.items() for letter in ("V", "U")}
+        own = {name: components for name, components in self.items() if name not in self.tied}
+        tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in own.items() for letter in ("V", "U")}
         metadata = {
             "sites": [asdict(site) for site in self.sites.values()],
+            "tied": self.tied,
             "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
             "importance": None if self.importance is None else self.importance.settings(),
             "info": self.info,
@@ -136,9 +154,10 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         try:
             sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
             fingerprints = {name: _fingerprint(values) for name, values in metadata["fingerprints"].items()}
-            factors = {name: (tensors[f"{name}.V"], tensors[f"{name}.U"]) for name in sites}
+            tied = metadata.get("tied", {})  # files from before there were ties have none
+            factors = {name: (tensors[f"{name}.V"], tensors[f"{name}.U"]) for name in sites if name not in tied}
             config = None if metadata["importance"] is None else ImportanceConfig(**metadata["importance"])
-            made = cls(factors, sites, fingerprints, config, metadata["info"])
+            made = cls(factors, sites, fingerprints, config, metadata["info"], tied=tied)
             if made.importance is not None:
                 state = {k.removeprefix(IMPORTANCE): t for k, t in tensors.items() if k.startswith(IMPORTANCE)}
                 made.importance.load_state_dict(state)

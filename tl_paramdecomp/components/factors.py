@@ -30,6 +30,11 @@ class Components(nn.Module):
         self.U: Float[Tensor, "C d_out"] = nn.Parameter(U.detach().clone().contiguous())
 
     @property
+    def parameter_pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters that hold V and U (those of another site where this one is tied)."""
+        return self.V, self.U  # type: ignore[return-value]
+
+    @property
     def n_components(self) -> int:
         """C, the number of components."""
         return self.V.shape[1]
@@ -73,6 +78,50 @@ class EmbeddingComponents(Components):
         return nn.functional.embedding(x, self.V if only is None else self.V[:, only])
 
 
+class TiedComponents(Components):
+    """Components that are another site's, transposed: V = source.U^T and U = source.V^T are views of its parameters.
+
+    They hold no parameter of their own; gradients at V and U arrive at the source's. Component c is then the transpose of
+    the source's component c.
+
+    Raises:
+        ShapeError: The site's weight has not the shape of the source's transposed.
+    """
+
+    def __init__(self, site: WeightSite, source: Components) -> None:
+        nn.Module.__init__(self)
+        check_transposes(site, source.site)
+        self.site = site
+        self._source = (source,)  # in a tuple, so that torch does not take the source for a part of this module
+
+    @property
+    def V(self) -> Float[Tensor, "d_in C"]:  # type: ignore[override]  # noqa: N802
+        """U^T of the source."""
+        return self._source[0].U.T
+
+    @property
+    def U(self) -> Float[Tensor, "C d_out"]:  # type: ignore[override]  # noqa: N802
+        """V^T of the source."""
+        return self._source[0].V.T
+
+    @property
+    def parameter_pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The source's parameters."""
+        return self._source[0].parameter_pair
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tied to {self._source[0].site.name}"
+
+
+class TiedEmbeddingComponents(TiedComponents, EmbeddingComponents):  # type: ignore[override]
+    """Components of an embedding table that are those of an unembedding, transposed."""
+
+
+def tied_components(site: WeightSite, source: Components) -> Components:
+    """Components of a site that share the parameters of another's, transposed."""
+    return (TiedEmbeddingComponents if site.kind == "embedding" else TiedComponents)(site, source)
+
+
 def make_components(site: WeightSite, V: Tensor, U: Tensor) -> Components:
     """Components V [d_in, C] and U [C, d_out] of the kind that a site needs."""
     return (EmbeddingComponents if site.kind == "embedding" else Components)(site, V, U)
@@ -98,3 +147,16 @@ def check_factors(site: WeightSite, V: Any, U: Any) -> None:
         raise DtypeError(f"V and U of {site.name} must have one dtype; given {V.dtype} and {U.dtype}.")
     if V.device != U.device:
         raise DeviceError(f"V and U of {site.name} must be on one device; given {V.device} and {U.device}.")
+
+
+def check_transposes(site: WeightSite, source: WeightSite) -> None:
+    """Refuse two sites whose shapes are not each other's, transposed.
+
+    Raises:
+        ShapeError: as said.
+    """
+    if (site.d_in, site.d_out) != (source.d_out, source.d_in):
+        raise ShapeError(
+            f"{site.name} [{site.d_in}, {site.d_out}] cannot be tied to {source.name} [{source.d_in}, {source.d_out}]: it "
+            f"must have the shape of the other transposed, [{source.d_out}, {source.d_in}]."
+        )

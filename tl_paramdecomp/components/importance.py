@@ -1,144 +1,95 @@
-"""Causal-importance functions: small networks from a site's input to how much each component matters there, in [0, 1].
+"""Causal-importance functions: small networks from site inputs to how much each component matters there, in [0, 1].
 
 They read the clean forward pass, never masked activations, and are part of the decomposition: saved and loaded with it.
-Published in "Stochastic Parameter Decomposition" (arXiv 2506.20790), section 2 and appendix; the clamped forward with a
-sign-gated gradient is its authors' later form.
+Published in "Stochastic Parameter Decomposition" (arXiv 2506.20790), section 2 and appendix, and its successors. The
+networks are in `importance_networks`, what makes importances of their outputs in `sigmoids`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.importance_networks import GLOBAL_KINDS, SITE_KINDS, GlobalTransformer
+from tl_paramdecomp.components.sigmoids import SIGMOIDS, Importance, clamped, leaky
 from tl_paramdecomp.errors import SettingError
 
-SIGMOID_LEAK = 0.01
-
-
-class Importance(NamedTuple):
-    """Causal importances of one site."""
-
-    lower: Float[Tensor, "... C"]
-    """What masks are made from; its gradient ends above 1."""
-    upper: Float[Tensor, "... C"]
-    """What importance minimality penalises; its gradient ends below 0."""
-
-
-class _SignGatedClamp(torch.autograd.Function):
-    """clamp(x, 0, 1) whose gradient leaks below 0, but only where the loss wants x to rise."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(0.0, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        inside = torch.ops.aten.hardtanh_backward(grad, x, 0.0, 1.0)
-        return inside + grad.clamp(max=0.0) * SIGMOID_LEAK * (x <= 0)
-
-
-class _LeakyAboveOne(torch.autograd.Function):
-    """0 below 0, x up to 1, slope `SIGMOID_LEAK` above."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(0.0, 1.0) + SIGMOID_LEAK * (x - 1.0).clamp(min=0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        inside = torch.ops.aten.hardtanh_backward(grad, x, 0.0, 1.0)
-        return inside + grad * SIGMOID_LEAK * (x >= 1)
-
-
-def clamped(raw: Float[Tensor, "... C"]) -> Importance:
-    """The authors' later pair: values in [0, 1]; below 0 lower's gradient leaks (0.01) where the loss wants it up."""
-    return Importance(_SignGatedClamp.apply(raw), _LeakyAboveOne.apply(raw))
-
-
-def leaky(raw: Float[Tensor, "... C"]) -> Importance:
-    """The paper's pair: lower really goes negative (0.01 x below 0), upper is 1 + 0.01 (x - 1) above 1."""
-    lower = torch.where(raw <= 0, SIGMOID_LEAK * raw, raw.clamp(max=1.0))
-    return Importance(lower, _LeakyAboveOne.apply(raw))
-
-
-SIGMOIDS = {"clamped": clamped, "leaky": leaky}
+__all__ = ["Importance", "ImportanceConfig", "ImportanceFunction", "clamped", "leaky", "module_key"]
 
 
 @dataclass(frozen=True)
 class ImportanceConfig:
-    """Which causal-importance function a decomposition has."""
+    """Which causal-importance function a decomposition has.
 
-    kind: Literal["component_mlp", "shared_mlp"] = "shared_mlp"
-    """`component_mlp`: a tiny network per component on its own activation (the paper's). `shared_mlp`: one network per
-    site from its whole input."""
+    The defaults suit models of up to a few million weights. For its 67M-weight target VPD took
+    `ImportanceConfig("global_transformer", hidden=2048, layers=8, heads=16, d_mlp=8192)`, that is `ImportanceConfig.vpd()`.
+
+    Raises:
+        SettingError: A setting makes no sense.
+    """
+
+    kind: Literal["component_mlp", "vector_mlp", "shared_mlp", "global_mlp", "global_transformer"] = "shared_mlp"
+    """`component_mlp`: a tiny network per component on its own activation (the paper's). `vector_mlp`: one per component
+    on the site's whole input. `shared_mlp`: one network per site from its whole input. `global_mlp`, `global_transformer`:
+    one network for all sites from all inputs, the latter with attention over positions (VPD's)."""
     hidden: int | None = 128
-    """Hidden width; None: max(128, 2 d_in)."""
+    """Hidden width; a transformer's width. None: twice the (widest) d_in, at least 128; 12 for `vector_mlp`. The paper has
+    16 for `component_mlp`."""
     sigmoid: Literal["clamped", "leaky"] = "clamped"
     """How raw outputs become importances."""
+    normalise: bool = True
+    """Divide inputs by their root mean square, site by site. Not for `component_mlp`. Off, `vector_mlp`, `shared_mlp` and
+    `global_mlp` are the authors' own."""
+    layers: int = 2
+    """Blocks of a transformer."""
+    heads: int = 4
+    """Attention heads of a transformer; twice their number divides its width."""
+    d_mlp: int | None = None
+    """Width of a transformer's MLPs; None: four times its own."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SettingError(f"Importance kind {self.kind!r} is none of {', '.join(KINDS)}.")
+        if self.kind not in (*SITE_KINDS, *GLOBAL_KINDS):
+            raise SettingError(
+                f"Importance kind {self.kind!r} is none of {', '.join(SITE_KINDS)}, {', '.join(GLOBAL_KINDS)}."
+            )
         if self.sigmoid not in SIGMOIDS:
             raise SettingError(f"Sigmoid {self.sigmoid!r} is none of {', '.join(SIGMOIDS)}.")
         if self.hidden is not None and self.hidden < 1:
             raise SettingError(f"Importance hidden width must be at least 1; given {self.hidden}.")
+        if self.layers < 0 or self.heads < 1 or (self.d_mlp is not None and self.d_mlp < 1):
+            raise SettingError(
+                "An importance transformer needs layers >= 0, heads >= 1 and d_mlp >= 1; "
+                f"given layers={self.layers}, heads={self.heads}, d_mlp={self.d_mlp}."
+            )
+        if self.kind == "global_transformer" and self.hidden is not None and self.hidden % (2 * self.heads):
+            raise SettingError(
+                f"Twice the number of heads must divide an importance transformer's width (its heads are rotated in pairs "
+                f"of dimensions); given hidden={self.hidden}, heads={self.heads}."
+            )
 
+    @classmethod
+    def vpd(cls) -> "ImportanceConfig":
+        """The transformer of the VPD paper, made for decomposing a model of 67M weights."""
+        return cls("global_transformer", hidden=2048, layers=8, heads=16, d_mlp=8192)
 
-class ComponentMLP(nn.Module):
-    """One network 1 -> hidden -> 1 for each component, reading its activation h_c."""
+    @property
+    def is_global(self) -> bool:
+        """Whether one network reads the inputs of all sites."""
+        return self.kind in GLOBAL_KINDS
 
-    reads: ClassVar[str] = "acts"
-
-    def __init__(self, components: Components, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-        C = components.n_components
-        self.w_in = nn.Parameter(_normal((C, hidden), math.sqrt(2.0), generator))
-        self.b_in = nn.Parameter(torch.zeros(C, hidden))
-        self.w_out = nn.Parameter(_normal((C, hidden), 1.0 / math.sqrt(hidden), generator))
-        self.b_out = nn.Parameter(torch.zeros(C))
-
-    def forward(self, h: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Raw importances of component activations."""
-        hidden = nn.functional.gelu(h.unsqueeze(-1) * self.w_in + self.b_in)
-        return (hidden * self.w_out).sum(-1) + self.b_out
-
-
-class SharedMLP(nn.Module):
-    """One network d_in -> hidden -> C, reading the site's RMS-normalised input (or a learned row for each index)."""
-
-    reads: ClassVar[str] = "input"
-
-    def __init__(self, components: Components, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-        d_in, C = components.site.d_in, components.n_components
-        self.is_embedding = components.site.kind == "embedding"
-        scale = 1.0 if self.is_embedding else math.sqrt(2.0 / d_in)
-        self.w_in = nn.Parameter(_normal((d_in, hidden), scale, generator))
-        self.b_in = nn.Parameter(torch.zeros(hidden))
-        self.w_out = nn.Parameter(_normal((hidden, C), 1.0 / math.sqrt(hidden), generator))
-        self.b_out = nn.Parameter(torch.zeros(C))
-
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... C"]:
-        """Raw importances of site inputs [..., d_in], or of indices [...]."""
-        if self.is_embedding:
-            hidden = nn.functional.embedding(x, self.w_in)
-        else:
-            x = x.to(self.w_in.dtype)
-            hidden = nn.functional.rms_norm(x, x.shape[-1:]) @ self.w_in
-        return nn.functional.gelu(hidden + self.b_in) @ self.w_out + self.b_out
-
-
-KINDS: dict[str, type[ComponentMLP] | type[SharedMLP]] = {"component_mlp": ComponentMLP, "shared_mlp": SharedMLP}
+    def width(self, d_in: int) -> int:
+        """Hidden width for sites of at most this input width."""
+        if self.hidden is not None:
+            return self.hidden
+        if self.kind == "vector_mlp":
+            return 12
+        width = max(128, 2 * d_in)
+        multiple = 2 * self.heads if self.kind == "global_transformer" else 1
+        return -(-width // multiple) * multiple
 
 
 class ImportanceFunction(nn.Module):
@@ -150,25 +101,41 @@ class ImportanceFunction(nn.Module):
         super().__init__()
         self.config = config
         generator = torch.Generator().manual_seed(0) if generator is None else generator
+        if config.is_global:
+            self.network = _global_network(components, config, generator)
+            return
         self.networks = nn.ModuleDict()
         for name, comps in components.items():
-            hidden = max(128, 2 * comps.site.d_in) if config.hidden is None else config.hidden
-            network = KINDS[config.kind](comps, hidden, generator)
+            width = config.width(comps.site.d_in)
+            network = SITE_KINDS[config.kind](comps, width, config.normalise, generator)
             self.networks[module_key(name)] = network.to(comps.V.device, comps.V.dtype)
 
-    def forward(self, inputs: Mapping[str, Tensor], components: Mapping[str, Components]) -> dict[str, Importance]:
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        components: Mapping[str, Components],
+        attention_mask: Shaped[Tensor, "batch pos"] | None = None,
+    ) -> dict[str, Importance]:
         """Importances [..., C] of every site in `inputs`.
 
         Args:
             inputs: x of each site in a clean forward pass: [..., d_in], or indices [...].
             components: The decomposition's components.
+            attention_mask: 0 at padded positions, which a transformer then does not see.
+
+        Raises:
+            SettingError: A global kind lacks the input of some site.
+            ShapeError: The attention mask does not have the shape of the inputs' rows.
         """
-        found = {}
-        for name, x in inputs.items():
-            network: Any = self.networks[module_key(name)]
-            raw = network(components[name].acts(x)) if network.reads == "acts" else network(x)
-            found[name] = SIGMOIDS[self.config.sigmoid](raw)
-        return found
+        if self.config.is_global:
+            raw = self.network(inputs, attention_mask)
+        else:
+            raw = {name: self._raw(name, x, components[name]) for name, x in inputs.items()}
+        return {name: SIGMOIDS[self.config.sigmoid](values) for name, values in raw.items()}
+
+    def _raw(self, name: str, x: Tensor, components: Components) -> Tensor:
+        network: Any = self.networks[module_key(name)]
+        return network(components.acts(x) if network.reads == "acts" else x)
 
     def settings(self) -> dict[str, Any]:
         """The configuration as JSON-able values."""
@@ -180,5 +147,14 @@ def module_key(site: str) -> str:
     return site.replace(".", "/")
 
 
-def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Float[Tensor, "..."]:
-    return torch.randn(*shape, generator=generator) * std
+def _global_network(
+    components: Mapping[str, Components], config: ImportanceConfig, generator: torch.Generator
+) -> nn.Module:
+    width = config.width(max((c.site.d_in for c in components.values() if c.site.kind == "linear"), default=0))
+    build = GLOBAL_KINDS[config.kind]
+    if build is GlobalTransformer:
+        network = build(components, width, config.normalise, generator, config.layers, config.heads, config.d_mlp)
+    else:
+        network = build(components, width, config.normalise, generator)
+    first = next(iter(components.values()))
+    return network.to(first.V.device, first.V.dtype)

@@ -6,6 +6,8 @@ equals the textbook `b + (m * h) U + d x (W - V U)` in value and gradient, needs
 m = d = 1 returns y bit for bit. m [..., C] are component masks, d [...] the mask of the delta component W - V U.
 """
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,12 +37,12 @@ def masked_output(
         y' in y's dtype, computed in the wider of the dtypes of y and V; broadcast to the masks' batch if that is more.
     """
     wide = torch.promote_types(y.dtype, components.V.dtype)
-    base = _delta_part(y, bias, mask.d, wide)
+    base = delta_part(y, bias, mask.d, wide)
     return (base + _component_part(components, mask, x)).to(y.dtype)
 
 
-def _delta_part(y: Tensor, bias: Tensor | None, d: Tensor | float, wide: torch.dtype) -> Tensor:
-    """b + d (y - b), which is y itself for d = 1."""
+def delta_part(y: Tensor, bias: Tensor | None, d: Tensor | float, wide: torch.dtype) -> Tensor:
+    """b + d (y - b), which is y itself for d = 1; d broadcasts to y's rows."""
     y = y.to(wide)
     if not isinstance(d, Tensor):
         if d == 1.0:
@@ -65,11 +67,12 @@ def _component_part(components: Components, mask: ResolvedMask, x: Tensor) -> Te
 def site_fn(components: Components, mask: SiteMask) -> SiteFn:
     """The function that an adapter runs at a site to apply a mask."""
 
-    def apply(call: SiteCall) -> Tensor:
-        resolved = mask.resolve(call.y.shape[:-1], call.span, components.V.device, components.V.dtype)
-        return masked_output(components, resolved, call.x, call.y, call.bias)
+    return functools.partial(_apply, components, mask)
 
-    return apply
+
+def _apply(components: Components, mask: SiteMask, call: SiteCall) -> Tensor:
+    resolved = mask.resolve(call.y.shape[:-1], call.span, components.V.device, components.V.dtype)
+    return masked_output(components, resolved, call.x, call.y, call.bias)
 
 
 def masked_weight(

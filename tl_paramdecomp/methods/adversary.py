@@ -1,73 +1,267 @@
 """Adversarial masks: the worst choice of what unimportant components do.
 
-Sources s in [0, 1], shared by all rows and positions of a batch so that they find systematic faults rather than noise, fill
-the masks m = g + (1 - g) s and the delta mask; each step moves them by the sign of the divergence's gradient (projected
-gradient ascent). From the successors of "Stochastic Parameter Decomposition" (PGD reconstruction).
+Sources s in [0, 1] fill the masks m = g + (1 - g) s and the delta mask d = s of a last channel, and are moved to raise the
+divergence. Fresh ones are found anew at every step by projected gradient ascent (PGD); persistent ones survive from step to
+step and are moved a little each time, so that a strong adversary costs little more than one pass. Sources shared by all rows
+and positions find systematic faults; an adversary of every position's own would punish interference that no
+decomposition avoids. From the successors of "Stochastic Parameter Decomposition" and VPD ("Interpreting Language Model
+Parameters", 2026).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import LossStep, SiteValues
+from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
+from tl_paramdecomp.methods.reconstruction import DeltaUse, Replaced, check_masks, routed, subset_routes
 
-Sources = Mapping[str, Float[Tensor, " C_and_delta"]]
+Scope = Literal["single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position"]
+"""What shares a source: everything [C+1]; all rows, each position its own [pos, C+1]; every n-th row [n, pos, C+1]; nothing
+[batch, pos, C+1]."""
+SCOPES = ("single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position")
+
+Sources = Mapping[str, Float[Tensor, "*scope C_and_delta"]]
 """One source per component of each site, and a last one for its delta component."""
 
+Routes = dict[str, Bool[Tensor, "..."]]
 
+
+# --- fresh at every step ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class AdversarialReconstruction:
-    """Divergence under adversarial masks found anew at every step, at all sites."""
+class AdversarialReconstruction(Loss):
+    """Divergence under adversarial masks found anew at every step; they are constants to components and importances."""
 
     coefficient: float = 1.0
     steps: int = 1
     step_size: float = 1.0
+    """Of a sign step; steps times size should be about 1 to 2."""
+    sites: Replaced = "all"
+    scope: Scope = "single_source"
+    start: Literal["random", "ones", "zeros"] = "random"
+    """`ones` is the target itself unless `delta` is absent: the gradient there is 0, and the adversary stays."""
+    delta: DeltaUse = "masked"
+    """Whether the adversary also rules the delta component, or it is absent or kept."""
     name: str = "adversarial"
 
     def __post_init__(self) -> None:
+        check_masks(self.sites, delta=self.delta)
+        _check_scope(self.scope)
         if self.steps < 1 or self.step_size <= 0:
             raise SettingError(
                 f"The adversary needs steps >= 1 and a positive step size; given {self.steps} and {self.step_size}."
             )
+        if self.start not in ("random", "ones", "zeros"):
+            raise SettingError(f"The adversary starts from 'random', 'ones' or 'zeros'; given {self.start!r}.")
 
-    def __call__(self, step: LossStep) -> Float[Tensor, ""]:
-        """Value under the sources found; they are constants to the components and importances."""
-        sources = worst_sources(step, self.steps, self.step_size)
-        return step.divergence(step.run_masked(source_values(step, sources)))
+    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+        """One part, or one for each site where they are masked one at a time."""
+        groups = [(name,) for name in step.importances] if self.sites == "layerwise" else [tuple(step.importances)]
+        for names in groups:
+            routes = subset_routes(step) if self.sites == "subset" else None
+            start = start_sources(step, names, self.scope, self.start)
+            sources = worst_sources(step, start, self.steps, self.step_size, routes, self.delta)
+            masks = source_masks(step, sources, routes, self.delta)
+            yield step.divergence.of(step.run_masked(masks)) / len(groups)
 
 
-def worst_sources(step: LossStep, steps: int, step_size: float) -> Sources:
-    """Sources that raise the divergence, from a random start by `steps` sign steps."""
-    sources = random_sources(step)
+def worst_sources(
+    step: LossStep,
+    sources: Sources,
+    steps: int,
+    step_size: float,
+    routes: Routes | None = None,
+    delta: DeltaUse = "masked",
+) -> Sources:
+    """Sources that raise the divergence, from a start by `steps` sign steps."""
     for _ in range(steps):
-        leaves = {name: s.requires_grad_(True) for name, s in sources.items()}
-        with torch.enable_grad():
-            loss = step.divergence(step.run_masked(source_values(step, leaves, detached=True)))
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
-        sources = {
-            name: (s.detach() + step_size * g.sign()).clamp(0.0, 1.0)
-            for (name, s), g in zip(leaves.items(), gradients, strict=True)
-        }
+        gradients = _gradients(step, sources, routes, delta)
+        sources = {name: (s + step_size * gradients[name].sign()).clamp_(0.0, 1.0) for name, s in sources.items()}
     return sources
 
 
-def random_sources(step: LossStep) -> Sources:
-    """Uniform sources."""
-    return {
-        name: torch.rand(g.lower.shape[-1] + 1, generator=step.generator, device=g.lower.device, dtype=g.lower.dtype)
-        for name, g in step.importances.items()
-    }
+def start_sources(
+    step: LossStep,
+    names: Sequence[str] | None = None,
+    scope: Scope = "single_source",
+    start: Literal["random", "ones", "zeros"] = "random",
+    repeats: int = 1,
+) -> dict[str, Tensor]:
+    """Sources to begin from, for some sites or all."""
+    sources = {}
+    for name in step.importances if names is None else names:
+        g = step.importances[name].lower
+        shape = (*_scope_shape(scope, g.shape[:-1], repeats), g.shape[-1] + 1)
+        if start == "random":
+            sources[name] = torch.rand(shape, generator=step.generator, device=g.device, dtype=g.dtype)
+        else:
+            sources[name] = g.new_full(shape, 1.0 if start == "ones" else 0.0)
+    return sources
 
 
-def source_values(step: LossStep, sources: Sources, detached: bool = False) -> SiteValues:
-    """Masks m = g + (1 - g) s and the delta mask that sources stand for."""
-    values = {}
-    for name, importance in step.importances.items():
-        g = importance.lower.detach() if detached else importance.lower
-        s = sources[name]
-        values[name] = (1.0 - (1.0 - g) * (1.0 - s[:-1]), s[-1])
-    return values
+def source_masks(
+    step: LossStep,
+    sources: Sources,
+    routes: Routes | None = None,
+    delta: DeltaUse = "masked",
+    detached: bool = False,
+) -> SiteMasks:
+    """The masks m = g + (1 - g) s and d that sources stand for; `detached`: importances are constants."""
+    masks = {}
+    for name, s in sources.items():
+        g = step.importances[name].lower
+        away = 1.0 - s
+        a = away[..., -1] if delta == "masked" else float(delta == "absent")
+        masks[name] = InterpolatedMask(g.detach() if detached else g, away[..., :-1], a)
+    return masks if routes is None else routed(masks, routes)
+
+
+def _gradients(step: LossStep, sources: Sources, routes: Routes | None, delta: DeltaUse) -> dict[str, Tensor]:
+    """Gradient of the divergence with respect to sources, everything else constant."""
+    leaves = {name: s.detach().requires_grad_(True) for name, s in sources.items()}
+    with torch.enable_grad():
+        loss = step.divergence.of(step.run_masked(source_masks(step, leaves, routes, delta, detached=True)))
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+# --- persistent -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PersistentAdversarialReconstruction(Loss):
+    """Divergence under adversarial masks that survive from step to step, moved by Adam or by sign.
+
+    Per step: `ascents` moves by themselves, then the loss, whose own gradient moves the sources once more.
+    """
+
+    coefficient: float = 1.0
+    scope: Scope = "per_batch_per_position"
+    repeats: int = 1
+    """n of the scope `repeat_across_batch`; must divide the batch."""
+    sites: Literal["all", "subset"] = "all"
+    ascents: int = 2
+    optimiser: Literal["adam", "sign"] = "adam"
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.5, 0.99)
+    ramp: float = 0.025
+    """Share of the run over which the adversary's learning rate rises."""
+    parametrisation: Literal["clamp", "sigmoid"] = "clamp"
+    """Sources are clamped to [0, 1] after each move, or are sigmoids of free numbers."""
+    delta: DeltaUse = "masked"
+    """Whether the adversary also rules the delta component, or it is absent or kept."""
+    name: str = "persistent_adversarial"
+
+    def __post_init__(self) -> None:
+        check_masks(self.sites, delta=self.delta)
+        _check_scope(self.scope)
+        if self.repeats < 1 or self.ascents < 0 or self.lr <= 0 or not 0.0 <= self.ramp <= 1.0:
+            raise SettingError(
+                "A persistent adversary needs repeats >= 1, ascents >= 0, a positive lr and a ramp in [0, 1]; given "
+                f"{self.repeats}, {self.ascents}, {self.lr}, {self.ramp}."
+            )
+        if self.optimiser not in ("adam", "sign") or self.parametrisation not in ("clamp", "sigmoid"):
+            raise SettingError(
+                f"optimiser is 'adam' or 'sign', parametrisation 'clamp' or 'sigmoid'; given {self.optimiser!r} and "
+                f"{self.parametrisation!r}."
+            )
+
+    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+        """One part; after its gradient is taken the sources move."""
+        kept = self._remembered(step)
+        for _ in range(self.ascents):
+            leaves, sources = self._leaves(step, kept)
+            with torch.enable_grad():
+                loss = step.divergence.of(step.run_masked(source_masks(step, sources, None, self.delta, detached=True)))
+            self._ascend(step, kept, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)))
+        leaves, sources = self._leaves(step, kept)
+        routes = subset_routes(step) if self.sites == "subset" else None
+        yield step.divergence.of(step.run_masked(source_masks(step, sources, routes, self.delta)))
+        if self.coefficient and all(leaf.grad is not None for leaf in leaves.values()):
+            found = {name: leaf.grad / self.coefficient for name, leaf in leaves.items() if leaf.grad is not None}
+            self._ascend(step, kept, found)
+
+    def _key(self, site: str, what: str) -> str:
+        return f"{self.name}/{site}/{what}"
+
+    def _remembered(self, step: LossStep) -> dict[str, Tensor]:
+        """Sources as stored, [*scope, C+1]; made at the first step."""
+        fresh = None
+        for site in step.importances:
+            if self._key(site, "source") not in step.memory:
+                fresh = fresh or start_sources(step, None, self.scope, "random", self.repeats)
+                start = torch.logit(fresh[site], 1e-3) if self.parametrisation == "sigmoid" else fresh[site]
+                step.memory[self._key(site, "source")] = start
+                for what in ("mean", "square"):
+                    step.memory[self._key(site, what)] = torch.zeros_like(start)
+        step.memory.setdefault(self._key("", "moves"), torch.zeros((), dtype=torch.int64))
+        return {site: step.memory[self._key(site, "source")] for site in step.importances}
+
+    def _leaves(self, step: LossStep, kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Leaves for gradients, and the sources in [0, 1] that they stand for at this batch's rows."""
+        leaves = {site: s.detach().requires_grad_(True) for site, s in kept.items()}
+        sources = {}
+        with torch.enable_grad():  # as a metric it is asked for without gradients, but its ascents need them
+            for site, leaf in leaves.items():
+                s = leaf.sigmoid() if self.parametrisation == "sigmoid" else leaf
+                sources[site] = _at_rows(s, self.scope, step.rows_of(site))
+        return leaves, sources
+
+    def _ascend(self, step: LossStep, kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Move the stored sources uphill, in place."""
+        moves = step.memory[self._key("", "moves")].add_(1).item()
+        lr = self.lr * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
+        for site, source in kept.items():
+            move = gradients[site]
+            if self.optimiser == "sign":
+                move = move.sign()
+            else:
+                mean, square = (step.memory[self._key(site, what)] for what in ("mean", "square"))
+                mean.lerp_(move, 1.0 - self.betas[0])
+                square.mul_(self.betas[1]).addcmul_(move, move, value=1.0 - self.betas[1])
+                denominator = (square / (1.0 - self.betas[1] ** moves)).sqrt_().add_(1e-8)
+                move = (mean / (1.0 - self.betas[0] ** moves)).div_(denominator)
+            source.add_(move, alpha=lr)
+            if self.parametrisation == "clamp":
+                source.clamp_(0.0, 1.0)
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise SettingError(f"The scope of sources must be one of {', '.join(SCOPES)}; given {scope!r}.")
+
+
+def _scope_shape(scope: Scope, rows: Sequence[int], repeats: int) -> tuple[int, ...]:
+    if scope == "single_source":
+        return ()
+    if scope == "broadcast_across_batch":
+        return tuple(rows[1:])
+    if scope == "per_batch_per_position":
+        return tuple(rows)
+    if rows[0] % repeats:
+        raise SettingError(f"repeats={repeats} does not divide the batch of {rows[0]} rows; choose another.")
+    return (repeats, *rows[1:])
+
+
+def _at_rows(source: Tensor, scope: Scope, rows: Sequence[int]) -> Tensor:
+    """Sources [*scope, C+1] as they broadcast to the rows of a batch, which may be shorter than the first one.
+
+    Raises:
+        DataError: The batch is larger than that which the sources were made for.
+    """
+    if scope == "single_source":
+        return source
+    wanted = rows[1:] if scope == "broadcast_across_batch" else rows
+    if scope == "repeat_across_batch":
+        if rows[0] % len(source):
+            raise DataError(f"The batch has {rows[0]} rows, which {len(source)} persistent sources do not divide.")
+        source = source.repeat(math.ceil(rows[0] / len(source)), *[1] * (source.ndim - 1))
+    if any(have < want for have, want in zip(source.shape, wanted)):
+        raise DataError(
+            f"Persistent sources were made for rows {list(source.shape[:-1])}, but this batch has {list(wanted)}; let the "
+            "first batch be the largest, pad rows to one length, or use the scope 'single_source'."
+        )
+    return source[tuple(slice(0, n) for n in wanted)]

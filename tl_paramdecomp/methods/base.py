@@ -1,31 +1,46 @@
 """What a method is to the loop: how to start, what to minimise, and with which optimiser settings.
 
-A method is a frozen dataclass of hyperparameters; it keeps no state. Everything one training step needs stands in a
-`LossStep`, and a loss is a small frozen object with a coefficient that is called on it.
+A method is a frozen dataclass of hyperparameters; it keeps no state. What one batch needs for its losses stands in a
+`LossStep`, and a loss is a small frozen object with a coefficient that is called on it. What must outlive a step, such as an
+adversary's sources, is in `memory`, which the loop keeps and checkpoints.
 """
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import Importance
-from tl_paramdecomp.components.masked_output import site_fn
-from tl_paramdecomp.components.masks import SiteMask
-from tl_paramdecomp.sites import WeightSite
+from tl_paramdecomp.components.interpolated import InterpolatedMask, interpolated_output
+from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare
+from tl_paramdecomp.sites import SiteCall, WeightSite
 
 Progress: TypeAlias = Callable[[str, int], Iterable[int]]
 """Shows a phase: from its name and length to the numbers 0 to length - 1, shown as they pass."""
 
-SiteValues: TypeAlias = Mapping[str, tuple[Tensor, "Tensor | float"]]
-"""(m, d) by site; a site that is missing runs the target's own weight."""
+Measure = Literal["kl", "mse"]
+"""How outputs are compared: KL of next-token distributions, or mean square."""
+
+SiteMasks: TypeAlias = Mapping[str, InterpolatedMask]
+"""Masks by site; a site that is missing runs the target's own weight."""
+
+
+class SiteValues(NamedTuple):
+    """What passes one site in a forward pass."""
+
+    x: Tensor
+    """Input [..., d_in]."""
+    y: Tensor
+    """Output [..., d_out], after the mask."""
 
 
 @dataclass
@@ -36,14 +51,19 @@ class LossStep:
     decomposition: Decomposition
     tokens: Shaped[Tensor, "batch ..."]
     attention_mask: Int[Tensor, "batch pos"] | None
-    target: Float[Tensor, "batch ..."]
-    """Output of the target model: logits [batch, pos, vocab], detached."""
+    inputs: Mapping[str, Tensor]
+    """x of each site in the clean forward pass: [batch, pos, d_in], or indices."""
     importances: Mapping[str, Importance]
+    divergence: Divergence
+    """Distance of an output from the target's."""
     generator: torch.Generator
     """Draws every mask of the step."""
-    progress: float
+    progress: float = 1.0
     """Share of the run that is over, in [0, 1]."""
-    measure: Literal["kl", "mse"]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that outlive the step."""
+    blocks: Sequence[object] = ()
+    """What each block of the target returned, where passes may begin at a later one."""
 
     @classmethod
     def of(
@@ -54,78 +74,173 @@ class LossStep:
         attention_mask: Tensor | None,
         generator: torch.Generator,
         progress: float = 1.0,
-        measure: Literal["kl", "mse"] = "kl",
+        measure: Measure = "kl",
+        memory: dict[str, Tensor] | None = None,
+        kl_chunk: int | None = None,
+        keep_blocks: bool = False,
     ) -> "LossStep":
-        """A batch with the target's output and the importances of a clean forward pass."""
-        with torch.no_grad():
-            clean = adapter.capture(tokens, list(decomposition), attention_mask)
-        importances = decomposition.importances(clean.inputs)
-        return cls(
-            adapter, decomposition, tokens, attention_mask, clean.logits, importances, generator, progress, measure
-        )
+        """A batch with the target's output and the importances of a clean forward pass.
 
-    @functools.cached_property
+        Args:
+            adapter: The target's.
+            decomposition: With an importance function.
+            tokens: Rows.
+            attention_mask: 1 where a position counts.
+            generator: Draws masks.
+            progress: Share of the run that is over.
+            measure: How outputs are compared.
+            memory: What outlives the step.
+            kl_chunk: Positions whose logits may exist at once; None: all.
+            keep_blocks: Let passes that mask later sites alone begin at their block.
+        """
+        scored = None if attention_mask is None else attention_mask.bool()
+        in_chunks = kl_chunk is not None and measure == "kl" and _can_chunk(adapter, decomposition)
+        with torch.no_grad():
+            clean = adapter.capture(tokens, list(decomposition), attention_mask, keep_blocks, to_hidden=in_chunks)
+        divergence: Divergence
+        if in_chunks and kl_chunk is not None:
+            divergence = ChunkedKL(clean.output, scored, adapter.unembed, kl_chunk)
+        else:
+            divergence = (KL if measure == "kl" else MeanSquare)(clean.output, scored)
+        importances = decomposition.importances(clean.inputs, attention_mask)
+        return cls(
+            adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, generator, progress,
+            {} if memory is None else memory, clean.blocks,
+        )  # fmt: skip
+
+    @property
     def scored(self) -> Bool[Tensor, "..."] | None:
         """Positions that count; None where all do."""
-        return None if self.attention_mask is None else self.attention_mask.bool()
+        return self.divergence.scored
 
-    @functools.cached_property
-    def target_log_probs(self) -> Float[Tensor, "n vocab"]:
-        """Log probabilities of the target at the scored positions."""
-        return torch.log_softmax(self._rows(self.target).float(), -1)
+    @property
+    def device(self) -> torch.device:
+        """Where the step is computed."""
+        return self.tokens.device
 
-    def run_masked(self, values: SiteValues) -> Float[Tensor, "batch ..."]:
-        """Output of the model with these masks at its sites."""
-        fns = {}
-        for name, (m, d) in values.items():
-            components = self.decomposition[name]
-            fns[name] = site_fn(components, SiteMask(components.site, components.n_components, m, d))
-        with self.adapter.intercept(fns):
+    def rows_of(self, site: str) -> Sequence[int]:
+        """Shape of a site's masks without components: [batch, pos], or [batch]."""
+        return self.importances[site].lower.shape[:-1]
+
+    def run_masked(self, masks: SiteMasks, kept: dict[str, SiteValues] | None = None) -> Float[Tensor, "batch ..."]:
+        """What the model gives with these masks at its sites, in the form that `divergence` takes.
+
+        Args:
+            masks: By site.
+            kept: Filled with what passes each site, where it is given.
+        """
+        fns = {
+            name: functools.partial(_masked_call, self.decomposition[name], mask, name, kept)
+            for name, mask in masks.items()
+        }
+        with self.adapter.intercept(fns), self._resumed(masks):
+            if isinstance(self.divergence, ChunkedKL):
+                return self.adapter.hidden(self.tokens, self.attention_mask)
             return self.adapter.forward(self.tokens, self.attention_mask)
 
-    def divergence(self, output: Float[Tensor, "batch ..."]) -> Float[Tensor, ""]:
-        """How far an output is from the target's.
+    def _resumed(self, masks: SiteMasks) -> contextlib.AbstractContextManager[None]:
+        """Nothing before the first masked site's block needs to be computed again."""
+        blocks = [self.adapter.block_of(name) for name in masks] if self.blocks else []
+        first = min((b for b in blocks if b is not None), default=0)
+        return contextlib.nullcontext() if first == 0 or None in blocks else self.adapter.resumed(self.blocks, first)
 
-        `kl`: KL(target || output) in nats, summed over the vocabulary, mean over scored positions.
-        `mse`: mean over all elements.
+    def cut(self) -> "LossStep":
+        """The same step with importances as leaves, so that each loss's gradient can be taken by itself."""
+        return replace(self, importances={name: _leaves(g) for name, g in self.importances.items()})
+
+    def join(self, cut: "LossStep") -> None:
+        """Pass the gradients that gathered at a cut step's importances on to the importance function."""
+        pairs = [
+            (whole, leaf.grad)
+            for name, g in self.importances.items()
+            for whole, leaf in zip(g, cut.importances[name], strict=True)
+            if whole is not None and leaf is not None and leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward([whole for whole, _ in pairs], [grad for _, grad in pairs])
+
+
+def _leaves(importance: Importance) -> Importance:
+    lower, upper = (t.detach().requires_grad_(t.requires_grad) for t in (importance.lower, importance.upper))
+    raw = importance.raw
+    return Importance(lower, upper, None if raw is None else raw.detach().requires_grad_(raw.requires_grad))
+
+
+def _masked_call(
+    components: Components, mask: InterpolatedMask, name: str, kept: dict[str, SiteValues] | None, call: SiteCall
+) -> Tensor:
+    y = interpolated_output(components, mask, call)
+    if kept is not None:
+        kept[name] = SiteValues(call.x, y)
+    return y
+
+
+def _can_chunk(adapter: ModelAdapter, decomposition: Decomposition) -> bool:
+    """Whether forward passes may end before the unembedding: it is none of the sites, and its host adds nothing after."""
+    untouched = not any(name.startswith("unembed.W_U") for name in decomposition)
+    return untouched and adapter.splits_at_unembedding
+
+
+class Loss(ABC):
+    """One term of a training objective, or the same quantity as a metric: a frozen dataclass with a `coefficient`."""
+
+    coefficient: float
+    """Weight of the term in the objective."""
+    name: str
+    """Name in logs."""
+
+    @abstractmethod
+    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+        """Terms whose sum is the value.
+
+        Who trains takes each part's gradient before asking for the next, so that one part's activations are gone when
+        the next is made. A part may read such a gradient after its `yield`.
         """
-        if self.measure == "mse":
-            return nn.functional.mse_loss(self._rows(output).float(), self._rows(self.target).float())
-        log_q = torch.log_softmax(self._rows(output).float(), -1)
-        return nn.functional.kl_div(log_q, self.target_log_probs, reduction="sum", log_target=True) / len(log_q)
-
-    def _rows(self, output: Tensor) -> Tensor:
-        flat = output.flatten(0, -2)
-        return flat if self.scored is None else flat[self.scored.flatten()]
-
-
-@runtime_checkable
-class Loss(Protocol):
-    """One term of a training objective, or the same quantity as a metric."""
-
-    @property
-    def coefficient(self) -> float:
-        """Weight of the term in the objective."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """Name in logs."""
-        ...
 
     def __call__(self, step: LossStep) -> Float[Tensor, ""]:
         """Value of the term, before its coefficient."""
-        ...
+        return sum(self.parts(step), torch.zeros((), device=step.device))
 
 
 class LossReport(NamedTuple):
-    """What one step's losses came to."""
+    """What one step's losses came to; the gradients are in the parameters."""
 
     total: Float[Tensor, ""]
     terms: dict[str, Tensor]
     """Each term before its coefficient."""
-    figures: dict[str, Tensor]
-    """What else is worth watching, such as L0."""
+    figures: Callable[[], dict[str, Tensor]]
+    """What else is worth watching, such as L0, worked out when asked for."""
+
+
+class Batch(NamedTuple):
+    """Rows of one step."""
+
+    tokens: Shaped[Tensor, "batch ..."]
+    """Token rows [batch, pos]; for a model that is no language model, its inputs."""
+    attention_mask: Int[Tensor, "batch pos"] | None
+    """1 where a position counts, 0 at padding; None where all count."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return Batch(self.tokens.to(device), mask)
+
+
+@dataclass
+class TrainingStep:
+    """What the loop hands a method at one step."""
+
+    adapter: ModelAdapter
+    decomposition: Decomposition
+    batch: Batch
+    generator: torch.Generator
+    """Draws every mask of the run."""
+    progress: float = 0.0
+    """Share of the run that is over, in [0, 1]."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that outlive the step; saved with checkpoints."""
+    background: Batch | None = None
+    """Rows of a second stream, for methods that take one."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +272,5 @@ class Method(ABC):
         """Learning rate at a step, as a share of each group's."""
 
     @abstractmethod
-    def losses_of(
-        self,
-        adapter: ModelAdapter,
-        decomposition: Decomposition,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        generator: torch.Generator,
-        progress: float,
-    ) -> LossReport:
-        """All terms on one batch."""
+    def gradients(self, step: TrainingStep) -> LossReport:
+        """Work out all terms on one batch and add their gradients to the parameters'."""

@@ -1,153 +1,170 @@
-"""Loss terms: each a frozen object with a coefficient, called on a `LossStep`.
+"""Terms that hold a decomposition to the weights and to few active components; each a frozen object called on a `LossStep`.
 
 Formulas and normalisation as in "Stochastic Parameter Decomposition" (arXiv 2506.20790) and its successors: sums run over
-sites and components without dividing by their number, reconstructions are means over scored positions.
+sites and components without dividing by their number.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import LossStep, SiteValues
+from tl_paramdecomp.methods.base import Loss, LossStep
+
+EPSILON = 1e-12
+"""Added to importances before a power is taken."""
+PART = 1_000_000
+"""Entries of weights whose gradients may wait for each other."""
 
 
 @dataclass(frozen=True)
-class Faithfulness:
-    """How far V U is from W."""
+class Faithfulness(Loss):
+    """How far V U is from W; always in at least float32."""
 
     coefficient: float = 1.0
     relative: bool = True
     """Mean over sites of ||W - V U||^2 / ||W||^2; otherwise the mean square over all entries of all sites (the paper's)."""
+    rows: int | None = None
+    """Compare only so many rows of each W, drawn anew at every step; its mean is the exact value. None: all of them."""
     name: str = "faithfulness"
 
-    def __call__(self, step: LossStep) -> Float[Tensor, ""]:
-        """Value for the step's components; computed in at least float32."""
-        squares, sizes = [], []
-        with torch.autocast(step.target.device.type, enabled=False):
-            for site, components in step.decomposition.items():
-                weight = step.adapter.weight(site).detach()
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                rest = weight.to(wide) - components.V.to(wide) @ components.U.to(wide)
-                squares.append(rest.square().sum())
-                sizes.append(weight.to(wide).square().sum().clamp(min=1e-30) if self.relative else weight.numel())
-        if self.relative:
-            return torch.stack([s / n for s, n in zip(squares, sizes, strict=True)]).mean()
-        return torch.stack(squares).sum() / sum(sizes)
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise SettingError(f"Faithfulness needs at least one row of each weight; given rows={self.rows}.")
+
+    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+        """One part for each large site, small ones together."""
+        sizes = {name: c.site.d_in * c.site.d_out for name, c in step.decomposition.items()}
+        gathered, entries = torch.zeros((), device=step.device), 0
+        for name, components in step.decomposition.items():
+            weight = step.adapter.weight(name).detach()
+            if self.relative:
+                norm = step.decomposition.fingerprints[name].norm
+                scale = 1.0 / (max(norm * norm, 1e-30) * len(sizes))
+            else:
+                scale = 1.0 / sum(sizes.values())
+            V, d_in = components.V, components.site.d_in
+            if self.rows is not None and self.rows < d_in:
+                draw = torch.randperm(d_in, generator=step.generator, device=step.device)[: self.rows]
+                V, weight, scale = V[draw], weight[draw], scale * d_in / self.rows
+            with torch.autocast(step.device.type, enabled=False):
+                gathered = gathered + _SquaredRest.apply(V, components.U, weight, scale)
+            entries += sizes[name]
+            if entries >= PART:
+                yield gathered
+                gathered, entries = torch.zeros((), device=step.device), 0
+        yield gathered
+
+
+class _SquaredRest(torch.autograd.Function):
+    """scale ||W - V U||^2, with its gradient worked out at once so that W - V U is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, U: Tensor, weight: Tensor, scale: float) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.promote_types(V.dtype, torch.float32))
+        v, u = V.to(wide), U.to(wide)
+        rest = torch.addmm(weight.to(wide), v, u, alpha=-1.0)
+        to_v, to_u = ctx.needs_input_grad[:2]
+        dv = (rest @ u.T).mul_(-2.0 * scale).to(V.dtype) if to_v else None
+        du = (v.T @ rest).mul_(-2.0 * scale).to(U.dtype) if to_u else None
+        ctx.save_for_backward(dv, du)
+        flat = rest.flatten()
+        return scale * torch.dot(flat, flat)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dv, du = ctx.saved_tensors  # nobody else holds them, and a part's gradient is taken once
+        return None if dv is None else dv.mul_(grad), None if du is None else du.mul_(grad), None, None
 
 
 @dataclass(frozen=True)
-class ImportanceMinimality:
-    """Mean over positions of the sum over sites and components of g^p, with p going from `p_start` to `p_end`."""
+class ImportanceMinimality(Loss):
+    """Mean over positions of the sum over sites and components of a penalty of g."""
 
     coefficient: float = 1e-3
+    penalty: Literal["power", "smooth_l0"] = "power"
+    """`power`: g^p, with p going from `p_start` to `p_end`. `smooth_l0`: g^2 / (g^2 + gamma^2), scaled to be 1 at g = 1, with
+    gamma going from `gamma_start` to `gamma_end`."""
     p_start: float = 2.0
     p_end: float = 0.4
+    gamma_start: float = 1.0
+    gamma_end: float = 0.1
+    begin: float = 0.0
+    """Share of the run at which p or gamma begins to move."""
+    end: float = 1.0
+    """Share of the run at which it has arrived."""
     frequency: float = 0.0
     """beta of the frequency term: adds beta * mean_c * log2(1 + sum_c), which splits components that do two rare jobs."""
+    frequency_reference: int | None = None
+    """Positions that the sum in the frequency term stands for; None: those of the batch."""
     name: str = "importance_minimality"
 
     def __post_init__(self) -> None:
-        if self.p_start <= 0 or self.p_end <= 0:
+        if self.penalty not in ("power", "smooth_l0"):
+            raise SettingError(f"The importance penalty must be 'power' or 'smooth_l0'; given {self.penalty!r}.")
+        if min(self.p_start, self.p_end, self.gamma_start, self.gamma_end) <= 0:
             raise SettingError(
-                f"The exponent of importance minimality must be positive; given {self.p_start} to {self.p_end}."
+                "p and gamma of importance minimality must be positive; given "
+                f"p {self.p_start} to {self.p_end}, gamma {self.gamma_start} to {self.gamma_end}."
+            )
+        if not 0.0 <= self.begin <= self.end <= 1.0:
+            raise SettingError(
+                f"begin and end are shares of the run, 0 <= begin <= end <= 1; given {self.begin}, {self.end}."
             )
 
-    def exponent(self, progress: float) -> float:
-        """p at a share of the run."""
-        return self.p_start + (self.p_end - self.p_start) * min(max(progress, 0.0), 1.0)
+    def sharpness(self, progress: float) -> float:
+        """p or gamma at a share of the run."""
+        start, end = (self.p_start, self.p_end) if self.penalty == "power" else (self.gamma_start, self.gamma_end)
+        if progress >= self.end:
+            return end
+        if progress <= self.begin:
+            return start
+        share = (progress - self.begin) / (self.end - self.begin)
+        return start + (end - start) * share
 
-    def __call__(self, step: LossStep) -> Float[Tensor, ""]:
-        """Value at the step's progress."""
-        p, total = self.exponent(step.progress), torch.zeros((), device=step.target.device)
+    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+        """One part."""
+        sharpness, total = self.sharpness(step.progress), torch.zeros((), device=step.device)
         for importance in step.importances.values():
-            g = importance.upper.flatten(0, -2).float()
+            g = importance.upper.flatten(0, -2)
             if step.scored is not None:
                 g = g[step.scored.flatten()]
-            sums = (g + 1e-12).pow(p).sum(0)
-            means = sums / len(g)
-            total = total + means.sum()
-            if self.frequency:
-                total = total + self.frequency * (means * torch.log2(1 + sums)).sum()
+            total = total + _Penalty.apply(g, self, sharpness)
+        yield total
+
+
+class _Penalty(torch.autograd.Function):
+    """Sum over components of mean_c + beta mean_c log2(1 + sum_c), with its gradient worked out beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, loss: ImportanceMinimality, sharpness: float) -> Tensor:
+        wide = g.to(torch.promote_types(g.dtype, torch.float32))
+        shifted = wide + EPSILON if loss.penalty == "power" else wide.square()
+        if loss.penalty == "power":
+            values = shifted.log().mul_(sharpness).exp_()
+            slopes = torch.div(values, shifted, out=shifted).mul_(sharpness)
+        else:
+            gamma = sharpness * sharpness
+            below = (shifted + gamma).reciprocal_()
+            values = shifted.mul_(below).mul_(1.0 + gamma)
+            slopes = below.square_().mul_(wide).mul_(2.0 * gamma * (1.0 + gamma))
+        n = max(len(g), 1)
+        sums = values.sum(0)
+        total, factor = sums.sum() / n, torch.full_like(sums, 1.0 / n)
+        if loss.frequency:
+            reach = 1.0 if loss.frequency_reference is None else loss.frequency_reference / n
+            logs = torch.log2(1.0 + reach * sums)
+            total = total + loss.frequency * torch.dot(sums, logs) / n
+            factor = factor * (1.0 + loss.frequency * (logs + reach * sums / ((1.0 + reach * sums) * math.log(2.0))))
+        ctx.save_for_backward(slopes.mul_(factor).to(g.dtype))
         return total
 
-
-@dataclass(frozen=True)
-class StochasticReconstruction:
-    """Divergence under masks m = g + (1 - g) r with r uniform: whatever is unimportant may be kept in any amount."""
-
-    coefficient: float = 1.0
-    sites: Literal["all", "layerwise", "subset"] = "all"
-    """Which sites are masked at once: all; one at a time, averaged; or at each position a random subset of random size."""
-    delta: bool = True
-    """Mask the delta component by a uniform number too; otherwise it is absent."""
-    samples: int = 1
-    """Mask draws per step."""
-
-    def __post_init__(self) -> None:
-        if self.sites not in ("all", "layerwise", "subset"):
-            raise SettingError(f"Reconstruction sites must be 'all', 'layerwise' or 'subset'; given {self.sites!r}.")
-        if self.samples < 1:
-            raise SettingError(f"Reconstruction needs at least one sample; given {self.samples}.")
-
-    @property
-    def name(self) -> str:
-        """Name in logs."""
-        return f"stochastic_{self.sites}"
-
-    def __call__(self, step: LossStep) -> Float[Tensor, ""]:
-        """Mean over the draws (and, layerwise, over the sites)."""
-        values = []
-        for _ in range(self.samples):
-            masks = stochastic_values(step, self.delta, subset=self.sites == "subset")
-            if self.sites == "layerwise":
-                values += [step.divergence(step.run_masked({name: pair})) for name, pair in masks.items()]
-            else:
-                values.append(step.divergence(step.run_masked(masks)))
-        return torch.stack(values).mean()
-
-
-@dataclass(frozen=True)
-class UnmaskedReconstruction:
-    """Divergence with every component whole and the delta component absent: faithfulness on the scale of outputs."""
-
-    coefficient: float = 1.0
-    name: str = "unmasked"
-
-    def __call__(self, step: LossStep) -> Float[Tensor, ""]:
-        """Value for the step's components."""
-        ones = {name: (g.lower.new_ones(g.lower.shape[-1]), 0.0) for name, g in step.importances.items()}
-        return step.divergence(step.run_masked(ones))
-
-
-def stochastic_values(step: LossStep, delta: bool, subset: bool = False) -> SiteValues:
-    """Masks m = 1 - (1 - g) q and d = 1 - q_delta with q uniform, drawn anew; q = 0 at positions routed past a site.
-
-    With m = d = 1 a site returns the target's own output bit for bit, so routing needs no selection of outputs.
-    """
-    routes = subset_routes(step) if subset else None
-    values = {}
-    for name, importance in step.importances.items():
-        g = importance.lower
-        q = torch.rand(g.shape, generator=step.generator, device=g.device, dtype=g.dtype)
-        absent: Tensor | float = 1.0
-        if delta:
-            absent = torch.rand(g.shape[:-1], generator=step.generator, device=g.device, dtype=g.dtype)
-        if routes is not None:
-            q, absent = q * routes[name].unsqueeze(-1), absent * routes[name]
-        d = 1.0 - absent if isinstance(absent, Tensor) else 0.0
-        values[name] = (1.0 - (1.0 - g) * q, d)
-    return values
-
-
-def subset_routes(step: LossStep) -> dict[str, Bool[Tensor, "..."]]:
-    """At each position a number k of sites, uniform over 1 to all, and k sites chosen at random."""
-    names = list(step.importances)
-    first = step.importances[names[0]].lower
-    noise = torch.rand((len(names), *first.shape[:-1]), generator=step.generator, device=first.device)
-    chosen = torch.randint(1, len(names) + 1, first.shape[:-1], generator=step.generator, device=first.device)
-    ranks = noise.argsort(0).argsort(0)
-    return {name: ranks[i] < chosen for i, name in enumerate(names)}
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors
+        return slopes * grad.to(slopes.dtype), None, None

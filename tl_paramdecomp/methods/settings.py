@@ -6,25 +6,31 @@ from typing import Any
 
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.adversary import AdversarialReconstruction
-from tl_paramdecomp.methods.losses import (
-    Faithfulness,
-    ImportanceMinimality,
+from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
+from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
+from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.reconstruction import (
+    ImportanceMaskedReconstruction,
     StochasticReconstruction,
     UnmaskedReconstruction,
 )
-from tl_paramdecomp.methods.spd import SPD
+from tl_paramdecomp.methods.spd import SPD, VPD
 
 TABLE: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         SPD,
+        VPD,
         ImportanceConfig,
         Faithfulness,
         ImportanceMinimality,
         StochasticReconstruction,
+        ImportanceMaskedReconstruction,
         UnmaskedReconstruction,
+        HiddenActsReconstruction,
+        AttentionPatternReconstruction,
         AdversarialReconstruction,
+        PersistentAdversarialReconstruction,
     )
 }
 """Every class that a file may name."""

@@ -1,13 +1,14 @@
-"""Stochastic Parameter Decomposition (Bushnaq, Braun, Sharkey 2025, arXiv 2506.20790), and its authors' later form.
+"""Stochastic Parameter Decomposition (Bushnaq, Braun, Sharkey 2025, arXiv 2506.20790), and its authors' later forms.
 
 1. Every site gets rank-one components V, U that should sum to W, and a causal-importance function g in [0, 1].
-2. A clean forward pass gives each site's input x, the target logits, and g(x).
+2. A clean forward pass gives each site's input x, the target's output, and g(x).
 3. Masks m = g + (1 - g) r with r uniform keep what is important whole and everything else in any amount; the model run with
-   them must still give the target logits (stochastic reconstruction). The delta component W - V U is masked likewise.
-4. An adversary picks the r that hurts most (one shared step); the model must withstand that too.
+   them must still give the target's output (stochastic reconstruction). The delta component W - V U is masked likewise.
+4. An adversary picks the r that hurts most; the model must withstand that too.
 5. Importances are pressed towards 0 (importance minimality), V U towards W (faithfulness).
 
-`SPD()` is the modern form for language models, `SPD.paper()` the published one.
+`SPD()` is the modern form for language models, `SPD.paper()` the published one; `VPD()` ("Interpreting Language Model
+Parameters", 2026) has a persistent adversary and one importance function, a transformer, for all sites.
 """
 
 import fnmatch
@@ -23,11 +24,23 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
-from tl_paramdecomp.methods.adversary import AdversarialReconstruction
-from tl_paramdecomp.methods.base import Loss, LossReport, LossStep, Method, ParameterGroup, Progress
+from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
+from tl_paramdecomp.methods.base import (
+    Batch,
+    Loss,
+    LossReport,
+    LossStep,
+    Measure,
+    Method,
+    ParameterGroup,
+    Progress,
+    TrainingStep,
+)
 from tl_paramdecomp.methods.from_factors import describe
-from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality, StochasticReconstruction
+from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.starts import Start, initial_factors, warm_up
+from tl_paramdecomp.methods.ties import resolved_ties
 from tl_paramdecomp.sites import WeightSite
 
 ALIVE = 0.1
@@ -47,10 +60,14 @@ class SPD(Method):
         ImportanceMinimality(1e-3),
     )
     """Terms of the objective."""
+    background_losses: tuple[Loss, ...] = ()
+    """Terms on a second stream of rows, of everything that is not the behaviour in question; see `SPD.targeted`."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     """The causal-importance function."""
     start: Start = "auto"
     """Where components start; see `starts.initial_factors`."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Sites whose factors are another's, transposed: {"linear2.weight": "linear1.weight"}."""
     warm_up_steps: int = 200
     """Faithfulness warm-up, for sites whose start is not already exact."""
     warm_up_lr: float = 1e-2
@@ -64,9 +81,13 @@ class SPD(Method):
     final_lr: float = 0.1
     """Share of the learning rate left at the end of the cosine; 1 keeps it constant."""
     clip: float | None = 1.0
-    """Largest gradient norm, for components and importance function apart."""
-    measure: Literal["kl", "mse"] = "kl"
+    """Largest gradient norm of the components."""
+    clip_importance: float | None = 1.0
+    """Largest gradient norm of the importance function."""
+    measure: Measure = "kl"
     """How outputs are compared: KL of next-token distributions, or mean square."""
+    kl_chunk: int | None = None
+    """Positions whose logits may exist at once, where memory is short; None: all of a batch."""
     autocast: Literal["bfloat16"] | None = None
     """Number type of the forward passes; the components stay as they are."""
 
@@ -75,27 +96,30 @@ class SPD(Method):
             raise SettingError(f"n_components must be at least 1; given {self.n_components}.")
         if not self.losses:
             raise SettingError("SPD needs at least one loss.")
-        names = [loss.name for loss in self.losses]
-        if len(set(names)) < len(names):
-            raise SettingError(
-                f"Each loss may stand once; given {', '.join(names)}. Raise its coefficient or samples instead."
-            )
+        for losses in (self.losses, self.background_losses):
+            names = [loss.name for loss in losses]
+            if len(set(names)) < len(names):
+                raise SettingError(
+                    f"Each loss may stand once; given {', '.join(names)}. Raise its coefficient or samples instead."
+                )
         for rate in ("lr", "lr_importance"):
             if getattr(self, rate) <= 0:
                 raise SettingError(f"{rate} must be positive; given {getattr(self, rate)}.")
         if self.measure not in ("kl", "mse"):
             raise SettingError(f"measure must be 'kl' or 'mse'; given {self.measure!r}.")
+        if self.kl_chunk is not None and self.kl_chunk < 1:
+            raise SettingError(f"kl_chunk must be at least 1 position; given {self.kl_chunk}.")
 
     @classmethod
     def paper(cls, **changes: Any) -> "SPD":
         """The published form (section 2, appendix): layerwise and joint stochastic reconstruction without delta component,
         an importance network per component, leaky sigmoids, no warm-up, AdamW at 1e-3 with a cosine to 0."""
-        published = cls(
+        published = SPD(
             n_components=100,
             losses=(
                 Faithfulness(1.0, relative=False),
-                StochasticReconstruction(1.0, sites="all", delta=False),
-                StochasticReconstruction(1.0, sites="layerwise", delta=False),
+                StochasticReconstruction(1.0, sites="all", delta="absent"),
+                StochasticReconstruction(1.0, sites="layerwise", delta="absent"),
                 ImportanceMinimality(3e-3, p_start=1.0, p_end=1.0),
             ),
             importance=ImportanceConfig("component_mlp", hidden=16, sigmoid="leaky"),
@@ -106,19 +130,46 @@ class SPD(Method):
             ramp_steps=0,
             final_lr=0.0,
             clip=None,
+            clip_importance=None,
         )
         return replace(published, **changes)
+
+    @classmethod
+    def targeted(cls, **changes: Any) -> "SPD":
+        """Decomposition of one narrow behaviour ("Targeted Recovery of Weight-Space Mechanisms"): two streams of rows.
+
+        The rows of the behaviour (`data`) get all terms; on the others (`decompose(..., background=rows)`) the delta
+        component stays whole and carries what is left, while the components must matter little there. Nothing presses
+        V U towards W.
+        """
+        two = SPD(
+            losses=(
+                StochasticReconstruction(0.5, sites="subset"),
+                AdversarialReconstruction(0.5),
+                ImportanceMinimality(1e-3),
+            ),
+            background_losses=(
+                StochasticReconstruction(0.5, sites="subset", delta="kept"),
+                AdversarialReconstruction(0.5, delta="kept"),
+                ImportanceMinimality(1e-3),
+            ),
+            start="random",
+            warm_up_steps=0,
+        )
+        return replace(two, **changes)
 
     # --- Method -------------------------------------------------------------------------------------------------------
     def initialise(
         self, adapter: ModelAdapter, sites: Mapping[str, WeightSite], generator: torch.Generator, progress: Progress
     ) -> Decomposition:
         counts = self.counts(sites)
+        ties = resolved_ties(adapter, sites, self.tied, counts=counts)
         factors = {
             name: initial_factors(site, adapter.weight(name), counts[name], self.start, generator)
             for name, site in sites.items()
+            if name not in ties
         }
-        made = describe(adapter, factors, self.importance, generator)
+        made = describe(adapter, factors, self.importance, generator, ties)
         warm_up(adapter, made, self.warm_up_steps, self.warm_up_lr, self.warm_up_weight_decay, progress)
         return made
 
@@ -143,10 +194,12 @@ class SPD(Method):
 
     def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:
         assert decomposition.importance is not None
-        components = [p for c in decomposition.values() for p in (c.V, c.U)]
+        networks = list(decomposition.importance.parameters())
+        of_networks = {id(p) for p in networks}
+        components = [p for p in decomposition.parameters() if id(p) not in of_networks]
         return [
             ParameterGroup("components", components, self.lr, self.clip),
-            ParameterGroup("importance", list(decomposition.importance.parameters()), self.lr_importance, self.clip),
+            ParameterGroup("importance", networks, self.lr_importance, self.clip_importance),
         ]
 
     def learning_rate_factor(self, step: int, steps: int) -> float:
@@ -154,25 +207,75 @@ class SPD(Method):
         cosine = 0.5 * (1.0 + math.cos(math.pi * step / max(1, steps - 1)))
         return ramp * (self.final_lr + (1.0 - self.final_lr) * cosine)
 
-    def losses_of(
-        self,
-        adapter: ModelAdapter,
-        decomposition: Decomposition,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        generator: torch.Generator,
-        progress: float,
-    ) -> LossReport:
-        enabled = self.autocast is not None
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=enabled):
-            step = LossStep.of(adapter, decomposition, tokens, attention_mask, generator, progress, self.measure)
-            terms = {loss.name: loss(step) for loss in self.losses}
-        total = torch.stack([loss.coefficient * terms[loss.name].float() for loss in self.losses]).sum()
-        l0 = sum((g.lower.detach() > ALIVE).sum(-1).float() for g in step.importances.values())
-        assert isinstance(l0, Tensor)
-        l0 = l0.mean() if step.scored is None else l0[step.scored].mean()
-        return LossReport(total, terms, {"l0": l0})
+    def gradients(self, step: TrainingStep) -> LossReport:
+        if (step.background is not None) != bool(self.background_losses):
+            raise SettingError(
+                "A second stream of rows (decompose(..., background=rows)) and background_losses belong together; give both, "
+                "as SPD.targeted() has them, or neither."
+            )
+        seen, terms = self._take(step, step.batch, self.losses)
+        weights = {loss.name: loss.coefficient for loss in self.losses}
+        if step.background is not None:
+            # a persistent adversary has sources of its own on each stream
+            own = {
+                key.removeprefix("background/"): t for key, t in step.memory.items() if key.startswith("background/")
+            }
+            _, others = self._take(replace(step, memory=own), step.background, self.background_losses)
+            step.memory |= {f"background/{key}": t for key, t in own.items()}
+            terms |= {f"background_{name}": value for name, value in others.items()}
+            weights |= {f"background_{loss.name}": loss.coefficient for loss in self.background_losses}
+        total = torch.stack([weights[name] * value.float() for name, value in terms.items()]).sum()
+        return LossReport(total, terms, lambda: {"l0": _l0(seen)})
+
+    def _take(self, run: TrainingStep, batch: Batch, losses: tuple[Loss, ...]) -> tuple[LossStep, dict[str, Tensor]]:
+        """All terms on one batch; their gradients are added to the parameters', part by part.
+
+        The loss functions run under autocast where it is asked for, gradients are taken outside it, as torch wants.
+        """
+        autocast = torch.autocast(run.batch.tokens.device.type, torch.bfloat16, enabled=self.autocast is not None)
+        with autocast:
+            whole = LossStep.of(
+                run.adapter, run.decomposition, *batch, run.generator, run.progress, self.measure, run.memory,
+                self.kl_chunk, keep_blocks=any(getattr(loss, "sites", None) == "layerwise" for loss in losses),
+            )  # fmt: skip
+        step, terms = whole.cut(), {}
+        for loss in losses:
+            parts, value = loss.parts(step), torch.zeros((), device=step.device)
+            while True:
+                with autocast:
+                    part = next(parts, None)
+                if part is None:
+                    break
+                if part.requires_grad:
+                    (loss.coefficient * part).backward()
+                value = value + part.detach()
+            terms[loss.name] = value
+        whole.join(step)
+        return step, terms
+
+
+@dataclass(frozen=True)
+class VPD(SPD):
+    """SPD with a persistent adversary, a frequency term, and one transformer as importance function for all sites.
+
+    The published run's sizes (67 M parameters, 400,000 steps) are 1e-3 to 1e-4 of these learning rates and
+    `ImportanceConfig("global_transformer", hidden=2048, layers=8, heads=16)`; the defaults here are for small models.
+    """
+
+    losses: tuple[Loss, ...] = (
+        Faithfulness(1000.0),
+        StochasticReconstruction(0.5, sites="subset"),
+        PersistentAdversarialReconstruction(0.5, ascents=1, lr=0.1),
+        ImportanceMinimality(1e-3, frequency=0.1),
+    )
+    importance: ImportanceConfig = field(default_factory=lambda: ImportanceConfig("global_transformer"))
 
 
 def _default_count(site: WeightSite) -> int:
     return min(max(site.d_in, site.d_out), 4 * min(site.d_in, site.d_out))
+
+
+def _l0(step: LossStep) -> Tensor:
+    """Active components over all sites, mean over scored positions."""
+    counts = torch.stack([(g.lower.detach() > ALIVE).sum(-1).float() for g in step.importances.values()]).sum(0)
+    return counts.mean() if step.scored is None else counts[step.scored].mean()

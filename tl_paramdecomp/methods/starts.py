@@ -92,7 +92,7 @@ def warm_up(
             pairs.append((components, weight))
     if not pairs or steps == 0:
         return
-    parameters = [p for components, _ in pairs for p in (components.V, components.U)]
+    parameters = list(dict.fromkeys(p for components, _ in pairs for p in components.parameter_pair))  # once where tied
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / steps, total_iters=steps)
     with torch.enable_grad():

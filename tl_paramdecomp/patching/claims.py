@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tl_paramdecomp.adapters.identity import SUFFIX, behind, is_identity
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masks import SiteMask
 from tl_paramdecomp.errors import PatchConflictError
@@ -38,6 +39,12 @@ class Claim:
         return frozenset(range(self.components.n_components)) if self.mask is None else self.mask.touched
 
 
+def _reads_of_another(name: str, claim: Claim, other: Mapping[str, Claim]) -> bool:
+    """Whether another context patches the identity before a site, or the site behind an identity; weights may change."""
+    partner = behind(name) if is_identity(name) else f"{name}{SUFFIX}"
+    return partner in other and not (claim.in_weights or other[partner].in_weights)
+
+
 @contextlib.contextmanager
 def claimed(root: Any, claims: Mapping[str, Claim]) -> Iterator[None]:
     """Note what happens to which sites of a model.
@@ -54,6 +61,11 @@ def claimed(root: Any, claims: Mapping[str, Claim]) -> Iterator[None]:
                     f"{name} is already patched on this model. Patches of one site combine when each leaves the delta "
                     "mask at 1 and they change different components; these do not. Leave the other context first, or "
                     "put both into one set of masks."
+                )
+            if any(_reads_of_another(name, claim, other) for other in stack):
+                raise PatchConflictError(
+                    f"{behind(name)} and the identity before it are patched by two contexts, neither of which knows the "
+                    "input that the other leaves. Leave the other context first, or put both into one set of masks."
                 )
         stack.append(own)
     try:

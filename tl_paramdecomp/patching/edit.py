@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.identity import behind, folded, is_identity
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import masked_weight
 from tl_paramdecomp.components.masks import Masks
@@ -23,8 +24,9 @@ from tl_paramdecomp.patching.target import checked_adapter
 def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[Any]:
     """Within this context the masks are in the weights themselves: W' = V diag(m) U + d (W - V U).
 
-    The parameters are swapped, not written to: afterwards the same objects are back, bit for bit, and a tied embedding
-    is tied again; only the named side of it changes meanwhile.
+    Masks of an inserted identity make it I', and the weight behind it I' W'. The parameters are swapped, not written to:
+    afterwards the same objects are back, bit for bit, and a tied embedding is tied again; only the named side of it changes
+    meanwhile.
 
     Raises:
         MaskNotConstantError: A mask differs over batch or position.
@@ -32,7 +34,9 @@ def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> It
     """
     weights = _edited(model, decomposition, masks)
     adapter = adapt(model)
-    claims = {name: Claim(decomposition[name], in_weights=True) for name in weights}
+    changed = masks.changed()
+    claims = {behind(name): Claim(decomposition[name], in_weights=True) for name in changed}
+    claims |= {name: Claim(decomposition[name], in_weights=True) for name in changed}
     with claimed(adapter.root, claims), adapter.replaced_weights(weights):
         yield model
 
@@ -92,5 +96,8 @@ def _edited(model: Any, decomposition: Decomposition, masks: Masks) -> dict[str,
         for name, mask in site_masks(decomposition, masks).items():
             components = decomposition[name]
             resolved = mask.constant(components.V.device, components.V.dtype)
-            weights[name] = masked_weight(components, resolved, adapter.weight(name).detach())
-    return weights
+            weight = adapter.weight(name).detach()
+            if is_identity(name):  # not rounded before it is multiplied
+                weight = weight.to(torch.promote_types(weight.dtype, components.V.dtype))
+            weights[name] = masked_weight(components, resolved, weight)
+        return folded(weights, adapter.weight)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tl_paramdecomp.adapters.identity import behind
 from tl_paramdecomp.adapters.lens import HookPair, LensAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
@@ -60,8 +61,11 @@ def fwd_hooks(model: Any, decomposition: Decomposition, masks: Masks) -> list[Ho
             f"fwd_hooks is for TransformerLens models; for this {adapter.host} model use tl_paramdecomp.patched(...)."
         )
     pairs: list[HookPair] = []
-    for name, mask in site_masks(decomposition, masks).items():
-        pairs += adapter.fwd_hook_pairs({name: site_fn(decomposition[name], mask)}, mask.by_position)
+    changed = site_masks(decomposition, masks)
+    for site in dict.fromkeys(map(behind, changed)):  # a site and the identity before it are one pair
+        here = {name: mask for name, mask in changed.items() if behind(name) == site}
+        fns = {name: site_fn(decomposition[name], mask) for name, mask in here.items()}
+        pairs += adapter.fwd_hook_pairs(fns, any(mask.by_position for mask in here.values()))
     return pairs
 
 

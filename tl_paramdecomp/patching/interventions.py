@@ -1,6 +1,6 @@
 """Masks made from causal importances: the ways in which a decomposition is used and tried."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -9,11 +9,14 @@ from torch import Tensor
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.adversary import source_values, worst_sources
-from tl_paramdecomp.methods.base import LossStep, SiteValues
-from tl_paramdecomp.methods.losses import stochastic_values
+from tl_paramdecomp.methods.adversary import source_masks, start_sources, worst_sources
+from tl_paramdecomp.methods.base import LossStep, SiteMasks
+from tl_paramdecomp.methods.reconstruction import stochastic_masks
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
+
+MaskValues: TypeAlias = tuple[Tensor, "Tensor | float"]
+"""(m, d) of one site."""
 
 MaskKind = Literal["importance", "rounded", "stochastic", "random", "zero", "unmasked", "adversarial"]
 
@@ -69,13 +72,19 @@ def importance_masks(
         if kind == "rounded":
             return masks.replaced({name: ((g.lower > threshold).to(g.lower), 0.0) for name, g in importances.items()})
         if kind == "stochastic":
-            return masks.replaced(stochastic_values(step, delta=True))
-        return masks.replaced(source_values(step, worst_sources(step, steps, step_size)))
+            return masks.replaced(_as_values(stochastic_masks(step)))
+        return masks.replaced(
+            _as_values(source_masks(step, worst_sources(step, start_sources(step), steps, step_size)))
+        )
+
+
+def _as_values(masks: SiteMasks) -> dict[str, MaskValues]:
+    return {name: (mask.m, mask.d) for name, mask in masks.items()}
 
 
 def _without_importances(
     decomposition: Decomposition, tokens: Tensor, kind: str, generator: torch.Generator
-) -> SiteValues:
+) -> dict[str, MaskValues]:
     def values(C: int, like: Tensor) -> Float[Tensor, "... C"]:
         if kind == "random":
             return torch.rand((*tokens.shape, C), generator=generator, device=like.device, dtype=like.dtype)

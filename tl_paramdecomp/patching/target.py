@@ -4,6 +4,7 @@ from typing import Any
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.fingerprint import centring_differs, differs
+from tl_paramdecomp.adapters.identity import behind, is_identity
 from tl_paramdecomp.adapters.wiring import read_parameter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DeviceError, TargetMismatchError
@@ -32,7 +33,8 @@ def checked_adapter(model: Any, decomposition: Decomposition) -> ModelAdapter:
     adapter = adapt(model)
     _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.root))
     for name, components in decomposition.items():
-        device = read_parameter(adapter.root, adapter.wirings[name]).device  # W itself may be a copy, head by head
+        wiring = adapter.wirings[behind(name)]
+        device = read_parameter(adapter.root, wiring).device  # W itself may be a copy, head by head
         if components.V.device != device:
             raise DeviceError(
                 f"The components of {name} are on {components.V.device}, the model's weight on {device}; "
@@ -47,16 +49,16 @@ def _compare(
     wrong: dict[str, str] = {}
     centred = False
     for name in decomposition:
-        if name in skip:
+        if behind(name) in skip:
             continue
-        if name not in adapter.wirings:
+        if adapter.wiring(name) is None:
             reason = adapter.refused.get(name)
             wrong[name] = f"not a site of this model{f' ({reason})' if reason else ''}"
             continue
         known, found = decomposition.fingerprints[name], adapter.fingerprint(name, fresh)
         difference = differs(known, found)
         if difference:
-            wrong[name] = difference
+            wrong[name] = f"{behind(name)} holds another weight" if is_identity(name) else difference
             centred |= centring_differs(known, found)
     if wrong:
         raise TargetMismatchError(_message(adapter, decomposition, wrong, centred))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tl_paramdecomp.adapters.identity import composed
 from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.adapters.nnsight import NNsightAdapter
 from tl_paramdecomp.adapters.torch_module import cached_columns, input_rows
@@ -40,7 +41,8 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
     columns = _columns(model) if any(mask.by_position for mask in changed.values()) else None
     with claimed(adapter.root, claims_of(decomposition, changed)):
         pass  # a context around the trace may patch the same sites
-    in_order = [name for name in adapter.wirings if name in changed]
+    fns = composed({name: site_fn(decomposition[name], mask) for name, mask in changed.items()}, adapter.weight)
+    in_order = [name for name in adapter.wirings if name in fns]
     for owner, names in itertools.groupby(in_order, key=lambda name: adapter.wirings[name].owner):
         envoy = adapter.envoy(owner)
         x, y = envoy.input, envoy.output  # once for all the sites of a fused module: a trace does not go back
@@ -49,7 +51,7 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
             rows = matching_rows(x, y, wiring)
             _refuse_shared_rows(name, rows.y)
             span = Span() if columns is None else columns.ending_with(rows.y)
-            new = site_fn(decomposition[name], changed[name])(SiteCall(rows.x, rows.y, adapter.bias(name), span))
+            new = fns[name](SiteCall(rows.x, rows.y, adapter.bias(name), span))
             y = host_output(new, y, wiring)
         envoy.output = y
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
 from tl_paramdecomp.errors import DecompositionFileError
 
-FOLDER, STATE, OPTIMISER = "checkpoint", "run.json", "optimiser.safetensors"
+FOLDER, STATE = "checkpoint", "run.json"
+OPTIMISER, MEMORY = "optimiser.safetensors", "memory.safetensors"
 
 
 def save_checkpoint(
@@ -22,6 +24,7 @@ def save_checkpoint(
     decomposition: Decomposition,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
+    memory: Mapping[str, Tensor],
     settings: dict[str, Any],
 ) -> Path:
     """Write the state after `step` steps; the checkpoint before stays until this one is complete."""
@@ -34,6 +37,7 @@ def save_checkpoint(
     tensors["rng.masks"] = generator.get_state()
     tensors["rng.torch"] = torch.get_rng_state()
     write_tensors(scratch / OPTIMISER, tensors)
+    write_tensors(scratch / MEMORY, memory)
     write_text(scratch / STATE, json.dumps({"step": step, "settings": settings}, indent=1))
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -65,8 +69,8 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
 
 def restore(
     run_dir: Path, decomposition: Decomposition, optimiser: torch.optim.Optimizer, generator: torch.Generator
-) -> None:
-    """Put a checkpoint's state into a freshly made decomposition, optimiser and generator.
+) -> dict[str, Tensor]:
+    """Put a checkpoint's state into a freshly made decomposition, optimiser and generator; returns the method's memory.
 
     Raises:
         DecompositionFileError: The checkpoint does not fit them.
@@ -86,3 +90,4 @@ def restore(
         raise DecompositionFileError(
             f"The checkpoint in {run_dir / FOLDER} does not fit this run ({error}); delete it to begin anew."
         ) from error
+    return read_tensors(run_dir / FOLDER / MEMORY, next(decomposition.parameters()).device)

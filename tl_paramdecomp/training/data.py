@@ -4,30 +4,17 @@ Batches are a function of the seed and the step, so that a run resumed at a step
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.methods.base import Batch
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
-
-
-class Batch(NamedTuple):
-    """Rows of one step."""
-
-    tokens: Shaped[Tensor, "batch ..."]
-    """Token rows [batch, pos]; for a model that is no language model, its inputs."""
-    attention_mask: Int[Tensor, "batch pos"] | None
-    """1 where a position counts, 0 at padding; None where all count."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.tokens.to(device), mask)
 
 
 class BatchSource(ABC):
@@ -61,6 +48,16 @@ class RowSource(BatchSource):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
         return self._epoch[1][offset]
+
+
+class MadeSource(BatchSource):
+    """Batches made by a function of the step's number."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def batch(self, step: int) -> Batch:
+        return as_batch(self.make(step))
 
 
 class StreamSource(BatchSource):
@@ -105,8 +102,8 @@ def batch_source(
 
     Args:
         data: A tensor [rows, pos]; an iterable of batches ([batch, pos] tensors, or dicts with `tokens` or `input_ids` and
-            perhaps `attention_mask`) or of rows; a `datasets` Dataset or IterableDataset with such a column, or with a text
-            column and a tokenizer.
+            perhaps `attention_mask`) or of rows; a function from the step's number to such a batch; a `datasets` Dataset
+            or IterableDataset with such a column, or with a text column and a tokenizer.
         batch_size: Rows per batch, where the data comes as rows.
         seed: Order of the rows.
         tokenizer: For text.
@@ -124,6 +121,8 @@ def batch_source(
     if isinstance(data, Mapping):
         batch = as_batch(data)
         return RowSource(batch.tokens, batch_size, seed, batch.attention_mask)
+    if callable(data) and not isinstance(data, Iterable):
+        return MadeSource(data)
     columns = getattr(data, "column_names", None)
     if columns is not None:
         column = next((c for c in (*TOKEN_COLUMNS, "text") if c in columns), None)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +21,9 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DivergedError, SettingError
-from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup
+from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup, TrainingStep
 from tl_paramdecomp.methods.settings import to_settings
-from tl_paramdecomp.sites import SitePattern, select_sites
+from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training.checkpoint import FOLDER, read_state, restore, save_checkpoint
 from tl_paramdecomp.training.data import BatchSource, batch_source
 
@@ -54,6 +55,7 @@ def decompose(
     device: str | torch.device | None = None,
     callbacks: Sequence[Callback] = (),
     *,
+    background: Any = None,
     log_every: int = 10,
     checkpoint_every: int = 1000,
     progress: bool = True,
@@ -64,7 +66,8 @@ def decompose(
         model: The target, on any host. It is frozen and in evaluation mode meanwhile, and afterwards as it was.
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
-        data: Token rows [rows, pos], batches, or a dataset; see `training.data.batch_source`.
+        data: Token rows [rows, pos], batches, a dataset, or a function from the step's number to a batch; see
+            `training.data.batch_source`.
         steps: Optimiser steps.
         batch_size: Rows per step, where the data comes as rows.
         seed: Start, order of the rows and masks.
@@ -73,6 +76,7 @@ def decompose(
             anew.
         device: Must be the model's own; None takes it.
         callbacks: Called after every logged step.
+        background: A second stream of rows, in any of the same forms, for methods that take one (`SPD.targeted`).
         log_every: Steps between lines of `metrics.jsonl`.
         checkpoint_every: Steps between checkpoints.
         progress: Show a progress bar.
@@ -87,9 +91,10 @@ def decompose(
     """
     adapter = adapt(model)
     _check(adapter, steps, device, run_dir, resume)
-    chosen = select_sites(adapter.sites, sites, adapter.refused)
-    source = batch_source(data, batch_size, seed, getattr(model, "tokenizer", None))
-    generator = torch.Generator(device=adapter.device).manual_seed(seed)
+    chosen = adapter.select(sites)
+    tokenizer = getattr(model, "tokenizer", None)
+    source = batch_source(data, batch_size, seed, tokenizer)
+    other = None if background is None else batch_source(background, batch_size, seed + 1, tokenizer)
     run = _Run(
         None if run_dir is None else Path(run_dir), steps, log_every, checkpoint_every, progress, tuple(callbacks)
     )
@@ -101,23 +106,35 @@ def decompose(
         "steps": steps,
     }
     with frozen(adapter.root):
-        start_generator = torch.Generator().manual_seed(seed)
         first = run.first_step(resume)
-        decomposition = method.initialise(adapter, chosen, start_generator, run.phase)
+        decomposition = method.initialise(adapter, chosen, torch.Generator().manual_seed(seed), run.phase)
         decomposition.info["run"] = run.settings
         decomposition.requires_grad_(True)
         groups = method.parameter_groups(decomposition)
         optimiser = torch.optim.AdamW(
             [{"params": g.parameters, "lr": g.lr} for g in groups], weight_decay=0.0, fused=_can_fuse(groups)
         )
+        generator = torch.Generator(device=adapter.device).manual_seed(seed)
+        state = _State(decomposition, groups, optimiser, generator)
         if first and run.folder is not None:
-            restore(run.folder, decomposition, optimiser, generator)
+            state.memory = restore(run.folder, decomposition, optimiser, generator)
         with torch.enable_grad():
-            run.train(adapter, decomposition, method, source, groups, optimiser, generator, first)
+            run.train(adapter, method, state, source, other, first)
     decomposition.requires_grad_(False)
     if run.folder is not None:
         decomposition.save(run.folder / "decomposition")
     return decomposition
+
+
+@dataclass
+class _State:
+    """Everything the next step depends on, besides the data."""
+
+    decomposition: Decomposition
+    groups: list[ParameterGroup]
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Run:
@@ -166,12 +183,10 @@ class _Run:
     def train(
         self,
         adapter: ModelAdapter,
-        decomposition: Decomposition,
         method: Method,
+        state: _State,
         source: BatchSource,
-        groups: list[ParameterGroup],
-        optimiser: torch.optim.Optimizer,
-        generator: torch.Generator,
+        background: BatchSource | None,
         first: int,
     ) -> None:
         """The steps from `first` on."""
@@ -183,22 +198,25 @@ class _Run:
         try:
             for step in range(first, self.steps):
                 batch = source.batch(step).to(adapter.device)
+                other = None if background is None else background.batch(step).to(adapter.device)
                 share = step / max(1, self.steps - 1)
-                report = method.losses_of(adapter, decomposition, *batch, generator, share)
+                state.optimiser.zero_grad()
+                report = method.gradients(
+                    TrainingStep(adapter, state.decomposition, batch, state.generator, share, state.memory, other)
+                )
                 self._check_finite(report, step)
-                factor = method.learning_rate_factor(step, self.steps)
-                norms = optimise(report.total, groups, optimiser, factor)
+                norms = optimise(state.groups, state.optimiser, method.learning_rate_factor(step, self.steps))
                 done = step + 1
                 bar.update()
                 if done % self.log_every == 0 or done == self.steps:
-                    figures = _figures(report, norms, optimiser, groups) | {"seconds": time.perf_counter() - begun}
+                    figures = _figures(report, norms, state) | {"seconds": time.perf_counter() - begun}
                     bar.set_postfix(loss=f"{figures['loss']:.4g}", L0=f"{figures.get('l0', float('nan')):.1f}")
-                    self._log(done, figures, decomposition)
+                    self._log(done, figures, state.decomposition)
                 if self.folder is not None and (done % self.checkpoint_every == 0 or done == self.steps):
-                    self._checkpoint(done, decomposition, optimiser, generator)
+                    self._checkpoint(done, state)
         except KeyboardInterrupt:
             if self.folder is not None and done > (self.saved_at or 0):
-                self._checkpoint(done, decomposition, optimiser, generator)
+                self._checkpoint(done, state)
                 bar.write(f"Stopped after step {done}; the same call goes on from {self.folder / FOLDER}.")
             raise
         finally:
@@ -214,11 +232,11 @@ class _Run:
             "Lower the learning rates, or clip gradients."
         )
 
-    def _checkpoint(
-        self, done: int, decomposition: Decomposition, optimiser: torch.optim.Optimizer, generator: torch.Generator
-    ) -> None:
+    def _checkpoint(self, done: int, state: _State) -> None:
         assert self.folder is not None
-        save_checkpoint(self.folder, done, decomposition, optimiser, generator, self.settings)
+        save_checkpoint(
+            self.folder, done, state.decomposition, state.optimiser, state.generator, state.memory, self.settings
+        )
         self.saved_at = done
 
     def _log(self, done: int, figures: dict[str, float], decomposition: Decomposition) -> None:
@@ -238,12 +256,8 @@ class _Run:
         path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
 
 
-def optimise(
-    loss: Tensor, groups: Sequence[ParameterGroup], optimiser: torch.optim.Optimizer, factor: float
-) -> dict[str, Tensor]:
+def optimise(groups: Sequence[ParameterGroup], optimiser: torch.optim.Optimizer, factor: float) -> dict[str, Tensor]:
     """One optimiser step with each group's gradient clipped apart; returns the norms before clipping."""
-    optimiser.zero_grad()
-    loss.backward()
     norms = {}
     for group, settings in zip(groups, optimiser.param_groups, strict=True):
         settings["lr"] = group.lr * factor
@@ -271,11 +285,16 @@ def frozen(root: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _figures(
-    report: LossReport, norms: dict[str, Tensor], optimiser: torch.optim.Optimizer, groups: Sequence[ParameterGroup]
-) -> dict[str, float]:
-    named = {"loss": report.total, **report.terms, **report.figures, **{f"grad_norm_{n}": v for n, v in norms.items()}}
-    rates = {f"lr_{g.name}": settings["lr"] for g, settings in zip(groups, optimiser.param_groups, strict=True)}
+def _figures(report: LossReport, norms: dict[str, Tensor], state: _State) -> dict[str, float]:
+    named = {
+        "loss": report.total,
+        **report.terms,
+        **report.figures(),
+        **{f"grad_norm_{n}": v for n, v in norms.items()},
+    }
+    rates = {
+        f"lr_{g.name}": settings["lr"] for g, settings in zip(state.groups, state.optimiser.param_groups, strict=True)
+    }
     return {name: float(value.detach()) for name, value in named.items()} | rates
 
 

@@ -1,0 +1,277 @@
+"""Parts of a forward pass that its caller can do without: blocks whose output is known, and the unembedding.
+
+1. While a clean pass runs, keep the very object that each block's `forward` returned (`kept_outputs`).
+2. In later passes over the same rows, let the blocks before the one that changed return those objects (`skipped`).
+3. Where only the vectors before the unembedding are wanted, end the pass as they reach it (`ended_at`).
+4. Try all of it out once on a few tokens, and offer only what reproduces the model (`find_blocks_to_skip`,
+   `find_after_unembedding`).
+
+A module's `forward` is shadowed by an attribute of that one instance, put back on leaving. What is kept is what `forward`
+returned, before torch hooks: a hook that a user has on a block acts on a skipped block as on any other, and acts once.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tl_paramdecomp.adapters.wiring import Wiring, find_module
+from tl_paramdecomp.errors import SettingError, UnsupportedModelError
+from tl_paramdecomp.sites import SiteCall, SiteFn
+
+UNEMBEDDING = "unembed.W_U"
+PROBE_SHAPE = (2, 3)
+"""Rows and positions of the tokens on which shortcuts are tried out."""
+ROUNDING = 64.0
+"""Largest difference of two ways to compute the same, in units of the dtype's rounding of the largest entry."""
+
+LOGIT_FACTORS = {
+    "logit_scale": lambda value: value,
+    "lm_head_multiplier": lambda value: value,
+    "logits_scaling": lambda value: 1 / value,
+}
+"""Settings of hosts that scale the logits after the unembedding, each to the factor (Cohere, Falcon-H1, Granite)."""
+LOGIT_CAPS = ("final_logit_softcapping", "output_logits_soft_cap", "logits_soft_cap")
+"""Settings of hosts that cap the logits by cap * tanh(logits / cap) (Gemma 2, TransformerLens, RecurrentGemma)."""
+
+AfterUnembedding = Callable[[Tensor], Tensor]
+"""What a host does to x W_U + b before it calls it logits."""
+
+
+class ReachedUnembedding(Exception):  # noqa: N818 - ends a pass, tells of no error
+    """The pass has come as far as its caller wants."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """What is needed of an adapter here."""
+
+    wirings: dict[str, Wiring]
+
+    @property
+    def root(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def weight(self, name: str) -> Tensor: ...
+
+    def bias(self, name: str) -> Tensor | None: ...
+
+    def intercept(self, fns: Mapping[str, SiteFn]) -> contextlib.AbstractContextManager[None]: ...
+
+    def forward(self, tokens: Tensor) -> Tensor: ...
+
+    def hidden(self, tokens: Tensor) -> Tensor: ...
+
+    def block_modules(self) -> Sequence[nn.Module]: ...
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]: ...
+
+
+# --- forward, shadowed -----------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _shadowed_forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Hold other functions as the `forward` of single module instances."""
+    before = [(module, module.__dict__.get("forward")) for module, _ in replacements]
+    try:
+        for module, function in replacements:
+            module.__dict__["forward"] = function
+        yield
+    finally:
+        for module, own in reversed(before):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:  # accelerate and nnsight keep their wrappers in this very place
+                module.__dict__["forward"] = own
+
+
+def _around(module: nn.Module, function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    """`function(*first, ...)` under the signature of the module's own forward, which hosts inspect."""
+    return functools.update_wrapper(functools.partial(function, *first), module.forward)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def kept_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """A list that the passes inside fill with what each block's forward returned, cut from the graph."""
+    outputs: list[Any] = [None] * len(blocks)
+    with _shadowed_forwards([(b, _around(b, _run_and_keep, outputs, i, b.forward)) for i, b in enumerate(blocks)]):
+        yield outputs
+
+
+def _run_and_keep(outputs: list[Any], index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    output = forward(*args, **kwargs)
+    outputs[index] = _detached(output)
+    return output
+
+
+def _detached(output: Any) -> Any:
+    """The very object where nothing in it has a gradient; otherwise the same with its tensors detached."""
+    if isinstance(output, Tensor):
+        return output.detach() if output.requires_grad else output
+    if type(output) in (tuple, list) and any(isinstance(part, Tensor) and part.requires_grad for part in output):
+        return type(output)(map(_detached, output))
+    return output
+
+
+@contextlib.contextmanager
+def skipped(blocks: Sequence[nn.Module], outputs: Sequence[Any], first: int) -> Iterator[None]:
+    """Let every block before `first` return what it returned before.
+
+    Raises:
+        SettingError: There is no such block, or these are not the outputs of all blocks.
+    """
+    if len(outputs) != len(blocks) or not 0 <= first <= len(blocks):
+        raise SettingError(
+            f"Expected the outputs of all {len(blocks)} blocks (capture(..., keep_blocks=True).blocks) and a block from 0 "
+            f"to {len(blocks)} to begin at, not {len(outputs)} outputs and {first}. A model without blocks takes full passes."
+        )
+    with _shadowed_forwards([(b, _around(b, _give, outputs[i])) for i, b in enumerate(blocks[:first])]):
+        yield
+
+
+def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
+
+
+def find_blocks_to_skip(adapter: Runner, blocks: Sequence[nn.Module]) -> bool:
+    """Whether passes that begin at a later block are the model's own: tried out at every block.
+
+    They are not where blocks share more than the residual stream (keys and values of an earlier layer, say), where a
+    block is called twice in a pass, or where dropout makes every pass another.
+    """
+    tokens = probe_tokens(adapter)
+    try:
+        with torch.no_grad(), adapter.undisturbed():
+            with kept_outputs(blocks) as outputs:
+                full = adapter.forward(tokens)
+            adapter.forward(tokens.roll(1, 1))  # what a block leaves behind for others is of other rows now
+            for first in range(1, len(blocks) + 1):
+                with skipped(blocks, outputs, first):
+                    if not _same(adapter.forward(tokens), full):
+                        return False
+    except Exception:  # whatever the host trips over when a block is left out
+        return False
+    return True
+
+
+def blocks_of_sites(root: nn.Module, blocks: Sequence[nn.Module], wirings: Mapping[str, Wiring]) -> dict[str, int]:
+    """The first block that holds each site's weight; sites outside all blocks are missing."""
+    holder: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            holder.setdefault(id(module), index)
+    owners = {name: id(find_module(root, wiring.owner)) for name, wiring in wirings.items()}
+    return {name: holder[owner] for name, owner in owners.items() if owner in holder}
+
+
+# --- the unembedding -------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def ended_at(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Passes inside end as they reach a module; the list then holds what it was called with."""
+    reached: list[Tensor] = []
+    with _shadowed_forwards([(module, _around(module, _stop, reached))]):
+        yield reached
+
+
+def _stop(reached: list[Tensor], *args: Any, **kwargs: Any) -> None:
+    reached[:] = [args[0] if args else next(iter(kwargs.values()))]
+    raise ReachedUnembedding
+
+
+def run_until_unembedding(adapter: Runner, run: Callable[[], Any]) -> Tensor:
+    """x of `unembed.W_U` in a forward pass that ends there.
+
+    Raises:
+        UnsupportedModelError: The model has no such site, or the pass never reached it.
+    """
+    if UNEMBEDDING not in adapter.wirings:
+        raise UnsupportedModelError(
+            f"This {type(adapter.root).__name__} has no site {UNEMBEDDING} before which a forward pass could end; "
+            "compare logits instead."
+        )
+    module = find_module(adapter.root, adapter.wirings[UNEMBEDDING].x.path)
+    with ended_at(module) as reached, contextlib.suppress(ReachedUnembedding):
+        run()
+    if not reached:
+        raise UnsupportedModelError(f"The forward pass gave logits without calling {type(module).__name__}.")
+    return reached[0]
+
+
+def product(adapter: Runner, x: Tensor) -> Tensor:
+    """x W_U + b of the host's own weight."""
+    weight, bias = adapter.weight(UNEMBEDDING), adapter.bias(UNEMBEDDING)
+    return nn.functional.linear(x.to(weight.device), weight.T, bias)
+
+
+def find_after_unembedding(adapter: Runner) -> AfterUnembedding | None:
+    """What the host does between x W_U + b and its logits, of the known forms; None where it is none of them.
+
+    Tried out on a pass as it is and on one whose x W_U + b is made large: a cap hardly shows on small logits.
+    """
+    if UNEMBEDDING not in adapter.wirings:
+        return None
+    tokens, calls = probe_tokens(adapter), []
+    try:
+        with torch.no_grad(), adapter.undisturbed():
+            pairs = []
+            for size in (None, 64.0):
+                with adapter.intercept({UNEMBEDDING: functools.partial(_resized, calls, size)}):
+                    logits = adapter.forward(tokens)
+                pairs.append((calls[-1][1], logits))
+            x, y = calls[0]
+            if not _same(product(adapter, x), y) or adapter.hidden(tokens).shape != x.shape:
+                return None
+    except Exception:  # whatever the host trips over when a pass is ended
+        return None
+    candidates = _candidates(adapter)
+    return next((after for after in candidates if all(_same(after(y), logits) for y, logits in pairs)), None)
+
+
+def _resized(calls: list[tuple[Tensor, Tensor]], size: float | None, call: SiteCall) -> Tensor:
+    """A site's function that scales its output to a largest entry, and notes what passed."""
+    y = call.y if size is None else call.y * (size / call.y.abs().max().clamp(min=1e-6))
+    calls.append((call.x, y))
+    return y
+
+
+def _candidates(adapter: Runner) -> list[AfterUnembedding]:
+    root: Any = adapter.root
+    configs: list[Any] = [getattr(root, "cfg", None), getattr(getattr(root, "original_model", root), "config", None)]
+    configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
+    factors = [
+        to_factor(value)
+        for name, to_factor in LOGIT_FACTORS.items()
+        for config in configs
+        if _is_number(value := getattr(config, name, None))
+    ]
+    caps = [value for name in LOGIT_CAPS for config in configs if _is_number(value := getattr(config, name, None))]
+    return [functools.partial(_finished, factor, cap) for factor in (None, *factors) for cap in (None, *caps)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _finished(factor: float | None, cap: float | None, y: Tensor) -> Tensor:
+    y = y if factor is None else y * factor
+    return y if cap is None else cap * torch.tanh(y / cap)
+
+
+# --- trying out ------------------------------------------------------------------------------------------------------
+def probe_tokens(adapter: Runner) -> Tensor:
+    """A few token rows that every vocabulary has."""
+    rows, length = PROBE_SHAPE
+    vocab = next((w.site.d_in for w in adapter.wirings.values() if w.site.kind == "embedding"), rows * length)
+    return torch.arange(rows * length, device=adapter.device).remainder(vocab).view(rows, length)
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    bound = ROUNDING * max(torch.finfo(t.dtype).eps for t in (found, expected)) * expected.abs().max().item()
+    return (found.to(expected.device, expected.dtype) - expected).abs().max().item() <= bound

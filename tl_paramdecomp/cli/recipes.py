@@ -1,0 +1,109 @@
+"""The published toy results of SPD: for each name its target, its settings, and what is expected of it.
+
+Expected figures are those of "Stochastic Parameter Decomposition" (arXiv 2506.20790), table 1 and section 3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.methods.losses import ImportanceMinimality
+from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
+from tl_paramdecomp.methods.spd import SPD
+from tl_paramdecomp.toy_models import InductionConfig, ResidMLPConfig, TMSConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published result."""
+
+    target: Any
+    """Configuration of the target."""
+    sites: tuple[str, ...]
+    method: SPD
+    steps: int
+    batch_size: int
+    one_per_feature: tuple[str, ...] = ()
+    """Sites where each feature should have one component."""
+    dense: Mapping[str, int] = field(default_factory=dict)
+    """Sites where so many components should be active for many features."""
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    """Published figures."""
+
+
+def _spd(n_components: int, minimality: float, p: float, lr: float, hidden: int = 16, **changes: Any) -> SPD:
+    """SPD with its authors' later settings for toys: delta component, warm-up, no faithfulness term."""
+    method = SPD(
+        n_components=n_components,
+        losses=(
+            StochasticReconstruction(1.0, sites="all"),
+            StochasticReconstruction(1.0, sites="layerwise"),
+            ImportanceMinimality(minimality, p_start=p, p_end=p),
+        ),
+        importance=ImportanceConfig("component_mlp", hidden=hidden),
+        start="random",
+        warm_up_steps=200,
+        warm_up_lr=1e-2,
+        warm_up_weight_decay=0.1,
+        lr=lr,
+        lr_importance=lr,
+        ramp_steps=0,
+        final_lr=0.0,
+        clip=None,
+        clip_importance=None,
+        measure="mse",
+    )
+    return replace(method, **changes)
+
+
+def _tms(features: int, hidden: int, identity: bool, batch: int, method: SPD, steps: int, ml2r: tuple) -> Recipe:
+    sides, middle = ("linear1.weight", "linear2.weight"), "hidden_layers.0.weight"
+    alive = {sides[0]: features, **({middle: hidden} if identity else {}), sides[1]: features}
+    return Recipe(
+        target=TMSConfig(features, hidden, identity, batch_size=batch),
+        sites=tuple(alive),
+        method=method,
+        steps=steps,
+        batch_size=1024,
+        one_per_feature=sides,
+        dense={middle: hidden} if identity else {},
+        expected={"mmcs": 1.0, "ml2r": ml2r[0], "ml2r_sd": ml2r[1], "alive": alive, "identity_ci_error": 0},
+    )
+
+
+def _resid_mlp(layers: int, features: int, neurons: int, method: SPD, steps: int) -> Recipe:
+    reads = tuple(f"layers.{i}.mlp_in.weight" for i in range(layers))
+    writes = tuple(f"layers.{i}.mlp_out.weight" for i in range(layers))
+    alive = dict.fromkeys(reads, features) | dict.fromkeys(writes, neurons // layers)
+    return Recipe(
+        target=ResidMLPConfig(layers, features, n_neurons=neurons),
+        sites=("layers.*.mlp_in.weight", "layers.*.mlp_out.weight"),
+        method=method,
+        steps=steps,
+        batch_size=1024,
+        one_per_feature=reads,
+        dense=dict.fromkeys(writes, neurons // layers),
+        expected={"alive": alive, "identity_ci_error": 0, "dense_ci_error": 0},
+    )
+
+
+_SMALL, _LARGE = _spd(20, 3e-3, 1.0, 2e-3), _spd(200, 1e-4, 2.0, 1e-3)
+
+RECIPES: Mapping[str, Recipe] = {
+    "tms-5-2": _tms(5, 2, False, 1024, _SMALL, 3000, (0.993, 0.002)),
+    "tms-5-2-id": _tms(5, 2, True, 1024, _SMALL, 3000, (0.992, 0.010)),
+    "tms-40-10": _tms(40, 10, False, 4096, _LARGE, 10_000, (1.010, 0.007)),
+    "tms-40-10-id": _tms(40, 10, True, 4096, _LARGE, 20_000, (1.031, 0.001)),
+    "resid-mlp-1": _resid_mlp(1, 100, 50, _spd(100, 1e-5, 2.0, 2e-3, final_lr=1.0), 20_000),
+    "resid-mlp-2": _resid_mlp(2, 100, 50, _spd(400, 1e-5, 2.0, 1e-3, final_lr=1.0), 25_000),
+    "resid-mlp-3": _resid_mlp(3, 102, 51, _spd(500, 5e-6, 2.0, 1e-3, hidden=128, final_lr=1.0), 50_000),
+    "induction": Recipe(
+        target=InductionConfig(),
+        sites=("layers.*.attn.*.weight",),
+        method=_spd(100, 1e-2, 1.0, 1e-3, importance=ImportanceConfig("shared_mlp", hidden=128), measure="kl"),
+        steps=20_000,
+        batch_size=64,
+    ),
+}
+"""By the name that `tl-paramdecomp reproduce` takes."""

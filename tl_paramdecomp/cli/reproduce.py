@@ -1,0 +1,233 @@
+"""`tl-paramdecomp reproduce`: the published toy results of SPD, from training the target to the figures.
+
+1. Train the target from the seed, and again from another where it lacks a mechanism (toy_models).
+2. Decompose it (`decompose`), with checkpoints: the same command goes on where it was stopped.
+3. Score it against the known mechanisms (analysis.toys), draw the papers' figures (report.toys).
+
+    OUT/NAME/seed-0/target/        weights and how they came about
+    OUT/NAME/seed-0/run/           metrics, checkpoint, decomposition
+    OUT/NAME/seed-0/result.json    settings and scores; a finished seed is not run again
+    OUT/NAME/seed-0/*.png          figures, where matplotlib is installed
+"""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from tl_paramdecomp.analysis import toys
+from tl_paramdecomp.analysis.metrics import sparsity
+from tl_paramdecomp.cli.recipes import RECIPES, Recipe
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.files import write_text
+from tl_paramdecomp.errors import MissingExtraError, SettingError
+from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.toy_models import (
+    TMS,
+    InductionRows,
+    InductionTransformer,
+    ResidMLP,
+    SparseFeatures,
+    Trained,
+    fresh,
+    load_target,
+    save_target,
+    train_induction,
+    train_resid_mlp,
+    train_tms,
+    train_until_sound,
+)
+from tl_paramdecomp.training.fit import decompose
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "TMSConfig": (TMS, train_tms),
+    "ResidMLPConfig": (ResidMLP, train_resid_mlp),
+    "InductionConfig": (InductionTransformer, train_induction),
+}
+"""What is built from a target's configuration, and what trains it."""
+SAMPLE, SAMPLE_SEED = 8192, 1_000_000
+"""Rows that L0 and alive components are counted on, and their seed."""
+
+
+def reproduce(
+    name: str, seeds: int, out: Path, talk: Console, steps: int | None = None, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Run one result for seeds 0 to seeds - 1, and return its record.
+
+    Raises:
+        SettingError: No such name, no seed, or a folder that holds a run of other settings.
+    """
+    if name not in RECIPES:
+        raise SettingError(f"{name!r} is none of {', '.join(RECIPES)}.")
+    if seeds < 1:
+        raise SettingError(f"--seeds must be at least 1; given {seeds}.")
+    recipe = RECIPES[name]
+    recipe = replace(recipe, steps=steps or recipe.steps, batch_size=batch_size or recipe.batch_size)
+    folder, versions = out / name, {}
+    results = []
+    for seed in range(seeds):
+        talk.print(f"[bold]{name}[/], seed {seed}", highlight=False)
+        results.append(run_seed(recipe, seed, folder / f"seed-{seed}", talk))
+        versions = results[-1].pop("versions")
+    record = {
+        "name": name,
+        "seeds": results,
+        "expected": dict(recipe.expected),
+        "command": shlex.join(["tl-paramdecomp", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+        "settings": settings_of(recipe),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+    write_text(folder / "result.json", json.dumps(record, indent=1))
+    return record
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What a seed's result depends on, as JSON values."""
+    settings = {
+        "target": {"type": type(recipe.target).__name__, **asdict(recipe.target)},
+        "sites": list(recipe.sites),
+        "method": to_settings(recipe.method),
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def run_seed(recipe: Recipe, seed: int, folder: Path, talk: Console) -> dict[str, Any]:
+    """Target, decomposition and scores of one seed; what is there already is used."""
+    settings, path = settings_of(recipe), folder / "result.json"
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known.pop("settings") == settings:
+            return known
+    begun = time.perf_counter()
+    trained = find_target(recipe, seed, folder / "target", talk)
+    found = time.perf_counter()
+    data = recipe.target.data(recipe.batch_size, seed)
+    if isinstance(data, SparseFeatures):
+        data = replace(data, without_empty=True)
+    made = decompose(
+        trained.model, list(recipe.sites), recipe.method, data, recipe.steps, recipe.batch_size, seed, folder / "run"
+    )
+    result = {
+        "seed": seed,
+        **score(recipe, trained.model, made),
+        "target_seed": trained.seed,
+        "targets_tried": trained.tried,
+        "seconds": {"target": found - begun, "decomposition": seconds_of(folder / "run" / "metrics.jsonl")},
+        "versions": made.info["versions"],
+    }
+    try:
+        draw(recipe, trained.model, made, folder)
+    except MissingExtraError as error:
+        talk.print(f"No figures: {error}", markup=False, highlight=False)
+    write_text(path, json.dumps({**result, "settings": settings}, indent=1))
+    return result
+
+
+def find_target(recipe: Recipe, seed: int, folder: Path, talk: Console) -> Trained[Any]:
+    """The target in the folder, or a new one that has all its mechanisms."""
+    build, train = KINDS[type(recipe.target).__name__]
+    trained = load_target(fresh(build, recipe.target), folder)
+    if trained is None:
+        trained = train_until_sound(
+            train, recipe.target, seed, _progress, lambda text: talk.print(text, markup=False, highlight=False)
+        )
+        save_target(trained, folder)
+    return trained
+
+
+def score(recipe: Recipe, model: Any, made: Decomposition) -> dict[str, Any]:
+    """All scores that a target of this kind has."""
+    sample = recipe.target.data(SAMPLE, SAMPLE_SEED)
+    rows = sample(0)
+    scores: dict[str, Any] = {}
+    if isinstance(model, TMS):
+        scores |= toys.tms_scores(model, made)
+    if isinstance(model, ResidMLP):
+        scores["scrubbed"] = toys.scrubbed_errors(model, made, rows)
+    if isinstance(sample, InductionRows):
+        scores |= toys.induction_scores(model, made, rows, sample.answers(rows))
+    else:
+        scores["mean_active_features"] = (rows != 0).sum(1).float().mean().item()
+        matrices = toys.importance_matrices(model, made, rows.shape[1])
+        identity = {name: toys.identity_error(matrices[name]) for name in recipe.one_per_feature}
+        dense = {name: toys.dense_error(matrices[name], k) for name, k in recipe.dense.items()}
+        scores |= {"identity_ci_error": sum(identity.values()), "identity_ci_error_by_site": identity}
+        scores |= {"dense_ci_error": sum(dense.values()), "dense_ci_error_by_site": dense} if dense else {}
+    found = sparsity(model, made, rows, toys.TOLERANCE)
+    return {**scores, "alive": found.alive, "l0": found.l0}
+
+
+def draw(recipe: Recipe, model: Any, made: Decomposition, folder: Path) -> None:
+    """The figures that a target of this kind has.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    from tl_paramdecomp.report.plotting import save
+    from tl_paramdecomp.report.toys import importance_figure, neuron_figure, vector_figure
+
+    if isinstance(model, InductionTransformer):
+        return
+    matrices = toys.importance_matrices(model, made, model.config.n_features)
+    save(importance_figure(matrices, dense=recipe.dense), folder / "importances.png")
+    if isinstance(model, TMS) and model.config.n_hidden == 2:
+        save(vector_figure(model, made), folder / "vectors.png")
+    if isinstance(model, ResidMLP):
+        save(neuron_figure(model, made), folder / "neurons.png")
+
+
+def seconds_of(log: Path) -> float:
+    """Seconds that all sessions of a run took: each line has the seconds since its own session began."""
+    total = last = 0.0
+    for line in log.read_text(encoding="utf-8").splitlines():
+        seconds = json.loads(line)["seconds"]
+        total += seconds - last if seconds >= last else seconds
+        last = seconds
+    return total
+
+
+def result_table(record: dict[str, Any]) -> Table:
+    """One row per figure, one column per seed, and one of what is published."""
+    table = Table(title=f"{record['name']}: {record['settings']['steps']} steps", title_justify="left")
+    for column in ("figure", *(f"seed {result['seed']}" for result in record["seeds"]), "published"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    sides = [*(_rows(result) for result in record["seeds"]), _rows(record["expected"])]
+    for row in sides[0]:
+        table.add_row(row, *(_shown(side.get(row)) for side in sides))
+    return table
+
+
+def _rows(result: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Figures by name, those of sites and other parts one by one."""
+    rows: dict[str, Any] = {}
+    for key, value in result.items():
+        name = f"{prefix}{key if prefix else key.replace('_', ' ')}"
+        if isinstance(value, Mapping) and not key.endswith(("by_site", "feature_scores")):
+            rows |= _rows(value, f"{name}: ")
+        elif isinstance(value, int | float) and key not in ("seed", "target_seed"):
+            rows[name] = value
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _progress(what: str, total: int) -> Iterable[int]:
+    return tqdm(range(total), desc=what, leave=False)

@@ -1,0 +1,172 @@
+"""Reconstruction terms: a model with masked components must still give what the target gives.
+
+Masks are m = g + (1 - g) r: what is important stays whole, the rest in any amount r. Formulas and normalisation as in
+"Stochastic Parameter Decomposition" (arXiv 2506.20790) and its successors: means over scored positions.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.components.sigmoids import binomial_lower
+from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
+
+Replaced = Literal["all", "layerwise", "subset"]
+"""Which sites are masked at once: all; one at a time, averaged; or at each position a random subset of random size."""
+Sampling = Literal["continuous", "binomial"]
+"""r uniform in [0, 1], or 0 and 1 by the toss of a coin."""
+DeltaUse = Literal["masked", "absent", "kept"]
+"""What happens to the delta component: masked like a component of importance 0, absent, or kept whole."""
+
+
+class Reconstruction(Loss):
+    """Divergence from the target under masks that `draw` makes, at all sites, one at a time, or a subset."""
+
+    sites: Replaced
+    samples: int = 1
+
+    @abstractmethod
+    def draw(self, step: LossStep) -> SiteMasks:
+        """Masks of every site, drawn anew."""
+
+    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+        """One part for each forward pass, divided by their number."""
+        passes = self.samples * (len(step.importances) if self.sites == "layerwise" else 1)
+        for _ in range(self.samples):
+            masks = self.draw(step)
+            if self.sites == "layerwise":
+                for name, mask in masks.items():
+                    yield step.divergence.of(step.run_masked({name: mask})) / passes
+            else:
+                masks = routed(masks, subset_routes(step)) if self.sites == "subset" else masks
+                yield step.divergence.of(step.run_masked(masks)) / passes
+
+
+def check_masks(sites: str, samples: int = 1, delta: str = "masked") -> None:
+    """Refuse settings without meaning.
+
+    Raises:
+        SettingError: An unknown choice of sites or of the delta component's use, or no sample.
+    """
+    if delta not in ("masked", "absent", "kept"):
+        raise SettingError(f"The delta component can be 'masked', 'absent' or 'kept'; given {delta!r}.")
+    if sites not in ("all", "layerwise", "subset"):
+        raise SettingError(f"Reconstruction sites must be 'all', 'layerwise' or 'subset'; given {sites!r}.")
+    if samples < 1:
+        raise SettingError(f"Reconstruction needs at least one sample; given {samples}.")
+
+
+@dataclass(frozen=True)
+class StochasticReconstruction(Reconstruction):
+    """Divergence under random masks: whatever is unimportant may be kept in any amount."""
+
+    coefficient: float = 1.0
+    sites: Replaced = "all"
+    delta: DeltaUse = "masked"
+    """Masked by a uniform number, absent, or kept."""
+    samples: int = 1
+    """Mask draws per step."""
+    sampling: Sampling = "continuous"
+    """`binomial` tests whole ablations only; importances then pass 0 and 1 noisily."""
+
+    def __post_init__(self) -> None:
+        check_masks(self.sites, self.samples, self.delta)
+        if self.sampling not in ("continuous", "binomial"):
+            raise SettingError(f"sampling must be 'continuous' or 'binomial'; given {self.sampling!r}.")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name in logs."""
+        return f"stochastic_{self.sites}"
+
+    def draw(self, step: LossStep) -> SiteMasks:
+        """Fresh random masks."""
+        return stochastic_masks(step, self.delta, self.sampling)
+
+
+@dataclass(frozen=True)
+class ImportanceMaskedReconstruction(Reconstruction):
+    """Divergence with every component kept in the amount of its importance, the delta component absent.
+
+    A metric: a run trained on it drives it to 0 without finding mechanisms.
+    """
+
+    coefficient: float = 1.0
+    sites: Replaced = "all"
+
+    def __post_init__(self) -> None:
+        check_masks(self.sites)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name in logs."""
+        return f"importance_masked_{self.sites}"
+
+    def draw(self, step: LossStep) -> SiteMasks:
+        """m = g, d = 0."""
+        return importance_masks_of(step)
+
+
+@dataclass(frozen=True)
+class UnmaskedReconstruction(Loss):
+    """Divergence with every component whole and the delta component absent: faithfulness on the scale of outputs."""
+
+    coefficient: float = 1.0
+    name: str = "unmasked"
+
+    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+        """One part."""
+        masks = {}
+        for name, importance in step.importances.items():
+            g = importance.lower.detach()
+            ones, nothing = g.new_ones(g.shape[-1]), g.new_zeros(g.shape[-1])
+            masks[name] = InterpolatedMask(ones, nothing, 1.0)
+        yield step.divergence.of(step.run_masked(masks))
+
+
+def stochastic_masks(step: LossStep, delta: DeltaUse = "masked", sampling: Sampling = "continuous") -> SiteMasks:
+    """Masks with q = 1 - r drawn for every position and component, and a for the delta component."""
+    masks = {}
+    for name, importance in step.importances.items():
+        g = importance.lower
+        like = {"device": g.device, "dtype": g.dtype, "generator": step.generator}
+        q = torch.rand(g.shape, **like)
+        if sampling == "binomial":
+            assert importance.raw is not None and step.decomposition.importance is not None
+            sigmoid = step.decomposition.importance.config.sigmoid
+            g = binomial_lower(importance.raw, torch.rand(g.shape, **like), sigmoid)
+            q = q.round_()
+        a = torch.rand(g.shape[:-1], **like) if delta == "masked" else float(delta == "absent")
+        masks[name] = InterpolatedMask(g, q, a)
+    return masks
+
+
+def importance_masks_of(step: LossStep) -> SiteMasks:
+    """m = g with the delta component absent."""
+    return {name: InterpolatedMask(g.lower, g.lower.new_ones(()), 1.0) for name, g in step.importances.items()}
+
+
+def routed(masks: SiteMasks, routes: dict[str, Bool[Tensor, "..."]]) -> SiteMasks:
+    """Masks that leave the target's own output, bit for bit, at positions routed past a site."""
+    there = {name: routes[name].to(mask.g.dtype) for name, mask in masks.items()}
+    return {
+        name: InterpolatedMask(mask.g, mask.q * there[name].unsqueeze(-1), mask.a * there[name])
+        for name, mask in masks.items()
+    }
+
+
+def subset_routes(step: LossStep) -> dict[str, Bool[Tensor, "..."]]:
+    """At each position a number k of sites, uniform over 1 to all, and k sites chosen at random."""
+    names = list(step.importances)
+    rows, device = step.rows_of(names[0]), step.device
+    noise = torch.rand((len(names), *rows), generator=step.generator, device=device)
+    chosen = torch.randint(1, len(names) + 1, rows, generator=step.generator, device=device)
+    ranks = noise.argsort(0).argsort(0)
+    return {name: ranks[i] < chosen for i, name in enumerate(names)}

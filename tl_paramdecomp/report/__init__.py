@@ -1,0 +1,1 @@
+"""Figures; matplotlib loads when one is drawn, and is the optional extra `plots`."""

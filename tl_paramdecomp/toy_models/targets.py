@@ -1,0 +1,168 @@
+"""What all toy targets share: seeded sparse features, training until a target is sound, and its files.
+
+A toy target is a small torch module with mechanisms known in advance, so that what a decomposition finds can be checked.
+A stray seed may train to a target that lacks some of them; whether it does is read off the target alone, before any
+decomposition, and the next derived seed is tried.
+"""
+
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_paramdecomp.errors import DecompositionFileError, DivergedError
+
+Progress: TypeAlias = Callable[[str, int], Iterable[int]]
+"""Shows a phase: from its name and length to the numbers 0 to length - 1, shown as they pass."""
+TENSORS, RECORD = "target.safetensors", "target.json"
+APART = 1000
+"""Distance of the seeds that are derived from one another."""
+
+
+def quiet(what: str, total: int) -> Iterable[int]:
+    """A `Progress` that shows nothing."""
+    return range(total)
+
+
+class ToyTarget(nn.Module):
+    """A target with known mechanisms."""
+
+    config: Any
+    """The frozen dataclass it was made from; its only argument."""
+    measured: ClassVar[str]
+    """What `strengths` are, in words."""
+
+    @abstractmethod
+    def strengths(self) -> Float[Tensor, " mechanisms"]:
+        """How well the target has each mechanism."""
+
+    @abstractmethod
+    def is_sound(self) -> bool:
+        """Whether it has all of them."""
+
+
+Toy = TypeVar("Toy", bound=ToyTarget)
+
+
+def fresh(build: Callable[[Any], Toy], config: Any, seed: int = 0) -> Toy:
+    """An untrained target, without a trace in torch's own random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(config)
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """Batches of sparse features as a function of the step: each is active by itself, and then uniform in [low, 1]."""
+
+    n_features: int
+    probability: float
+    """Chance that one feature is active."""
+    batch_size: int
+    low: float = 0.0
+    seed: int = 0
+    without_empty: bool = False
+    """Leave out rows without an active feature: a toy without biases in its sites is reconstructed there whatever the
+    masks, so that they cost time and teach nothing. The others keep their distribution."""
+
+    def __call__(self, step: int) -> Float[Tensor, "batch features"]:
+        """The batch of a step."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        shape, p = (self.batch_size, self.n_features), self.probability
+        active = torch.rand(shape, generator=generator) < p
+        if self.without_empty:
+            # The first active feature, given that there is one, has a truncated geometric distribution; those after it
+            # are as free as before.
+            u = torch.rand(self.batch_size, 1, generator=generator)
+            first = torch.log1p(u * ((1.0 - p) ** self.n_features - 1.0)).div_(torch.log1p(torch.tensor(-p))).floor_()
+            places = torch.arange(self.n_features)
+            first = first.clamp_(max=self.n_features - 1)
+            active = (active & (places > first)) | (places == first)
+        values = torch.rand(shape, generator=generator).mul_(1.0 - self.low).add_(self.low)
+        return values.mul_(active)
+
+
+@dataclass(frozen=True)
+class Trained(Generic[Toy]):
+    """A target and how it came about."""
+
+    model: Toy
+    seed: int
+    """The seed that gave it."""
+    tried: int
+    """Seeds tried, this one included."""
+
+
+def train_until_sound(
+    train: Callable[[Any, int, Progress], Toy],
+    config: Any,
+    seed: int,
+    progress: Progress = quiet,
+    say: Callable[[str], None] = print,
+    tries: int = 20,
+) -> Trained[Toy]:
+    """Train with seed, seed + 1000, ... until the target has all its mechanisms.
+
+    Args:
+        train: Trains one target.
+        config: Its settings.
+        seed: The first seed.
+        progress: Shows the training.
+        say: Told of every target that is not sound.
+        tries: Seeds to try at most.
+
+    Raises:
+        DivergedError: None of the seeds gives a sound target.
+    """
+    for attempt in range(tries):
+        derived = seed + APART * attempt
+        model = train(config, derived, progress).eval().requires_grad_(False)
+        if model.is_sound():
+            return Trained(model, derived, attempt + 1)
+        shown = ", ".join(f"{s:.3f}" for s in sorted(model.strengths().tolist())[:8])
+        say(
+            f"The target of seed {derived} lacks a mechanism ({model.measured}, smallest first: {shown}); trying the next."
+        )
+    raise DivergedError(f"None of {tries} seeds from {seed} on trains a sound target: {config}. Train it longer.")
+
+
+def save_target(trained: Trained[Any], folder: Path) -> None:
+    """Write a target's weights and how it came about into a folder; the record comes last and makes it count."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"config": asdict(trained.model.config), "seed": trained.seed, "tried": trained.tried}
+    record |= {trained.model.measured: trained.model.strengths().tolist()}
+    scratch = folder / f".{TENSORS}"
+    safetensors.torch.save_file({k: t.contiguous() for k, t in trained.model.state_dict().items()}, str(scratch))
+    os.replace(scratch, folder / TENSORS)
+    (folder / f".{RECORD}").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(folder / f".{RECORD}", folder / RECORD)
+
+
+def load_target(empty: Toy, folder: Path) -> Trained[Toy] | None:
+    """The target of that kind that `save_target` wrote into a folder; None where there is none of the same settings.
+
+    Args:
+        empty: A target of these settings, untrained.
+        folder: Where it may be.
+
+    Raises:
+        DecompositionFileError: The files are there and cannot be read.
+    """
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["config"] != json.loads(json.dumps(asdict(empty.config))):
+            return None
+        empty.load_state_dict(safetensors.torch.load_file(str(folder / TENSORS)))
+        return Trained(empty.eval().requires_grad_(False), record["seed"], record["tried"])
+    except Exception as error:
+        raise DecompositionFileError(f"The target in {folder} cannot be read ({error}); delete the folder.") from error
