@@ -55,9 +55,67 @@ def micro_gpt2(record: Mapping[str, Any]) -> str:
 
 
 def benchmarks(record: Mapping[str, Any]) -> str:
-    """Ratios of running times, each measured against its neighbour in one run."""
-    rows = [(r["what"], f"{r['ratio']:.2f}", f"{r['slow_ms']:.1f}", f"{r['fast_ms']:.1f}") for r in record["ratios"]]
-    return f"{origin(record)} {record['machine']}.\n\n{table(('what', 'ratio', 'ms', 'against ms'), rows)}"
+    """Ratios of CPU time or memory, each measured against its neighbour in one run."""
+    rows = []
+    for r in record["ratios"]:
+        floor = r.get("floor_ms")
+        over = "" if not floor else f"{r['slow_ms'] / floor:.2f} x {floor:.0f} ms"
+        rows.append((r["what"], f"{r['ratio']:.2f}", f"{r['slow_ms']:.1f}", f"{r['fast_ms']:.1f}", over))
+    figures = table(("what", "ratio", "ms", "against ms", "the floor"), rows)
+    return f"{origin(record)} {record['machine']}.\n\n{figures}"
+
+
+def reproduced(record: Mapping[str, Any]) -> str:
+    """A published toy result: a row for each seed, and the published figures."""
+    sites = list(record["seeds"][0]["alive"])
+    keys = [key for key in ("mmcs", "ml2r", "identity_ci_error", "dense_ci_error") if key in record["seeds"][0]]
+    columns = (
+        "seed",
+        *(KEYS[key] for key in keys),
+        *(f"alive, {site}" for site in sites),
+        "L0",
+        "steps",
+        "targets tried",
+    )
+    rows = []
+    for seed in record["seeds"]:
+        figures = [f"{seed[key]:.4f}" if isinstance(seed[key], float) else seed[key] for key in keys]
+        l0 = " / ".join(f"{value:.2f}" for value in seed["l0"].values())
+        alive = [seed["alive"][site] for site in sites]
+        rows.append((seed["seed"], *figures, *alive, l0, record["settings"]["steps"], seed["targets_tried"]))
+    expected = record["expected"]
+    wanted = [expected.get(key, "") for key in keys]
+    rows.append(("published", *wanted, *(expected.get("alive", {}).get(site, "") for site in sites), "", "", ""))
+    return f"{origin(record)} {record['machine']}.\n\n{table(columns, rows)}"
+
+
+KEYS = {"mmcs": "MMCS", "ml2r": "ML2R", "identity_ci_error": "identity CI error", "dense_ci_error": "dense CI error"}
+
+
+def curves(record: Mapping[str, Any]) -> str:
+    """Runs of several methods on one model: where each ended, and the picture of the way there."""
+    columns = (
+        "method",
+        "seed",
+        "steps",
+        "L0",
+        "of",
+        "unmasked",
+        "rounded",
+        "stochastic",
+        "PGD, median",
+        "PGD, worst",
+        "zero",
+    )
+    rows = []
+    for run in record["runs"]:
+        last = run["points"][-1]
+        kls = (f"{last[key]:.4f}" for key in ("unmasked", "rounded", "stochastic", "pgd", "pgd_worst", "zero"))
+        rows.append((run["method"], run["seed"], last["step"], f"{last['l0']:.1f}", run["components"], *kls))
+    worst = max(point["unmasked"] for run in record["runs"] for point in run["points"])
+    text = f"KL in nats per token; {record['rows']}. Over all of training the unmasked KL was at most {worst:.4f}."
+    picture = f"![curves over training](results/curves_{record['model']}.png)"
+    return f"{origin(record)} {text}\n\n{table(columns, rows)}\n\n{picture}"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[Row]:
@@ -68,11 +126,25 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[Row]:
     return rows
 
 
+TOYS = (
+    ("tms-5-2", "TMS, 5 features in 2 dimensions"),
+    ("tms-5-2-id", "TMS, 5 features in 2 dimensions, with an identity between"),
+    ("tms-40-10", "TMS, 40 features in 10 dimensions"),
+    ("tms-40-10-id", "TMS, 40 features in 10 dimensions, with an identity between"),
+    ("resid-mlp-1", "ResidMLP, 1 layer"),
+    ("resid-mlp-2", "ResidMLP, 2 layers"),
+    ("resid-mlp-3", "ResidMLP, 3 layers"),
+    ("induction", "The two-layer induction toy"),
+)
+
 SECTIONS = (
     ("micro_gpt2", "micro-gpt2, the embedded model", micro_gpt2),
-    ("spd_stories260k", "SPD on all MLP matrices of stories260K (Llama, 260k parameters)", decomposition),
+    ("curves_micro-gpt2", "SPD and VPD on all MLP matrices of micro-gpt2", curves),
+    ("curves_stories260K", "SPD and VPD on all MLP matrices of stories260K (Llama, 260k parameters)", curves),
+    ("spd_stories260k", "SPD on all MLP matrices of stories260K, 1,000 steps", decomposition),
+    *((f"reproduce_{name}", f"Published toys: {title}", reproduced) for name, title in TOYS),
     ("demo", "The demo", decomposition),
-    ("benchmarks", "What patching costs", benchmarks),
+    ("benchmarks", "What patching and training cost", benchmarks),
 )
 
 

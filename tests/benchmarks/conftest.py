@@ -16,7 +16,7 @@ RATIOS = []
 
 @pytest.fixture
 def report(capsys):
-    """`report(what, (ratio, slow_ms, fast_ms), floor_ms)` prints and keeps one ratio; the floor is what the first cannot be under."""
+    """`report(what, (ratio, ms, against_ms), floor_ms)` prints and keeps one ratio; the first cannot be under the floor."""
 
     def keep(what, measured, floor=None):
         quotient, slow, fast = measured

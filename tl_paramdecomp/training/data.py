@@ -5,7 +5,7 @@ Batches are a function of the seed and the step, so that a run resumed at a step
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
