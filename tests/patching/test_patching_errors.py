@@ -149,4 +149,12 @@ def test_every_error_is_in_the_tree_and_drawn_in_its_docstring() -> None:
         assert issubclass(error, errors.TLParamDecompError) and error.__doc__ and name in errors.__doc__
         builtin = next((b for b in error.__mro__ if b.__module__ == "builtins"), None)
         if name != "TLParamDecompError":
-            assert builtin in (ValueError, TypeError, IndexError, RuntimeError, OSError, ArithmeticError, ImportError), name
+            assert builtin in (
+                ValueError,
+                TypeError,
+                IndexError,
+                RuntimeError,
+                OSError,
+                ArithmeticError,
+                ImportError,
+            ), name

@@ -1,4 +1,4 @@
-"""TMS 5-2 from target to scores in some seconds; prints them as JSON. Arguments: seed, names of losses to leave out.
+"""TMS 5-2 from target to scores in some seconds; prints them as JSON. Arguments: seed, kinds of losses to leave out.
 
 Run apart from the tests, whose type checker makes small steps several times slower.
 """
@@ -16,19 +16,16 @@ from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.toy_models import TMSConfig, train_tms
 
-# Subset routing takes the place of the recipe's two reconstruction terms, each of which alone may do.
-LOSSES = {
-    "reconstruction": StochasticReconstruction(1.0, sites="subset"),
-    "importance": ImportanceMinimality(3e-3, p_start=1.0, p_end=1.0),
-}
+METHOD = RECIPES["tms-5-2"].method
+KINDS = {"reconstruction": StochasticReconstruction, "importance": ImportanceMinimality}
 STEPS, BATCH = 1500, 512
 
 
 def scores(seed: int, without: list[str]) -> dict[str, object]:
     """Scores of one run, and how far the target itself is from the pentagon."""
     model = train_tms(TMSConfig(steps=1000, batch_size=512, lr=1e-2), seed)
-    losses = tuple(loss for name, loss in LOSSES.items() if name not in without)
-    method = replace(RECIPES["tms-5-2"].method, n_components=10, losses=losses, lr=5e-3, lr_importance=5e-3)
+    losses = tuple(loss for loss in METHOD.losses if not any(isinstance(loss, KINDS[name]) for name in without))
+    method = replace(METHOD, losses=losses, lr=3e-3, lr_importance=6e-3)
     data = replace(model.config.data(BATCH, seed), without_empty=True)
     made = tlpd.decompose(model, "*", method, data, steps=STEPS, batch_size=BATCH, seed=seed, progress=False)
     matrices = toys.importance_matrices(model, made, 5)

@@ -102,9 +102,7 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         """All ones with the delta component: the model itself."""
         return Masks(self.sites, self.n_components)
 
-    def importances(
-        self, inputs: Mapping[str, Tensor], attention_mask: Tensor | None = None
-    ) -> dict[str, Importance]:
+    def importances(self, inputs: Mapping[str, Tensor], attention_mask: Tensor | None = None) -> dict[str, Importance]:
         """Causal importances from the site inputs of a clean forward pass.
 
         Args:
