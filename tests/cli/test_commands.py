@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
     return tlpd.from_factors(model, factors).save(tmp_path_factory.mktemp("saved") / "dec")
 
 
-@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "patch"])
+@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "patch", "reproduce"])
 def test_help_says_what_a_command_does(name):
     shown = command(name, "--help")
     assert shown.returncode == 0 and "Usage" in shown.stdout and len(shown.stdout) > 300
@@ -53,11 +53,12 @@ def test_patch_shows_before_and_after(saved):
 def test_decompose_writes_a_decomposition_that_loads(tmp_path):
     out = tmp_path / "run"
     shown = command("decompose", "micro-gpt2", "--sites", "blocks.0.mlp.W_in", "--out", out, "--steps", 3, "--components", 8,
-                    "--importance", "0.01", "--batch-size", 2)  # fmt: skip
+                    "--importance", "0.01", "--batch-size", 2, "--method", "vpd")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert "KL from the target" in shown.stdout and "Traceback" not in shown.stderr
     made = tlpd.Decomposition.load(out / "decomposition")
     assert made["blocks.0.mlp.W_in"].n_components == 8
+    assert made.info["run"]["method"]["type"] == "VPD"
     assert made.info["run"]["method"]["losses"][-1]["coefficient"] == 0.01
 
 
@@ -67,6 +68,7 @@ def test_decompose_writes_a_decomposition_that_loads(tmp_path):
     (("sites", "micro-gpt2", "--host", "jax"), "SettingError"),
     (("patch", "micro-gpt2", "nowhere", "--prompt", "the", "--ablate", "a:0"), "DecompositionFileError"),
     (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--steps", "0"), "SettingError"),
+    (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--method", "sdp"), "SettingError"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_status_1(arguments, words, tmp_path):
     shown = command(*arguments, cwd=tmp_path)

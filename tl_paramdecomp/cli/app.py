@@ -92,9 +92,10 @@ def decompose(
     importance: Annotated[
         float | None, typer.Option(help="Coefficient of importance minimality; larger is sparser.")
     ] = None,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="The published form of SPD instead of the modern one.")
-    ] = False,
+    method_name: Annotated[
+        str,
+        typer.Option("--method", help="spd (modern form), paper (SPD as published), vpd (persistent adversary)."),
+    ] = "spd",
     settings: Annotated[
         Path | None, typer.Option(help="JSON file with a method's settings, as a run writes them.")
     ] = None,
@@ -109,13 +110,13 @@ def decompose(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
     host: HostName = "transformers",
 ) -> None:
-    """Learn components of some weights by SPD. Run it again to go on after an interruption."""
+    """Learn components of some weights by SPD or VPD. Run it again to go on after an interruption."""
     from tl_paramdecomp.cli.models import open_model
     from tl_paramdecomp.cli.report import measure_quality, print_quality, write_quality
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.training.fit import decompose as fit
 
-    method = _method(paper, settings, components, importance)
+    method = _method(method_name, settings, components, importance)
     opened = open_model(model, host).to(device)
     rows = open_rows(model, opened, text, dataset, length)
     made = fit(opened, site_globs, method, rows.train, steps, batch_size, seed, out)
@@ -200,19 +201,22 @@ def _site_and_components(spec: str) -> tuple[str, list[int]]:
         raise SettingError(f"{spec!r} is not SITE:C[,C...], such as blocks.0.mlp.W_in:3,17.") from None
 
 
-def _method(paper: bool, settings: Path | None, components: int | None, importance: float | None) -> Any:
+def _method(name: str, settings: Path | None, components: int | None, importance: float | None) -> Any:
     from dataclasses import replace
 
     from tl_paramdecomp.methods.losses import ImportanceMinimality
     from tl_paramdecomp.methods.settings import from_settings
-    from tl_paramdecomp.methods.spd import SPD
+    from tl_paramdecomp.methods.spd import SPD, VPD
 
+    presets = {"spd": SPD, "paper": SPD.paper, "vpd": VPD}
+    if name not in presets:
+        raise SettingError(f"--method {name!r} is none of {', '.join(presets)}.")
     if settings is not None:
         try:
             return from_settings(json.loads(settings.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise SettingError(f"{settings} cannot be read as JSON settings: {error}") from error
-    method = SPD.paper() if paper else SPD()
+    method = presets[name]()
     if components is not None:
         method = replace(method, n_components=components)
     if importance is not None:

@@ -100,12 +100,13 @@ def _resid_mlp(layers: int, features: int, neurons: int, method: SPD, steps: int
 # faster than the components, and p ends below 1, so that one component at 1 costs less than two at a half.
 _TIED = {"linear2.weight": "linear1.weight"}
 _SMALL = _spd(20, 5e-3, 1.5, 2e-3, p_end=0.8, lr_importance=4e-3, tied=_TIED)
+_SMALL_ID = _spd(20, 3e-3, 1.5, 2e-3, p_end=0.8, lr_importance=4e-3, tied=_TIED)
 _LARGE = _spd(200, 3e-4, 1.0, 2e-3, p_end=0.7, lr_importance=6e-3, tied=_TIED)
 _LARGE_ID = _spd(200, 1.5e-4, 1.0, 2e-3, p_end=0.7, lr_importance=6e-3, tied=_TIED)
 
 RECIPES: Mapping[str, Recipe] = {
     "tms-5-2": _tms(5, 2, False, 1024, _SMALL, 3000, (0.993, 0.002)),
-    "tms-5-2-id": _tms(5, 2, True, 1024, _SMALL, 3000, (0.992, 0.010)),
+    "tms-5-2-id": _tms(5, 2, True, 1024, _SMALL_ID, 3000, (0.992, 0.010)),
     "tms-40-10": _tms(40, 10, False, 4096, _LARGE, 5000, (1.010, 0.007)),
     "tms-40-10-id": _tms(40, 10, True, 4096, _LARGE_ID, 5000, (1.031, 0.001)),
     "resid-mlp-1": _resid_mlp(1, 100, 50, _spd(100, 1e-5, 2.0, 2e-3, final_lr=1.0), 20_000),
