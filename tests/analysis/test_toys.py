@@ -100,6 +100,21 @@ def test_dense_error_counts_wrong_entries():
     assert toys.dense_error(matrix, 2, strong_entries=5) == 2
 
 
+def test_a_feature_may_have_its_component_in_any_layer():
+    first, second, dense = torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 1)
+    first[0, 2] = first[3, 0] = second[1, 1] = second[2, 0] = 1.0
+    matrices = {"layers.0.in": first, "layers.1.in": second, "layers.0.out": dense, "layers.1.out": dense}
+    assert toys.pattern_errors(matrices, ["layers.*.in"], {"layers.*.out": 2}) == (
+        {"layers.*.in": 0},
+        {"layers.*.out": 0},
+    )
+    second[0, 0] = 1.0  # a second one for feature 0, which serves feature 2 as well
+    assert toys.pattern_errors(matrices, ["layers.*.in"], {"layers.*.out": 1}) == (
+        {"layers.*.in": 1},
+        {"layers.*.out": 4},
+    )
+
+
 # a residual MLP with hand-made components ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def solved():

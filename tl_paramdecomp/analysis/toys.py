@@ -10,7 +10,8 @@
   or not.
 """
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -130,11 +131,18 @@ def dense_error(matrix: Float[Tensor, "features C"], k: int, strong_entries: int
 
 
 def pattern_errors(
-    matrices: Mapping[str, Float[Tensor, "features C"]], dense: Mapping[str, int]
+    matrices: Mapping[str, Float[Tensor, "features C"]], one_per_feature: Iterable[str], dense: Mapping[str, int]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Identity errors of the sites that read or write single features, and dense errors of those named in `dense`."""
-    identity = {name: identity_error(matrix) for name, matrix in matrices.items() if name not in dense}
-    return identity, {name: dense_error(matrices[name], k) for name, k in dense.items()}
+    """Identity errors of sites whose components are one per feature, and dense errors of others, by name or glob.
+
+    The sites of a glob are taken side by side: a feature may have its component in any one of several layers.
+    """
+    identity = {glob: identity_error(_side_by_side(matrices, glob)) for glob in one_per_feature}
+    return identity, {glob: dense_error(_side_by_side(matrices, glob), k) for glob, k in dense.items()}
+
+
+def _side_by_side(matrices: Mapping[str, Float[Tensor, "features _C"]], glob: str) -> Float[Tensor, "features C_total"]:
+    return torch.cat([matrix for name, matrix in matrices.items() if fnmatch.fnmatchcase(name, glob)], 1)
 
 
 def tms_scores(model: Any, decomposition: Decomposition) -> dict[str, Any]:

@@ -25,9 +25,9 @@ class Recipe:
     steps: int
     batch_size: int
     one_per_feature: tuple[str, ...] = ()
-    """Sites where each feature should have one component."""
+    """Sites where each feature should have one component; those of a glob together."""
     dense: Mapping[str, int] = field(default_factory=dict)
-    """Sites where so many components should be active for many features."""
+    """Sites where so many components should be active for many features; those of a glob together."""
     expected: Mapping[str, Any] = field(default_factory=dict)
     """Published figures."""
 
@@ -81,18 +81,16 @@ def _tms(features: int, hidden: int, identity: bool, batch: int, method: SPD, st
 
 
 def _resid_mlp(layers: int, features: int, neurons: int, method: SPD, steps: int) -> Recipe:
-    reads = tuple(f"layers.{i}.mlp_in.weight" for i in range(layers))
-    writes = tuple(f"layers.{i}.mlp_out.weight" for i in range(layers))
-    alive = dict.fromkeys(reads, features) | dict.fromkeys(writes, neurons // layers)
+    reads, writes = "layers.*.mlp_in.weight", "layers.*.mlp_out.weight"
     return Recipe(
         target=ResidMLPConfig(layers, features, n_neurons=neurons),
-        sites=("layers.*.mlp_in.weight", "layers.*.mlp_out.weight"),
+        sites=(reads, writes),
         method=method,
         steps=steps,
         batch_size=1024,
-        one_per_feature=reads,
-        dense=dict.fromkeys(writes, neurons // layers),
-        expected={"alive": alive, "identity_ci_error": 0, "dense_ci_error": 0},
+        one_per_feature=(reads,),
+        dense={writes: neurons},
+        expected={"alive_in_all": {reads: features, writes: neurons}, "identity_ci_error": 0, "dense_ci_error": 0},
     )
 
 

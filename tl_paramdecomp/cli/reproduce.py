@@ -11,6 +11,7 @@
 """
 
 import datetime
+import fnmatch
 import json
 import os
 import platform
@@ -165,12 +166,13 @@ def score(recipe: Recipe, model: Any, made: Decomposition) -> dict[str, Any]:
     else:
         scores["mean_active_features"] = (rows != 0).sum(1).float().mean().item()
         matrices = toys.importance_matrices(model, made, rows.shape[1])
-        identity = {name: toys.identity_error(matrices[name]) for name in recipe.one_per_feature}
-        dense = {name: toys.dense_error(matrices[name], k) for name, k in recipe.dense.items()}
+        identity, dense = toys.pattern_errors(matrices, recipe.one_per_feature, recipe.dense)
         scores |= {"identity_ci_error": sum(identity.values()), "identity_ci_error_by_site": identity}
         scores |= {"dense_ci_error": sum(dense.values()), "dense_ci_error_by_site": dense} if dense else {}
     found = sparsity(model, made, rows, toys.TOLERANCE)
-    return {**scores, "alive": found.alive, "l0": found.l0}
+    several = [glob for glob in (*recipe.one_per_feature, *recipe.dense) if glob not in found.alive]
+    in_all = {glob: sum(found.alive[name] for name in fnmatch.filter(found.alive, glob)) for glob in several}
+    return {**scores, "alive": found.alive, **({"alive_in_all": in_all} if in_all else {}), "l0": found.l0}
 
 
 def draw(recipe: Recipe, model: Any, made: Decomposition, folder: Path) -> None:
@@ -185,7 +187,8 @@ def draw(recipe: Recipe, model: Any, made: Decomposition, folder: Path) -> None:
     if isinstance(model, InductionTransformer):
         return
     matrices = toys.importance_matrices(model, made, model.config.n_features)
-    save(importance_figure(matrices, dense=recipe.dense), folder / "importances.png")
+    dense = {name for glob in recipe.dense for name in fnmatch.filter(matrices, glob)}
+    save(importance_figure(matrices, dense=dense), folder / "importances.png")
     if isinstance(model, TMS) and model.config.n_hidden == 2:
         save(vector_figure(model, made), folder / "vectors.png")
     if isinstance(model, ResidMLP):
