@@ -1,8 +1,8 @@
 """Peak memory of two training steps in a process of its own; prints bytes as JSON."""
 
 import json
-import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -11,8 +11,9 @@ from tl_paramdecomp.training.fit import frozen
 
 
 def resident():
-    """The most this process has held so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most this process has held so far; getrusage would count what the parent held before it started this one."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 if __name__ == "__main__":
