@@ -266,7 +266,7 @@ class VPD(SPD):
         Faithfulness(1000.0),
         StochasticReconstruction(0.5, sites="subset"),
         PersistentAdversarialReconstruction(0.5, ascents=1, lr=0.1),
-        ImportanceMinimality(1e-3, frequency=0.1),
+        ImportanceMinimality(1.5e-3, frequency=0.1),
     )
     importance: ImportanceConfig = field(default_factory=lambda: ImportanceConfig("global_transformer"))
 
