@@ -54,7 +54,7 @@ class SPD(Method):
     n_components: int | Mapping[str, int] | None = None
     """C for every site; or by glob, the first match counting; None: the larger side of W, at most 4 times the smaller."""
     losses: tuple[Loss, ...] = (
-        Faithfulness(100.0),
+        Faithfulness(1000.0),
         StochasticReconstruction(0.5, sites="subset"),
         AdversarialReconstruction(0.5),
         ImportanceMinimality(1e-3),
