@@ -80,14 +80,14 @@ def _tms(features: int, hidden: int, identity: bool, batch: int, method: SPD, st
     )
 
 
-def _resid_mlp(layers: int, features: int, neurons: int, method: SPD, steps: int) -> Recipe:
+def _resid_mlp(layers: int, features: int, neurons: int, method: SPD, steps: int, batch_size: int = 512) -> Recipe:
     reads, writes = "layers.*.mlp_in.weight", "layers.*.mlp_out.weight"
     return Recipe(
         target=ResidMLPConfig(layers, features, n_neurons=neurons),
         sites=(reads, writes),
         method=method,
         steps=steps,
-        batch_size=1024,
+        batch_size=batch_size,
         one_per_feature=(reads,),
         dense={writes: neurons},
         expected={"alive_in_all": {reads: features, writes: neurons}, "identity_ci_error": 0, "dense_ci_error": 0},
@@ -107,7 +107,7 @@ RECIPES: Mapping[str, Recipe] = {
     "tms-5-2-id": _tms(5, 2, True, 1024, _SMALL_ID, 3000, (0.992, 0.010)),
     "tms-40-10": _tms(40, 10, False, 4096, _LARGE, 5000, (1.010, 0.007)),
     "tms-40-10-id": _tms(40, 10, True, 4096, _LARGE_ID, 5000, (1.031, 0.001)),
-    "resid-mlp-1": _resid_mlp(1, 100, 50, _spd(100, 1e-5, 2.0, 2e-3, final_lr=1.0), 20_000),
+    "resid-mlp-1": _resid_mlp(1, 100, 50, _spd(100, 2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 10_000),
     "resid-mlp-2": _resid_mlp(2, 100, 50, _spd(400, 1e-5, 2.0, 1e-3, final_lr=1.0), 25_000),
     "resid-mlp-3": _resid_mlp(3, 102, 51, _spd(500, 5e-6, 2.0, 1e-3, hidden=128, final_lr=1.0), 50_000),
     "induction": Recipe(
