@@ -118,8 +118,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_pat
 
 
 @pytest.mark.parametrize("changes, error", [
-    ({"steps": 0}, SettingError), ({"sites": "blocks.9.*"}, NoMatchingSiteError), ({"device": "cuda"}, SettingError),
-    ({"batch_size": 0}, DataError), ({"data": []}, DataError),
+    ({"steps": -1}, SettingError), ({"steps": None}, SettingError), ({"sites": "blocks.9.*"}, NoMatchingSiteError),
+    ({"device": "cuda"}, SettingError), ({"batch_size": 0}, DataError), ({"data": []}, DataError),
 ])  # fmt: skip
 def test_bad_arguments(changes, error):
     with pytest.raises(error):

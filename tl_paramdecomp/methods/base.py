@@ -78,6 +78,7 @@ class LossStep:
         memory: dict[str, Tensor] | None = None,
         kl_chunk: int | None = None,
         keep_blocks: bool = False,
+        importances: Mapping[str, Importance] | None = None,
     ) -> "LossStep":
         """A batch with the target's output and the importances of a clean forward pass.
 
@@ -92,6 +93,7 @@ class LossStep:
             memory: What outlives the step.
             kl_chunk: Positions whose logits may exist at once; None: all.
             keep_blocks: Let passes that mask later sites alone begin at their block.
+            importances: Taken instead of what the decomposition's own function gives.
         """
         scored = None if attention_mask is None else attention_mask.bool()
         in_chunks = kl_chunk is not None and measure == "kl" and _can_chunk(adapter, decomposition)
@@ -102,7 +104,8 @@ class LossStep:
             divergence = ChunkedKL(clean.output, scored, adapter.unembed, kl_chunk)
         else:
             divergence = (KL if measure == "kl" else MeanSquare)(clean.output, scored)
-        importances = decomposition.importances(clean.inputs, attention_mask)
+        if importances is None:
+            importances = decomposition.importances(clean.inputs, attention_mask)
         return cls(
             adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, generator, progress,
             {} if memory is None else memory, clean.blocks,
@@ -257,15 +260,33 @@ class ParameterGroup:
 class Method(ABC):
     """How components are found."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train; otherwise the start is the result."""
+        return True
+
     @abstractmethod
     def initialise(
-        self, adapter: ModelAdapter, sites: Mapping[str, WeightSite], generator: torch.Generator, progress: Progress
+        self,
+        adapter: ModelAdapter,
+        sites: Mapping[str, WeightSite],
+        generator: torch.Generator,
+        progress: Progress,
+        batches: Callable[[int], Batch] | None = None,
     ) -> Decomposition:
-        """A decomposition to start from, any warm-up included."""
+        """A decomposition to start from, any warm-up included.
+
+        Args:
+            adapter: The target's.
+            sites: What to decompose.
+            generator: Draws what is random.
+            progress: Shows long work.
+            batches: Rows of the run's data by number, from 0 on, for methods whose start depends on data.
+        """
 
     @abstractmethod
     def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:
-        """What is trained."""
+        """What is trained; nothing else gets gradients."""
 
     @abstractmethod
     def learning_rate_factor(self, step: int, steps: int) -> float:

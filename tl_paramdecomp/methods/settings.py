@@ -7,6 +7,7 @@ from typing import Any
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
+from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import (
@@ -21,6 +22,10 @@ TABLE: dict[str, type] = {
     for cls in (
         SPD,
         VPD,
+        SVD,
+        WhitenedSVD,
+        NeuronBasis,
+        RandomBasis,
         ImportanceConfig,
         Faithfulness,
         ImportanceMinimality,

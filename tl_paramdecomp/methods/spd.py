@@ -13,7 +13,7 @@ Parameters", 2026) has a persistent adversary and one importance function, a tra
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -160,7 +160,12 @@ class SPD(Method):
 
     # --- Method -------------------------------------------------------------------------------------------------------
     def initialise(
-        self, adapter: ModelAdapter, sites: Mapping[str, WeightSite], generator: torch.Generator, progress: Progress
+        self,
+        adapter: ModelAdapter,
+        sites: Mapping[str, WeightSite],
+        generator: torch.Generator,
+        progress: Progress,
+        batches: Callable[[int], Batch] | None = None,
     ) -> Decomposition:
         counts = self.counts(sites)
         ties = resolved_ties(adapter, sites, self.tied, counts=counts)

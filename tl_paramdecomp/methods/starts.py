@@ -11,6 +11,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Progress
+from tl_paramdecomp.methods.bases import neuron_factors, svd_factors
 from tl_paramdecomp.sites import WeightSite
 
 Start = Literal["auto", "neurons", "svd", "random", "random_fan_out"]
@@ -38,12 +39,15 @@ def initial_factors(
     if start == "auto":
         start = "neurons" if ".mlp." in site.name and n_components >= max(wide.shape) else "svd"
     if start == "neurons":
-        V, U = _neurons(site, wide, n_components)
+        if n_components < max(wide.shape):
+            raise SettingError(
+                f"start='neurons' needs one component for each of the {max(wide.shape)} neurons of {site.name}; "
+                f"C is {n_components}. Raise n_components or use start='svd'."
+            )
+        V, U = neuron_factors(wide)
     elif start == "svd":
-        left, values, right = torch.linalg.svd(wide, full_matrices=False)
-        keep = min(n_components, len(values))
-        root = values[:keep].sqrt()
-        V, U = left[:, :keep] * root, root.unsqueeze(-1) * right[:keep]
+        V, U = svd_factors(wide)
+        V, U = V[:, :n_components], U[:n_components]
     else:
         fan = site.d_out if start == "random_fan_out" else site.d_in
         V = torch.randn(site.d_in, n_components, generator=generator) / math.sqrt(fan)
@@ -55,19 +59,6 @@ def initial_factors(
         extra = torch.randn(site.d_in, spare, generator=generator).to(V) * scale
         V, U = torch.cat([V, extra], 1), torch.cat([U, U.new_zeros(spare, site.d_out)])
     return V, U
-
-
-def _neurons(site: WeightSite, weight: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
-    if n_components < max(weight.shape):
-        raise SettingError(
-            f"start='neurons' needs one component for each of the {max(weight.shape)} neurons of {site.name}; "
-            f"C is {n_components}. Raise n_components or use start='svd'."
-        )
-    by_column = site.d_out >= site.d_in
-    vectors = weight if by_column else weight.T
-    root = vectors.norm(dim=0).clamp(min=1e-12).sqrt()
-    unit = torch.diag(root)
-    return (vectors / root, unit) if by_column else (unit, (vectors / root).T.contiguous())
 
 
 def warm_up(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.errors import DivergedError, SettingError
+from tl_paramdecomp.errors import DataError, DivergedError, SettingError
 from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup, TrainingStep
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.sites import SitePattern
@@ -46,8 +46,8 @@ def decompose(
     model: Any,
     sites: SitePattern,
     method: Method,
-    data: Any,
-    steps: int,
+    data: Any = None,
+    steps: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     run_dir: str | Path | None = None,
@@ -67,8 +67,8 @@ def decompose(
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
         data: Token rows [rows, pos], batches, a dataset, or a function from the step's number to a batch; see
-            `training.data.batch_source`.
-        steps: Optimiser steps.
+            `training.data.batch_source`. None for a method that looks at none.
+        steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train.
         batch_size: Rows per step, where the data comes as rows.
         seed: Start, order of the rows and masks.
         run_dir: Where metrics, checkpoints and the result go; None keeps nothing on disk.
@@ -90,10 +90,11 @@ def decompose(
         DivergedError: A loss is NaN or infinite; the last checkpoint stays.
     """
     adapter = adapt(model)
-    _check(adapter, steps, device, run_dir, resume)
+    steps = _steps(method, steps, data)
+    _check(adapter, device, resume)
     chosen = adapter.select(sites)
     tokenizer = getattr(model, "tokenizer", None)
-    source = batch_source(data, batch_size, seed, tokenizer)
+    source, looked_at = (None if data is None else batch_source(data, batch_size, seed, tokenizer) for _ in range(2))
     other = None if background is None else batch_source(background, batch_size, seed + 1, tokenizer)
     run = _Run(
         None if run_dir is None else Path(run_dir), steps, log_every, checkpoint_every, progress, tuple(callbacks)
@@ -107,20 +108,25 @@ def decompose(
     }
     with frozen(adapter.root):
         first = run.first_step(resume)
-        decomposition = method.initialise(adapter, chosen, torch.Generator().manual_seed(seed), run.phase)
-        decomposition.info["run"] = run.settings
-        decomposition.requires_grad_(True)
-        groups = method.parameter_groups(decomposition)
-        optimiser = torch.optim.AdamW(
-            [{"params": g.parameters, "lr": g.lr} for g in groups], weight_decay=0.0, fused=_can_fuse(groups)
+        decomposition = method.initialise(
+            adapter, chosen, torch.Generator().manual_seed(seed), run.phase, looked_at and looked_at.batch
         )
-        generator = torch.Generator(device=adapter.device).manual_seed(seed)
-        state = _State(decomposition, groups, optimiser, generator)
-        if first and run.folder is not None:
-            state.memory = restore(run.folder, decomposition, optimiser, generator)
-        with torch.enable_grad():
-            run.train(adapter, method, state, source, other, first)
-    decomposition.requires_grad_(False)
+        decomposition.info["run"] = run.settings
+        decomposition.requires_grad_(False)
+        if source is not None and steps:
+            groups = method.parameter_groups(decomposition)
+            for parameter in (p for group in groups for p in group.parameters):
+                parameter.requires_grad_(True)
+            optimiser = torch.optim.AdamW(
+                [{"params": g.parameters, "lr": g.lr} for g in groups], weight_decay=0.0, fused=_can_fuse(groups)
+            )
+            generator = torch.Generator(device=adapter.device).manual_seed(seed)
+            state = _State(decomposition, groups, optimiser, generator)
+            if first and run.folder is not None:
+                state.memory = restore(run.folder, decomposition, optimiser, generator)
+            with torch.enable_grad():
+                run.train(adapter, method, state, source, other, first)
+            decomposition.requires_grad_(False)
     if run.folder is not None:
         decomposition.save(run.folder / "decomposition")
     return decomposition
@@ -302,9 +308,18 @@ def _can_fuse(groups: Sequence[ParameterGroup]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g.parameters)
 
 
-def _check(adapter: ModelAdapter, steps: int, device: Any, run_dir: Any, resume: Any) -> None:
-    if steps < 1:
-        raise SettingError(f"steps must be at least 1; given {steps}.")
+def _steps(method: Method, steps: int | None, data: Any) -> int:
+    """Steps to take: none where there is nothing to train."""
+    if not method.trains:
+        return 0
+    if steps is None or steps < 0:
+        raise SettingError(f"{type(method).__name__} needs steps, a number from 0 on; given {steps}.")
+    if steps and data is None:
+        raise DataError(f"{type(method).__name__} needs data to train on: token rows, batches or a dataset.")
+    return steps
+
+
+def _check(adapter: ModelAdapter, device: Any, resume: Any) -> None:
     if device is not None and torch.device(device).type != adapter.device.type:
         raise SettingError(
             f"device={device!r}, but the model is on {adapter.device}; move the model there first, components follow it."

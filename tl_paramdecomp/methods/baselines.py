@@ -1,0 +1,178 @@
+"""Exact bases as decompositions: what a learned method has to beat.
+
+1. Factors V, U with V U = W are worked out once: singular directions, singular directions of the data-whitened weight, neurons
+   (directions within heads for attention), or random directions. They stay as they are.
+2. The importance function is trained as `training` trains its own: the same losses, importance function, learning rate,
+   steps and data, so that components are compared and nothing else. With `training=None` there is none, and nothing to
+   train: importances then come from an attribution (`analysis.oracle`).
+
+As in "Interpreting Language Model Parameters" (VPD, 2026) and the singular-vector baselines of circuit work.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.base import Batch, LossReport, Method, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.methods.bases import (
+    Factors,
+    head_factors,
+    neuron_factors,
+    random_factors,
+    svd_factors,
+    whitened_factors,
+)
+from tl_paramdecomp.methods.from_factors import describe
+from tl_paramdecomp.methods.spd import SPD
+from tl_paramdecomp.sites import WeightSite
+
+
+@dataclass(frozen=True)
+class ExactBasis(Method):
+    """Components that are worked out and stay; only their importance function is trained."""
+
+    training: SPD | None = field(default_factory=SPD)
+    """How the importance function is trained; what this says of components (their number, start, ties, learning rate) has
+    no effect. None: no importance function."""
+
+    @abstractmethod
+    def factors(
+        self,
+        site: WeightSite,
+        weight: Float[Tensor, "d_in d_out"],
+        moments: Tensor | None,
+        generator: torch.Generator,
+    ) -> Factors:
+        """V and U of one site, from its W, and from second moments of its inputs where `moment_batches` asks for them."""
+
+    @property
+    def moment_batches(self) -> int:
+        """Batches whose inputs the factors depend on."""
+        return 0
+
+    @property
+    def trains(self) -> bool:
+        return self.training is not None
+
+    def initialise(
+        self,
+        adapter: ModelAdapter,
+        sites: Mapping[str, WeightSite],
+        generator: torch.Generator,
+        progress: Progress,
+        batches: Callable[[int], Batch] | None = None,
+    ) -> Decomposition:
+        moments: Mapping[str, Tensor] = {}
+        if self.moment_batches:
+            if batches is None:
+                raise DataError(f"{type(self).__name__} looks at the inputs of its sites; give data.")
+            moments = second_moments(adapter, sites, batches, self.moment_batches, progress)
+        factors = {}
+        for name, site in sites.items():
+            weight = adapter.weight(name).detach()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            V, U = self.factors(site, weight.double(), moments.get(name), generator)
+            factors[name] = V.to(wide), U.to(wide)
+        return describe(adapter, factors, None if self.training is None else self.training.importance, generator)
+
+    def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:
+        return [group for group in self._trainer().parameter_groups(decomposition) if group.name == "importance"]
+
+    def learning_rate_factor(self, step: int, steps: int) -> float:
+        return self._trainer().learning_rate_factor(step, steps)
+
+    def gradients(self, step: TrainingStep) -> LossReport:
+        return self._trainer().gradients(step)
+
+    def _trainer(self) -> SPD:
+        if self.training is None:
+            raise SettingError(f"{type(self).__name__}(training=None) has nothing to train.")
+        return self.training
+
+
+@dataclass(frozen=True)
+class SVD(ExactBasis):
+    """Singular directions of W."""
+
+    def factors(
+        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
+    ) -> Factors:
+        return svd_factors(weight)
+
+
+@dataclass(frozen=True)
+class WhitenedSVD(ExactBasis):
+    """Singular directions of W behind the data's own scale: those that matter most to the outputs x W come first."""
+
+    batches: int = 16
+    """Batches over which second moments of the inputs are taken."""
+    ridge: float = 1e-6
+    """Added to the moments, as a share of their mean."""
+
+    def __post_init__(self) -> None:
+        if self.batches < 1 or self.ridge <= 0:
+            raise SettingError(
+                f"WhitenedSVD needs batches >= 1 and a positive ridge; given {self.batches} and {self.ridge}."
+            )
+
+    @property
+    def moment_batches(self) -> int:
+        return self.batches
+
+    def factors(
+        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
+    ) -> Factors:
+        assert moments is not None
+        return whitened_factors(weight, moments, self.ridge)
+
+
+@dataclass(frozen=True)
+class NeuronBasis(ExactBasis):
+    """One component per neuron (per row or column of W, whichever are more); for attention singular directions of each head."""
+
+    def factors(
+        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
+    ) -> Factors:
+        return neuron_factors(weight) if site.n_heads is None else head_factors(site, weight)
+
+
+@dataclass(frozen=True)
+class RandomBasis(ExactBasis):
+    """Random orthogonal directions on the smaller side of W: the null."""
+
+    def factors(
+        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
+    ) -> Factors:
+        return random_factors(weight, generator)
+
+
+def second_moments(
+    adapter: ModelAdapter,
+    sites: Mapping[str, WeightSite],
+    batches: Callable[[int], Batch],
+    n: int,
+    progress: Progress,
+) -> dict[str, Float[Tensor, "..."]]:
+    """Sums of x x^T over the scored positions of n batches, by site; of an embedding, how often each row is read."""
+    sums: dict[str, Tensor] = {}
+    for i in progress("inputs", n):
+        batch = batches(i).to(adapter.device)
+        with torch.no_grad():
+            inputs = adapter.capture(batch.tokens, list(sites), batch.attention_mask).inputs
+        scored = None if batch.attention_mask is None else batch.attention_mask.bool()
+        for name, x in inputs.items():
+            if sites[name].kind == "embedding":
+                rows = x.expand(batch.tokens.shape).flatten() if scored is None else x.expand(scored.shape)[scored]
+                found = torch.bincount(rows, minlength=sites[name].d_in).double()
+            else:
+                rows = (x.flatten(0, -2) if scored is None else x[scored]).double()
+                found = rows.T @ rows
+            sums[name] = sums[name] + found if name in sums else found
+    return sums
