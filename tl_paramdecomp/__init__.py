@@ -6,8 +6,12 @@ Import it as `tlpd`. Host libraries, the command and plots load when they are us
 from tl_paramdecomp import errors
 from tl_paramdecomp.adapters import find_sites, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances, component_acts
+from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation import Evaluation
+from tl_paramdecomp.analysis.oracle import Oracle
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.from_factors import from_factors
 from tl_paramdecomp.methods.spd import SPD, VPD
 from tl_paramdecomp.patching.attach import attached
@@ -29,12 +33,19 @@ from tl_paramdecomp.training.fit import decompose
 
 __all__ = [
     "Decomposition",
+    "Evaluation",
     "Masks",
+    "NeuronBasis",
+    "Oracle",
+    "Protocol",
+    "RandomBasis",
     "SPD",
+    "SVD",
     "TaskPrompt",
     "TextRows",
     "VPD",
     "WeightSite",
+    "WhitenedSVD",
     "attached",
     "causal_importances",
     "check_target",
@@ -43,6 +54,7 @@ __all__ = [
     "edited_model",
     "edited_weights",
     "errors",
+    "evaluate",
     "find_sites",
     "from_factors",
     "fwd_hooks",

@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
     return tlpd.from_factors(model, factors).save(tmp_path_factory.mktemp("saved") / "dec")
 
 
-@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "patch", "reproduce"])
+@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "evaluate", "patch", "reproduce"])
 def test_help_says_what_a_command_does(name):
     shown = command(name, "--help")
     assert shown.returncode == 0 and "Usage" in shown.stdout and len(shown.stdout) > 300
@@ -62,13 +62,32 @@ def test_decompose_writes_a_decomposition_that_loads(tmp_path):
     assert made.info["run"]["method"]["losses"][-1]["coefficient"] == 0.01
 
 
+def test_a_baseline_is_trained_and_evaluated(tmp_path):
+    out = tmp_path / "run"
+    shown = command("decompose", "micro-gpt2", "--sites", "blocks.0.mlp.W_in", "--out", out, "--steps", 3, "--importance",
+                    "0.01", "--batch-size", 2, "--method", "neurons")  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    made = tlpd.Decomposition.load(out / "decomposition")
+    assert made["blocks.0.mlp.W_in"].n_components == 256 and made.info["run"]["method"]["type"] == "NeuronBasis"
+    assert made.info["run"]["method"]["training"]["losses"][-1]["coefficient"] == 0.01
+    arguments = ("evaluate", "micro-gpt2", out / "decomposition", "--rows", 2, "--restarts", 1)
+    shown = command(*arguments, "--json", "--out", tmp_path / "found.json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["rows"] == 2 and [row["steps"] for row in found["adversary"]] == [1, 4, 20, 40]
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    shown = command(*arguments, "--oracle", 5, "--seconds", 0)
+    assert shown.returncode == 0 and "Left out" in shown.stdout
+
+
 @pytest.mark.parametrize("arguments, words", [
     (("sites", "micro-gpt2", "blocks.0.mpl.*"), "NoMatchingSiteError"),
     (("sites", "no/such-model"), "UnsupportedModelError"),
     (("sites", "micro-gpt2", "--host", "jax"), "SettingError"),
     (("patch", "micro-gpt2", "nowhere", "--prompt", "the", "--ablate", "a:0"), "DecompositionFileError"),
-    (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--steps", "0"), "SettingError"),
+    (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--steps", "-1"), "SettingError"),
     (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--method", "sdp"), "SettingError"),
+    (("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--method", "svd", "--components", "3"), "SettingError"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_status_1(arguments, words, tmp_path):
     shown = command(*arguments, cwd=tmp_path)

@@ -94,7 +94,11 @@ def decompose(
     ] = None,
     method_name: Annotated[
         str,
-        typer.Option("--method", help="spd (modern form), paper (SPD as published), vpd (persistent adversary)."),
+        typer.Option(
+            "--method",
+            help="spd (modern form), paper (SPD as published), vpd (persistent adversary); or exact components whose "
+            "importances alone are trained, as spd trains its own: svd, whitened-svd, neurons, random.",
+        ),
     ] = "spd",
     settings: Annotated[
         Path | None, typer.Option(help="JSON file with a method's settings, as a run writes them.")
@@ -110,7 +114,7 @@ def decompose(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
     host: HostName = "transformers",
 ) -> None:
-    """Learn components of some weights by SPD or VPD. Run it again to go on after an interruption."""
+    """Learn components of some weights. Run it again to go on after an interruption."""
     from tl_paramdecomp.cli.models import open_model
     from tl_paramdecomp.cli.report import measure_quality, print_quality, write_quality
     from tl_paramdecomp.cli.rows import open_rows
@@ -124,6 +128,52 @@ def decompose(
     print_quality(console, made, quality)
     write_quality(out / "quality.json", made, quality)
     console.print(f"Saved to [bold]{out / 'decomposition'}[/].", highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    decomposition: Annotated[Path, typer.Argument(help="Folder that Decomposition.save (or decompose) wrote.")],
+    text: Annotated[Path | None, typer.Option(help="Held-out text; left out for micro-gpt2: its own.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Dataset on the hub with a text or tokens column.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
+    rows: Annotated[int, typer.Option(help="Held-out rows, 32 at most.")] = 32,
+    restarts: Annotated[int, typer.Option(help="Starts of the adversary.")] = 3,
+    oracle: Annotated[
+        int | None, typer.Option(help="Importances from the model's gradients: so many components per position.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Begin no further part after so many.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON object here.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    host: HostName = "transformers",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a decomposition on held-out rows: masks of every kind, an adversary, sparsity, controls."""
+    import dataclasses
+
+    from tl_paramdecomp.analysis.evaluate import Protocol
+    from tl_paramdecomp.analysis.evaluate import evaluate as measure
+    from tl_paramdecomp.analysis.oracle import Oracle
+    from tl_paramdecomp.cli.models import open_model
+    from tl_paramdecomp.cli.rows import open_rows
+    from tl_paramdecomp.components.decomposition import Decomposition
+
+    loaded = Decomposition.load(decomposition, device)
+    opened = open_model(model, host).to(device)
+    held_out = open_rows(model, opened, text, dataset, length).held_out[:rows].to(device)
+    found = measure(
+        opened, loaded, held_out, importances=None if oracle is None else Oracle(oracle),
+        protocol=Protocol(restarts=restarts), seconds=seconds,
+    )  # fmt: skip
+    if out is not None:
+        found.save(out)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    for table in found.tables():
+        console.print(table)
+    if found.left_out:
+        console.print(f"Left out for want of time: {', '.join(found.left_out)}.", highlight=False)
 
 
 @app.command()
@@ -204,11 +254,12 @@ def _site_and_components(spec: str) -> tuple[str, list[int]]:
 def _method(name: str, settings: Path | None, components: int | None, importance: float | None) -> Any:
     from dataclasses import replace
 
-    from tl_paramdecomp.methods.losses import ImportanceMinimality
+    from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
     from tl_paramdecomp.methods.settings import from_settings
     from tl_paramdecomp.methods.spd import SPD, VPD
 
-    presets = {"spd": SPD, "paper": SPD.paper, "vpd": VPD}
+    presets = {"spd": SPD, "paper": SPD.paper, "vpd": VPD, "svd": SVD, "whitened-svd": WhitenedSVD}
+    presets |= {"neurons": NeuronBasis, "random": RandomBasis}
     if name not in presets:
         raise SettingError(f"--method {name!r} is none of {', '.join(presets)}.")
     if settings is not None:
@@ -217,12 +268,25 @@ def _method(name: str, settings: Path | None, components: int | None, importance
         except (OSError, ValueError) as error:
             raise SettingError(f"{settings} cannot be read as JSON settings: {error}") from error
     method = presets[name]()
+    if isinstance(method, ExactBasis):
+        if components is not None:
+            raise SettingError(f"--components is not for {name}: the weight's shape says how many it has.")
+        return replace(method, training=_pressed(method.training, importance))
     if components is not None:
         method = replace(method, n_components=components)
-    if importance is not None:
-        losses = tuple(
-            replace(loss, coefficient=importance) if isinstance(loss, ImportanceMinimality) else loss
-            for loss in method.losses
-        )
-        method = replace(method, losses=losses)
-    return method
+    return _pressed(method, importance)
+
+
+def _pressed(method: Any, importance: float | None) -> Any:
+    """The method with another coefficient of importance minimality."""
+    from dataclasses import replace
+
+    from tl_paramdecomp.methods.losses import ImportanceMinimality
+
+    if importance is None:
+        return method
+    losses = (
+        replace(loss, coefficient=importance) if isinstance(loss, ImportanceMinimality) else loss
+        for loss in method.losses
+    )
+    return replace(method, losses=tuple(losses))

@@ -1,0 +1,359 @@
+"""One evaluation for every decomposition, learned or not: faithfulness, behaviour under masks, sparsity, specificity.
+
+1. Weights: how far V U is from W at each site.
+2. The whole model under every kind of mask (`masked_runs`), against the model itself and the row's own next tokens.
+3. Sparsity of the importances.
+4. The adversary (`worst_case`): 1, 4, 20 and 40 steps, several restarts.
+5. Specificity: does importance predict what ablating a component does?
+6. Each matrix masked by itself.
+7. Controls: importances dealt out anew, and an untrained decomposition where one is given.
+
+Read L0 with the rounded and the adversarial KL first. Stochastic masks keep half of every absent component and flatter.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_paramdecomp.analysis.evaluation import Evaluation
+from tl_paramdecomp.analysis.masked_runs import MaskKind, Sums, Target, masks_of
+from tl_paramdecomp.analysis.oracle import Oracle
+from tl_paramdecomp.analysis.specificity import specificity
+from tl_paramdecomp.analysis.worst_case import climb
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
+from tl_paramdecomp.methods.base import LossStep
+from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import check_rows
+
+KINDS = (
+    *(MaskKind("unmasked", delta) for delta in ("absent", "kept")),
+    *(MaskKind("importance", delta) for delta in ("absent", "kept")),
+    *(MaskKind("rounded", delta, at) for at in (0.0, 0.1, 0.5) for delta in ("absent", "kept")),
+    *(MaskKind("stochastic", delta) for delta in ("masked", "absent", "kept")),
+    *(MaskKind("random", delta) for delta in ("absent", "kept")),
+    *(MaskKind("zero", delta) for delta in ("absent", "kept")),
+    MaskKind("permuted", "absent", 0.1),
+)
+"""Of the whole model."""
+SITE_KINDS = (
+    MaskKind("unmasked"), MaskKind("importance"), MaskKind("rounded", threshold=0.1), MaskKind("stochastic", "masked"),
+    MaskKind("zero"),
+)  # fmt: skip
+"""Of one matrix at a time."""
+ACTIVE, ALIVE = 0.1, 1e-6
+"""Importance above which a component is active, and mean importance above which it is alive."""
+DENSITIES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
+"""Edges of the histogram of how often components are active; the first count is of those that never are."""
+KEPT = 1 << 26
+"""Logits of the target that may be kept between passes; beyond that each pass over the data runs the model anew."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an evaluation depends on besides model, decomposition and data."""
+
+    rows_at_once: int = 8
+    samples: int = 4
+    """Draws of stochastic and random masks."""
+    ladder: tuple[int, ...] = (1, 4, 20, 40)
+    """Steps of the adversary, one climb each; the step size is 2 over the steps, at most 1."""
+    restarts: int = 3
+    ablated: int = 64
+    """Components that are ablated by themselves, for specificity; 0: none."""
+    by_site: bool = True
+    """Also mask each matrix by itself."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.rows_at_once, self.samples, self.restarts) < 1 or min(self.ladder, default=1) < 1:
+            raise SettingError(
+                f"rows_at_once, samples, restarts and the ladder's steps must be at least 1; given {self}."
+            )
+
+
+def evaluate(
+    model: Any,
+    decomposition: Decomposition,
+    data: Any,
+    *,
+    attention_mask: Int[Tensor, "rows pos"] | None = None,
+    importances: Oracle | None = None,
+    untrained: Decomposition | None = None,
+    protocol: Protocol | None = None,
+    seconds: float | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """How good a decomposition is on held-out rows.
+
+    Args:
+        model: Its target, on any host.
+        decomposition: Any.
+        data: Token rows [rows, pos] that it was not trained on.
+        attention_mask: 1 where a position counts; padding is left out of every figure.
+        importances: Taken instead of the decomposition's own importance function; needed where it has none.
+        untrained: A control: the same method's start, `decompose(..., steps=0)`.
+        protocol: Everything that can be set.
+        seconds: Leave out, and name, what would begin after so many.
+        progress: Show a progress bar.
+
+    Raises:
+        NoImportanceError: The decomposition has no importance function, and no oracle is given.
+        DataError: There are no rows.
+        TargetMismatchError, DeviceError, DtypeError, ShapeError: As `patched`.
+    """
+    check_rows(data, attention_mask)
+    if not len(data):
+        raise DataError("There are no rows to evaluate on.")
+    for dec in (decomposition, untrained):
+        if dec is not None and dec.importance is None and importances is None:
+            raise NoImportanceError(
+                "This decomposition has no importance function; give importances=tl_paramdecomp.Oracle(k=...), which keeps "
+                "the k components per position that the model's gradients call for."
+            )
+    protocol = protocol or Protocol()
+    run = _Run(model, decomposition, data, attention_mask, importances, protocol, seconds, progress)
+    with torch.no_grad():
+        return run.all(untrained)
+
+
+class _Run:
+    """One evaluation under way."""
+
+    def __init__(
+        self,
+        model: Any,
+        decomposition: Decomposition,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        oracle: Oracle | None,
+        protocol: Protocol,
+        seconds: float | None,
+        progress: bool,
+    ) -> None:
+        self.model, self.dec, self.tokens, self.mask, self.oracle = model, decomposition, tokens, attention_mask, oracle
+        self.adapter = checked_adapter(model, decomposition)
+        self.protocol, self.seconds, self.begun = protocol, seconds, time.perf_counter()
+        self.left_out: list[str] = []
+        self.bar = tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass")
+        self.kept: list[LossStep] | None = None
+        generator = torch.Generator(device=tokens.device).manual_seed(protocol.seed)
+        self.dealt = {
+            name: torch.randperm(c.n_components, generator=generator, device=tokens.device)
+            for name, c in decomposition.items()
+        }
+
+    # --- the data ---------------------------------------------------------------------------------------------------
+    def batches(self) -> Iterator[LossStep]:
+        """The rows, some at a time, with the target's output and importances."""
+        if self.kept is not None:
+            yield from self.kept
+            return
+        kept: list[LossStep] = []
+        size = 0
+        for first in range(0, len(self.tokens), self.protocol.rows_at_once):
+            rows = slice(first, first + self.protocol.rows_at_once)
+            step = self._step(self.tokens[rows], None if self.mask is None else self.mask[rows])
+            size += step.divergence.target.numel()
+            kept = [*kept, step] if size <= KEPT else []
+            yield step
+        self.kept = kept if size <= KEPT else None
+
+    def _step(self, tokens: Tensor, mask: Tensor | None) -> LossStep:
+        given = None
+        if self.oracle is not None:
+            given = self.oracle.importances(self.adapter, self.dec, tokens, mask)
+        with torch.no_grad():
+            return LossStep.of(self.adapter, self.dec, tokens, mask, torch.Generator(), importances=given)
+
+    def weighted(self) -> Iterator[tuple[LossStep, int]]:
+        """Batches with their numbers of scored positions."""
+        for step in self.batches():
+            self.bar.update()
+            yield step, len(step.divergence.target)
+
+    def has_time(self, what: str) -> bool:
+        """Whether the budget lets another part begin; what it does not is named."""
+        if self.seconds is None or time.perf_counter() - self.begun < self.seconds:
+            self.bar.set_postfix_str(what)
+            return True
+        self.left_out.append(what)
+        return False
+
+    # --- the parts --------------------------------------------------------------------------------------------------
+    def all(self, untrained: Decomposition | None) -> Evaluation:
+        """Every part that there is time for."""
+        model = self.sums(None)
+        zero = self.sums(MaskKind("zero"))
+        ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
+        masks = [self.row(kind, ends) for kind in KINDS if self.has_time(f"{kind.name}, delta {kind.delta}")]
+        sites = self.sparsity() if self.has_time("sparsity") else []
+        ladder = [self.climbs(n) for n in self.protocol.ladder if self.has_time(f"adversary of {n} steps")]
+        found: dict[str, Any] = {}
+        if self.protocol.ablated and self.has_time("specificity"):
+            found = self.specificity()
+        by_site = []
+        if self.protocol.by_site:
+            wanted = [(name, kind) for name in self.dec for kind in SITE_KINDS]
+            by_site = [self.row(k, ends, name) for name, k in wanted if self.has_time(f"{name}, {k.name}")]
+        controls: dict[str, Any] = {}
+        if untrained is not None and self.has_time("untrained control"):
+            controls["untrained"] = self.control(untrained)
+        self.bar.close()
+        return Evaluation(
+            protocol={
+                **dataclasses.asdict(self.protocol),
+                "ladder": list(self.protocol.ladder),
+                "oracle": None if self.oracle is None else dataclasses.asdict(self.oracle),
+            },
+            rows=len(self.tokens),
+            positions=model.positions,
+            ce={"model": ends[0], "zero": ends[1]},
+            masks=masks + by_site,
+            adversary=ladder,
+            sites=sites,
+            specificity=found,
+            controls=controls,
+            run=dict(self.dec.info),
+            seconds=time.perf_counter() - self.begun,
+            left_out=self.left_out,
+        )
+
+    def sums(self, kind: MaskKind | None, site: str | None = None, sample: int = 0) -> Sums:
+        """Totals of the model under a kind of mask (None: of the model itself), at all sites or one."""
+        generator = torch.Generator(device=self.tokens.device).manual_seed(self.protocol.seed + sample)
+        total = Sums()
+        for step, _ in self.weighted():
+            target = Target.of(step)
+            if kind is None:
+                total = total.plus(target.sums(target.log_p))
+                continue
+            masks = masks_of(step, kind, generator, self.dealt)
+            logits = step.run_masked(masks if site is None else {site: masks[site]})
+            total = total.plus(target.sums(step.divergence.rows(logits)))
+        return total
+
+    def row(self, kind: MaskKind, ends: tuple[float, float], site: str | None = None) -> dict[str, Any]:
+        """A kind's figures; those that are drawn at random as means, with the standard deviation of the KL."""
+        n = self.protocol.samples if kind.kind in ("stochastic", "random") or kind.delta == "masked" else 1
+        drawn = [self.sums(kind, site, sample) for sample in range(n)]
+        kl = torch.tensor([s.kl / s.positions for s in drawn], dtype=torch.float64)
+        ce = sum(s.ce / max(1, s.predicted) for s in drawn) / n
+        gap = ends[1] - ends[0]
+        return {
+            "site": site or "all",
+            "masks": kind.name,
+            "delta": kind.delta,
+            "kl": kl.mean().item(),
+            "kl_sd": kl.std().item() if n > 1 else None,
+            "ce_difference": ce - ends[0],
+            "ce_recovered": (ends[1] - ce) / gap if gap else None,
+            "top1": sum(s.agree / s.positions for s in drawn) / n,
+        }
+
+    def sparsity(self) -> list[dict[str, Any]]:
+        """What importances say of each site."""
+        positions, over, active, mean = 0, {}, {}, {}
+        for step, count in self.weighted():
+            positions += count
+            for name, importance in step.importances.items():
+                g = importance.lower.flatten(0, -2) if step.scored is None else importance.lower[step.scored]
+                for sums, values in ((over, g > 0.0), (active, g > ACTIVE), (mean, g)):
+                    sums[name] = sums.get(name, 0.0) + values.double().sum(0)
+        rows = []
+        edges = torch.tensor(DENSITIES[1:], dtype=torch.float64, device=self.tokens.device)
+        for name, components in self.dec.items():
+            W = self.adapter.weight(name).detach().double()
+            error = (W - components.V.double() @ components.U.double()).norm() / W.norm()
+            density = active[name] / positions
+            places = torch.bucketize(density, edges) + 1
+            places[density == 0] = 0
+            l0 = density.sum().item()
+            rows.append({
+                "site": name,
+                "components": components.n_components,
+                "rank": min(components.site.d_in, components.site.d_out),
+                "relative_error": error.item(),
+                "l0": l0,
+                "l0_above_0": (over[name] / positions).sum().item(),
+                "active_parameters": l0 * (components.site.d_in + components.site.d_out),
+                "alive": int((mean[name] / positions > ALIVE).sum()),
+                "active_anywhere": int((density > 0).sum()),
+                "densities": torch.bincount(places, minlength=len(DENSITIES)).tolist(),
+            })  # fmt: skip
+        return rows
+
+    def climbs(self, steps: int) -> dict[str, Any]:
+        """The adversary's restarts."""
+        found = []
+        for restart in range(self.protocol.restarts):
+            generator = torch.Generator(device=self.tokens.device).manual_seed(self.protocol.seed + 7919 * restart)
+            found.append(climb(self.weighted, steps, generator))
+        worst = torch.tensor([c.worst for c in found], dtype=torch.float64)
+        return {
+            "steps": steps,
+            "restarts": len(found),
+            "kl": worst.median().item(),
+            "kl_worst": worst.max().item(),
+            "kl_all": worst.tolist(),
+            "start": torch.tensor([c.start for c in found], dtype=torch.float64).median().item(),
+        }
+
+    def specificity(self) -> dict[str, Any]:
+        """Components ablated by themselves on the first rows: half of them active somewhere, half drawn from the others."""
+        step = next(iter(self.batches()))
+        flat = {
+            name: g.lower.flatten(0, -2) if step.scored is None else g.lower[step.scored]
+            for name, g in step.importances.items()
+        }
+        effects, given, dealt = [], [], []
+        for name, c in self._sampled(flat):
+            self.bar.update()
+            g = step.importances[name].lower
+            q = torch.zeros(g.shape[-1], dtype=g.dtype, device=g.device)
+            q[c] = 1.0
+            logits = step.run_masked({name: InterpolatedMask(g.new_zeros(g.shape), q, 0.0)})
+            log_p = step.divergence.target
+            log_q = torch.log_softmax(step.divergence.rows(logits).to(log_p.dtype), -1)
+            effects.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            given.append(flat[name][:, c])
+            dealt.append(flat[name][:, self.dealt[name][c]])
+        effect = torch.cat(effects)
+        return {
+            "importance": specificity(torch.cat(given), effect)._asdict(),
+            "permuted": specificity(torch.cat(dealt), effect)._asdict(),
+        }
+
+    def _sampled(self, flat: Mapping[str, Tensor]) -> Iterable[tuple[str, int]]:
+        generator = torch.Generator().manual_seed(self.protocol.seed)
+        sides: Sequence[list[tuple[str, int]]] = ([], [])
+        for name, g in flat.items():
+            for c, there in enumerate((g > ACTIVE).any(0).tolist()):
+                sides[there].append((name, c))
+        half = self.protocol.ablated // 2
+        wanted = (max(half, self.protocol.ablated - len(sides[1])), max(half, self.protocol.ablated - len(sides[0])))
+        chosen = []
+        for side, n in zip(sides, wanted, strict=True):
+            order = torch.randperm(len(side), generator=generator).tolist()
+            chosen += [side[i] for i in order[:n]]
+        return chosen
+
+    def control(self, untrained: Decomposition) -> dict[str, Any]:
+        """The headline of another decomposition of the same model, under the same protocol."""
+        protocol = dataclasses.replace(self.protocol, restarts=1, by_site=False, ablated=0)
+        other = _Run(self.model, untrained, self.tokens, self.mask, self.oracle, protocol, None, False)
+        rounded = other.sums(MaskKind("rounded", threshold=ACTIVE))
+        l0 = sum(row["l0"] for row in other.sparsity())
+        found = {"l0": l0, "rounded": rounded.kl / rounded.positions}
+        if self.protocol.ladder:
+            steps = 20 if 20 in self.protocol.ladder else max(self.protocol.ladder)
+            found["adversarial"] = other.climbs(steps)["kl"]
+        return found

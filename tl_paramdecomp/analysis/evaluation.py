@@ -1,0 +1,189 @@
+"""What an evaluation found: as a table to read, a pandas frame, and JSON."""
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_paramdecomp.components.files import write_text
+from tl_paramdecomp.errors import DecompositionFileError
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one decomposition on held-out rows; KL in nats per token, summed over the vocabulary."""
+
+    protocol: Row
+    """Everything that was set."""
+    rows: int
+    positions: int
+    """Scored ones."""
+    ce: dict[str, float]
+    """Cross-entropy of the model itself, and with all components and the delta component removed."""
+    masks: list[Row]
+    """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference, the share
+    of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is the model's."""
+    adversary: list[Row]
+    """By steps: median and largest KL over restarts, and where they began."""
+    sites: list[Row]
+    """By matrix: relative weight error, L0 above 0.1 and above 0, active parameters, alive components, how often they are
+    active."""
+    specificity: dict[str, Row]
+    """Importance against the measured effect of ablating, and the same of importances dealt out anew."""
+    controls: dict[str, Row]
+    """Headline of other decompositions of the model."""
+    run: Row
+    """Where the decomposition came from."""
+    seconds: float
+    left_out: list[str]
+    """Parts that the time budget left no room for."""
+
+    def mask_row(self, masks: str, delta: str = "absent", site: str = "all") -> Row:
+        """The row of one kind of mask.
+
+        Raises:
+            KeyError: It was not measured.
+        """
+        for row in self.masks:
+            if (row["masks"], row["delta"], row["site"]) == (masks, delta, site):
+                return row
+        raise KeyError(f"{masks}, delta {delta}, {site}")
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """L0 with the KL under rounded (0.1) and adversarial masks (20 steps, or the most there are)."""
+        found: dict[str, float] = {"l0": sum(row["l0"] for row in self.sites)} if self.sites else {}
+        rounded = [r for r in self.masks if (r["masks"], r["delta"], r["site"]) == ("rounded 0.1", "absent", "all")]
+        found |= {"rounded": rounded[0]["kl"]} if rounded else {}
+        by_steps = {row["steps"]: row["kl"] for row in self.adversary}
+        if by_steps:
+            found["adversarial"] = by_steps.get(20, by_steps[max(by_steps)])
+        return found
+
+    def frame(self) -> "pandas.DataFrame":
+        """Kinds of masks as a pandas frame."""
+        import pandas
+
+        return pandas.DataFrame(self.masks)
+
+    def sites_frame(self) -> "pandas.DataFrame":
+        """Matrices as a pandas frame."""
+        import pandas
+
+        return pandas.DataFrame(self.sites).set_index("site")
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, atomically."""
+        path = Path(path)
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Evaluation":
+        """Read what `save` wrote.
+
+        Raises:
+            DecompositionFileError: The file is missing, damaged or something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DecompositionFileError(f"{path} holds no evaluation ({error}); write one with save().") from error
+
+    def tables(self) -> "list[Table]":
+        """Tables for a terminal, by rich."""
+        found = [_headline(self), _masks(self), _adversary(self), _specificity(self), _sites(self)]
+        return [table for table in found if table.row_count]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=110)
+        for table in self.tables():
+            console.print(table)
+        if self.left_out:
+            console.print(f"Left out for want of time: {', '.join(self.left_out)}.", highlight=False)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _table(title: str, first: str, *columns: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _shown(value: float | None, places: int = 4) -> str:
+    return "" if value is None else f"{value:.{places}f}"
+
+
+def _headline(found: Evaluation) -> "Table":
+    columns = ("L0", "rounded KL", "adversarial KL")
+    table = _table(f"Headline: {found.positions} tokens of {found.rows} held-out rows", "decomposition", *columns)
+    for name, values in {"this one": found.headline, **found.controls}.items():
+        l0 = _shown(values.get("l0"), 1)
+        table.add_row(name, l0, _shown(values.get("rounded")), _shown(values.get("adversarial")))
+    permuted = [row["kl"] for row in found.masks if row["masks"].startswith("permuted")]
+    if permuted:
+        table.add_row("the same, importances dealt anew", _shown(found.headline.get("l0"), 1), _shown(permuted[0]), "")
+    return table
+
+
+def _masks(found: Evaluation) -> "Table":
+    title = f"Masks (cross-entropy: model {found.ce['model']:.3f}, all removed {found.ce['zero']:.3f})"
+    table = _table(title, "masks", "delta", "KL", "± draws", "CE difference", "CE recovered", "same top token")
+    for row in (r for r in found.masks if r["site"] == "all"):
+        share = "" if row["ce_recovered"] is None else f"{row['ce_recovered']:.1%}"
+        figures = (_shown(row["kl"]), _shown(row["kl_sd"]), f"{row['ce_difference']:+.4f}", share, f"{row['top1']:.1%}")
+        table.add_row(row["masks"], row["delta"], *figures)
+    return table
+
+
+def _adversary(found: Evaluation) -> "Table":
+    restarts = found.adversary[0]["restarts"] if found.adversary else 0
+    title = f"Adversary: one for all rows, {restarts} restarts"
+    table = _table(title, "steps", "KL, median", "KL, worst", "random start")
+    for row in found.adversary:
+        table.add_row(str(row["steps"]), *(_shown(row[key]) for key in ("kl", "kl_worst", "start")))
+    return table
+
+
+def _specificity(found: Evaluation) -> "Table":
+    columns = ("AUROC", "Spearman", "KL where g > 0.5", "KL where g < 0.01")
+    table = _table("Does importance predict what ablating one component does?", "importances", *columns)
+    for what, row in found.specificity.items():
+        figures = (
+            _shown(row["auroc"], 3),
+            _shown(row["spearman"], 3),
+            _shown(row["important"]),
+            _shown(row["unimportant"]),
+        )
+        table.add_row("as they are" if what == "importance" else "dealt anew", *figures)
+    return table
+
+
+def _sites(found: Evaluation) -> "Table":
+    columns = ("rel. error", "L0", "rank", "active params", "alive", "of", "rounded KL, alone")
+    table = _table("Matrices", "site", *columns)
+    alone = {row["site"]: row["kl"] for row in found.masks if row["masks"] == "rounded 0.1"}
+    for row in found.sites:
+        counts = f"{row['l0']:.1f}", str(row["rank"]), f"{row['active_parameters']:.0f}", str(row["alive"])
+        error = f"{row['relative_error']:.1e}"
+        table.add_row(row["site"], error, *counts, str(row["components"]), _shown(alone.get(row["site"])))
+    if found.sites:
+        sums = {key: sum(row[key] for row in found.sites) for key in ("l0", "rank", "active_parameters", "alive")}
+        totals = f"{sums['l0']:.1f}", str(sums["rank"]), f"{sums['active_parameters']:.0f}", str(sums["alive"])
+        table.add_section()
+        table.add_row("all", "", *totals, str(sum(row["components"] for row in found.sites)), "")
+    return table

@@ -1,0 +1,115 @@
+"""How the model runs under each kind of mask: sums over positions, so that parts of a batch add up to the whole.
+
+With g the importances of a clean pass, a kind says which m in [0, 1] stands for each component:
+
+    unmasked     1                      zero     0                   random   r, uniform, whatever g
+    importance   g                      rounded  [g > threshold]     stochastic   g + (1 - g) r
+    permuted     [g' > threshold], g' the importances of the site's components dealt out anew: a control
+
+and each is run with the delta component absent, kept, or (stochastic, as in training) masked by a uniform number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.methods.base import LossStep, SiteMasks
+
+Delta = Literal["absent", "kept", "masked"]
+Kind = Literal["unmasked", "importance", "rounded", "stochastic", "random", "zero", "permuted"]
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """One way of masking all components."""
+
+    kind: Kind
+    delta: Delta = "absent"
+    threshold: float | None = None
+    """Of `rounded` and `permuted`."""
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return self.kind if self.threshold is None else f"{self.kind} {self.threshold:g}"
+
+
+class Sums(NamedTuple):
+    """Totals over scored positions, in nats; they add up."""
+
+    kl: float = 0.0
+    agree: float = 0.0
+    """Positions whose likeliest token is the target's."""
+    positions: int = 0
+    ce: float = 0.0
+    """Cross-entropy of the row's own next tokens."""
+    predicted: int = 0
+    """Positions that have a next token."""
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Totals of both."""
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))  # type: ignore[arg-type]
+
+
+class Target(NamedTuple):
+    """What the model itself says at the scored positions of some rows, one after the other."""
+
+    log_p: Float[Tensor, "n vocab"]
+    following: Int[Tensor, " n"]
+    """The row's own next token; -1 where there is none, or it is padding."""
+
+    @classmethod
+    def of(cls, step: LossStep) -> "Target":
+        """The target of a step whose divergence is the KL of whole logits."""
+        following = torch.full_like(step.tokens, -1)
+        following[:, :-1] = step.tokens[:, 1:]
+        if step.scored is not None:
+            following[:, :-1][~step.scored[:, 1:]] = -1
+        rows = following.flatten() if step.scored is None else following[step.scored]
+        return cls(step.divergence.target, rows)
+
+    def sums(self, logits: Float[Tensor, "n vocab"]) -> Sums:
+        """How far other logits at the same positions are from it."""
+        log_q = torch.log_softmax(logits.to(self.log_p.dtype), -1)
+        kl = (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
+        agree = self.log_p.argmax(-1) == log_q.argmax(-1)
+        followed = self.following >= 0
+        ce = -log_q[followed].gather(-1, self.following[followed].unsqueeze(-1))
+        return Sums(kl.double().sum().item(), int(agree.sum()), len(kl), ce.double().sum().item(), int(followed.sum()))
+
+
+def masks_of(
+    step: LossStep, kind: MaskKind, generator: torch.Generator, dealt: Mapping[str, Int[Tensor, " C"]] | None = None
+) -> SiteMasks:
+    """Masks of every site.
+
+    Args:
+        step: Rows with their importances.
+        kind: What to make.
+        generator: Draws r.
+        dealt: For `permuted`: which component's importance each one is given.
+    """
+    masks = {}
+    for name, importance in step.importances.items():
+        g = importance.lower
+        if kind.kind == "permuted":
+            assert dealt is not None
+            g = g[..., dealt[name]]
+        if kind.kind in ("rounded", "permuted"):
+            g = (g > (kind.threshold or 0.0)).to(g)
+        drawn = kind.kind in ("stochastic", "random")
+        q = torch.rand(g.shape, generator=generator, device=g.device, dtype=g.dtype) if drawn else g.new_ones(())
+        if kind.kind == "unmasked":
+            q = g.new_zeros(())
+        if kind.kind in ("random", "zero"):
+            g = torch.zeros_like(g)
+        a: Tensor | float = 1.0 if kind.delta == "absent" else 0.0
+        if kind.delta == "masked":
+            a = torch.rand(g.shape[:-1], generator=generator, device=g.device, dtype=g.dtype)
+        masks[name] = InterpolatedMask(g, q, a)
+    return masks

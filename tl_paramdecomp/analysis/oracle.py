@@ -1,0 +1,101 @@
+"""Importances without an importance function: what a second look at the model says of each component.
+
+For target p and a change of one component's write at one position, KL(p || p') is to second order
+
+    1/2 E_{y ~ p} [ (h_c U_c . d log p(y) / d y_site)^2 ]
+
+with y drawn from the model's own prediction at every position: the Fisher information along what the component writes. The
+oracle keeps, at each position, the k components of all sites for which it is largest. It sees the model's gradients, which
+an importance function does not: for bases that have no function of their own it is the stronger choice.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.sigmoids import Importance
+from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.sites import SiteCall
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Importances 1 for the k components of largest estimated effect at each position, 0 for all others."""
+
+    k: int
+    """Components per position, over all sites together."""
+    samples: int = 4
+    """Draws of next tokens that the expectation is taken over."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.samples < 1:
+            raise SettingError(f"An oracle needs k >= 1 and samples >= 1; given {self.k} and {self.samples}.")
+
+    def importances(
+        self,
+        adapter: ModelAdapter,
+        decomposition: Decomposition,
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> dict[str, Importance]:
+        """Importances [batch, pos, C] of every site."""
+        effects = estimated_effects(adapter, decomposition, tokens, attention_mask, self.samples, self.seed)
+        together = torch.cat(list(effects.values()), -1)
+        kept = torch.zeros_like(together)
+        kept.scatter_(-1, together.topk(min(self.k, together.shape[-1]), -1).indices, 1.0)
+        parts = kept.split([e.shape[-1] for e in effects.values()], -1)
+        return {name: Importance(part, part) for name, part in zip(effects, parts, strict=True)}
+
+
+def estimated_effects(
+    adapter: ModelAdapter,
+    decomposition: Decomposition,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    samples: int = 4,
+    seed: int = 0,
+) -> dict[str, Float[Tensor, "batch pos C"]]:
+    """Estimated KL, in nats over all later positions, from removing each component at each position by itself.
+
+    Args:
+        adapter: The target's.
+        decomposition: Any; it needs no importance function.
+        tokens: Token rows.
+        attention_mask: 1 where a position counts; the others predict nothing.
+        samples: Draws of next tokens.
+        seed: Of the draws.
+    """
+    inputs: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    fns = {name: functools.partial(_opened, inputs, leaves, name, len(tokens)) for name in decomposition}
+    with torch.enable_grad(), adapter.intercept(fns):
+        log_p = torch.log_softmax(adapter.forward(tokens, attention_mask).float(), -1)
+    probs = log_p.detach().exp().flatten(0, -2)
+    generator = torch.Generator(device=tokens.device).manual_seed(seed)
+    found = {name: torch.zeros((), device=tokens.device) for name in decomposition}
+    for i in range(samples):
+        drawn = torch.multinomial(probs, 1, generator=generator).view(*log_p.shape[:-1], 1)
+        with torch.enable_grad():
+            chosen = log_p.gather(-1, drawn).squeeze(-1)
+            total = chosen.sum() if attention_mask is None else (chosen * attention_mask).sum()
+        names = list(leaves)
+        gradients = torch.autograd.grad(total, [leaves[n] for n in names], retain_graph=i + 1 < samples)
+        for name, gradient in zip(names, gradients, strict=True):
+            components = decomposition[name]
+            with torch.no_grad():
+                change = components.acts(inputs[name]) * (gradient.to(components.U.dtype) @ components.U.T)
+                found[name] = found[name] + change.square_().mul_(0.5 / samples)
+    return found
+
+
+def _opened(inputs: dict[str, Tensor], leaves: dict[str, Tensor], name: str, batch: int, call: SiteCall) -> Tensor:
+    """A site's function that leaves its output, and keeps its input and a leaf whose gradient is the output's."""
+    inputs[name] = call.x
+    leaves[name] = torch.zeros_like(call.y).expand(batch, *call.y.shape[1:]).clone().requires_grad_(True)
+    return call.y + leaves[name]

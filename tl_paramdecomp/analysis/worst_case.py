@@ -1,0 +1,66 @@
+"""The adversary of an evaluation: one source for each component, shared by all rows and positions of all batches.
+
+Masks are m = g + (1 - g) s, the delta mask is a source of its own. Sources start at random and climb the KL over the whole
+data by sign steps; a source shared by everything can only find faults that are systematic. The worst sources that were seen
+are what counts, so that more steps never look better than fewer from the same start.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tl_paramdecomp.methods.adversary import source_masks
+from tl_paramdecomp.methods.base import LossStep
+
+Steps = Callable[[], Iterable[tuple[LossStep, int]]]
+"""Gives the batches of an evaluation anew, each with the number of its scored positions."""
+
+
+class Climb(NamedTuple):
+    """One restart."""
+
+    start: float
+    """KL under the random sources it began from, nats per token."""
+    worst: float
+    """The largest KL it met."""
+
+
+def climb(batches: Steps, steps: int, generator: torch.Generator, step_size: float | None = None) -> Climb:
+    """Projected gradient ascent from random sources.
+
+    Args:
+        batches: The data.
+        steps: Sign steps.
+        generator: Draws the start.
+        step_size: Of each; None: 2 / steps, at most 1, so that a source can cross [0, 1] and come back.
+    """
+    size = min(1.0, 2.0 / steps) if step_size is None else step_size
+    sources: dict[str, Tensor] = {}
+    for step, _ in batches():
+        for name, g in ((name, i.lower) for name, i in step.importances.items()):
+            sources[name] = torch.rand(g.shape[-1] + 1, generator=generator, device=g.device, dtype=g.dtype)
+        break
+    values = []
+    for i in range(steps + 1):
+        kl, gradients = _value_and_gradient(batches, sources, wanted=i < steps)
+        values.append(kl)
+        sources = {
+            name: (s + size * gradients[name].sign()).clamp_(0.0, 1.0) for name, s in sources.items() if gradients
+        }
+    return Climb(values[0], max(values))
+
+
+def _value_and_gradient(batches: Steps, sources: dict[str, Tensor], wanted: bool) -> tuple[float, dict[str, Tensor]]:
+    """KL over all scored positions, and its gradient with respect to the sources where that is wanted."""
+    total, count = 0.0, 0
+    leaves = {name: s.detach().requires_grad_(wanted) for name, s in sources.items()}
+    for step, positions in batches():
+        with torch.set_grad_enabled(wanted):
+            kl = step.divergence.of(step.run_masked(source_masks(step, leaves, detached=True))) * positions
+            if wanted:
+                kl.backward()
+        total, count = total + kl.item(), count + positions
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return total / count, gradients
