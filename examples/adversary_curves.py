@@ -13,6 +13,7 @@
 import argparse
 import datetime
 import json
+import os
 import statistics
 import sys
 from dataclasses import replace
@@ -136,8 +137,9 @@ def main() -> None:
     opened = open_model(args.model, args.text)
     records = [run(args, label, seed, opened) for seed in range(args.seeds) for label in args.methods]
     name = Path(args.model).name
+    command, assets = f"python {' '.join(sys.argv)}", os.environ.get("TLPD_TEST_ASSETS")
     whole = {
-        "command": f"python {' '.join(sys.argv)}",
+        "command": command.replace(assets, "$TLPD_TEST_ASSETS") if assets else command,
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "model": name,
