@@ -27,6 +27,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     methods = list(dict.fromkeys(record["method"] for record in records))
     made, panels = subplots(2, 3, (11.0, 6.2))
     for axis, (key, label) in zip(panels.flat, PANELS.items()):
@@ -38,6 +40,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
         axis.set_title(label)
         axis.set_xlabel("step")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     legend = panels.flat[len(PANELS)]
     for i, method in enumerate(methods):
