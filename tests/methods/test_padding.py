@@ -42,7 +42,9 @@ SITES = ["blocks.0.attn.W_Q", "blocks.1.attn.W_O", "blocks.*.mlp.W_in", "embed.W
 
 
 def test_every_loss_is_among_them():
-    assert {name for name, cls in TABLE.items() if issubclass(cls, Loss)} == {type(loss).__name__ for loss in LOSSES.values()}
+    assert {name for name, cls in TABLE.items() if issubclass(cls, Loss)} == {
+        type(loss).__name__ for loss in LOSSES.values()
+    }
 
 
 @pytest.fixture(scope="module")
