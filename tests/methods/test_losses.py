@@ -13,7 +13,7 @@ from tl_paramdecomp.components.sigmoids import clamped, leaky
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods import losses
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality, _SquaredRest
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, UnmaskedReconstruction
 
 from .forms import case, compare, padded
@@ -243,3 +243,11 @@ for case in {list(cases)!r}:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = dict(zip(cases, shown.stdout.splitlines(), strict=True))
     assert {form: line for form, line in said.items() if cases[form] not in line} == {}
+
+
+def test_the_value_is_right_in_float32_over_many_entries():
+    """2.4 million entries against float64: a single running sum would be off by more than 1e-5."""
+    V, U = torch.zeros(768, 1), torch.zeros(1, 3072)
+    W = torch.randn(768, 3072, generator=torch.Generator().manual_seed(0))
+    found = _SquaredRest.apply(V, U, W, 1.0).item()
+    assert abs(found / W.double().square().sum().item() - 1) < 1e-6
