@@ -185,7 +185,8 @@ SECTIONS = (
     ("spd_stories260k", "SPD on all MLP matrices of stories260K, 1,000 steps", decomposition),
     *((f"reproduce_{name}", f"Published toys: {title}", reproduced) for name, title in TOYS),
     ("demo", "The demo", decomposition),
-    ("benchmarks", "What patching and training cost", benchmarks),
+    ("benchmarks", "What patching costs", benchmarks),
+    ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
 )
 
 
