@@ -2,7 +2,7 @@
 
 Masks are m = g + (1 - g) s, the delta mask is a source of its own. Sources start at random and climb the KL over the whole
 data by sign steps; a source shared by everything can only find faults that are systematic. The worst sources that were seen
-are what counts, so that more steps never look better than fewer from the same start.
+are what counts, so that a climb never ends below its start.
 """
 
 from collections.abc import Callable, Iterable
