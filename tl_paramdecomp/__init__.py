@@ -6,6 +6,7 @@ Import it as `tlpd`. Host libraries, the command and plots load when they are us
 from tl_paramdecomp import errors
 from tl_paramdecomp.adapters import find_sites, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances, component_acts
+from tl_paramdecomp.analysis.comparison import Comparison
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.oracle import Oracle
@@ -28,10 +29,13 @@ from tl_paramdecomp.pretrained import (
     micro_gpt2_tokens,
 )
 from tl_paramdecomp.sites import WeightSite
+from tl_paramdecomp.training.compare import ComparisonProtocol, compare
 from tl_paramdecomp.training.data import TextRows
 from tl_paramdecomp.training.fit import decompose
 
 __all__ = [
+    "Comparison",
+    "ComparisonProtocol",
     "Decomposition",
     "Evaluation",
     "Masks",
@@ -49,6 +53,7 @@ __all__ = [
     "attached",
     "causal_importances",
     "check_target",
+    "compare",
     "component_acts",
     "decompose",
     "edited_model",

@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
     return tlpd.from_factors(model, factors).save(tmp_path_factory.mktemp("saved") / "dec")
 
 
-@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "evaluate", "patch", "reproduce"])
+@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "evaluate", "compare", "patch", "reproduce"])
 def test_help_says_what_a_command_does(name):
     shown = command(name, "--help")
     assert shown.returncode == 0 and "Usage" in shown.stdout and len(shown.stdout) > 300
@@ -80,6 +80,21 @@ def test_a_baseline_is_trained_and_evaluated(tmp_path):
     assert shown.returncode == 0 and "Left out" in shown.stdout
 
 
+def test_compare_draws_curves_and_goes_on(tmp_path):
+    what = ("--sites", "blocks.0.mlp.W_in", "--method", "neurons", "--method", "svd-oracle", "--sparsity", 1)
+    small = ("--steps", 2, "--batch-size", 2, "--seeds", 1, "--rows", 2, "--restarts", 1)
+    arguments = ("compare", "micro-gpt2", "--out", tmp_path, *what, *small)
+    shown = command(*arguments, "--json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert [p["method"] for p in found["points"]] == ["neurons"] + 5 * ["svd-oracle"] and found["ranks"] == 64
+    assert (tmp_path / "comparison.png").exists() and tlpd.Comparison.load(tmp_path / "comparison.json").ranks == 64
+    shown = command(*arguments)
+    assert shown.returncode == 0 and "at equal L0" in shown.stdout and "neurons" in shown.stdout
+    refused = command(*arguments[:-1], 2)
+    assert refused.returncode == 1 and "other evaluation" in refused.stderr and "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize("arguments, words", [
     (("sites", "micro-gpt2", "blocks.0.mpl.*"), "NoMatchingSiteError"),
     (("sites", "no/such-model"), "UnsupportedModelError"),
@@ -88,6 +103,7 @@ def test_a_baseline_is_trained_and_evaluated(tmp_path):
     (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--steps", "-1"), "SettingError"),
     (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--method", "sdp"), "SettingError"),
     (("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--method", "svd", "--components", "3"), "SettingError"),
+    (("compare", "micro-gpt2", "--sites", "*", "--out", "x", "--method", "spd-oracle"), "SettingError"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_status_1(arguments, words, tmp_path):
     shown = command(*arguments, cwd=tmp_path)

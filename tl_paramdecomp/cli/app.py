@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -97,7 +97,8 @@ def decompose(
         typer.Option(
             "--method",
             help="spd (modern form), paper (SPD as published), vpd (persistent adversary); or exact components whose "
-            "importances alone are trained, as spd trains its own: svd, whitened-svd, neurons, random.",
+            "importances alone are trained, as spd trains its own: svd, whitened-svd, neurons, random; none are with "
+            "-oracle after the name.",
         ),
     ] = "spd",
     settings: Annotated[
@@ -115,12 +116,13 @@ def decompose(
     host: HostName = "transformers",
 ) -> None:
     """Learn components of some weights. Run it again to go on after an interruption."""
+    from tl_paramdecomp.cli.methods import method_in, method_named
     from tl_paramdecomp.cli.models import open_model
     from tl_paramdecomp.cli.report import measure_quality, print_quality, write_quality
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.training.fit import decompose as fit
 
-    method = _method(method_name, settings, components, importance)
+    method = method_named(method_name, components, importance) if settings is None else method_in(settings)
     opened = open_model(model, host).to(device)
     rows = open_rows(model, opened, text, dataset, length)
     made = fit(opened, site_globs, method, rows.train, steps, batch_size, seed, out)
@@ -174,6 +176,69 @@ def evaluate(
         console.print(table)
     if found.left_out:
         console.print(f"Left out for want of time: {', '.join(found.left_out)}.", highlight=False)
+
+
+@app.command()
+def compare(
+    model: ModelName,
+    site_globs: Annotated[list[str], typer.Option("--sites", help="Glob over site names; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder for the protocol, every run, the curves and the result.")],
+    method_names: Annotated[
+        list[str],
+        typer.Option(
+            "--method", help="As in decompose; may be given several times. With -oracle: importances from gradients."
+        ),
+    ] = ["spd", "vpd", "svd", "whitened-svd", "neurons", "random"],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Training steps of each method.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Token rows per step.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Run seeds 0 to N - 1.")] = 2,
+    sparsity: Annotated[
+        list[float], typer.Option(help="Factor on each method's importance coefficient; may be given several times.")
+    ] = [0.3, 1.0, 3.0, 10.0, 30.0],  # noqa: B006
+    capacity: Annotated[
+        list[float] | None, typer.Option(help="Factor on the number of components, to see whether they split.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file; left out for micro-gpt2: its own text.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Dataset on the hub with a text or tokens column.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
+    rows: Annotated[int, typer.Option(help="Held-out rows to measure on, 32 at most.")] = 32,
+    restarts: Annotated[int, typer.Option(help="Starts of the adversary.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    host: HostName = "transformers",
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods where they are equally sparse: curves, areas, stability. Run it again to go on."""
+    import dataclasses
+
+    from tl_paramdecomp.analysis.evaluate import Protocol
+    from tl_paramdecomp.cli.methods import method_named
+    from tl_paramdecomp.cli.models import open_model
+    from tl_paramdecomp.cli.rows import open_rows
+    from tl_paramdecomp.errors import MissingExtraError
+    from tl_paramdecomp.report.comparison import draw_comparison
+    from tl_paramdecomp.training.compare import ComparisonProtocol
+    from tl_paramdecomp.training.compare import compare as run
+
+    methods = {name: method_named(name) for name in method_names}
+    protocol = ComparisonProtocol(
+        tuple(site_globs), steps, batch_size, tuple(range(seeds)), tuple(sparsity), capacities=tuple(capacity or ()),
+        evaluation=Protocol(ladder=(20,), restarts=restarts, ablated=0, by_site=False),
+    )  # fmt: skip
+    opened = open_model(model, host).to(device)
+    found_rows = open_rows(model, opened, text, dataset, length)
+    found = run(opened, methods, protocol, found_rows.train, found_rows.held_out[:rows].to(device), run_dir=out)
+    talk = Console(stderr=True) if as_json else console
+    try:
+        picture = draw_comparison(found, out / "comparison.png", f"{model}: {', '.join(site_globs)}")
+    except MissingExtraError as error:
+        talk.print(f"No curves: {error}", markup=False, highlight=False)
+    else:
+        talk.print(f"Curves are in [bold]{picture}[/].", highlight=False)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    for table in found.tables():
+        console.print(table)
 
 
 @app.command()
@@ -249,44 +314,3 @@ def _site_and_components(spec: str) -> tuple[str, list[int]]:
         return site, [int(c) for c in listed.split(",")]
     except ValueError:
         raise SettingError(f"{spec!r} is not SITE:C[,C...], such as blocks.0.mlp.W_in:3,17.") from None
-
-
-def _method(name: str, settings: Path | None, components: int | None, importance: float | None) -> Any:
-    from dataclasses import replace
-
-    from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
-    from tl_paramdecomp.methods.settings import from_settings
-    from tl_paramdecomp.methods.spd import SPD, VPD
-
-    presets = {"spd": SPD, "paper": SPD.paper, "vpd": VPD, "svd": SVD, "whitened-svd": WhitenedSVD}
-    presets |= {"neurons": NeuronBasis, "random": RandomBasis}
-    if name not in presets:
-        raise SettingError(f"--method {name!r} is none of {', '.join(presets)}.")
-    if settings is not None:
-        try:
-            return from_settings(json.loads(settings.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise SettingError(f"{settings} cannot be read as JSON settings: {error}") from error
-    method = presets[name]()
-    if isinstance(method, ExactBasis):
-        if components is not None:
-            raise SettingError(f"--components is not for {name}: the weight's shape says how many it has.")
-        return replace(method, training=_pressed(method.training, importance))
-    if components is not None:
-        method = replace(method, n_components=components)
-    return _pressed(method, importance)
-
-
-def _pressed(method: Any, importance: float | None) -> Any:
-    """The method with another coefficient of importance minimality."""
-    from dataclasses import replace
-
-    from tl_paramdecomp.methods.losses import ImportanceMinimality
-
-    if importance is None:
-        return method
-    losses = (
-        replace(loss, coefficient=importance) if isinstance(loss, ImportanceMinimality) else loss
-        for loss in method.losses
-    )
-    return replace(method, losses=tuple(losses))

@@ -21,6 +21,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask, interpolated_output
+from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare
 from tl_paramdecomp.sites import SiteCall, WeightSite
 
@@ -295,3 +296,21 @@ class Method(ABC):
     @abstractmethod
     def gradients(self, step: TrainingStep) -> LossReport:
         """Work out all terms on one batch and add their gradients to the parameters'."""
+
+    def sparser(self, factor: float) -> "Method":
+        """The same method, pressed so many times as hard towards few important components.
+
+        Raises:
+            SettingError: Nothing in it presses.
+        """
+        raise SettingError(f"{type(self).__name__} has no term that presses towards few components; given {factor}.")
+
+    def wider(self, factor: float, sites: Mapping[str, WeightSite]) -> "Method":
+        """The same method with so many times as many components at each site.
+
+        Raises:
+            SettingError: The weights say how many it has.
+        """
+        raise SettingError(
+            f"{type(self).__name__} has as many components as the weights of {', '.join(sites)} say; given {factor}."
+        )

@@ -11,7 +11,7 @@ As in "Interpreting Language Model Parameters" (VPD, 2026) and the singular-vect
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -81,6 +81,14 @@ class ExactBasis(Method):
             V, U = self.factors(site, weight.double(), moments.get(name), generator)
             factors[name] = V.to(wide), U.to(wide)
         return describe(adapter, factors, None if self.training is None else self.training.importance, generator)
+
+    def pressed(self, coefficient: float) -> "ExactBasis":
+        """The same basis, its importances trained with another coefficient of importance minimality."""
+        return replace(self, training=self._trainer().pressed(coefficient))
+
+    def sparser(self, factor: float) -> "ExactBasis":
+        """The same basis, its importances pressed so many times as hard."""
+        return replace(self, training=self._trainer().sparser(factor))
 
     def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:
         return [group for group in self._trainer().parameter_groups(decomposition) if group.name == "importance"]

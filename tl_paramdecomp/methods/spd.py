@@ -56,7 +56,7 @@ class SPD(Method):
     losses: tuple[Loss, ...] = (
         Faithfulness(1000.0),
         StochasticReconstruction(0.5, sites="subset"),
-        AdversarialReconstruction(0.5),
+        AdversarialReconstruction(0.5, steps=2, step_size=0.5),
         ImportanceMinimality(1e-3),
     )
     """Terms of the objective."""
@@ -145,18 +145,43 @@ class SPD(Method):
         two = SPD(
             losses=(
                 StochasticReconstruction(0.5, sites="subset"),
-                AdversarialReconstruction(0.5),
+                AdversarialReconstruction(0.5, steps=2, step_size=0.5),
                 ImportanceMinimality(1e-3),
             ),
             background_losses=(
                 StochasticReconstruction(0.5, sites="subset", delta="kept"),
-                AdversarialReconstruction(0.5, delta="kept"),
+                AdversarialReconstruction(0.5, steps=2, step_size=0.5, delta="kept"),
                 ImportanceMinimality(1e-3),
             ),
             start="random",
             warm_up_steps=0,
         )
         return replace(two, **changes)
+
+    def pressed(self, coefficient: float) -> "SPD":
+        """The same method with another coefficient of importance minimality."""
+        return self._with_minimality(lambda _: coefficient)
+
+    def sparser(self, factor: float) -> "SPD":
+        """The same method with importance minimality weighed so many times as much."""
+        return self._with_minimality(lambda coefficient: factor * coefficient)
+
+    def _with_minimality(self, change: Callable[[float], float]) -> "SPD":
+        changed = {
+            stream: tuple(
+                replace(loss, coefficient=change(loss.coefficient)) if isinstance(loss, ImportanceMinimality) else loss
+                for loss in getattr(self, stream)
+            )
+            for stream in ("losses", "background_losses")
+        }
+        if not any(isinstance(loss, ImportanceMinimality) for loss in self.losses):
+            raise SettingError("None of the losses is ImportanceMinimality, so nothing presses towards few components.")
+        return replace(self, **changed)
+
+    def wider(self, factor: float, sites: Mapping[str, WeightSite]) -> "SPD":
+        """The same method with so many times as many components at each site."""
+        counts = {name: max(1, round(factor * count)) for name, count in self.counts(sites).items()}
+        return replace(self, n_components=counts)
 
     # --- Method -------------------------------------------------------------------------------------------------------
     def initialise(

@@ -1,0 +1,241 @@
+"""What a comparison of methods found: curves against sparsity, matched figures, areas, stability, splitting.
+
+One number of one run says little: methods are compared where they are equally sparse. A method's curve is its KL against
+log L0 (or log active parameters) for one seed, straight between its runs, and nowhere else: figures that a curve does not
+reach are left empty. The area under a curve is given as mean height over the range that all curves share.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tl_paramdecomp.components.files import write_text
+from tl_paramdecomp.errors import DecompositionFileError
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
+Row = dict[str, Any]
+Metric = Literal["rounded", "stochastic", "adversarial", "importance", "unmasked"]
+Axis = Literal["l0", "active_parameters"]
+
+HEADLINE: tuple[Metric, ...] = ("rounded", "stochastic", "adversarial")
+AXES: dict[Axis, str] = {"l0": "L0", "active_parameters": "active parameters"}
+SHARES = (1 / 4, 1 / 8, 1 / 16)
+"""L0 at which methods are compared, as shares of the summed ranks of the matrices."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several methods at several sparsities and seeds, all under one protocol; KL in nats per token."""
+
+    protocol: Row
+    """What was fixed before the first run: sites, budget, seeds, sparsities, data, adversary."""
+    methods: dict[str, Row]
+    """Settings by label."""
+    ranks: int
+    """Summed ranks of the matrices: the L0 of a dense basis."""
+    parameters: int
+    """Weights in the matrices."""
+    points: list[Row]
+    """One for each run: method, sparsity, seed, L0, active parameters, KL by kind of mask, controls."""
+    stability: list[Row]
+    """By method and sparsity: matched cosines between seeds, and between their untrained starts."""
+    splitting: list[Row]
+    """By method and capacity: components, alive ones, share of the smallest's components that split."""
+    versions: dict[str, str]
+
+    # --- curves -----------------------------------------------------------------------------------------------------
+    def curve(self, method: str, seed: int, metric: Metric, axis: Axis = "l0") -> list[tuple[float, float]]:
+        """One seed's (L0, KL), by rising L0; runs without any active component are not on it."""
+        rows = [p for p in self.points if p["method"] == method and p["seed"] == seed and p[axis] > 0]
+        return sorted((float(p[axis]), float(p[metric])) for p in rows)
+
+    def curves(self, metric: Metric, axis: Axis = "l0") -> dict[str, list[list[tuple[float, float]]]]:
+        """Every method's curves, one for each seed."""
+        return {
+            method: [self.curve(method, seed, metric, axis) for seed in self.protocol["seeds"]]
+            for method in self.methods
+        }
+
+    def at(self, share: float, metric: Metric, axis: Axis = "l0") -> dict[str, list[float]]:
+        """KL of every method at one sparsity, for those seeds whose curve reaches it.
+
+        Args:
+            share: L0 as a share of the summed ranks, or active parameters as a share of all.
+            metric: Which KL.
+            axis: What sparsity means.
+        """
+        place = share * (self.ranks if axis == "l0" else self.parameters)
+        found = {
+            method: [height(curve, place) for curve in curves] for method, curves in self.curves(metric, axis).items()
+        }
+        return {method: [v for v in values if v is not None] for method, values in found.items()}
+
+    def shared_range(self, axis: Axis = "l0") -> tuple[float, float] | None:
+        """The stretch of the axis that every curve covers; None where there is none."""
+        every = [c for curves in self.curves("rounded", axis).values() for c in curves]
+        if not every or not all(every):
+            return None
+        low, high = max(c[0][0] for c in every), min(c[-1][0] for c in every)
+        return (low, high) if low < high else None
+
+    def areas(self, metric: Metric, axis: Axis = "l0") -> dict[str, list[float]]:
+        """Mean KL over the shared range of log L0, by method and seed; empty where curves share none."""
+        shared = self.shared_range(axis)
+        if shared is None:
+            return {}
+        return {
+            method: [area(curve, *shared) for curve in curves] for method, curves in self.curves(metric, axis).items()
+        }
+
+    # --- to look at, and to keep ------------------------------------------------------------------------------------
+    def frame(self) -> "pandas.DataFrame":
+        """Runs as a pandas frame."""
+        import pandas
+
+        return pandas.DataFrame(self.points)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON."""
+        path = Path(path)
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Comparison":
+        """Read what `save` wrote.
+
+        Raises:
+            DecompositionFileError: The file is missing, damaged or something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DecompositionFileError(f"{path} holds no comparison ({error}); write one with save().") from error
+
+    def tables(self) -> "list[Table]":
+        """Tables for a terminal, by rich."""
+        matched = [_matched(self, metric) for metric in HEADLINE]
+        found = [*matched, _points(self), _stability(self), _splitting(self)]
+        return [table for table in found if table.row_count]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=120)
+        for table in self.tables():
+            console.print(table)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def height(curve: Sequence[tuple[float, float]], place: float) -> float | None:
+    """The curve's value at a place, straight between its points in the logarithm; None outside them."""
+    for (x, y), (x2, y2) in itertools.pairwise(curve):
+        if x <= place <= x2:
+            share = 0.0 if x == x2 else (math.log(place) - math.log(x)) / (math.log(x2) - math.log(x))
+            return y + share * (y2 - y)
+    return curve[0][1] if curve and curve[0][0] == place else None
+
+
+def area(curve: Sequence[tuple[float, float]], low: float, high: float) -> float:
+    """Mean height of a curve over [low, high] of the logarithm; it must reach both ends."""
+    ends = [(place, height(curve, place)) for place in (low, high)]
+    assert ends[0][1] is not None and ends[1][1] is not None
+    within = [ends[0], *((x, y) for x, y in curve if low < x < high), ends[1]]
+    total = sum(
+        (math.log(x2) - math.log(x)) * (y + y2) / 2  # type: ignore[operator]
+        for (x, y), (x2, y2) in itertools.pairwise(within)
+    )
+    return total / (math.log(high) - math.log(low))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+def _table(title: str, first: str, *columns: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def spread(values: Sequence[float], places: int = 3) -> str:
+    """Median, and the range where there are several."""
+    if not values:
+        return ""
+    text = f"{statistics.median(values):.{places}f}"
+    return f"{text} ({min(values):.{places}f}-{max(values):.{places}f})" if len(values) > 1 else text
+
+
+def _matched(found: Comparison, metric: Metric) -> "Table":
+    shared = {name: found.shared_range(axis) for axis, name in AXES.items()}
+    over = [f"mean, {name} {r[0]:,.0f}-{r[1]:,.0f}" for name, r in shared.items() if r is not None]
+    columns = [f"L0 {share * found.ranks:.0f} (1/{round(1 / share)})" for share in SHARES]
+    title = f"KL, {metric} masks, at equal L0 (dense: {found.ranks}): median over seeds, and range"
+    table = _table(title, "method", *columns, *over)
+    at = [found.at(share, metric) for share in SHARES]
+    at += [found.areas(metric, axis) for axis, name in AXES.items() if shared[name] is not None]
+    for method in found.methods:
+        table.add_row(method, *(spread(values[method]) for values in at))
+    return table
+
+
+POINTS = {
+    "l0": "L0",
+    "alive": "alive",
+    "rounded": "rounded",
+    "stochastic": "stoch.",
+    "adversarial": "PGD",
+    "permuted": "perm.",
+}
+
+
+def _points(found: Comparison) -> "Table":
+    zero = found.points[0]["zero"] if found.points else math.nan
+    title = f"Runs: KL in nats per token; all components removed {zero:.3f}; perm.: rounded, importances dealt anew"
+    table = _table(title, "method", "factor", "seed", *POINTS.values())
+    last = None
+    for row in found.points:
+        new = row["method"] != last
+        if new and last is not None:
+            table.add_section()
+        last = row["method"]
+        table.add_row(
+            last if new else "", f"{row['sparsity']:.3g}", str(row["seed"]), *(_figure(key, row[key]) for key in POINTS)
+        )
+    return table
+
+
+def _figure(key: str, value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if key == "alive" else f"{value:.1f}" if key == "l0" else f"{value:.3f}"
+
+
+def _stability(found: Comparison) -> "Table":
+    columns = ("V", "U", "rank one", "untrained: V", "U", "rank one")
+    table = _table("Matched cosines between seeds, of active components", "method, sparsity", *columns)
+    for row in found.stability:
+        figures = [f"{row[side][k]:.3f}" for side in ("trained", "untrained") for k in ("read", "write", "rank_one")]
+        table.add_row(f"{row['method']}, {row['sparsity']:g}", *figures)
+    return table
+
+
+def _splitting(found: Comparison) -> "Table":
+    columns = ("components", "active", "split in the largest", "L0", "rounded KL")
+    table = _table("Splitting: more capacity should not mean more components", "method, capacity", *columns)
+    for row in found.splitting:
+        share = "" if row["split"] is None else f"{row['split']:.1%}"
+        figures = (str(row["components"]), str(row["active"]), share, f"{row['l0']:.1f}", f"{row['rounded']:.3f}")
+        table.add_row(f"{row['method']}, x {row['capacity']:g}", *figures)
+    return table

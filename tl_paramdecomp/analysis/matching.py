@@ -1,0 +1,120 @@
+"""Whether two decompositions have the same components: cosines between the best matches, and components that split.
+
+Component c of a matrix is the rank-one matrix V_c U_c; its cosine with another is cos(V_c, V_d) cos(U_c, U_d). The mean over
+components of the largest one is MMCS ("Stochastic Parameter Decomposition", and "Interpreting Language Model Parameters",
+2026, for rank-one matrices). It says little by itself: what counts is how far it lies above that of untrained starts.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.errors import NoMatchingSiteError
+from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import check_rows
+
+Which = Mapping[str, Bool[Tensor, "_"]]
+"""Components that take part, by site: [C], each site its own C."""
+
+
+class Matched(NamedTuple):
+    """Means over one decomposition's components of the largest cosine with another's."""
+
+    read: float
+    """Of V, without sign."""
+    write: float
+    """Of U, without sign."""
+    rank_one: float
+    """Of V U, with sign."""
+    components: int
+    """How many the means are over."""
+
+
+def active_components(
+    model: Any,
+    decomposition: Decomposition,
+    tokens: Shaped[Tensor, "batch ..."],
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    threshold: float = 0.1,
+    rows_at_once: int = 8,
+) -> dict[str, Bool[Tensor, "_"]]:
+    """Components with importance above the threshold at one position at least; all, where there is no importance function.
+
+    Raises:
+        TargetMismatchError, DeviceError, ShapeError: As `patched`.
+    """
+    check_rows(tokens, attention_mask)
+    adapter = checked_adapter(model, decomposition)
+    if decomposition.importance is None:
+        return {name: c.V.new_ones(c.n_components, dtype=torch.bool) for name, c in decomposition.items()}
+    found: dict[str, Tensor] = {}
+    for first in range(0, len(tokens), rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        mask = None if attention_mask is None else attention_mask[rows]
+        with torch.no_grad():
+            inputs = adapter.capture(tokens[rows], list(decomposition), mask).inputs
+            for name, importance in decomposition.importances(inputs, mask).items():
+                g = importance.lower.flatten(0, -2) if mask is None else importance.lower[mask.bool()]
+                active = (g > threshold).any(0)
+                found[name] = found[name] | active if name in found else active
+    return found
+
+
+def rank_one_cosines(
+    a: Decomposition, b: Decomposition, site: str, of_a: Bool[Tensor, " C"], of_b: Bool[Tensor, " C2"]
+) -> tuple[Float[Tensor, "A B"], Float[Tensor, "A B"]]:
+    """Cosines of V, and of U, between the components of two decompositions at one site."""
+    unit = torch.nn.functional.normalize
+    V = unit(a[site].V.detach().T[of_a], dim=-1) @ unit(b[site].V.detach().T[of_b], dim=-1).T
+    U = unit(a[site].U.detach()[of_a], dim=-1) @ unit(b[site].U.detach()[of_b], dim=-1).T
+    return V, U
+
+
+def matched_cosines(
+    a: Decomposition, b: Decomposition, of_a: Which | None = None, of_b: Which | None = None
+) -> Matched | None:
+    """How well b's components match a's, over all sites; None where nothing takes part.
+
+    Raises:
+        NoMatchingSiteError: b lacks one of a's sites.
+    """
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    for V, U in _sites(a, b, of_a, of_b):
+        if V.numel():
+            best = (V.abs().amax(1), U.abs().amax(1), (V * U).amax(1))
+            sums += torch.stack([value.double().sum().cpu() for value in best])
+        count += len(V)
+    if not count:
+        return None
+    read, write, rank_one = (sums / count).tolist()
+    return Matched(read, write, rank_one, count)
+
+
+def split_share(
+    small: Decomposition, large: Decomposition, of_small: Which | None = None, of_large: Which | None = None,
+    cosine: float = 0.5,
+) -> float | None:  # fmt: skip
+    """Share of one decomposition's components that more than one of another's matches: 0 where a larger capacity changes
+    nothing.
+
+    Raises:
+        NoMatchingSiteError: `large` lacks one of the sites.
+    """
+    split = count = 0
+    for V, U in _sites(small, large, of_small, of_large):
+        split += int(((V * U).gt(cosine).sum(1) > 1).sum())
+        count += len(V)
+    return split / count if count else None
+
+
+def _sites(a: Decomposition, b: Decomposition, of_a: Which | None, of_b: Which | None):
+    for name in a:
+        if name not in b:
+            raise NoMatchingSiteError(f"The other decomposition has no {name}; it has {', '.join(b)}.")
+        every = [d[name].V.new_ones(d[name].n_components, dtype=torch.bool) for d in (a, b)]
+        chosen = [e if which is None else which[name] for e, which in zip(every, (of_a, of_b), strict=True)]
+        yield rank_one_cosines(a, b, name, *chosen)

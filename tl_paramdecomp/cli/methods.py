@@ -1,0 +1,56 @@
+"""Methods by the names that the command takes, or from a settings file."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
+from tl_paramdecomp.methods.settings import from_settings
+from tl_paramdecomp.methods.spd import SPD, VPD
+
+PRESETS: Mapping[str, Callable[[], Any]] = {
+    "spd": SPD,
+    "paper": SPD.paper,
+    "vpd": VPD,
+    "svd": SVD,
+    "whitened-svd": WhitenedSVD,
+    "neurons": NeuronBasis,
+    "random": RandomBasis,
+}
+ORACLE = "-oracle"
+
+
+def method_named(name: str, components: int | None = None, importance: float | None = None) -> Any:
+    """A preset, with another number of components or coefficient of importance minimality where they are given.
+
+    Raises:
+        SettingError: There is no such preset, or it has no such thing.
+    """
+    plain = name.removesuffix(ORACLE)
+    if plain not in PRESETS:
+        raise SettingError(f"--method {name!r} is none of {', '.join(PRESETS)}.")
+    method = PRESETS[plain]()
+    if name != plain:
+        if not isinstance(method, ExactBasis):
+            raise SettingError(f"{plain} trains an importance function of its own; give --method {plain}.")
+        method = replace(method, training=None)
+    if components is not None:
+        if isinstance(method, ExactBasis):
+            raise SettingError(f"--components is not for {name}: the weight's shape says how many it has.")
+        method = replace(method, n_components=components)
+    return method if importance is None else method.pressed(importance)
+
+
+def method_in(path: Path) -> Any:
+    """The method that a JSON file of settings describes.
+
+    Raises:
+        SettingError: It cannot be read, or names something unknown.
+    """
+    try:
+        return from_settings(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path} cannot be read as JSON settings: {error}") from error

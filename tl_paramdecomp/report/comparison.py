@@ -1,0 +1,61 @@
+"""Curves of a comparison: KL against how sparse a method is, one colour for each method."""
+
+import statistics
+from pathlib import Path
+
+from tl_paramdecomp.analysis.comparison import HEADLINE, Axis, Comparison
+from tl_paramdecomp.report.plotting import figure, save, subplots
+
+AXES: dict[Axis, str] = {"l0": "L0: active components per token", "active_parameters": "active parameters per token"}
+METRICS = {"rounded": "only components above 0.1", "stochastic": "stochastic masks", "adversarial": "20-step adversary"}
+
+
+@figure
+def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
+    """One panel for each KL and each meaning of sparsity; a dot for each run, a line through the medians over seeds.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    made, panels = subplots(len(AXES), len(HEADLINE), (11.5, 7.0), sharey="col")
+    zero = found.points[0]["zero"]
+    for row, (axis_name, axis_label) in enumerate(AXES.items()):
+        for column, metric in enumerate(HEADLINE):
+            panel = panels[row, column]
+            for i, method in enumerate(found.methods):
+                points = [p for p in found.points if p["method"] == method and p[axis_name] > 0]
+                style = {"color": f"C{i}", "label": method}
+                panel.scatter([p[axis_name] for p in points], [p[metric] for p in points], s=9, color=style["color"])
+                by_sparsity = [
+                    [p for p in points if p["sparsity"] == s] for s in dict.fromkeys(p["sparsity"] for p in points)
+                ]
+                line = sorted(
+                    tuple(statistics.median(p[k] for p in group) for k in (axis_name, metric)) for group in by_sparsity
+                )
+                panel.plot([x for x, _ in line], [y for _, y in line], linewidth=1.3, **style)
+            panel.axhline(zero, color="grey", linestyle=":", linewidth=1, label="all components removed")
+            whole = found.ranks if axis_name == "l0" else found.parameters
+            panel.axvline(
+                whole / 4, color="grey", linestyle="--", linewidth=0.8, label="a quarter of the dense matrices"
+            )
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            for side in (panel.xaxis, panel.yaxis):
+                side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                side.set_major_formatter(StrMethodFormatter("{x:g}"))
+                side.set_minor_formatter(NullFormatter())
+            if axis_name == "active_parameters":
+                panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+                panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            panel.grid(alpha=0.3)
+            if not row:
+                panel.set_title(f"KL, {METRICS[metric]}")
+            panel.set_xlabel(axis_label)
+    panels[0, 0].set_ylabel("nats per token")
+    panels[1, 0].set_ylabel("nats per token")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    made.suptitle(title)
+    return save(made, path)

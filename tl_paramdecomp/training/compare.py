@@ -1,0 +1,346 @@
+"""`compare`: several methods on the same matrices, data and budget, at several sparsities and seeds.
+
+1. The protocol is fixed, and written to the run's folder before the first run.
+2. Every method, at every sparsity and seed, is one `decompose` and one `evaluate`; a run that is there is not repeated.
+3. Seeds are matched with each other, and their untrained starts likewise; capacities are varied where that is asked for.
+
+The outcome is a `Comparison`: curves, not points.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis.comparison import Comparison, Row
+from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation import Evaluation
+from tl_paramdecomp.analysis.matching import active_components, matched_cosines, split_share
+from tl_paramdecomp.analysis.oracle import Oracle
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.files import write_text
+from tl_paramdecomp.errors import DecompositionFileError, SettingError
+from tl_paramdecomp.methods.base import Method
+from tl_paramdecomp.methods.baselines import ExactBasis
+from tl_paramdecomp.methods.from_factors import versions
+from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.training.fit import StepInfo, decompose
+
+PROTOCOL, POINT = "protocol.json", "point.json"
+OTHER = "{what} is of {label} with other settings; give the method another label, or choose another run_dir."
+
+
+@dataclass(frozen=True)
+class ComparisonProtocol:
+    """What a comparison depends on besides model, methods and data."""
+
+    sites: tuple[str, ...]
+    """Globs."""
+    steps: int
+    """Of every method that trains."""
+    batch_size: int = 8
+    seeds: tuple[int, ...] = (0, 1)
+    sparsities: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
+    """Factors on each method's own coefficient of importance minimality."""
+    oracle_shares: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+    """For bases without an importance function: components that the oracle keeps, as shares of the summed ranks."""
+    capacities: tuple[float, ...] = ()
+    """Factors on the number of components, each a run at the middle sparsity with the first seed; none: no such runs."""
+    evaluation: Protocol = field(default_factory=lambda: Protocol(ladder=(20,), ablated=0, by_site=False))
+
+    def __post_init__(self) -> None:
+        if not self.sites or not self.seeds or not self.sparsities or self.steps < 1 or self.batch_size < 1:
+            raise SettingError(
+                f"A comparison needs sites, seeds, sparsities, steps and a batch size, each at least one; given {self}."
+            )
+        if min(*self.sparsities, *self.oracle_shares, *self.capacities, 1.0) <= 0:
+            raise SettingError(f"Sparsities, oracle_shares and capacities must be positive; given {self}.")
+
+
+def compare(
+    model: Any,
+    methods: Mapping[str, Method],
+    protocol: ComparisonProtocol,
+    data: Any,
+    held_out: Int[Tensor, "rows pos"],
+    *,
+    attention_mask: Int[Tensor, "rows pos"] | None = None,
+    run_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Methods against each other where they are equally sparse.
+
+    Args:
+        model: The target, on any host.
+        methods: By the label that tables and plots show. Bases with `training=None` take their importances from an oracle.
+        protocol: What is the same for all.
+        data: Rows to train on, as `decompose` takes them.
+        held_out: Rows to measure on.
+        attention_mask: Of the held-out rows: 1 where a position counts.
+        run_dir: Where every run goes, and is found again; None keeps nothing on disk.
+        progress: Show a progress bar.
+
+    Raises:
+        SettingError: The folder holds a comparison under another protocol, or a run of the same label with other settings;
+            a method has nothing that makes it sparser, or a label no letters.
+        DataError, NoMatchingSiteError, UnsupportedModelError, DivergedError: As `decompose`.
+    """
+    run = _Run(model, dict(methods), protocol, data, held_out, attention_mask, run_dir, progress)
+    return run.all()
+
+
+class _Run:
+    """One comparison under way."""
+
+    def __init__(
+        self,
+        model: Any,
+        methods: dict[str, Method],
+        protocol: ComparisonProtocol,
+        data: Any,
+        held_out: Tensor,
+        attention_mask: Tensor | None,
+        run_dir: str | Path | None,
+        progress: bool,
+    ) -> None:
+        if not methods:
+            raise SettingError("There is no method to compare; give {'SPD': tlpd.SPD(), 'SVD': tlpd.SVD()}.")
+        self.model, self.methods, self.protocol, self.data = model, methods, protocol, data
+        self.held_out, self.mask = held_out, attention_mask
+        self.sites = adapt(model).select(list(protocol.sites))
+        self.ranks = sum(min(site.d_in, site.d_out) for site in self.sites.values())
+        self.folder = None if run_dir is None else Path(run_dir)
+        self.settled = {
+            **_plain(protocol),
+            "data": _digest(data),
+            "held_out": _digest(held_out),
+            "attention_mask": _digest(attention_mask),
+        }
+        self.kept: dict[tuple[str, str], Decomposition] = {}
+        total = sum(len(self.sparsities(m)) * len(protocol.seeds) for m in methods.values())
+        total += sum(len(protocol.capacities) for m in methods.values() if not isinstance(m, ExactBasis))
+        self.bar = tqdm(total=total, desc="compare", disable=not progress, unit="run")
+        self.settle()
+
+    def settle(self) -> None:
+        """Write the protocol down, or see that it is the one that the folder's runs are under."""
+        if self.folder is None:
+            return
+        path = self.folder / PROTOCOL
+        if path.exists():
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DecompositionFileError(f"{path} cannot be read as JSON ({error}).") from error
+            differing = [key for key in self.settled if known.get(key) != self.settled[key]]
+            if differing:
+                raise SettingError(
+                    f"{self.folder} holds a comparison with other {', '.join(differing)}; choose another run_dir."
+                )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(self.settled, indent=1))
+
+    def sparsities(self, method: Method) -> Sequence[float]:
+        """Factors on a method's coefficient, or the oracle's shares."""
+        return self.protocol.sparsities if method.trains else self.protocol.oracle_shares
+
+    def all(self) -> Comparison:
+        """Every run."""
+        points, stability, splitting = [], [], []
+        for label, method in self.methods.items():
+            for sparsity in self.sparsities(method):
+                runs = [self.point(label, method, sparsity, seed) for seed in self.protocol.seeds]
+                points += runs
+                if len(runs) > 1:
+                    stability.append(self.stability(label, method, sparsity))
+            if not isinstance(method, ExactBasis) and self.protocol.capacities:
+                splitting += self.splitting(label, method)
+        self.bar.close()
+        found = Comparison(
+            protocol=self.settled,
+            methods={label: to_settings(method) for label, method in self.methods.items()},
+            ranks=self.ranks,
+            parameters=sum(site.d_in * site.d_out for site in self.sites.values()),
+            points=points,
+            stability=stability,
+            splitting=splitting,
+            versions=versions(),
+        )
+        if self.folder is not None:
+            found.save(self.folder / "comparison.json")
+        return found
+
+    def variant(self, method: Method, sparsity: float, capacity: float) -> Method:
+        """A method at one sparsity and capacity."""
+        pressed = method.sparser(sparsity) if method.trains else method
+        return pressed if capacity == 1.0 else pressed.wider(capacity, self.sites)
+
+    # --- one run ----------------------------------------------------------------------------------------------------
+    def point(self, label: str, method: Method, sparsity: float, seed: int, capacity: float = 1.0) -> Row:
+        """One method at one sparsity and seed, trained and measured, or as it was found."""
+        name = _name(sparsity, seed, capacity)
+        oracle = None if method.trains else Oracle(max(1, round(sparsity * self.ranks)))
+        pressed = self.variant(method, sparsity, capacity)
+        settings = _plain({"method": to_settings(pressed), "oracle": _plain(oracle)})
+        path = None if self.folder is None else self.folder / _slug(label) / name / POINT
+        if path is not None and path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["settings"] != settings:
+                raise SettingError(OTHER.format(what=path, label=label))
+            self.bar.update()
+            return known["row"]
+        made = self.decomposition(label, pressed, name, seed)
+        self.bar.set_postfix_str(f"{label}, {name}: measured")
+        found = evaluate(
+            self.model, made, self.held_out, attention_mask=self.mask, importances=oracle,
+            protocol=self.protocol.evaluation, progress=False,
+        )  # fmt: skip
+        row = {"method": label, "sparsity": sparsity, "seed": seed, "capacity": capacity, **figures(found)}
+        if path is not None:
+            found.save(path.parent / "evaluation.json")
+            write_text(path, json.dumps({"settings": settings, "row": row}, indent=1))
+        self.bar.update()
+        return row
+
+    def decomposition(
+        self, label: str, method: Method, name: str, seed: int, steps: int | None = None
+    ) -> Decomposition:
+        """A method's outcome, trained or read."""
+        steps = self.protocol.steps if steps is None else steps
+        key = (label, f"{name}, {steps}")
+        if key in self.kept:
+            return self.kept[key]
+        folder = None if self.folder is None or not steps else self.folder / _slug(label) / name
+        saved = None if folder is None else folder / "decomposition"
+        if saved is not None and saved.exists():
+            made = Decomposition.load(saved, adapt(self.model).device)
+            if made.info["run"]["method"] != _plain(to_settings(method)):
+                raise SettingError(OTHER.format(what=saved, label=label))
+            return made
+
+        def show(info: StepInfo) -> None:
+            self.bar.set_postfix_str(f"{label}, {name}: step {info.step} of {info.steps}")
+
+        made = decompose(
+            self.model, list(self.sites), method, self.data, steps, self.protocol.batch_size, seed, folder,
+            callbacks=[show], log_every=max(1, steps // 20), progress=False,
+        )  # fmt: skip
+        if folder is None:
+            self.kept[key] = made
+        return made
+
+    # --- several ----------------------------------------------------------------------------------------------------
+    def made(self, label: str, method: Method, sparsity: float, seed: int, capacity: float = 1.0) -> Decomposition:
+        return self.decomposition(
+            label, self.variant(method, sparsity, capacity), _name(sparsity, seed, capacity), seed
+        )
+
+    def active(self, made: Decomposition) -> dict[str, Tensor]:
+        return active_components(self.model, made, self.held_out, self.mask)
+
+    def stability(self, label: str, method: Method, sparsity: float) -> Row:
+        """How well the seeds' active components match, and all those of their untrained starts; means over pairs."""
+        seeds = self.protocol.seeds
+        trained = {seed: self.made(label, method, sparsity, seed) for seed in seeds}
+        active = {seed: self.active(made) for seed, made in trained.items()}
+        starts = {seed: self.decomposition(label, method, f"start, seed {seed}", seed, steps=0) for seed in seeds}
+        pairs = list(itertools.permutations(seeds, 2))
+        of_trained = [matched_cosines(trained[a], trained[b], active[a], active[b]) for a, b in pairs]
+        of_starts = [matched_cosines(starts[a], starts[b]) for a, b in pairs]
+        return {
+            "method": label,
+            "sparsity": sparsity,
+            "trained": _mean([m._asdict() for m in of_trained if m is not None]),
+            "untrained": _mean([m._asdict() for m in of_starts if m is not None]),
+        }
+
+    def splitting(self, label: str, method: Method) -> list[Row]:
+        """Runs with other numbers of components, the smallest one's components looked for in the largest's."""
+        sparsity, seed = self.protocol.sparsities[len(self.protocol.sparsities) // 2], self.protocol.seeds[0]
+        capacities = sorted(self.protocol.capacities)
+        rows, made = [], []
+        for capacity in capacities:
+            rows.append(self.point(label, method, sparsity, seed, capacity))
+            made.append(self.made(label, method, sparsity, seed, capacity))
+        active = [self.active(m) for m in made]
+        split = split_share(made[0], made[-1], active[0], active[-1])
+        return [
+            {
+                "method": label,
+                "capacity": capacity,
+                "components": row["components"],
+                "active": sum(int(a.sum()) for a in of.values()),
+                "split": split if capacity == capacities[0] else None,
+                "l0": row["l0"],
+                "rounded": row["rounded"],
+            }
+            for capacity, row, of in zip(capacities, rows, active, strict=True)
+        ]
+
+
+def figures(found: Evaluation) -> Row:
+    """What of an evaluation a comparison keeps."""
+    sites = found.sites
+    worst = found.adversary[-1] if found.adversary else {"kl": None, "kl_worst": None}
+    return {
+        "l0": sum(row["l0"] for row in sites),
+        "active_parameters": sum(row["active_parameters"] for row in sites),
+        "alive": sum(row["active_anywhere"] for row in sites),
+        "components": sum(row["components"] for row in sites),
+        "unmasked": found.mask_row("unmasked")["kl"],
+        "importance": found.mask_row("importance")["kl"],
+        "rounded": found.mask_row("rounded 0.1")["kl"],
+        "rounded_ce_recovered": found.mask_row("rounded 0.1")["ce_recovered"],
+        "stochastic": found.mask_row("stochastic", "masked")["kl"],
+        "random": found.mask_row("random")["kl"],
+        "zero": found.mask_row("zero")["kl"],
+        "permuted": found.mask_row("permuted 0.1")["kl"],
+        "adversarial": worst["kl"],
+        "adversarial_worst": worst["kl_worst"],
+        "relative_error": max(row["relative_error"] for row in sites),
+        "measured_in": found.seconds,
+    }
+
+
+def _name(sparsity: float, seed: int, capacity: float) -> str:
+    wide = "" if capacity == 1.0 else f"-capacity-{capacity:g}"
+    return f"sparsity-{sparsity:g}{wide}-seed-{seed}"
+
+
+def _slug(label: str) -> str:
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")
+    if not slug:
+        raise SettingError(f"The label {label!r} has no letter or digit to name a folder by.")
+    return slug
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass or other value as JSON would give it back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value))
+
+
+def _digest(data: Any) -> str | None:
+    """What says whether rows are the same: a hash of a tensor, else only the type."""
+    if data is None:
+        return None
+    if not isinstance(data, Tensor):
+        return type(data).__name__
+    return hashlib.sha256(data.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(torch.tensor([row[key] for row in rows]).double().mean()) for key in (rows[0] if rows else {})}
