@@ -11,24 +11,21 @@
 """
 
 import argparse
-import datetime
 import json
-import os
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from small_models import BATCH, LENGTH, SITES, open_model, record
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.analysis.metrics import kl_by_mask_kind, masked_kl, sparsity
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
-from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.report.curves import draw_curves
 
-SITES, LENGTH, BATCH, RESTARTS = "blocks.*.mlp.*", 64, 4, 4
+RESTARTS = 4
 KINDS = ("unmasked", "rounded", "stochastic", "importance", "zero")
 
 
@@ -43,38 +40,6 @@ def without_adversary() -> tlpd.SPD:
 
 
 METHODS = {"SPD": tlpd.SPD, "VPD": tlpd.VPD, "SPD without adversary": without_adversary}
-
-
-def written_rows(model, n: int, length: int, seed: int) -> torch.Tensor:
-    """Rows [n, length] sampled from a transformers model at temperature 1, each beginning with its first token."""
-    torch.manual_seed(seed)
-    begin = torch.full((n, 1), model.config.bos_token_id)
-    with torch.no_grad():
-        return torch.cat(
-            [
-                model.generate(
-                    rows, max_new_tokens=length - 1, min_new_tokens=length - 1, do_sample=True, top_k=0, pad_token_id=0
-                )
-                for rows in begin.split(1024)
-            ]
-        )
-
-
-def open_model(name: str, text: Path | None):
-    """A model, rows to train on, and held-out rows."""
-    if name == "micro-gpt2":
-        return (
-            tlpd.load_micro_gpt2("transformers"),
-            tlpd.micro_gpt2_tokens(8192, seed=1),
-            tlpd.micro_gpt2_tokens(64, seed=2),
-        )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
-    if text is None:
-        sys.exit("Give --text FILE with text that the model never saw, to measure on.")
-    rows = tlpd.TextRows([text.read_text(encoding="utf-8")], AutoTokenizer.from_pretrained(name), LENGTH)
-    return model, written_rows(model, 8192, LENGTH, seed=0), torch.stack(list(rows)[:64])
 
 
 def measure(model, made: tlpd.Decomposition, held: torch.Tensor, restarts: int) -> dict[str, float]:
@@ -137,15 +102,7 @@ def main() -> None:
     opened = open_model(args.model, args.text)
     records = [run(args, label, seed, opened) for seed in range(args.seeds) for label in args.methods]
     name = Path(args.model).name
-    command, assets = f"python {' '.join(sys.argv)}", os.environ.get("TLPD_TEST_ASSETS")
-    whole = {
-        "command": command.replace(assets, "$TLPD_TEST_ASSETS") if assets else command,
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(),
-        "model": name,
-        "rows": f"{BATCH} x {LENGTH} tokens a step",
-        "runs": records,
-    }
+    whole = {**record(), "model": name, "rows": f"{BATCH} x {LENGTH} tokens a step", "runs": records}
     (args.out / f"{name}.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
     draw_curves(records, args.out / f"{name}.png", f"{name}: all MLP matrices")
 

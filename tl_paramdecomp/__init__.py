@@ -7,6 +7,7 @@ from tl_paramdecomp import errors
 from tl_paramdecomp.adapters import find_sites, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances, component_acts
 from tl_paramdecomp.analysis.comparison import Comparison
+from tl_paramdecomp.analysis.controls import shuffled_weights
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.oracle import Oracle
@@ -70,5 +71,6 @@ __all__ = [
     "micro_gpt2_tokens",
     "patch_trace",
     "patched",
+    "shuffled_weights",
     "site_weight",
 ]

@@ -203,13 +203,18 @@ def compare(
     length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
     rows: Annotated[int, typer.Option(help="Held-out rows to measure on, 32 at most.")] = 32,
     restarts: Annotated[int, typer.Option(help="Starts of the adversary.")] = 3,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
     host: HostName = "transformers",
     as_json: AsJson = False,
 ) -> None:
     """Compare methods where they are equally sparse: curves, areas, stability. Run it again to go on."""
+    import contextlib
     import dataclasses
 
+    from tl_paramdecomp.analysis.controls import shuffled_weights
     from tl_paramdecomp.analysis.evaluate import Protocol
     from tl_paramdecomp.cli.methods import method_named
     from tl_paramdecomp.cli.models import open_model
@@ -226,7 +231,9 @@ def compare(
     )  # fmt: skip
     opened = open_model(model, host).to(device)
     found_rows = open_rows(model, opened, text, dataset, length)
-    found = run(opened, methods, protocol, found_rows.train, found_rows.held_out[:rows].to(device), run_dir=out)
+    held_out = found_rows.held_out[:rows].to(device)
+    with shuffled_weights(opened) if shuffled else contextlib.nullcontext():
+        found = run(opened, methods, protocol, found_rows.train, held_out, run_dir=out)
     talk = Console(stderr=True) if as_json else console
     try:
         picture = draw_comparison(found, out / "comparison.png", f"{model}: {', '.join(site_globs)}")
