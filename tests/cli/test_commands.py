@@ -80,6 +80,29 @@ def test_a_baseline_is_trained_and_evaluated(tmp_path):
     assert shown.returncode == 0 and "Left out" in shown.stdout
 
 
+def test_what_a_run_started_from_stands_beside(tmp_path, saved):
+    out = tmp_path / "run"
+    command("decompose", "micro-gpt2", "--sites", "blocks.0.mlp.W_in", "--out", out, "--steps", 2, "--seed", 3)
+    few = ("--rows", 2, "--restarts", 1, "--untrained", "--json")
+    shown = command("evaluate", "micro-gpt2", out / "decomposition", *few)
+    assert shown.returncode == 0, shown.stderr
+    model = load_micro_gpt2("transformers")
+    start = tlpd.decompose(
+        model, "blocks.0.mlp.W_in", tlpd.SPD(), tlpd.micro_gpt2_tokens(8, seed=1), 0, seed=3, progress=False
+    )
+    held_out = tlpd.micro_gpt2_tokens(32, seed=2)[:2]
+    alone = tlpd.evaluate(model, start, held_out, protocol=tlpd.Protocol(restarts=1, ablated=0), progress=False)
+    assert json.loads(shown.stdout)["controls"]["untrained"] == pytest.approx(alone.headline, rel=1e-5)
+    refused = command("evaluate", "micro-gpt2", saved, "--oracle", 3, *few)
+    assert refused.returncode == 1 and "No run is stored" in refused.stderr
+
+
+def test_a_decomposition_without_importances_says_how_to_measure_it(tmp_path):
+    what = ("--sites", "blocks.0.mlp.W_in", "--method", "svd-oracle")
+    shown = command("decompose", "micro-gpt2", "--out", tmp_path, *what)
+    assert shown.returncode == 0 and "--oracle" in shown.stdout and not (tmp_path / "quality.json").exists()
+
+
 def test_compare_draws_curves_and_goes_on(tmp_path):
     what = ("--sites", "blocks.0.mlp.W_in", "--method", "neurons", "--method", "svd-oracle", "--sparsity", 1)
     small = ("--steps", 2, "--batch-size", 2, "--seeds", 1, "--rows", 2, "--restarts", 1)

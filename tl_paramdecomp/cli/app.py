@@ -126,9 +126,12 @@ def decompose(
     opened = open_model(model, host).to(device)
     rows = open_rows(model, opened, text, dataset, length)
     made = fit(opened, site_globs, method, rows.train, steps, batch_size, seed, out)
-    quality = measure_quality(opened, made, rows.held_out.to(device))
-    print_quality(console, made, quality)
-    write_quality(out / "quality.json", made, quality)
+    if made.importance is None:
+        console.print("No importances to measure by: see [bold]tl-paramdecomp evaluate --oracle K[/].", highlight=False)
+    else:
+        quality = measure_quality(opened, made, rows.held_out.to(device))
+        print_quality(console, quality)
+        write_quality(out / "quality.json", made, quality)
     console.print(f"Saved to [bold]{out / 'decomposition'}[/].", highlight=False)
 
 
@@ -144,6 +147,9 @@ def evaluate(
     oracle: Annotated[
         int | None, typer.Option(help="Importances from the model's gradients: so many components per position.")
     ] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="A control: also measure what the method started from.")
+    ] = False,
     seconds: Annotated[float | None, typer.Option(help="Begin no further part after so many.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object here.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
@@ -156,16 +162,18 @@ def evaluate(
     from tl_paramdecomp.analysis.evaluate import Protocol
     from tl_paramdecomp.analysis.evaluate import evaluate as measure
     from tl_paramdecomp.analysis.oracle import Oracle
+    from tl_paramdecomp.cli.methods import start_of
     from tl_paramdecomp.cli.models import open_model
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.components.decomposition import Decomposition
 
     loaded = Decomposition.load(decomposition, device)
     opened = open_model(model, host).to(device)
-    held_out = open_rows(model, opened, text, dataset, length).held_out[:rows].to(device)
+    found_rows = open_rows(model, opened, text, dataset, length)
     found = measure(
-        opened, loaded, held_out, importances=None if oracle is None else Oracle(oracle),
-        protocol=Protocol(restarts=restarts), seconds=seconds,
+        opened, loaded, found_rows.held_out[:rows].to(device), importances=None if oracle is None else Oracle(oracle),
+        untrained=start_of(opened, loaded, found_rows.train) if untrained else None, protocol=Protocol(restarts=restarts),
+        seconds=seconds,
     )  # fmt: skip
     if out is not None:
         found.save(out)

@@ -46,7 +46,7 @@ def run_demo(console: Console, out: Path, steps: int, seed: int) -> None:
     rows = micro_gpt2_tokens(4096, seed=1)
     made = decompose(model, list(SITES), SPD(), rows, steps, batch_size=8, seed=seed, run_dir=out, resume=False)
     quality = measure_quality(model, made, micro_gpt2_tokens(32, seed=2))
-    print_quality(console, made, quality)
+    print_quality(console, quality)
     write_quality(out / "quality.json", made, quality)
     generator = torch.Generator().manual_seed(seed)
     for task in TASKS:

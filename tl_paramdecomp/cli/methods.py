@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.methods.spd import SPD, VPD
+from tl_paramdecomp.training.fit import decompose
 
 PRESETS: Mapping[str, Callable[[], Any]] = {
     "spd": SPD,
@@ -54,3 +56,16 @@ def method_in(path: Path) -> Any:
         return from_settings(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise SettingError(f"{path} cannot be read as JSON settings: {error}") from error
+
+
+def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decomposition:
+    """What a decomposition's run started from, by the settings that are stored with it.
+
+    Raises:
+        SettingError: No run is stored with it.
+    """
+    run = decomposition.info.get("run")
+    if run is None:
+        raise SettingError("No run is stored with this decomposition, so what it started from is not known.")
+    method = from_settings(run["method"])
+    return decompose(model, run["sites"], method, data, 0, run["batch_size"], run["seed"], progress=False)

@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from tl_paramdecomp.analysis.ablation import next_token_probs
-from tl_paramdecomp.analysis.metrics import kl_by_mask_kind, sparsity
+from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import DataError
@@ -33,6 +34,8 @@ MEANINGS = {
     "zero": "all components removed",
 }
 
+SHORT = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+
 NextTokens = Sequence[tuple[str, float]]
 
 
@@ -45,43 +48,41 @@ class BeforeAndAfter(NamedTuple):
     """KL of the patched next-token distribution from the model's, in nats."""
 
 
-class Quality(NamedTuple):
-    """How good a decomposition is on held-out rows."""
-
-    kl: dict[str, float]
-    """KL from the target by kind of mask, nats per token."""
-    l0: dict[str, float]
-    """Components with importance above 0.1, mean over positions, by site."""
-    alive: dict[str, int]
-    """Components above 0.1 at one position at least, by site."""
+def measure_quality(model: Any, decomposition: Decomposition, tokens: Int[Tensor, "row pos"]) -> Evaluation:
+    """The short evaluation that a run ends with; `tl-paramdecomp evaluate` is the whole one."""
+    return evaluate(model, decomposition, tokens, protocol=SHORT)
 
 
-def measure_quality(model: Any, decomposition: Decomposition, tokens: Int[Tensor, "row pos"]) -> Quality:
-    """KL under every kind of mask, L0 and alive components."""
-    return Quality(kl_by_mask_kind(model, decomposition, tokens), *sparsity(model, decomposition, tokens))
+def kl_by_kind(found: Evaluation) -> dict[str, float]:
+    """KL under the kinds of masks that `MEANINGS` explains."""
+    kinds = {"stochastic": ("stochastic", "masked"), "rounded": ("rounded 0.1", "absent")}
+    return {
+        kind: found.adversary[-1]["kl"] if kind == "adversarial" else found.mask_row(*kinds.get(kind, (kind,)))["kl"]
+        for kind in MEANINGS
+    }
 
 
-def print_quality(console: Console, decomposition: Decomposition, quality: Quality) -> None:
-    """The two tables a user judges a decomposition by."""
+def print_quality(console: Console, found: Evaluation) -> None:
+    """The two tables a user judges a decomposition by first."""
     table = Table(title="KL from the target on held-out rows, nats per token", title_justify="left")
     table.add_column("masks")
     table.add_column("KL", justify="right")
     table.add_column("what runs", style="dim")
-    for kind, kl in quality.kl.items():
+    for kind, kl in kl_by_kind(found).items():
         table.add_row(kind, f"{kl:.4f}", MEANINGS[kind])
     console.print(table)
     table = Table(title="Components that matter: importance above 0.1", title_justify="left")
-    for column in ("site", "L0 per token", "alive", "of"):
+    for column in ("site", "L0 per token", "active anywhere", "of"):
         table.add_column(column, justify="left" if column == "site" else "right")
-    for name, components in decomposition.items():
-        table.add_row(name, f"{quality.l0[name]:.1f}", str(quality.alive[name]), str(components.n_components))
+    for row in found.sites:
+        table.add_row(row["site"], f"{row['l0']:.1f}", str(row["active_anywhere"]), str(row["components"]))
     table.add_section()
-    sums = sum(quality.l0.values()), sum(quality.alive.values()), sum(decomposition.n_components.values())
-    table.add_row("all", f"{sums[0]:.1f}", str(sums[1]), str(sums[2]))
+    l0, active, every = (sum(row[key] for row in found.sites) for key in ("l0", "active_anywhere", "components"))
+    table.add_row("all", f"{l0:.1f}", str(active), str(every))
     console.print(table)
 
 
-def write_quality(path: Path, decomposition: Decomposition, quality: Quality) -> None:
+def write_quality(path: Path, decomposition: Decomposition, found: Evaluation) -> None:
     """The same as JSON, with the command, versions and date, for those who keep results."""
     command = " ".join(["tl-paramdecomp", *(shlex.quote(word) for word in sys.argv[1:])])
     assets = os.environ.get("TLPD_TEST_ASSETS")
@@ -91,7 +92,9 @@ def write_quality(path: Path, decomposition: Decomposition, quality: Quality) ->
         "versions": decomposition.info["versions"],
         "settings": decomposition.info.get("run"),
         "components": decomposition.n_components,
-        **quality._asdict(),
+        "kl": kl_by_kind(found),
+        "l0": {row["site"]: row["l0"] for row in found.sites},
+        "alive": {row["site"]: row["active_anywhere"] for row in found.sites},
     }
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
