@@ -5,8 +5,11 @@ A test holds the page and the files together, so no figure on it is typed in.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from tl_paramdecomp.analysis.comparison import HEADLINE, SHARES, Comparison, spread
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "results.md"
@@ -159,6 +162,50 @@ def curves(record: Mapping[str, Any]) -> str:
     return f"{origin(record)} {text}\n\n{table(columns, rows)}\n\n{picture}"
 
 
+def compared(record: Mapping[str, Any]) -> str:
+    """Methods where they are equally sparse: medians over seeds and ranges, and the curves."""
+    found = comparison_of(record)
+    protocol = record["protocol"]
+    seeds, factors = (", ".join(f"{value:g}" for value in protocol[key]) for key in ("seeds", "sparsities"))
+    text = (
+        f"{protocol['steps']} steps of {protocol['batch_size']} rows, seeds {seeds}, factors {factors} on each method's "
+        f"importance coefficient. KL in nats per token on held-out rows; all components removed: "
+        f"{record['points'][0]['zero']:.2f}. An empty cell: no curve reaches there."
+    )
+    parts = [f"{origin(record)} {text}"]
+    for metric in HEADLINE:
+        shared = found.shared_range()
+        columns = [f"L0 {share * found.ranks:.0f} (1/{round(1 / share)} of {found.ranks})" for share in SHARES]
+        columns += [f"mean, L0 {shared[0]:.0f} to {shared[1]:.0f}"] if shared else []
+        sides = [found.at(share, metric) for share in SHARES] + ([found.areas(metric)] if shared else [])
+        rows = [(method, *(spread(side[method]) for side in sides)) for method in found.methods]
+        parts.append(f"{MASKS[metric]}:\n\n{table(('method', *columns), rows)}")
+    matched = [
+        (
+            f"{row['method']}, {row['sparsity']:g}",
+            *(f"{row[side][key]:.3f}" for side in ("trained", "untrained") for key in ("read", "write", "rank_one")),
+        )
+        for row in record["stability"]
+        if row["method"] in ("SPD", "VPD")
+    ]
+    columns = ("method, factor", "V", "U", "rank one", "starts: V", "U", "rank one")
+    parts.append(f"Matched cosines of active components between seeds:\n\n{table(columns, matched)}")
+    parts.append(f"![curves against sparsity](results/compare_{record['model']}.png)")
+    return "\n\n".join(parts)
+
+
+MASKS = {
+    "rounded": "Only components with importance above 0.1",
+    "stochastic": "Stochastic masks",
+    "adversarial": "20-step adversary, median of its restarts",
+}
+
+
+def comparison_of(record: Mapping[str, Any]) -> Comparison:
+    """The comparison in a record, without what stands around it."""
+    return Comparison(**{field.name: record[field.name] for field in fields(Comparison)})
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[Row]:
     rows: list[Row] = []
     for key, value in values.items():
@@ -182,6 +229,9 @@ SECTIONS = (
     ("micro_gpt2", "micro-gpt2, the embedded model", micro_gpt2),
     ("curves_micro-gpt2", "SPD and VPD on all MLP matrices of micro-gpt2", curves),
     ("curves_stories260K", "SPD and VPD on all MLP matrices of stories260K (Llama, 260k parameters)", curves),
+    ("compare_micro-gpt2", "Methods at equal sparsity: all MLP matrices of micro-gpt2", compared),
+    ("compare_stories260K", "Methods at equal sparsity: all MLP matrices of stories260K", compared),
+    ("compare_micro-gpt2-shuffled", "The control: the same on micro-gpt2 with its weights shuffled", compared),
     ("spd_stories260k", "SPD on all MLP matrices of stories260K, 1,000 steps", decomposition),
     *((f"reproduce_{name}", f"Published toys: {title}", reproduced) for name, title in TOYS),
     ("demo", "The demo", decomposition),
