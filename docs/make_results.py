@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tl_paramdecomp.analysis.comparison import HEADLINE, SHARES, Comparison, spread
+from tl_paramdecomp.analysis.comparison import SHARES, Comparison, spread
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "results.md"
@@ -39,7 +39,7 @@ def decomposition(record: Mapping[str, Any]) -> str:
         sum(record["alive"].values()),
         sum(record["components"].values()),
     )
-    counts = table(("site", "L0 per token", "alive", "components"), [*sites, total])
+    counts = table(("site", "L0 per token", "active anywhere", "components"), [*sites, total])
     settings = record["settings"]
     run = f"Seed {settings['seed']}, {settings['steps']} steps of {settings['batch_size']} rows."
     return f"{origin(record)} {run}\n\n{kls}\n\n{counts}"
@@ -173,7 +173,7 @@ def compared(record: Mapping[str, Any]) -> str:
         f"{record['points'][0]['zero']:.2f}. An empty cell: no curve reaches there."
     )
     parts = [f"{origin(record)} {text}"]
-    for metric in HEADLINE:
+    for metric in found.measured:
         shared = found.shared_range()
         columns = [f"L0 {share * found.ranks:.0f} (1/{round(1 / share)} of {found.ranks})" for share in SHARES]
         columns += [f"mean, L0 {shared[0]:.0f} to {shared[1]:.0f}"] if shared else []

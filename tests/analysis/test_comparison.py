@@ -18,7 +18,7 @@ SITES = "blocks.*.mlp.*"
 def point(method, sparsity, seed, l0, kl):
     """A run whose KLs are kl, 2 kl and 3 kl, with ten weights in each component."""
     return {
-        "method": method, "sparsity": sparsity, "seed": seed, "l0": l0, "active_parameters": 10 * l0, "alive": 7,
+        "method": method, "sparsity": sparsity, "seed": seed, "l0": l0, "active_parameters": 10 * l0, "active": 7,
         "components": 9, "unmasked": 0.0, "rounded": kl, "stochastic": 2 * kl, "adversarial": 3 * kl, "importance": kl,
         "permuted": 6.0, "zero": 7.0,
     }  # fmt: skip
@@ -31,7 +31,8 @@ def found():
     points += [point("b", s, seed, l0, kl) for seed in (0, 1) for s, l0, kl in ((1, 4, 6), (2, 16, 2))]
     side = {"read": 0.9, "write": 0.8, "rank_one": 0.7, "components": 9.0}
     return tlpd.Comparison(
-        protocol={"seeds": [0, 1]}, methods={"a": {}, "b": {}}, ranks=64, parameters=640, points=points,
+        protocol={"seeds": [0, 1], "evaluation": {"ladder": [20]}},
+        methods={"a": {}, "b": {}}, ranks=64, parameters=640, points=points,
         stability=[{"method": "a", "sparsity": 1, "trained": side, "untrained": side}],
         splitting=[{"method": "a", "capacity": 2.0, "components": 9, "active": 5, "split": 0.25, "l0": 3.0, "rounded": 1.0}],
         versions={},

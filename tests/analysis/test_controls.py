@@ -5,6 +5,7 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
+from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.errors import PatchConflictError, TargetMismatchError
 
 HOSTS = ("transformers", "hooked_transformer", "transformer_bridge", "nnsight")
@@ -14,23 +15,38 @@ def weights(model):
     return {name: tlpd.site_weight(model, name).clone() for name in tlpd.find_sites(model)}
 
 
-def entries(found):
-    return torch.cat([w.flatten() for w in found.values()]).sort().values
+def others(model):
+    """Parameters that are no weight of a site: biases, norm gains."""
+    return {
+        name: p.detach().clone()
+        for name, p in adapt(model).root.named_parameters()
+        if p.ndim == 1 or name.rpartition(".")[2].startswith("b_")
+    }
+
+
+@pytest.fixture(scope="module")
+def in_transformers():
+    model = tlpd.load_micro_gpt2("transformers")
+    with tlpd.shuffled_weights(model, seed=1):
+        return weights(model)
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_entries_are_elsewhere_and_back_again(host):
+def test_entries_are_elsewhere_and_back_again(host, in_transformers):
     model = tlpd.load_micro_gpt2(host)
-    before = weights(model)
+    before, rest = weights(model), others(model)
+    held = list(adapt(model).root.parameters())
     with tlpd.shuffled_weights(model, seed=1):
-        within = weights(model)
+        within, meanwhile = weights(model), others(model)
+    assert all(a is b for a, b in zip(held, adapt(model).root.parameters(), strict=True))
     after = weights(model)
     for name, weight in before.items():
         assert torch.equal(after[name], weight), name
         assert (within[name] != weight).float().mean() > 0.9, name
-    assert torch.equal(entries(within), entries(before))
-    if host != "hooked_transformer":  # which never ties its tables
-        assert torch.equal(within["embed.W_E"], within["unembed.W_U"].T)
+        assert torch.equal(within[name].flatten().sort().values, weight.flatten().sort().values), name
+        assert torch.equal(within[name], in_transformers[name]), name
+    assert torch.equal(within["embed.W_E"], within["unembed.W_U"].T)
+    assert len(rest) > 8 and all(torch.equal(meanwhile[name], kept) for name, kept in rest.items())
 
 
 def test_seeds_shuffle_differently_and_repeat():

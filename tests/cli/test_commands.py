@@ -127,6 +127,7 @@ def test_compare_draws_curves_and_goes_on(tmp_path):
     (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--method", "sdp"), "SettingError"),
     (("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--method", "svd", "--components", "3"), "SettingError"),
     (("compare", "micro-gpt2", "--sites", "*", "--out", "x", "--method", "spd-oracle"), "SettingError"),
+    (("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--settings", "s.json", "--importance", "1"), "SettingError"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_status_1(arguments, words, tmp_path):
     shown = command(*arguments, cwd=tmp_path)

@@ -7,7 +7,7 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
-from tl_paramdecomp.errors import DecompositionFileError, SettingError
+from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
 from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.training import compare as room
 
@@ -80,11 +80,12 @@ def test_a_run_is_decompose_and_evaluate(model, found):
 
 def test_seeds_and_their_starts_are_matched(found):
     rows = {(r["method"], r["sparsity"]): r for r in found.stability}
-    assert len(rows) == 6
-    assert rows["SVD, oracle", 0.5]["trained"]["rank_one"] == pytest.approx(1.0, abs=1e-5)  # whatever the seed
-    assert rows["SVD", 1.0]["untrained"]["rank_one"] == pytest.approx(1.0, abs=1e-5)
+    assert set(rows) == {(method, s) for method in ("SPD, few", "SVD") for s in (1.0, 50.0)}
+    frozen = rows["SVD", 1.0]  # the same components whatever the seed, but others of them active
+    assert frozen["trained"] == pytest.approx(frozen["untrained"], abs=1e-6)
     spd = rows["SPD, few", 1.0]
-    assert 0.0 < spd["untrained"]["rank_one"] < 0.9 and spd["untrained"]["components"] == 24
+    assert 0.0 < spd["untrained"]["rank_one"] < 0.9
+    assert spd["untrained"]["components"] == spd["trained"]["components"] <= 24
 
 
 def test_capacities_are_run_at_the_middle_sparsity(found):
@@ -132,7 +133,7 @@ def test_another_protocol_data_or_method_is_refused(model, folder, found):
         ({"data": tokens(8, 5)}, "data"),
         ({"held_out": tokens(4, 5)}, "held_out"),
     ):
-        with pytest.raises(SettingError, match=f"other {word}"):
+        with pytest.raises(SettingError, match=f"of other {word}"):
             again(model, folder, **changed)
     with pytest.raises(SettingError, match="another label"):
         again(model, folder, methods={"SVD": tlpd.SVD(training=tlpd.SPD(lr_importance=1e-3))})
@@ -142,14 +143,65 @@ def test_another_protocol_data_or_method_is_refused(model, folder, found):
     (folder / "kept.json").rename(folder / "SVD" / "sparsity-1-seed-0" / "point.json")
 
 
+def test_another_model_is_refused(model, folder, found):
+    with tlpd.shuffled_weights(model), pytest.raises(SettingError, match="of other target"):
+        again(model, folder)
+
+
+def test_a_damaged_run_is_named(model, tmp_path):
+    one = dataclasses.replace(PROTOCOL, seeds=(0,), sparsities=(1.0,), capacities=())
+    again(model, tmp_path, methods={"SVD": tlpd.SVD()}, protocol=one)
+    path = tmp_path / "SVD" / "sparsity-1-seed-0" / "point.json"
+    for text in (path.read_text()[:40], "[]"):
+        path.write_text(text)
+        with pytest.raises(DecompositionFileError, match="delete it"):
+            again(model, tmp_path, methods={"SVD": tlpd.SVD()}, protocol=one)
+    path.unlink()
+    for part in (path.parent / "decomposition").iterdir():  # killed while it was saved: the checkpoint is there
+        part.unlink()
+    assert again(model, tmp_path, methods={"SVD": tlpd.SVD()}, protocol=one).points
+
+
+def test_padding_of_held_out_rows_is_left_out(model):
+    mask = torch.ones(4, 6, dtype=torch.long)
+    mask[2:] = 0
+    one = dataclasses.replace(PROTOCOL, seeds=(0,), sparsities=(1.0,), capacities=())
+    padded, alone = (
+        tlpd.compare(
+            model, {"SVD": tlpd.SVD()}, one, tokens(), rows, attention_mask=given, progress=False
+        ).points[0]
+        for rows, given in ((tokens(4, 2), mask), (tokens(4, 2)[:2], None))
+    )  # fmt: skip
+    for key in ("l0", "rounded", "adversarial", "active", "zero"):
+        assert padded[key] == pytest.approx(alone[key], rel=1e-5), key
+
+
+def test_one_capacity_is_compared_with_the_usual_one(model):
+    wider = dataclasses.replace(PROTOCOL, seeds=(0,), sparsities=(3.0, 1.0, 2.0), capacities=(2.0,))
+    few = {"SPD": METHODS["SPD, few"]}
+    found = tlpd.compare(model, few, wider, tokens(), tokens(4, 2), progress=False)
+    assert [row["capacity"] for row in found.splitting] == [1.0, 2.0]
+    (middle,) = [p for p in found.points if p["sparsity"] == 2.0]
+    assert found.splitting[0]["l0"] == middle["l0"]
+
+
 def test_bad_settings_are_refused(model, tmp_path):
-    for wrong in ({"sites": ()}, {"seeds": ()}, {"sparsities": (0.0,)}, {"steps": 0}, {"capacities": (-1.0,)}):
+    for wrong in ({"sites": ()}, {"seeds": ()}, {"sparsities": (0.0,)}, {"steps": 0}, {"capacities": (-1.0,)},
+                  {"seeds": (0, 0)}, {"sparsities": (1.0, 1.0)}):  # fmt: skip
         with pytest.raises(SettingError):
             dataclasses.replace(PROTOCOL, **wrong)
+    assert dataclasses.replace(PROTOCOL, sites="blocks.0.mlp.*") == PROTOCOL
     with pytest.raises(SettingError, match="no method"):
         tlpd.compare(model, {}, PROTOCOL, tokens(), tokens(4), progress=False)
     with pytest.raises(SettingError, match="letter"):
         again(model, tmp_path, methods={"--": tlpd.SVD()})
+    with pytest.raises(SettingError, match="Labels must differ"):
+        again(model, tmp_path, methods={"SVD (a)": tlpd.SVD(), "svd a": tlpd.SVD()})
+    with pytest.raises(SettingError, match="ImportanceMinimality"):
+        again(model, tmp_path, methods={"SVD": tlpd.SVD(), "SPD": tlpd.SPD(losses=tlpd.SPD().losses[:2])})
+    with pytest.raises(DataError, match="no held-out rows"):
+        again(model, tmp_path, held_out=tokens(0))
+    assert not list(tmp_path.iterdir())
     (tmp_path / "protocol.json").write_text("{")
     with pytest.raises(DecompositionFileError, match=r"protocol\.json"):
         again(model, tmp_path)

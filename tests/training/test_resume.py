@@ -9,6 +9,7 @@ import torch
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.components.files import read_tensors
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.errors import TargetMismatchError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
@@ -156,3 +157,12 @@ def test_the_coefficient_of_an_adversary_may_change_with_its_sources_kept(tmp_pa
     losses = tuple(replace(loss, coefficient=0.1) for loss in tlpd.VPD().losses)
     with pytest.raises(SettingError, match="other method"):
         fit(model, steps=2, run_dir=tmp_path, method=tlpd.VPD(n_components=12, importance=SMALL, losses=losses))
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
+    model = tiny_gpt2()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callbacks=[stop_once(2)], steps=4, run_dir=tmp_path, log_every=1)
+    with tlpd.shuffled_weights(model), pytest.raises(TargetMismatchError, match="other weights"):
+        fit(model, steps=4, run_dir=tmp_path)
+    fit(model, steps=4, run_dir=tmp_path)

@@ -56,7 +56,8 @@ class Comparison:
     # --- curves -----------------------------------------------------------------------------------------------------
     def curve(self, method: str, seed: int, metric: Metric, axis: Axis = "l0") -> list[tuple[float, float]]:
         """One seed's (L0, KL), by rising L0; runs without any active component are not on it."""
-        rows = [p for p in self.points if p["method"] == method and p["seed"] == seed and p[axis] > 0]
+        rows = [p for p in self.points if p["method"] == method and p["seed"] == seed]
+        rows = [p for p in rows if p[axis] > 0 and p[metric] is not None]
         return sorted((float(p[axis]), float(p[metric])) for p in rows)
 
     def curves(self, metric: Metric, axis: Axis = "l0") -> dict[str, list[list[tuple[float, float]]]]:
@@ -82,7 +83,7 @@ class Comparison:
 
     def shared_range(self, axis: Axis = "l0") -> tuple[float, float] | None:
         """The stretch of the axis that every curve covers; None where there is none."""
-        every = [c for curves in self.curves("rounded", axis).values() for c in curves]
+        every = [curve for curves in self.curves("rounded", axis).values() for curve in curves]
         if not every or not all(every):
             return None
         low, high = max(c[0][0] for c in every), min(c[-1][0] for c in every)
@@ -105,7 +106,11 @@ class Comparison:
         return pandas.DataFrame(self.points)
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON."""
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            DecompositionFileError: It cannot be written there.
+        """
         path = Path(path)
         write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
         return path
@@ -122,9 +127,14 @@ class Comparison:
         except (OSError, ValueError, TypeError) as error:
             raise DecompositionFileError(f"{path} holds no comparison ({error}); write one with save().") from error
 
+    @property
+    def measured(self) -> tuple[Metric, ...]:
+        """Of rounded, stochastic and adversarial KL those that the protocol asked for."""
+        return tuple(m for m in HEADLINE if any(p[m] is not None for p in self.points))
+
     def tables(self) -> "list[Table]":
         """Tables for a terminal, by rich."""
-        matched = [_matched(self, metric) for metric in HEADLINE]
+        matched = [_matched(self, metric) for metric in self.measured]
         found = [*matched, _points(self), _stability(self), _splitting(self)]
         return [table for table in found if table.row_count]
 
@@ -192,7 +202,7 @@ def _matched(found: Comparison, metric: Metric) -> "Table":
 
 POINTS = {
     "l0": "L0",
-    "alive": "alive",
+    "active": "active",
     "rounded": "rounded",
     "stochastic": "stoch.",
     "adversarial": "PGD",
@@ -219,14 +229,15 @@ def _points(found: Comparison) -> "Table":
 def _figure(key: str, value: float | int | None) -> str:
     if value is None:
         return ""
-    return str(value) if key == "alive" else f"{value:.1f}" if key == "l0" else f"{value:.3f}"
+    return str(value) if key == "active" else f"{value:.1f}" if key == "l0" else f"{value:.3f}"
 
 
 def _stability(found: Comparison) -> "Table":
     columns = ("V", "U", "rank one", "untrained: V", "U", "rank one")
     table = _table("Matched cosines between seeds, of active components", "method, sparsity", *columns)
     for row in found.stability:
-        figures = [f"{row[side][k]:.3f}" for side in ("trained", "untrained") for k in ("read", "write", "rank_one")]
+        every = (row[side].get(k) for side in ("trained", "untrained") for k in ("read", "write", "rank_one"))
+        figures = ["" if value is None else f"{value:.3f}" for value in every]
         table.add_row(f"{row['method']}, {row['sparsity']:g}", *figures)
     return table
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.errors import PatchConflictError
@@ -18,13 +17,14 @@ from tl_paramdecomp.patching.claims import is_patched
 
 @contextlib.contextmanager
 def shuffled_weights(model: Any, seed: int = 0) -> Iterator[Any]:
-    """Within this context the entries of every weight matrix and embedding table are dealt out anew, each within its own.
+    """Within this context the entries of every weight site are dealt out anew, each matrix and table within its own.
 
-    Their distribution stays, their structure is gone; biases and norm gains stay, tied tables stay tied. Decompositions made
-    within are of that model. Afterwards the weights are back, bit for bit.
+    Their distribution stays, their structure is gone; biases and norm gains stay, an unembedding that is the embedding
+    transposed stays that. The same shuffle on every host of one model. Decompositions made within are of the shuffled model.
+    The parameters are swapped, not written to: afterwards the same objects are back.
 
     Args:
-        model: On any host. Which entry goes where depends on how the host stores its weights.
+        model: On any host.
         seed: Of the shuffle.
 
     Raises:
@@ -34,25 +34,15 @@ def shuffled_weights(model: Any, seed: int = 0) -> Iterator[Any]:
     if is_patched(adapter.root):
         raise PatchConflictError("shuffled_weights changes the weights; leave the contexts that patch the model first.")
     generator = torch.Generator().manual_seed(seed)
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for weight in _wholes(adapter.root):
-                kept.append((weight, weight.detach().clone()))
-                order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
-                weight.copy_(weight.flatten()[order].view_as(weight))
+    weights = {}
+    for name in sorted(adapter.wirings):
+        weight = adapter.weight(name).detach()
+        order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+        weights[name] = weight.flatten()[order].view_as(weight)
+    tables = ("embed.W_E", "unembed.W_U")
+    if all(name in weights for name in tables):
+        embed, unembed = (adapter.weight(name).detach() for name in tables)
+        if embed.shape == unembed.T.shape and torch.equal(embed, unembed.T):
+            weights[tables[1]] = weights[tables[0]].T.contiguous()
+    with adapter.replaced_weights(weights):
         yield model
-    finally:
-        with torch.no_grad():
-            for weight, before in kept:
-                weight.copy_(before)
-
-
-def _wholes(root: nn.Module) -> list[Tensor]:
-    """Weights of two dimensions or more, once for each storage: the largest, where others are views of it."""
-    largest: dict[int, Tensor] = {}
-    for parameter in root.parameters():
-        key = parameter.untyped_storage().data_ptr()
-        if parameter.ndim > 1 and (key not in largest or parameter.numel() > largest[key].numel()):
-            largest[key] = parameter
-    return list(largest.values())

@@ -11,7 +11,9 @@
 Read L0 with the rounded and the adversarial KL first. Stochastic masks keep half of every absent component and flatter.
 """
 
+import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +24,18 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.masked_runs import MaskKind, Sums, Target, masks_of
 from tl_paramdecomp.analysis.oracle import Oracle
 from tl_paramdecomp.analysis.specificity import specificity
 from tl_paramdecomp.analysis.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
 from tl_paramdecomp.methods.base import LossStep
+from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
 
@@ -53,8 +58,9 @@ ACTIVE, ALIVE = 0.1, 1e-6
 """Importance above which a component is active, and mean importance above which it is alive."""
 DENSITIES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
 """Edges of the histogram of how often components are active; the first count is of those that never are."""
-KEPT = 1 << 26
-"""Logits of the target that may be kept between passes; beyond that each pass over the data runs the model anew."""
+KEPT = 1 << 30
+"""Bytes of the target's outputs and importances that may be kept between passes; beyond that each pass over the data runs the
+model anew."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class Protocol:
             raise SettingError(
                 f"rows_at_once, samples, restarts and the ladder's steps must be at least 1; given {self}."
             )
+        if self.ablated < 0:
+            raise SettingError(f"ablated is a number of components, from 0 on; given {self.ablated}.")
 
 
 def evaluate(
@@ -107,21 +115,29 @@ def evaluate(
 
     Raises:
         NoImportanceError: The decomposition has no importance function, and no oracle is given.
-        DataError: There are no rows.
+        DataError: There are no rows, or no position of them counts.
         TargetMismatchError, DeviceError, DtypeError, ShapeError: As `patched`.
     """
     check_rows(data, attention_mask)
-    if not len(data):
-        raise DataError("There are no rows to evaluate on.")
+    if not len(data) or (attention_mask is not None and not attention_mask.any()):
+        raise DataError("There are no rows to evaluate on, or the attention mask leaves no position of them.")
     for dec in (decomposition, untrained):
         if dec is not None and dec.importance is None and importances is None:
             raise NoImportanceError(
                 "This decomposition has no importance function; give importances=tl_paramdecomp.Oracle(k=...), which keeps "
                 "the k components per position that the model's gradients call for."
             )
+    adapter = checked_adapter(model, decomposition)
     protocol = protocol or Protocol()
-    run = _Run(model, decomposition, data, attention_mask, importances, protocol, seconds, progress)
-    with torch.no_grad():
+    every = [decomposition]
+    if untrained is not None:
+        checked_adapter(model, untrained)
+        every.append(untrained)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for module in (adapter.root, *every):
+            stack.enter_context(frozen(module))
+        bar = stack.enter_context(tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass"))
+        run = _Run(adapter, decomposition, data, attention_mask, importances, protocol, seconds, bar)
         return run.all(untrained)
 
 
@@ -130,24 +146,25 @@ class _Run:
 
     def __init__(
         self,
-        model: Any,
+        adapter: ModelAdapter,
         decomposition: Decomposition,
         tokens: Tensor,
         attention_mask: Tensor | None,
         oracle: Oracle | None,
         protocol: Protocol,
         seconds: float | None,
-        progress: bool,
+        bar: "tqdm[Any]",
     ) -> None:
-        self.model, self.dec, self.tokens, self.mask, self.oracle = model, decomposition, tokens, attention_mask, oracle
-        self.adapter = checked_adapter(model, decomposition)
+        self.adapter, self.dec, self.oracle, self.bar = adapter, decomposition, oracle, bar
+        self.device = adapter.device
+        self.tokens = tokens.to(self.device)
+        self.mask = None if attention_mask is None else attention_mask.to(self.device)
         self.protocol, self.seconds, self.begun = protocol, seconds, time.perf_counter()
         self.left_out: list[str] = []
-        self.bar = tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass")
         self.kept: list[LossStep] | None = None
-        generator = torch.Generator(device=tokens.device).manual_seed(protocol.seed)
+        generator = torch.Generator(device=self.device).manual_seed(protocol.seed)
         self.dealt = {
-            name: torch.randperm(c.n_components, generator=generator, device=tokens.device)
+            name: torch.randperm(c.n_components, generator=generator, device=self.device)
             for name, c in decomposition.items()
         }
 
@@ -161,8 +178,11 @@ class _Run:
         size = 0
         for first in range(0, len(self.tokens), self.protocol.rows_at_once):
             rows = slice(first, first + self.protocol.rows_at_once)
-            step = self._step(self.tokens[rows], None if self.mask is None else self.mask[rows])
-            size += step.divergence.target.numel()
+            mask = None if self.mask is None else self.mask[rows]
+            if mask is not None and not mask.any():
+                continue
+            step = self._step(self.tokens[rows], mask)
+            size += 2 * step.divergence.target.nbytes + sum(i.lower.nbytes for i in step.importances.values())
             kept = [*kept, step] if size <= KEPT else []
             yield step
         self.kept = kept if size <= KEPT else None
@@ -171,8 +191,10 @@ class _Run:
         given = None
         if self.oracle is not None:
             given = self.oracle.importances(self.adapter, self.dec, tokens, mask)
-        with torch.no_grad():
-            return LossStep.of(self.adapter, self.dec, tokens, mask, torch.Generator(), importances=given)
+        step = LossStep.of(self.adapter, self.dec, tokens, mask, torch.Generator(), importances=given)
+        # what is kept between passes holds what they need, and no more
+        alone = {name: Importance(i.lower, i.lower) for name, i in step.importances.items()}
+        return dataclasses.replace(step, inputs={}, importances=alone)
 
     def weighted(self) -> Iterator[tuple[LossStep, int]]:
         """Batches with their numbers of scored positions."""
@@ -207,7 +229,6 @@ class _Run:
         controls: dict[str, Any] = {}
         if untrained is not None and self.has_time("untrained control"):
             controls["untrained"] = self.control(untrained)
-        self.bar.close()
         return Evaluation(
             protocol={
                 **dataclasses.asdict(self.protocol),
@@ -229,7 +250,7 @@ class _Run:
 
     def sums(self, kind: MaskKind | None, site: str | None = None, sample: int = 0) -> Sums:
         """Totals of the model under a kind of mask (None: of the model itself), at all sites or one."""
-        generator = torch.Generator(device=self.tokens.device).manual_seed(self.protocol.seed + sample)
+        generator = torch.Generator(device=self.device).manual_seed(self.protocol.seed + sample)
         total = Sums()
         for step, _ in self.weighted():
             target = Target.of(step)
@@ -269,7 +290,7 @@ class _Run:
                 for sums, values in ((over, g > 0.0), (active, g > ACTIVE), (mean, g)):
                     sums[name] = sums.get(name, 0.0) + values.double().sum(0)
         rows = []
-        edges = torch.tensor(DENSITIES[1:], dtype=torch.float64, device=self.tokens.device)
+        edges = torch.tensor(DENSITIES[1:], dtype=torch.float64, device=self.device)
         for name, components in self.dec.items():
             W = self.adapter.weight(name).detach().double()
             error = (W - components.V.double() @ components.U.double()).norm() / W.norm()
@@ -295,16 +316,16 @@ class _Run:
         """The adversary's restarts."""
         found = []
         for restart in range(self.protocol.restarts):
-            generator = torch.Generator(device=self.tokens.device).manual_seed(self.protocol.seed + 7919 * restart)
+            generator = torch.Generator(device=self.device).manual_seed(self.protocol.seed + 7919 * restart)
             found.append(climb(self.weighted, steps, generator))
-        worst = torch.tensor([c.worst for c in found], dtype=torch.float64)
+        worst = [c.worst for c in found]
         return {
             "steps": steps,
             "restarts": len(found),
-            "kl": worst.median().item(),
-            "kl_worst": worst.max().item(),
-            "kl_all": worst.tolist(),
-            "start": torch.tensor([c.start for c in found], dtype=torch.float64).median().item(),
+            "kl": statistics.median(worst),
+            "kl_worst": max(worst),
+            "kl_all": worst,
+            "start": statistics.median(c.start for c in found),
         }
 
     def specificity(self) -> dict[str, Any]:
@@ -338,8 +359,8 @@ class _Run:
         for name, g in flat.items():
             for c, there in enumerate((g > ACTIVE).any(0).tolist()):
                 sides[there].append((name, c))
-        half = self.protocol.ablated // 2
-        wanted = (max(half, self.protocol.ablated - len(sides[1])), max(half, self.protocol.ablated - len(sides[0])))
+        half, n = self.protocol.ablated // 2, self.protocol.ablated
+        wanted = (max(half, n - len(sides[1])), max(n - half, n - len(sides[0])))
         chosen = []
         for side, n in zip(sides, wanted, strict=True):
             order = torch.randperm(len(side), generator=generator).tolist()
@@ -348,8 +369,7 @@ class _Run:
 
     def control(self, untrained: Decomposition) -> dict[str, Any]:
         """The headline of another decomposition of the same model, under the same protocol."""
-        protocol = dataclasses.replace(self.protocol, restarts=1, by_site=False, ablated=0)
-        other = _Run(self.model, untrained, self.tokens, self.mask, self.oracle, protocol, None, False)
+        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.bar)
         rounded = other.sums(MaskKind("rounded", threshold=ACTIVE))
         l0 = sum(row["l0"] for row in other.sparsity())
         found = {"l0": l0, "rounded": rounded.kl / rounded.positions}

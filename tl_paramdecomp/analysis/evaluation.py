@@ -78,10 +78,14 @@ class Evaluation:
         """Matrices as a pandas frame."""
         import pandas
 
-        return pandas.DataFrame(self.sites).set_index("site")
+        return pandas.DataFrame(self.sites, columns=list(self.sites[0]) if self.sites else ["site"]).set_index("site")
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, atomically."""
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            DecompositionFileError: It cannot be written there.
+        """
         path = Path(path)
         write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
         return path

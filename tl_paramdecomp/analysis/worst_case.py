@@ -56,11 +56,12 @@ def _value_and_gradient(batches: Steps, sources: dict[str, Tensor], wanted: bool
     """KL over all scored positions, and its gradient with respect to the sources where that is wanted."""
     total, count = 0.0, 0
     leaves = {name: s.detach().requires_grad_(wanted) for name, s in sources.items()}
+    gradients: dict[str, Tensor] = {}
     for step, positions in batches():
         with torch.set_grad_enabled(wanted):
             kl = step.divergence.of(step.run_masked(source_masks(step, leaves, detached=True))) * positions
-            if wanted:
-                kl.backward()
+        if wanted:
+            for name, gradient in zip(leaves, torch.autograd.grad(kl, list(leaves.values())), strict=True):
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
         total, count = total + kl.item(), count + positions
-    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return total / count, gradients

@@ -112,7 +112,7 @@ def decompose(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the start, the rows and the masks.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     host: HostName = "transformers",
 ) -> None:
     """Learn components of some weights. Run it again to go on after an interruption."""
@@ -122,6 +122,8 @@ def decompose(
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.training.fit import decompose as fit
 
+    if settings is not None and (components, importance) != (None, None):
+        raise SettingError("--settings says everything about the method; leave out --components and --importance.")
     method = method_named(method_name, components, importance) if settings is None else method_in(settings)
     opened = open_model(model, host).to(device)
     rows = open_rows(model, opened, text, dataset, length)
@@ -152,7 +154,7 @@ def evaluate(
     ] = False,
     seconds: Annotated[float | None, typer.Option(help="Begin no further part after so many.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object here.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     host: HostName = "transformers",
     as_json: AsJson = False,
 ) -> None:
@@ -167,6 +169,8 @@ def evaluate(
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.components.decomposition import Decomposition
 
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     loaded = Decomposition.load(decomposition, device)
     opened = open_model(model, host).to(device)
     found_rows = open_rows(model, opened, text, dataset, length)
@@ -214,7 +218,7 @@ def compare(
     shuffled: Annotated[
         bool, typer.Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     host: HostName = "transformers",
     as_json: AsJson = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.methods.spd import SPD, VPD
@@ -53,19 +54,26 @@ def method_in(path: Path) -> Any:
         SettingError: It cannot be read, or names something unknown.
     """
     try:
-        return from_settings(json.loads(path.read_text(encoding="utf-8")))
+        found = from_settings(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise SettingError(f"{path} cannot be read as JSON settings: {error}") from error
+    if not isinstance(found, Method):
+        raise SettingError(f"{path} holds no method; it should be an object with the method's name as its type.")
+    return found
 
 
 def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decomposition:
     """What a decomposition's run started from, by the settings that are stored with it.
 
     Raises:
-        SettingError: No run is stored with it.
+        SettingError: No run is stored with it, or its start depended on the rows of that run.
     """
     run = decomposition.info.get("run")
     if run is None:
         raise SettingError("No run is stored with this decomposition, so what it started from is not known.")
     method = from_settings(run["method"])
+    if isinstance(method, ExactBasis) and method.moment_batches:
+        raise SettingError(
+            f"What {type(method).__name__} starts from depends on the rows of its run; there is no control here."
+        )
     return decompose(model, run["sites"], method, data, 0, run["batch_size"], run["seed"], progress=False)

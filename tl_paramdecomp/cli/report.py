@@ -57,7 +57,9 @@ def kl_by_kind(found: Evaluation) -> dict[str, float]:
     """KL under the kinds of masks that `MEANINGS` explains."""
     kinds = {"stochastic": ("stochastic", "masked"), "rounded": ("rounded 0.1", "absent")}
     return {
-        kind: found.adversary[-1]["kl"] if kind == "adversarial" else found.mask_row(*kinds.get(kind, (kind,)))["kl"]
+        kind: found.headline["adversarial"]
+        if kind == "adversarial"
+        else found.mask_row(*kinds.get(kind, (kind,)))["kl"]
         for kind in MEANINGS
     }
 

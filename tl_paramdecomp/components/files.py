@@ -102,9 +102,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text and see it on the disk before returning."""
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
+    """Write text, whole or not at all, and see it on the disk before returning.
+
+    Raises:
+        DecompositionFileError: The folder is not there, or cannot be written to.
+    """
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise DecompositionFileError(f"Could not write {path}: {error}") from error
 
 
 def _digest(path: Path) -> str:

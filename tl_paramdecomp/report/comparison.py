@@ -3,11 +3,15 @@
 import statistics
 from pathlib import Path
 
-from tl_paramdecomp.analysis.comparison import HEADLINE, Axis, Comparison
+from tl_paramdecomp.analysis.comparison import Axis, Comparison, Metric
 from tl_paramdecomp.report.plotting import figure, save, subplots
 
 AXES: dict[Axis, str] = {"l0": "L0: active components per token", "active_parameters": "active parameters per token"}
-METRICS = {"rounded": "only components above 0.1", "stochastic": "stochastic masks", "adversarial": "20-step adversary"}
+METRICS: dict[Metric, str] = {
+    "rounded": "only components above 0.1",
+    "stochastic": "stochastic masks",
+    "adversarial": "adversary",
+}
 
 
 @figure
@@ -19,10 +23,10 @@ def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
     """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    made, panels = subplots(len(AXES), len(HEADLINE), (11.5, 7.0), sharey="col")
+    made, panels = subplots(len(AXES), len(found.measured), (11.5, 7.0), sharey="col")
     zero = found.points[0]["zero"]
     for row, (axis_name, axis_label) in enumerate(AXES.items()):
-        for column, metric in enumerate(HEADLINE):
+        for column, metric in enumerate(found.measured):
             panel = panels[row, column]
             for i, method in enumerate(found.methods):
                 points = [p for p in found.points if p["method"] == method and p[axis_name] > 0]
@@ -51,7 +55,8 @@ def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
                 panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             panel.grid(alpha=0.3)
             if not row:
-                panel.set_title(f"KL, {METRICS[metric]}")
+                steps = f" of {adversary_steps(found)} steps" if metric == "adversarial" else ""
+                panel.set_title(f"KL, {METRICS[metric]}{steps}")
             panel.set_xlabel(axis_label)
     panels[0, 0].set_ylabel("nats per token")
     panels[1, 0].set_ylabel("nats per token")
@@ -59,3 +64,9 @@ def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
     made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     made.suptitle(title)
     return save(made, path)
+
+
+def adversary_steps(found: Comparison) -> int:
+    """Of the adversary whose KL a comparison keeps."""
+    ladder = found.protocol["evaluation"]["ladder"]
+    return 20 if 20 in ladder else max(ladder)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_paramdecomp.adapters.fingerprint import differs
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
-from tl_paramdecomp.errors import DecompositionFileError
+from tl_paramdecomp.errors import DecompositionFileError, TargetMismatchError
 
 FOLDER, STATE = "checkpoint", "run.json"
 OPTIMISER, MEMORY = "optimiser.safetensors", "memory.safetensors"
@@ -74,8 +75,17 @@ def restore(
 
     Raises:
         DecompositionFileError: The checkpoint does not fit them.
+        TargetMismatchError: It is of a model with other weights.
     """
     saved = Decomposition.load(run_dir / FOLDER / "decomposition")
+    for name, known in saved.fingerprints.items():
+        found = decomposition.fingerprints.get(name)
+        difference = None if found is None else differs(known, found)
+        if difference:
+            raise TargetMismatchError(
+                f"The checkpoint in {run_dir / FOLDER} is of a model with other weights ({name}: {difference}); choose another "
+                "run_dir, or pass resume=False to begin anew there."
+            )
     tensors = read_tensors(run_dir / FOLDER / OPTIMISER)
     try:
         decomposition.load_state_dict(saved.state_dict())

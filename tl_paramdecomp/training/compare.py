@@ -29,12 +29,13 @@ from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.matching import active_components, matched_cosines, split_share
 from tl_paramdecomp.analysis.oracle import Oracle
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.files import write_text
-from tl_paramdecomp.errors import DecompositionFileError, SettingError
+from tl_paramdecomp.components.files import METADATA, write_text
+from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.sites import check_rows
 from tl_paramdecomp.training.fit import StepInfo, decompose
 
 PROTOCOL, POINT = "protocol.json", "point.json"
@@ -45,8 +46,8 @@ OTHER = "{what} is of {label} with other settings; give the method another label
 class ComparisonProtocol:
     """What a comparison depends on besides model, methods and data."""
 
-    sites: tuple[str, ...]
-    """Globs."""
+    sites: str | tuple[str, ...]
+    """A glob or several."""
     steps: int
     """Of every method that trains."""
     batch_size: int = 8
@@ -56,16 +57,21 @@ class ComparisonProtocol:
     oracle_shares: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
     """For bases without an importance function: components that the oracle keeps, as shares of the summed ranks."""
     capacities: tuple[float, ...] = ()
-    """Factors on the number of components, each a run at the middle sparsity with the first seed; none: no such runs."""
+    """Factors on the number of components, compared with 1 at the middle sparsity and the first seed; none: no such runs."""
     evaluation: Protocol = field(default_factory=lambda: Protocol(ladder=(20,), ablated=0, by_site=False))
 
     def __post_init__(self) -> None:
+        if isinstance(self.sites, str):
+            object.__setattr__(self, "sites", (self.sites,))
         if not self.sites or not self.seeds or not self.sparsities or self.steps < 1 or self.batch_size < 1:
             raise SettingError(
                 f"A comparison needs sites, seeds, sparsities, steps and a batch size, each at least one; given {self}."
             )
         if min(*self.sparsities, *self.oracle_shares, *self.capacities, 1.0) <= 0:
             raise SettingError(f"Sparsities, oracle_shares and capacities must be positive; given {self}.")
+        for name in ("seeds", "sparsities", "oracle_shares", "capacities"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise SettingError(f"Each of {name} may stand once; given {getattr(self, name)}.")
 
 
 def compare(
@@ -88,16 +94,19 @@ def compare(
         data: Rows to train on, as `decompose` takes them.
         held_out: Rows to measure on.
         attention_mask: Of the held-out rows: 1 where a position counts.
-        run_dir: Where every run goes, and is found again; None keeps nothing on disk.
+        run_dir: Where every run goes, and is found again; None keeps nothing on disk. What is found must be of the same
+            weights, protocol and rows; of rows that are neither tensors nor lists of them only the type can be compared.
         progress: Show a progress bar.
 
     Raises:
-        SettingError: The folder holds a comparison under another protocol, or a run of the same label with other settings;
-            a method has nothing that makes it sparser, or a label no letters.
+        SettingError: The folder holds a comparison of another model, under another protocol or with other data, or a run of
+            the same label with other settings; a method has nothing that makes it sparser, two labels are alike, or one has
+            no letters.
         DataError, NoMatchingSiteError, UnsupportedModelError, DivergedError: As `decompose`.
+        DecompositionFileError: A file in the folder cannot be read or written.
     """
-    run = _Run(model, dict(methods), protocol, data, held_out, attention_mask, run_dir, progress)
-    return run.all()
+    with tqdm(desc="compare", disable=not progress, unit="run") as bar:
+        return _Run(model, dict(methods), protocol, data, held_out, attention_mask, run_dir, bar).all()
 
 
 class _Run:
@@ -112,26 +121,47 @@ class _Run:
         held_out: Tensor,
         attention_mask: Tensor | None,
         run_dir: str | Path | None,
-        progress: bool,
+        bar: "tqdm[Any]",
     ) -> None:
         if not methods:
             raise SettingError("There is no method to compare; give {'SPD': tlpd.SPD(), 'SVD': tlpd.SVD()}.")
         self.model, self.methods, self.protocol, self.data = model, methods, protocol, data
-        self.held_out, self.mask = held_out, attention_mask
-        self.sites = adapt(model).select(list(protocol.sites))
+        self.held_out, self.mask, self.bar = held_out, attention_mask, bar
+        check_rows(held_out, attention_mask)
+        if not len(held_out):
+            raise DataError("There are no held-out rows to measure on.")
+        adapter = adapt(model)
+        self.sites = adapter.select(list(protocol.sites))
         self.ranks = sum(min(site.d_in, site.d_out) for site in self.sites.values())
         self.folder = None if run_dir is None else Path(run_dir)
         self.settled = {
             **_plain(protocol),
+            "target": _digest([adapter.weight(name) for name in self.sites]),
             "data": _digest(data),
             "held_out": _digest(held_out),
             "attention_mask": _digest(attention_mask),
         }
         self.kept: dict[tuple[str, str], Decomposition] = {}
-        total = sum(len(self.sparsities(m)) * len(protocol.seeds) for m in methods.values())
-        total += sum(len(protocol.capacities) for m in methods.values() if not isinstance(m, ExactBasis))
-        self.bar = tqdm(total=total, desc="compare", disable=not progress, unit="run")
+        """Decompositions that are on no disk, or starts; of one method at a time."""
+        self.capacities = sorted({1.0, *protocol.capacities}) if protocol.capacities else []
+        self.bar.total = sum(
+            len(self.sparsities(m)) * len(protocol.seeds) + len(self.capacities) * (not isinstance(m, ExactBasis))
+            for m in methods.values()
+        )
+        self.check()
         self.settle()
+
+    def check(self) -> None:
+        """Refuse before the first run what would be refused after it."""
+        slugs = [_slug(label).casefold() for label in self.methods]
+        if len(set(slugs)) < len(slugs):
+            raise SettingError(f"Labels must differ in letters or digits; given {', '.join(self.methods)}.")
+        for method in self.methods.values():
+            for sparsity in self.sparsities(method):
+                self.variant(method, sparsity, 1.0)
+            if not isinstance(method, ExactBasis):
+                for capacity in self.capacities:
+                    self.variant(method, 1.0, capacity)
 
     def settle(self) -> None:
         """Write the protocol down, or see that it is the one that the folder's runs are under."""
@@ -139,14 +169,11 @@ class _Run:
             return
         path = self.folder / PROTOCOL
         if path.exists():
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise DecompositionFileError(f"{path} cannot be read as JSON ({error}).") from error
+            known = _read(path)
             differing = [key for key in self.settled if known.get(key) != self.settled[key]]
             if differing:
                 raise SettingError(
-                    f"{self.folder} holds a comparison with other {', '.join(differing)}; choose another run_dir."
+                    f"{self.folder} holds a comparison of other {', '.join(differing)}; choose another run_dir."
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -163,11 +190,11 @@ class _Run:
             for sparsity in self.sparsities(method):
                 runs = [self.point(label, method, sparsity, seed) for seed in self.protocol.seeds]
                 points += runs
-                if len(runs) > 1:
+                if len(runs) > 1 and method.trains:
                     stability.append(self.stability(label, method, sparsity))
-            if not isinstance(method, ExactBasis) and self.protocol.capacities:
+            if self.capacities and not isinstance(method, ExactBasis):
                 splitting += self.splitting(label, method)
-        self.bar.close()
+            self.kept.clear()
         found = Comparison(
             protocol=self.settled,
             methods={label: to_settings(method) for label, method in self.methods.items()},
@@ -196,11 +223,11 @@ class _Run:
         settings = _plain({"method": to_settings(pressed), "oracle": _plain(oracle)})
         path = None if self.folder is None else self.folder / _slug(label) / name / POINT
         if path is not None and path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = _read(path, "settings", "row")
             if known["settings"] != settings:
                 raise SettingError(OTHER.format(what=path, label=label))
             self.bar.update()
-            return known["row"]
+            return {**known["row"], "method": label}
         made = self.decomposition(label, pressed, name, seed)
         self.bar.set_postfix_str(f"{label}, {name}: measured")
         found = evaluate(
@@ -224,9 +251,9 @@ class _Run:
             return self.kept[key]
         folder = None if self.folder is None or not steps else self.folder / _slug(label) / name
         saved = None if folder is None else folder / "decomposition"
-        if saved is not None and saved.exists():
+        if saved is not None and (saved / METADATA).exists():
             made = Decomposition.load(saved, adapt(self.model).device)
-            if made.info["run"]["method"] != _plain(to_settings(method)):
+            if made.info.get("run", {}).get("method") != _plain(to_settings(method)):
                 raise SettingError(OTHER.format(what=saved, label=label))
             return made
 
@@ -251,14 +278,14 @@ class _Run:
         return active_components(self.model, made, self.held_out, self.mask)
 
     def stability(self, label: str, method: Method, sparsity: float) -> Row:
-        """How well the seeds' active components match, and all those of their untrained starts; means over pairs."""
+        """How well the seeds' active components match, and the same ones in their untrained starts; means over pairs."""
         seeds = self.protocol.seeds
         trained = {seed: self.made(label, method, sparsity, seed) for seed in seeds}
         active = {seed: self.active(made) for seed, made in trained.items()}
         starts = {seed: self.decomposition(label, method, f"start, seed {seed}", seed, steps=0) for seed in seeds}
         pairs = list(itertools.permutations(seeds, 2))
         of_trained = [matched_cosines(trained[a], trained[b], active[a], active[b]) for a, b in pairs]
-        of_starts = [matched_cosines(starts[a], starts[b]) for a, b in pairs]
+        of_starts = [matched_cosines(starts[a], starts[b], active[a], active[b]) for a, b in pairs]
         return {
             "method": label,
             "sparsity": sparsity,
@@ -268,9 +295,8 @@ class _Run:
 
     def splitting(self, label: str, method: Method) -> list[Row]:
         """Runs with other numbers of components, the smallest one's components looked for in the largest's."""
-        sparsity, seed = self.protocol.sparsities[len(self.protocol.sparsities) // 2], self.protocol.seeds[0]
-        capacities = sorted(self.protocol.capacities)
-        rows, made = [], []
+        sparsity, seed = sorted(self.protocol.sparsities)[len(self.protocol.sparsities) // 2], self.protocol.seeds[0]
+        capacities, rows, made = self.capacities, [], []
         for capacity in capacities:
             rows.append(self.point(label, method, sparsity, seed, capacity))
             made.append(self.made(label, method, sparsity, seed, capacity))
@@ -293,11 +319,12 @@ class _Run:
 def figures(found: Evaluation) -> Row:
     """What of an evaluation a comparison keeps."""
     sites = found.sites
-    worst = found.adversary[-1] if found.adversary else {"kl": None, "kl_worst": None}
+    kl = found.headline.get("adversarial")
+    worst = [row["kl_worst"] for row in found.adversary if row["kl"] == kl]
     return {
         "l0": sum(row["l0"] for row in sites),
         "active_parameters": sum(row["active_parameters"] for row in sites),
-        "alive": sum(row["active_anywhere"] for row in sites),
+        "active": sum(row["active_anywhere"] for row in sites),
         "components": sum(row["components"] for row in sites),
         "unmasked": found.mask_row("unmasked")["kl"],
         "importance": found.mask_row("importance")["kl"],
@@ -307,8 +334,8 @@ def figures(found: Evaluation) -> Row:
         "random": found.mask_row("random")["kl"],
         "zero": found.mask_row("zero")["kl"],
         "permuted": found.mask_row("permuted 0.1")["kl"],
-        "adversarial": worst["kl"],
-        "adversarial_worst": worst["kl_worst"],
+        "adversarial": kl,
+        "adversarial_worst": worst[0] if worst else None,
         "relative_error": max(row["relative_error"] for row in sites),
         "measured_in": found.seconds,
     }
@@ -334,12 +361,28 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(data: Any) -> str | None:
-    """What says whether rows are the same: a hash of a tensor, else only the type."""
+    """What says whether data is the same: a hash of tensors and lists of them, else only the type."""
     if data is None:
         return None
-    if not isinstance(data, Tensor):
-        return type(data).__name__
-    return hashlib.sha256(data.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    if isinstance(data, Tensor):
+        raw = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + raw).hexdigest()[:16]
+    if isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):
+        return hashlib.sha256(" ".join(str(_digest(part)) for part in data).encode()).hexdigest()[:16]
+    return type(data).__name__
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object that holds these keys."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DecompositionFileError(
+            f"{path} cannot be read as JSON ({error}); delete it to do that run again."
+        ) from error
+    if not isinstance(known, dict) or not set(keys) <= set(known):
+        raise DecompositionFileError(f"{path} holds no {' and '.join(keys)}; delete it to do that run again.")
+    return known
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

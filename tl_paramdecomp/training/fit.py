@@ -6,10 +6,9 @@
 4. Save the decomposition and return it; the target is as it was.
 """
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +22,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DataError, DivergedError, SettingError
 from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup, TrainingStep
 from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training.checkpoint import FOLDER, read_state, restore, save_checkpoint
 from tl_paramdecomp.training.data import BatchSource, batch_source
@@ -271,24 +271,6 @@ def optimise(groups: Sequence[ParameterGroup], optimiser: torch.optim.Optimizer,
         norms[group.name] = nn.utils.clip_grad_norm_(group.parameters, limit)
     optimiser.step()
     return norms
-
-
-@contextlib.contextmanager
-def frozen(root: nn.Module) -> Iterator[None]:
-    """The target without gradients and in evaluation mode; afterwards every flag is as it was."""
-    gradients = [(p, p.requires_grad) for p in root.parameters()]
-    modes = [(module, module.training) for module in root.modules()]
-    try:
-        for parameter, _ in gradients:
-            parameter.requires_grad_(False)
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for parameter, needed in gradients:
-            parameter.requires_grad_(needed)
-        for module, training in modes:
-            module.training = training
 
 
 def _figures(report: LossReport, norms: dict[str, Tensor], state: _State) -> dict[str, float]:
