@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tl_paramdecomp.components.files import write_text
+from tl_paramdecomp.components.files import replace_text
 from tl_paramdecomp.errors import DecompositionFileError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Comparison:
             DecompositionFileError: It cannot be written there.
         """
         path = Path(path)
-        write_text(path, json.dumps(dataclasses.asdict(self), indent=1))
+        replace_text(path, json.dumps(dataclasses.asdict(self), indent=1))
         return path
 
     @classmethod

@@ -102,6 +102,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write text and see it on the disk before returning."""
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def replace_text(path: Path, text: str) -> None:
     """Write text, whole or not at all, and see it on the disk before returning.
 
     Raises:

@@ -29,7 +29,7 @@ from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.matching import active_components, matched_cosines, split_share
 from tl_paramdecomp.analysis.oracle import Oracle
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.files import METADATA, write_text
+from tl_paramdecomp.components.files import METADATA, replace_text
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
@@ -177,7 +177,7 @@ class _Run:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(self.settled, indent=1))
+        replace_text(path, json.dumps(self.settled, indent=1))
 
     def sparsities(self, method: Method) -> Sequence[float]:
         """Factors on a method's coefficient, or the oracle's shares."""
@@ -237,7 +237,7 @@ class _Run:
         row = {"method": label, "sparsity": sparsity, "seed": seed, "capacity": capacity, **figures(found)}
         if path is not None:
             found.save(path.parent / "evaluation.json")
-            write_text(path, json.dumps({"settings": settings, "row": row}, indent=1))
+            replace_text(path, json.dumps({"settings": settings, "row": row}, indent=1))
         self.bar.update()
         return row
 
