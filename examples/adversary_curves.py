@@ -13,6 +13,7 @@
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.analysis.metrics import kl_by_mask_kind, masked_kl, sparsity
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
+from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.report.curves import draw_curves
 
 RESTARTS = 4
@@ -60,7 +62,10 @@ def run(args: argparse.Namespace, label: str, seed: int, opened) -> dict:
     folder = args.out / Path(args.model).name / f"{label.replace(' ', '_')}-{seed}-{args.steps}"
     done = folder / "points.json"
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        known = json.loads(done.read_text(encoding="utf-8"))
+        if known["settings"]["method"] != json.loads(json.dumps(to_settings(METHODS[label]()))):
+            sys.exit(f"{done} is of other settings; delete {folder} to run it again.")
+        return known
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "points.jsonl"
     at = {max(1, round(args.steps * share)) for share in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}

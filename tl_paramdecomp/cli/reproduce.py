@@ -32,7 +32,7 @@ from tl_paramdecomp.analysis import toys
 from tl_paramdecomp.analysis.metrics import sparsity
 from tl_paramdecomp.cli.recipes import RECIPES, Recipe
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.files import write_text
+from tl_paramdecomp.components.files import replace_text
 from tl_paramdecomp.errors import MissingExtraError, SettingError
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.toy_models import (
@@ -92,7 +92,7 @@ def reproduce(
         "settings": settings_of(recipe),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
-    write_text(folder / "result.json", json.dumps(record, indent=1))
+    replace_text(folder / "result.json", json.dumps(record, indent=1))
     return record
 
 
@@ -136,7 +136,7 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, talk: Console) -> dict[str
         draw(recipe, trained.model, made, folder)
     except MissingExtraError as error:
         talk.print(f"No figures: {error}", markup=False, highlight=False)
-    write_text(path, json.dumps({**result, "settings": settings}, indent=1))
+    replace_text(path, json.dumps({**result, "settings": settings}, indent=1))
     return result
 
 
