@@ -13,8 +13,10 @@ from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.oracle import Oracle
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.from_factors import from_factors
+from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.spd import SPD, VPD
 from tl_paramdecomp.patching.attach import attached
 from tl_paramdecomp.patching.edit import edited_model, edited_weights
@@ -39,6 +41,7 @@ __all__ = [
     "ComparisonProtocol",
     "Decomposition",
     "Evaluation",
+    "L3D",
     "Masks",
     "NeuronBasis",
     "Oracle",
@@ -46,6 +49,7 @@ __all__ = [
     "RandomBasis",
     "SPD",
     "SVD",
+    "SubnetworkDecomposition",
     "TaskPrompt",
     "TextRows",
     "VPD",

@@ -12,6 +12,7 @@ from tl_paramdecomp.components import files
 from tl_paramdecomp.components.factors import Components, make_components, tied_components
 from tl_paramdecomp.components.importance import ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.components.saved import Saved
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.components.ties import check_ties
 from tl_paramdecomp.errors import DecompositionFileError, NoImportanceError, ShapeError
@@ -21,7 +22,7 @@ IMPORTANCE = "importance:"
 """Prefix of the importance function's tensors on disk."""
 
 
-class Decomposition(nn.Module, Mapping[str, Components]):
+class Decomposition(Saved, Mapping[str, Components]):
     """A Mapping from site name to components. It holds no model.
 
     Args:
@@ -149,9 +150,13 @@ class Decomposition(nn.Module, Mapping[str, Components]):
             DeviceError: There is no such device.
         """
         tensors, metadata = files.load_parts(Path(folder), device)
+        if metadata.get("kind") is not None:
+            raise DecompositionFileError(
+                f"{folder} holds {metadata['kind']}, not components; open it with SubnetworkDecomposition.load."
+            )
         try:
             sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
-            fingerprints = {name: _fingerprint(values) for name, values in metadata["fingerprints"].items()}
+            fingerprints = {name: fingerprint_of(values) for name, values in metadata["fingerprints"].items()}
             tied = metadata.get("tied", {})  # files from before there were ties have none
             factors = {name: (tensors[f"{name}.V"], tensors[f"{name}.U"]) for name in sites if name not in tied}
             config = None if metadata["importance"] is None else ImportanceConfig(**metadata["importance"])
@@ -167,7 +172,7 @@ class Decomposition(nn.Module, Mapping[str, Components]):
         return made
 
 
-def _fingerprint(values: Mapping[str, Any]) -> Fingerprint:
+def fingerprint_of(values: Mapping[str, Any]) -> Fingerprint:
     """A fingerprint from JSON, which has lists for tuples."""
     plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     return Fingerprint(**plain)

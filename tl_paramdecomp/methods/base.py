@@ -10,7 +10,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -21,6 +21,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask, interpolated_output
+from tl_paramdecomp.components.saved import Saved
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare
 from tl_paramdecomp.sites import SiteCall, WeightSite
@@ -235,7 +236,7 @@ class TrainingStep:
     """What the loop hands a method at one step."""
 
     adapter: ModelAdapter
-    decomposition: Decomposition
+    decomposition: Any
     batch: Batch
     generator: torch.Generator
     """Draws every mask of the run."""
@@ -258,7 +259,11 @@ class ParameterGroup:
     """Largest gradient norm of the group."""
 
 
-class Method(ABC):
+Made = TypeVar("Made", bound=Saved)
+"""What a method makes."""
+
+
+class Method(ABC, Generic[Made]):
     """How components are found."""
 
     @property
@@ -274,7 +279,7 @@ class Method(ABC):
         generator: torch.Generator,
         progress: Progress,
         batches: Callable[[int], Batch] | None = None,
-    ) -> Decomposition:
+    ) -> Made:
         """A decomposition to start from, any warm-up included.
 
         Args:
@@ -286,7 +291,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:
+    def parameter_groups(self, decomposition: Made) -> list[ParameterGroup]:
         """What is trained; nothing else gets gradients."""
 
     @abstractmethod
@@ -297,7 +302,10 @@ class Method(ABC):
     def gradients(self, step: TrainingStep) -> LossReport:
         """Work out all terms on one batch and add their gradients to the parameters'."""
 
-    def sparser(self, factor: float) -> "Method":
+    def after_step(self, step: TrainingStep) -> None:
+        """What is to be done to the parameters after the optimiser has moved them."""
+
+    def sparser(self, factor: float) -> "Method[Made]":
         """The same method, pressed so many times as hard towards few important components.
 
         Raises:
@@ -305,7 +313,7 @@ class Method(ABC):
         """
         raise SettingError(f"{type(self).__name__} has no term that presses towards few components; given {factor}.")
 
-    def wider(self, factor: float, sites: Mapping[str, WeightSite]) -> "Method":
+    def wider(self, factor: float, sites: Mapping[str, WeightSite]) -> "Method[Made]":
         """The same method with so many times as many components at each site.
 
         Raises:

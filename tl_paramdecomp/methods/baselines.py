@@ -35,7 +35,7 @@ from tl_paramdecomp.sites import WeightSite
 
 
 @dataclass(frozen=True)
-class ExactBasis(Method):
+class ExactBasis(Method[Decomposition]):
     """Components that are worked out and stay; only their importance function is trained."""
 
     training: SPD | None = field(default_factory=SPD)

@@ -63,9 +63,13 @@ def describe(
     names = in_order(adapter.sites, {*factors, *(tied or ())})
     sites = {name: adapter.site(name) for name in names}
     fingerprints = {name: adapter.fingerprint(name) for name in names}
+    return Decomposition(factors, sites, fingerprints, importance, origin_of(adapter), generator, tied)
+
+
+def origin_of(adapter: ModelAdapter) -> dict[str, Any]:
+    """What is stored of where a decomposition came from."""
     target = type(adapter.root).__name__ if adapter.host in ("torch", "nnsight") else type(adapter.model).__name__
-    origin = {"host": adapter.host, "target": target, "processing": adapter.processing, "versions": versions()}
-    return Decomposition(factors, sites, fingerprints, importance, origin, generator, tied)
+    return {"host": adapter.host, "target": target, "processing": adapter.processing, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
+from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
@@ -26,6 +27,7 @@ TABLE: dict[str, type] = {
         WhitenedSVD,
         NeuronBasis,
         RandomBasis,
+        L3D,
         ImportanceConfig,
         Faithfulness,
         ImportanceMinimality,

@@ -48,7 +48,7 @@ ALIVE = 0.1
 
 
 @dataclass(frozen=True)
-class SPD(Method):
+class SPD(Method[Decomposition]):
     """Hyperparameters of Stochastic Parameter Decomposition; the object is the method."""
 
     n_components: int | Mapping[str, int] | None = None

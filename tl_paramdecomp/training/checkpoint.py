@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
 from tl_paramdecomp.errors import DecompositionFileError, TargetMismatchError
 
@@ -22,7 +21,7 @@ OPTIMISER, MEMORY = "optimiser.safetensors", "memory.safetensors"
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    decomposition: Decomposition,
+    decomposition: Any,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
     memory: Mapping[str, Tensor],
@@ -69,7 +68,7 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def restore(
-    run_dir: Path, decomposition: Decomposition, optimiser: torch.optim.Optimizer, generator: torch.Generator
+    run_dir: Path, decomposition: Any, optimiser: torch.optim.Optimizer, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Put a checkpoint's state into a freshly made decomposition, optimiser and generator; returns the method's memory.
 
@@ -77,7 +76,7 @@ def restore(
         DecompositionFileError: The checkpoint does not fit them.
         TargetMismatchError: It is of a model with other weights.
     """
-    saved = Decomposition.load(run_dir / FOLDER / "decomposition")
+    saved = type(decomposition).load(run_dir / FOLDER / "decomposition")
     for name, known in saved.fingerprints.items():
         found = decomposition.fingerprints.get(name)
         difference = None if found is None else differs(known, found)

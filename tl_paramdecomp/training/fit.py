@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
-from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DataError, DivergedError, SettingError
-from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup, TrainingStep
+from tl_paramdecomp.methods.base import LossReport, Made, Method, ParameterGroup, TrainingStep
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
@@ -36,7 +35,7 @@ class StepInfo(NamedTuple):
     steps: int
     figures: dict[str, float]
     """Loss, its terms, L0, gradient norms, learning rate, seconds since the start."""
-    decomposition: Decomposition
+    decomposition: Any
 
 
 Callback = Callable[[StepInfo], None]
@@ -45,7 +44,7 @@ Callback = Callable[[StepInfo], None]
 def decompose(
     model: Any,
     sites: SitePattern,
-    method: Method,
+    method: Method[Made],
     data: Any = None,
     steps: int | None = None,
     batch_size: int = 16,
@@ -59,7 +58,7 @@ def decompose(
     log_every: int = 10,
     checkpoint_every: int = 1000,
     progress: bool = True,
-) -> Decomposition:
+) -> Made:
     """Learn components of a model's weights.
 
     Args:
@@ -82,7 +81,7 @@ def decompose(
         progress: Show a progress bar.
 
     Returns:
-        The decomposition, on the model's device.
+        The decomposition, on the model's device: a `Decomposition`, from `L3D` a `SubnetworkDecomposition`.
 
     Raises:
         NoMatchingSiteError, UnsupportedModelError: No such site, or none that is exact.
@@ -136,7 +135,7 @@ def decompose(
 class _State:
     """Everything the next step depends on, besides the data."""
 
-    decomposition: Decomposition
+    decomposition: Any
     groups: list[ParameterGroup]
     optimiser: torch.optim.Optimizer
     generator: torch.Generator
@@ -189,7 +188,7 @@ class _Run:
     def train(
         self,
         adapter: ModelAdapter,
-        method: Method,
+        method: Method[Any],
         state: _State,
         source: BatchSource,
         background: BatchSource | None,
@@ -207,11 +206,11 @@ class _Run:
                 other = None if background is None else background.batch(step).to(adapter.device)
                 share = step / max(1, self.steps - 1)
                 state.optimiser.zero_grad()
-                report = method.gradients(
-                    TrainingStep(adapter, state.decomposition, batch, state.generator, share, state.memory, other)
-                )
+                now = TrainingStep(adapter, state.decomposition, batch, state.generator, share, state.memory, other)
+                report = method.gradients(now)
                 self._check_finite(report, step)
                 norms = optimise(state.groups, state.optimiser, method.learning_rate_factor(step, self.steps))
+                method.after_step(now)
                 done = step + 1
                 bar.update()
                 if done % self.log_every == 0 or done == self.steps:
@@ -245,7 +244,7 @@ class _Run:
         )
         self.saved_at = done
 
-    def _log(self, done: int, figures: dict[str, float], decomposition: Decomposition) -> None:
+    def _log(self, done: int, figures: dict[str, float], decomposition: Any) -> None:
         if self.folder is not None:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": done, **figures}) + "\n")
@@ -290,7 +289,7 @@ def _can_fuse(groups: Sequence[ParameterGroup]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g.parameters)
 
 
-def _steps(method: Method, steps: int | None, data: Any) -> int:
+def _steps(method: Method[Any], steps: int | None, data: Any) -> int:
     """Steps to take: none where there is nothing to train."""
     if not method.trains:
         return 0

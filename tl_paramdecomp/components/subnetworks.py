@@ -1,0 +1,240 @@
+"""Subnetworks: low-rank directions over several weights at once, K of them, as stacked factors.
+
+At one site subnetwork k is the matrix A_k B_k^T [d_in, d_out] of rank r, and a vector b_k where the site's bias takes part.
+Where a sample's gradient is G = sum_t x_t g_t^T, with x_t what the weight reads and g_t the gradient of what it writes, all
+that is needed of it comes from x and g, and G itself is never formed:
+
+    <G, A_k B_k^T> = sum_t (x_t A_k) . (g_t B_k)          |G|^2 = sum_ts (x_t . x_s) (g_t . g_s)
+
+Local Loss Landscape Decomposition (Chrisman, Bushnaq and Sharkey 2025, arXiv 2504.00194) has dense subnetworks and gradients;
+these are the same numbers.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from tl_paramdecomp.components.importance import module_key
+from tl_paramdecomp.errors import ShapeError
+from tl_paramdecomp.sites import WeightSite
+
+Backend = Literal["auto", "factored", "dense"]
+"""How gradients meet subnetworks: from x and g, or from gradients formed some samples at a time; `auto`: whichever takes fewer
+operations at that site."""
+CHUNK = 1 << 24
+"""Numbers of dense gradients that exist at once."""
+
+
+class SampleGradient(NamedTuple):
+    """Gradients of N scalars with respect to one site's weight, as the factors of their sums of outer products."""
+
+    x: Shaped[Tensor, "n pos *d_in"]
+    """What the weight read; indices for an embedding."""
+    g: Float[Tensor, "n pos d_out"]
+    """Gradient of each scalar with respect to what the weight wrote."""
+
+    def squared_norm(self, bias: bool) -> Float[Tensor, " n"]:
+        """Squared norm of each gradient of W, and of b where it counts."""
+        if self.x.is_floating_point():
+            reads = self.x @ self.x.transpose(1, 2)
+        else:
+            reads = (self.x.unsqueeze(2) == self.x.unsqueeze(1)).to(self.g.dtype)
+        norm = (reads * (self.g @ self.g.transpose(1, 2))).sum((1, 2))
+        return norm + self.g.sum(1).square().sum(-1) if bias else norm
+
+    def dense(self, rows: slice, d_in: int) -> Float[Tensor, "some d_in d_out"]:
+        """Gradients of W for some of the scalars."""
+        x, g = self.x[rows], self.g[rows]
+        if not x.is_floating_point():
+            x = torch.nn.functional.one_hot(x, d_in).to(g.dtype)
+        return x.transpose(1, 2) @ g
+
+
+class SiteSubnetworks(nn.Module):
+    """What K subnetworks are at one site.
+
+    Raises:
+        ShapeError: The factors do not fit the site or each other.
+    """
+
+    def __init__(self, site: WeightSite, A: Tensor, B: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        K, _, r = A.shape
+        wanted = {"A": (K, site.d_in, r), "B": (K, site.d_out, r), "bias": (K, site.d_out)}
+        for name, given in (("A", A), ("B", B), ("bias", bias)):
+            if given is not None and tuple(given.shape) != wanted[name]:
+                raise ShapeError(f"{name} of {site.name} must be {list(wanted[name])}; given {list(given.shape)}.")
+        self.site = site
+        self.A: Float[Tensor, "K d_in r"] = nn.Parameter(A.detach().clone().contiguous())
+        self.B: Float[Tensor, "K d_out r"] = nn.Parameter(B.detach().clone().contiguous())
+        self.bias: Float[Tensor, "K d_out"] | None = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone().contiguous())
+
+    @property
+    def rank(self) -> int:
+        """r, the rank of each matrix."""
+        return self.A.shape[2]
+
+    def matrix(self, k: int) -> Float[Tensor, "d_in d_out"]:
+        """A_k B_k^T."""
+        return self.A[k] @ self.B[k].T
+
+    def reads(self, x: Shaped[Tensor, "n pos *d_in"]) -> Float[Tensor, "n pos K r"]:
+        """x A_k of every subnetwork."""
+        if not x.is_floating_point():
+            return self.A.permute(1, 0, 2)[x]
+        return (x @ self.A.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
+
+    def inner(self, gradient: SampleGradient, backend: Backend = "auto") -> Float[Tensor, "n K"]:
+        """<G_n, subnetwork k> at this site."""
+        if self._dense(gradient, backend):
+            found = self._inner_dense(gradient)
+        else:
+            writes = (gradient.g @ self.B.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
+            found = (self.reads(gradient.x) * writes).sum((1, 3))
+        return found if self.bias is None else found + gradient.g.sum(1) @ self.bias.T
+
+    def _dense(self, gradient: SampleGradient, backend: Backend) -> bool:
+        if backend != "auto":
+            return backend == "dense"
+        d_in, d_out = self.site.d_in, self.site.d_out
+        return self.rank * gradient.g.shape[1] > 1.25 * d_in * d_out / (d_in + d_out)
+
+    def _inner_dense(self, gradient: SampleGradient) -> Float[Tensor, "n K"]:
+        matrices = (self.A @ self.B.transpose(1, 2)).flatten(1)
+        n = max(1, CHUNK // matrices.shape[1])
+        # what a chunk's product needs is the gradients, which are cheaper to form again than to keep
+        parts = [
+            _DenseInner.apply(matrices, gradient, slice(first, first + n), self.site.d_in)
+            for first in range(0, len(gradient.g), n)
+        ]
+        return torch.cat(parts)
+
+    def gram(self) -> Float[Tensor, "K K"]:
+        """Inner products of all pairs of subnetworks at this site."""
+        K, r = len(self.A), self.rank
+        if r == 1:
+            a, b = self.A.squeeze(-1), self.B.squeeze(-1)
+            found = (a @ a.T) * (b @ b.T)
+        else:
+            reads, writes = (f.transpose(1, 2).flatten(0, 1) for f in (self.A, self.B))
+            product = (reads @ reads.T) * (writes @ writes.T)
+            found = product.view(K, r, K, r).sum((1, 3))
+        return found if self.bias is None else found + self.bias @ self.bias.T
+
+    def squared_norms(self) -> Float[Tensor, " K"]:
+        """Squared Frobenius norm of each subnetwork at this site."""
+        found = ((self.A.transpose(1, 2) @ self.A) * (self.B.transpose(1, 2) @ self.B)).sum((1, 2))
+        return found if self.bias is None else found + self.bias.square().sum(-1)
+
+
+class _DenseInner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrices: Tensor, gradient: SampleGradient, rows: slice, d_in: int) -> Tensor:  # type: ignore[override]
+        ctx.gradient, ctx.rows, ctx.d_in = gradient, rows, d_in
+        return gradient.dense(rows, d_in).flatten(1) @ matrices.T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad.T @ ctx.gradient.dense(ctx.rows, ctx.d_in).flatten(1), None, None, None
+
+
+class Subnetworks(nn.Module, Mapping[str, SiteSubnetworks]):
+    """K subnetworks over several sites; a Mapping from site name to what they are there."""
+
+    __hash__ = nn.Module.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+    def __init__(self, parts: Mapping[str, SiteSubnetworks]) -> None:
+        super().__init__()
+        sizes = {len(part.A) for part in parts.values()}
+        if len(sizes) != 1:
+            raise ShapeError(f"Subnetworks need at least one site, and as many at each; given {sorted(sizes)}.")
+        self.parts = nn.ModuleDict({module_key(name): part for name, part in parts.items()})
+        self.K = sizes.pop()
+
+    def __getitem__(self, site: str) -> SiteSubnetworks:
+        return self.parts[module_key(site)]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return (part.site.name for part in self.parts.values())  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def inner(self, gradients: Mapping[str, SampleGradient], backend: Backend = "auto") -> Float[Tensor, "n K"]:
+        """<G_n, subnetwork k>, summed over the sites."""
+        return torch.stack([part.inner(gradients[name], backend) for name, part in self.items()]).sum(0)
+
+    def squared_norm(self, gradients: Mapping[str, SampleGradient]) -> Float[Tensor, " n"]:
+        """Squared norm of each gradient over the tensors that the subnetworks reach."""
+        return torch.stack([gradients[n].squared_norm(p.bias is not None) for n, p in self.items()]).sum(0)
+
+    def gram(self) -> Float[Tensor, "K K"]:
+        """Inner products of all pairs."""
+        return torch.stack([part.gram() for part in self.values()]).sum(0)
+
+    def norms(self) -> Float[Tensor, " K"]:
+        """Norm of each subnetwork over all its tensors together."""
+        return torch.stack([part.squared_norms() for part in self.values()]).sum(0).sqrt()
+
+    @torch.no_grad()
+    def rescale(self, factors: Float[Tensor, " K"]) -> None:
+        """Multiply each subnetwork, in place."""
+        root = factors.sqrt()[:, None, None]
+        for part in self.values():
+            part.A.mul_(root)
+            part.B.mul_(root)
+            if part.bias is not None:
+                part.bias.mul_(factors[:, None])
+
+    @torch.no_grad()
+    def normalise(self, kind: Literal["l2", "paper_code"] = "l2") -> None:
+        """Bring every subnetwork to norm 1, in place.
+
+        Args:
+            kind: `l2`: the norm over all tensors together, at once. `paper_code`: the published code's step towards a sum of
+                the tensors' norms of 1, each divided by the square root of that sum.
+        """
+        if kind == "l2":
+            self.rescale(1.0 / self.norms().clamp(min=1e-30))
+            return
+        total = torch.zeros(self.K, dtype=next(self.parameters()).dtype, device=next(self.parameters()).device)
+        for part in self.values():
+            matrix = ((part.A.transpose(1, 2) @ part.A) * (part.B.transpose(1, 2) @ part.B)).sum((1, 2)).clamp(min=0.0)
+            total += matrix.sqrt()
+            if part.bias is not None:
+                total += part.bias.norm(dim=-1)
+        self.rescale(1.0 / total.sqrt().clamp(min=1e-30))
+
+
+def random_subnetworks(
+    sites: Mapping[str, WeightSite],
+    ranks: Mapping[str, int],
+    K: int,
+    biases: frozenset[str],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Subnetworks:
+    """K subnetworks with normal factors, scaled to norm 1.
+
+    Args:
+        sites: Where.
+        ranks: r at each site.
+        K: How many.
+        biases: Sites whose bias takes part.
+        dtype: Of the factors.
+        generator: Draws them, on the CPU.
+    """
+    parts = {}
+    for name, site in sites.items():
+        shapes = [(K, site.d_in, ranks[name]), (K, site.d_out, ranks[name])]
+        shapes += [(K, site.d_out)] if name in biases else []
+        parts[name] = SiteSubnetworks(site, *(torch.randn(s, generator=generator).to(dtype) for s in shapes))
+    made = Subnetworks(parts)
+    made.normalise()
+    return made

@@ -1,0 +1,270 @@
+"""Local Loss Landscape Decomposition (Chrisman, Bushnaq and Sharkey 2025, arXiv 2504.00194).
+
+1. Each sample's divergence from a reference output, another sample's say, has a gradient g_n over the chosen weights.
+2. Encoder subnetworks give coefficients a_nk = <g_n, E_k>; those of largest size in the batch are kept.
+3. Decoder subnetworks reconstruct: g_n ~ sum_k a_nk D_k. The loss is sum_n |g_n - ...|^2 / sum_n |g_n|^2.
+4. Subnetworks are of low rank at each weight; after every step the decoder's are brought to norm 1.
+
+Everything is worked out from what sites read and the gradients of what they write (`components.subnetworks`):
+
+    |g_n - sum_k m_nk a_nk D_k|^2 = |g_n|^2 - 2 sum_k m_nk a_nk <g_n, D_k> + (m a)_n M (m a)_n,   M_kl = <D_k, D_l>
+
+What is decomposed is the local loss landscape, not the weights: subnetworks do not sum to W.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.components.subnetworks import Backend, SampleGradient, random_subnetworks
+from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
+from tl_paramdecomp.methods.base import Batch, LossReport, Method, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.methods.from_factors import origin_of
+from tl_paramdecomp.methods.sample_gradients import (
+    Divergence,
+    GradientPass,
+    Positions,
+    Reference,
+    all_gradients,
+)
+from tl_paramdecomp.sites import WeightSite
+
+COUNTS, SEEN = "l3d/active", "l3d/seen"
+"""In a run's memory: how often each subnetwork was active since the last revival, and among how many samples."""
+
+
+@dataclass(frozen=True)
+class L3D(Method[SubnetworkDecomposition]):
+    """Hyperparameters of Local Loss Landscape Decomposition; the object is the method.
+
+    `L3D.paper_code()` has the published code's variants of divergence, reference and norm, which its figures need.
+    """
+
+    n_subnetworks: int = 100
+    rank: int | Mapping[str, int] = 1
+    """r of every site; or by glob, the first match counting."""
+    active: float = 0.1
+    """Share of the batch's coefficients that are kept."""
+    biases: bool = True
+    """Whether biases of the sites take part."""
+    divergence: Divergence = "kl"
+    reference: Reference = "sample"
+    positions: Positions = "one"
+    norm: Literal["l2", "paper_code"] = "l2"
+    """What "norm 1" means for a subnetwork; see `Subnetworks.normalise`."""
+    lr: float = 1e-2
+    decay: float = 0.8
+    """Factor on the learning rate at every tenth of the run."""
+    warm_start: float = 0.1
+    """Share of the run in which all coefficients are kept."""
+    revive_every: int = 0
+    """Steps after which subnetworks that were never active begin anew, from badly reconstructed gradients; 0: never."""
+    threshold_memory: float = 0.99
+    """How much of the learned threshold each step keeps."""
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.n_subnetworks < 1 or (isinstance(self.rank, int) and self.rank < 1):
+            raise SettingError(f"L3D needs n_subnetworks >= 1 and rank >= 1; given {self.n_subnetworks}, {self.rank}.")
+        if not 0.0 < self.active <= 1.0 or not 0.0 <= self.warm_start <= 1.0:
+            raise SettingError(f"active is in (0, 1], warm_start in [0, 1]; given {self.active}, {self.warm_start}.")
+        if (
+            self.lr <= 0
+            or not 0.0 < self.decay <= 1.0
+            or not 0.0 <= self.threshold_memory < 1.0
+            or self.revive_every < 0
+        ):
+            raise SettingError(
+                "lr must be positive, decay in (0, 1], threshold_memory in [0, 1), revive_every at least 0; given "
+                f"{self.lr}, {self.decay}, {self.threshold_memory}, {self.revive_every}."
+            )
+
+    @classmethod
+    def paper_code(cls, **changes: Any) -> "L3D":
+        """The published code for toys: p (p - r) for the mean square, references that may be the sample itself, its own norm,
+        and no warm start."""
+        published = L3D(
+            divergence="paper_code", reference="paper_code", norm="paper_code", warm_start=0.0, threshold_memory=0.99
+        )
+        return replace(published, **changes)
+
+    def ranks(self, sites: Mapping[str, WeightSite]) -> dict[str, int]:
+        """r of each site.
+
+        Raises:
+            NoMatchingSiteError: A glob of `rank` matches no site, or a site matches none.
+        """
+        if not isinstance(self.rank, Mapping):
+            return {name: min(self.rank, site.d_in, site.d_out) for name, site in sites.items()}
+        for glob in self.rank:
+            if not fnmatch.filter(sites, glob):
+                raise NoMatchingSiteError(f"rank names {glob!r}, which matches none of {', '.join(sites)}.")
+        found = {}
+        for name, site in sites.items():
+            glob = next((g for g in self.rank if fnmatch.fnmatchcase(name, g)), None)
+            if glob is None:
+                raise NoMatchingSiteError(f"rank says nothing of {name}; add a glob for it, or '*' last.")
+            found[name] = min(self.rank[glob], site.d_in, site.d_out)
+        return found
+
+    # --- Method -----------------------------------------------------------------------------------------------------
+    def initialise(
+        self,
+        adapter: ModelAdapter,
+        sites: Mapping[str, WeightSite],
+        generator: torch.Generator,
+        progress: Progress,
+        batches: Callable[[int], Batch] | None = None,
+    ) -> SubnetworkDecomposition:
+        biases = frozenset(name for name in sites if self.biases and adapter.bias(name) is not None)
+        weight = adapter.weight(next(iter(sites)))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        decoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator)
+        encoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator)
+        encoder.load_state_dict(decoder.state_dict())
+        fingerprints = {name: adapter.fingerprint(name) for name in sites}
+        made = SubnetworkDecomposition(encoder, decoder, sites, fingerprints, info=origin_of(adapter))
+        return made.to(adapter.device)
+
+    def parameter_groups(self, decomposition: SubnetworkDecomposition) -> list[ParameterGroup]:
+        return [ParameterGroup("subnetworks", list(decomposition.parameters()), self.lr, None)]
+
+    def learning_rate_factor(self, step: int, steps: int) -> float:
+        return self.decay ** (10 * step // max(1, steps))
+
+    def gradients(self, step: TrainingStep) -> LossReport:
+        made: SubnetworkDecomposition = step.decomposition  # type: ignore[assignment]
+        run = GradientPass(step.adapter, list(made.sites), step.batch.tokens, step.batch.attention_mask)
+        places = run.places(self.positions, step.generator)
+        groups = list(all_gradients(run, places, self.reference, self.divergence, step.generator))
+        warm = step.progress < self.warm_start
+        found = reconstruction(made, groups, 1.0 if warm else self.active, self.backend)
+        found.loss.backward()
+        with torch.no_grad():
+            if not warm:
+                kept = self.threshold_memory if made.threshold > 0 else 0.0
+                made.threshold.lerp_(found.threshold, 1.0 - kept)
+            self._count(step, found)
+        return LossReport(
+            found.loss.detach(),
+            {"reconstruction": found.loss.detach()},
+            lambda: {"l0": found.mask.sum(1).float().mean(), "dead": (~found.mask.any(0)).float().sum()},
+        )
+
+    def after_step(self, step: TrainingStep) -> None:
+        made: SubnetworkDecomposition = step.decomposition  # type: ignore[assignment]
+        made.decoder.normalise(self.norm)
+
+    def _count(self, step: TrainingStep, found: "Reconstruction") -> None:
+        """Note which subnetworks were active; those that never were begin anew when it is time."""
+        if not self.revive_every:
+            return
+        device = found.mask.device
+        counts = step.memory.setdefault(COUNTS, torch.zeros(found.mask.shape[1], dtype=torch.int64, device=device))
+        seen = step.memory.setdefault(SEEN, torch.zeros((), dtype=torch.int64))
+        counts += found.mask.sum(0)
+        seen += 1
+        if int(seen) % self.revive_every == 0:
+            revive(step.decomposition, found, counts == 0, step.generator)  # type: ignore[arg-type]
+            counts.zero_()
+
+
+class Reconstruction(NamedTuple):
+    """How subnetworks reconstruct the gradients of N samples."""
+
+    loss: Float[Tensor, ""]
+    """Share of the gradients' squared norms that is not reconstructed."""
+    coefficients: Float[Tensor, "n K"]
+    mask: Bool[Tensor, "n K"]
+    threshold: Float[Tensor, ""]
+    """Smallest kept |coefficient|."""
+    squared_norms: Float[Tensor, " n"]
+    residuals: Float[Tensor, " n"]
+    """Squared norms of what is left of each."""
+    groups: list[dict[str, SampleGradient]]
+    """The gradients, position by position of the loss."""
+
+
+def reconstruction(
+    made: SubnetworkDecomposition,
+    groups: list[dict[str, SampleGradient]],
+    active: float | None,
+    backend: Backend = "auto",
+) -> Reconstruction:
+    """Coefficients of samples, and how well they reconstruct.
+
+    Args:
+        made: The subnetworks.
+        groups: Gradients of the samples, in any number of groups.
+        active: Share of the coefficients to keep, the largest over all samples together; None: those that reach the learned
+            threshold.
+        backend: How inner products are taken.
+    """
+    a = torch.cat([made.encoder.inner(group, backend) for group in groups])
+    c = torch.cat([made.decoder.inner(group, backend) for group in groups])
+    norms = torch.cat([made.decoder.squared_norm(group) for group in groups])
+    size = a.detach().abs()
+    if active is None:
+        threshold = made.threshold.to(size.dtype)
+    else:
+        threshold = size.flatten().kthvalue(size.numel() - max(1, round(active * size.numel())) + 1).values
+    mask = size >= threshold
+    kept = a * mask
+    residuals = norms - 2.0 * (kept * c).sum(1) + ((kept @ made.decoder.gram()) * kept).sum(1)
+    loss = residuals.sum() / norms.sum().clamp(min=1e-30)
+    return Reconstruction(loss, a.detach(), mask, threshold, norms, residuals.detach(), groups)
+
+
+@torch.no_grad()
+def revive(
+    made: SubnetworkDecomposition, found: Reconstruction, dead: Bool[Tensor, " K"], generator: torch.Generator
+) -> None:
+    """Let dead subnetworks begin anew, each as the best low-rank form of a sample's gradient, in both dictionaries.
+
+    Samples are drawn in proportion to what is left of them.
+    """
+    places = dead.nonzero().flatten()
+    if not len(places):
+        return
+    weights = found.residuals.clamp(min=0.0)
+    if not bool(weights.sum() > 0):
+        return
+    drawn = torch.multinomial(weights.float(), len(places), replacement=True, generator=generator)
+    sizes = [len(next(iter(group.values())).g) for group in found.groups]
+    for k, n in zip(places.tolist(), drawn.tolist(), strict=True):
+        group = 0
+        while n >= sizes[group]:
+            n, group = n - sizes[group], group + 1
+        for name, part in made.decoder.items():
+            gradient = found.groups[group][name]
+            if not gradient.x.is_floating_point():
+                continue
+            A, B = low_rank(gradient.x[n], gradient.g[n], part.rank)
+            for side in (part, made.encoder[name]):
+                side.A[k], side.B[k] = A, B
+                if side.bias is not None:
+                    side.bias[k] = gradient.g[n].sum(0)
+    norms = made.decoder.norms().clamp(min=1e-30)
+    factors = torch.where(dead, 1.0 / norms, torch.ones_like(norms))
+    for side in (made.decoder, made.encoder):
+        side.rescale(factors)
+
+
+def low_rank(
+    x: Float[Tensor, "pos d_in"], g: Float[Tensor, "pos d_out"], rank: int
+) -> tuple[Float[Tensor, "d_in r"], Float[Tensor, "d_out r"]]:
+    """The best rank-r form A B^T of sum_t x_t g_t^T, from QR factors of both sides; zeros beyond its own rank."""
+    left, right = torch.linalg.qr(x.T), torch.linalg.qr(g.T)
+    u, s, v = torch.linalg.svd(left.R @ right.R.T)
+    n = min(rank, len(s))
+    root = s[:n].sqrt()
+    A, B = x.new_zeros(x.shape[1], rank), g.new_zeros(g.shape[1], rank)
+    A[:, :n], B[:, :n] = (left.Q @ u[:, : len(s)])[:, :n] * root, (right.Q @ v[: len(s)].T)[:, :n] * root
+    return A, B

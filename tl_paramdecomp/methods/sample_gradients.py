@@ -1,0 +1,186 @@
+"""Gradients of each sample's divergence from a reference output, as factors: what a site reads, and how what it writes counts.
+
+One forward pass in which every chosen site keeps its input and a leaf at its output, and one backward pass for each position
+of the loss: rows do not mix, so that one backward gives the gradients of all rows at once. The backward pass begins at the
+output with the divergence's own gradient, which is known in closed form; no gradient of a weight is ever formed.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.subnetworks import SampleGradient
+from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.sites import SiteCall
+
+Divergence = Literal["kl", "mse", "paper_code"]
+"""Of an output from a reference: KL(reference || output) of next tokens; mean square over outputs; or p (p - r) averaged over
+outputs, which the published code has in its place for toys."""
+Reference = Literal["sample", "mean", "uniform", "pairs", "paper_code"]
+"""What outputs are compared with: another sample's of the batch; the batch's mean; the uniform distribution; row 2i + 1 for row
+2i; or, as in the published code, any sample's of the batch, the same one included."""
+Positions = Literal["one", "all", "last"] | int
+"""Where the divergence is taken: at a random position of each row, at all of them, at the last, or at a given one."""
+
+
+class GradientPass:
+    """One forward pass, from which gradients at several positions can be taken."""
+
+    def __init__(
+        self, adapter: ModelAdapter, sites: Sequence[str], tokens: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
+        self.x: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
+        fns = {name: functools.partial(_opened, self.x, self.leaves, name, len(tokens)) for name in sites}
+        with torch.enable_grad(), adapter.intercept(fns):
+            output = adapter.forward(tokens, attention_mask)
+        self.by_position = output.ndim == 3
+        """Whether outputs are [row, pos, width]; else [row, width]."""
+        self.output = output
+        n, length = output.shape[0], output.shape[1] if self.by_position else 1
+        scored = torch.ones(n, length, dtype=torch.bool, device=output.device)
+        self.scored = scored if attention_mask is None or not self.by_position else attention_mask.bool()
+        """[row, pos]: where a divergence may be taken."""
+
+    def places(self, positions: Positions, generator: torch.Generator) -> list[Int[Tensor, " n"]]:
+        """Positions of the loss, one for each row; several times over for `all`.
+
+        Raises:
+            SettingError: The output has no positions, or not so many.
+            DataError: A row has no position that counts.
+        """
+        n, length = self.scored.shape
+        if not self.by_position or length == 1:
+            return [torch.zeros(n, dtype=torch.int64, device=self.output.device)]
+        if not bool(self.scored.any(1).all()):
+            raise DataError("A row has no position that counts; leave such rows out.")
+        if positions == "all":
+            return [torch.full((n,), p, device=self.output.device) for p in range(length)]
+        if positions == "one":
+            drawn = torch.rand(n, length, generator=generator, device=self.output.device)
+            return [(drawn * self.scored).argmax(1)]
+        if positions == "last":
+            order = torch.arange(length, device=self.output.device)
+            return [(order * self.scored).argmax(1)]
+        if not -length <= positions < length:
+            raise SettingError(f"positions={positions} lies outside of rows of {length}.")
+        return [torch.full((n,), positions % length, device=self.output.device)]
+
+    def at(self, places: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
+        """Outputs at one position of each row, with their graph."""
+        if not self.by_position:
+            return self.output
+        return self.output[torch.arange(len(places), device=places.device), places]
+
+    def gradients(
+        self, output: Float[Tensor, "n width"], cotangent: Float[Tensor, "n width"], keep: bool = False
+    ) -> dict[str, SampleGradient]:
+        """Gradients by site of the n scalars whose gradients with respect to the outputs are given.
+
+        Args:
+            output: From `at`.
+            cotangent: Gradient of each row's scalar with respect to its output.
+            keep: Whether further gradients will be asked for.
+        """
+        names = list(self.leaves)
+        found = torch.autograd.grad(
+            output, [self.leaves[name] for name in names], cotangent, retain_graph=keep, allow_unused=True
+        )
+        made = {}
+        for name, gradient in zip(names, found, strict=True):
+            g = torch.zeros_like(self.leaves[name]) if gradient is None else gradient
+            made[name] = SampleGradient(_by_position(self.x[name], g), _rows(g))
+        return made
+
+
+def output_gradient(
+    output: Float[Tensor, "n width"], reference: Float[Tensor, "n width"], divergence: Divergence
+) -> Float[Tensor, "n width"]:
+    """Gradient of each row's divergence with respect to its output, the reference a constant.
+
+    Args:
+        output: Logits, or a model's outputs.
+        reference: Probabilities for `kl`, else outputs.
+        divergence: Which; softmax(z) - q for `kl`, 2 (p - r) / width for `mse`, (2 p - r) / width for `paper_code`.
+    """
+    if divergence == "kl":
+        return torch.softmax(output, -1) - reference
+    twice = 2.0 * output - (2.0 if divergence == "mse" else 1.0) * reference
+    return twice / output.shape[-1]
+
+
+def references(
+    output: Float[Tensor, "n width"], kind: Reference, divergence: Divergence, generator: torch.Generator
+) -> Float[Tensor, "n width"]:
+    """What each row's output is compared with, detached; probabilities for `kl`.
+
+    Raises:
+        SettingError: Uniform outputs where outputs are no distribution.
+        DataError: Fewer than two rows, or an odd number of them for `pairs`.
+    """
+    n = len(output)
+    values = torch.softmax(output.detach(), -1) if divergence == "kl" else output.detach()
+    if kind == "uniform":
+        if divergence != "kl":
+            raise SettingError(
+                "reference='uniform' needs divergence='kl'; outputs that are no distribution have no such."
+            )
+        return torch.full_like(values, 1.0 / values.shape[-1])
+    if kind == "mean":
+        return values.mean(0, keepdim=True).expand_as(values)
+    if n < 2:
+        raise DataError(f"reference={kind!r} compares samples of a batch with each other; given {n} row.")
+    if kind == "pairs":
+        if n % 2:
+            raise DataError(f"reference='pairs' takes rows two by two, sample and reference; given {n} rows.")
+        return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    if kind == "paper_code":
+        return values[torch.randint(0, n, (n,), generator=generator, device=output.device)]
+    away = torch.randint(1, n, (n,), generator=generator, device=output.device)
+    return values[(torch.arange(n, device=output.device) + away) % n]
+
+
+def all_gradients(
+    run: GradientPass,
+    places: Sequence[Int[Tensor, " n"]],
+    reference: Reference,
+    divergence: Divergence,
+    generator: torch.Generator,
+) -> Iterator[dict[str, SampleGradient]]:
+    """Gradients of the samples at each of the places, one group after the other; their references come from the same group, for
+    `all` positions as for one."""
+    for i, place in enumerate(places):
+        output = run.at(place)
+        against = references(output, reference, divergence, generator)
+        cotangent = output_gradient(output.detach(), against, divergence)
+        found = run.gradients(output, cotangent, keep=i + 1 < len(places))
+        yield _firsts(found) if reference == "pairs" else found
+
+
+def _firsts(found: Mapping[str, SampleGradient]) -> dict[str, SampleGradient]:
+    """Every second row: the samples among pairs of sample and reference."""
+    return {name: SampleGradient(gradient.x[::2], gradient.g[::2]) for name, gradient in found.items()}
+
+
+def _opened(inputs: dict[str, Tensor], leaves: dict[str, Tensor], name: str, n: int, call: SiteCall) -> Tensor:
+    """A site's function that leaves its output, and keeps its input and a leaf whose gradient is the output's."""
+    x, y = call.x.detach(), call.y
+    inputs[name] = x.expand(n, *x.shape[1:])
+    leaves[name] = torch.zeros_like(y).expand(n, *y.shape[1:]).clone().requires_grad_(True)
+    return y + leaves[name]
+
+
+def _rows(g: Tensor) -> Float[Tensor, "n pos d_out"]:
+    return g.unsqueeze(1) if g.ndim == 2 else g.flatten(1, -2)
+
+
+def _by_position(x: Tensor, g: Tensor) -> Tensor:
+    """x as [n, pos, d_in], or [n, pos] indices."""
+    if not x.is_floating_point():
+        return x.unsqueeze(1) if g.ndim == 2 else x.flatten(1)
+    return _rows(x)
