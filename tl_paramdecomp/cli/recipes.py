@@ -107,7 +107,7 @@ RECIPES: Mapping[str, Recipe] = {
     "tms-5-2-id": _tms(5, 2, True, 1024, _SMALL_ID, 3000, (0.992, 0.010)),
     "tms-40-10": _tms(40, 10, False, 4096, _LARGE, 5000, (1.010, 0.007)),
     "tms-40-10-id": _tms(40, 10, True, 4096, _LARGE_ID, 5000, (1.031, 0.001)),
-    "resid-mlp-1": _resid_mlp(1, 100, 50, _spd(100, 2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 10_000),
+    "resid-mlp-1": _resid_mlp(1, 100, 50, _spd(100, 1.2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 15_000),
     "resid-mlp-2": _resid_mlp(2, 100, 50, _spd(400, 1e-5, 2.0, 1e-3, final_lr=1.0), 25_000),
     "resid-mlp-3": _resid_mlp(3, 102, 51, _spd(500, 5e-6, 2.0, 1e-3, hidden=128, final_lr=1.0), 50_000),
     "induction": Recipe(
