@@ -34,7 +34,15 @@ from tl_paramdecomp.adapters.shortcuts import (
     run_until_unembedding,
     skipped,
 )
-from tl_paramdecomp.adapters.wiring import Wiring, find_module, read_bias, read_parameter, read_weight, stored_weight
+from tl_paramdecomp.adapters.wiring import (
+    Wiring,
+    find_module,
+    put_columns,
+    read_bias,
+    read_parameter,
+    read_weight,
+    stored_weight,
+)
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import Fingerprint, SiteCall, SiteFn, SitePattern, WeightSite
 
@@ -364,6 +372,25 @@ class ModelAdapter(ABC):
                 wiring = self.wirings[name]
                 stored = stored_weight(self.root, wiring, matrix)
                 stack.enter_context(swapped_parameter(find_module(self.root, wiring.owner), wiring.weight, stored))
+            yield
+
+    @contextlib.contextmanager
+    def replaced_biases(self, biases: Mapping[str, Float[Tensor, " d_out"]]) -> Iterator[None]:
+        """Within this context the sites add other biases; afterwards the very same parameters are back.
+
+        Raises:
+            UnsupportedSiteError: A site adds none.
+        """
+        with contextlib.ExitStack() as stack:
+            for name, bias in biases.items():
+                wiring = self.wirings[name]
+                owner = find_module(self.root, wiring.owner)
+                old = getattr(owner, wiring.bias, None) if wiring.bias else None
+                if old is None or wiring.bias is None:
+                    raise UnsupportedSiteError(f"{name} adds no bias that could be replaced.")
+                flat = old.detach().reshape(-1).clone()
+                put_columns(flat, wiring.columns, bias.to(old.dtype))
+                stack.enter_context(swapped_parameter(owner, wiring.bias, flat.view_as(old)))
             yield
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:

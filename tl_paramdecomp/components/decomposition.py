@@ -121,6 +121,10 @@ class Decomposition(Saved, Mapping[str, Components]):
             )
         return self.importance(inputs, self, attention_mask)
 
+    def device_of(self, site: str) -> torch.device:
+        """Where a site's components are."""
+        return self[site].V.device
+
     # --- files --------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
         """Write `components.safetensors` and `decomposition.json` into a folder, atomically.

@@ -18,6 +18,10 @@ class Saved(nn.Module):
     fingerprints: dict[str, Fingerprint]
     """Of the weights it belongs to, by site."""
 
+    def device_of(self, site: str) -> torch.device:
+        """Where what belongs to a site is."""
+        return next(self.parameters()).device
+
     @abstractmethod
     def save(self, folder: str | Path) -> Path:
         """Write it into a folder."""

@@ -75,6 +75,11 @@ class SiteSubnetworks(nn.Module):
             self.bias = nn.Parameter(bias.detach().clone().contiguous())
 
     @property
+    def n_components(self) -> int:
+        """K, the number of subnetworks."""
+        return self.A.shape[0]
+
+    @property
     def rank(self) -> int:
         """r, the rank of each matrix."""
         return self.A.shape[2]

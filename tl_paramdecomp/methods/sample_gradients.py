@@ -75,7 +75,8 @@ class GradientPass:
         """Outputs at one position of each row, with their graph."""
         if not self.by_position:
             return self.output
-        return self.output[torch.arange(len(places), device=places.device), places]
+        with torch.enable_grad():
+            return self.output[torch.arange(len(places), device=places.device), places]
 
     def gradients(
         self, output: Float[Tensor, "n width"], cotangent: Float[Tensor, "n width"], keep: bool = False

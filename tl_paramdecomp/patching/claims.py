@@ -10,6 +10,7 @@ from typing import Any
 from tl_paramdecomp.adapters.identity import SUFFIX, behind, is_identity
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masks import SiteMask
+from tl_paramdecomp.components.subnetworks import SiteSubnetworks
 from tl_paramdecomp.errors import PatchConflictError
 
 _ACTIVE: "weakref.WeakKeyDictionary[Any, list[dict[str, Claim]]]" = weakref.WeakKeyDictionary()
@@ -21,13 +22,15 @@ _LOCK = threading.Lock()
 class Claim:
     """What one context does to one site."""
 
-    components: Components
+    components: Components | SiteSubnetworks
     mask: SiteMask | None = None
     """None: what its hook points make of any component."""
     additive: bool = False
     """It only adds to the output: the delta mask stays 1."""
     in_weights: bool = False
     """The site holds other weights meanwhile."""
+    only: frozenset[int] | None = None
+    """Components that it is about, where no mask says so."""
 
     def joins(self, other: "Claim") -> bool:
         """Whether both can hold at once: corrections add up, unless they are to the same component."""
@@ -36,6 +39,8 @@ class Claim:
         return self.components is not other.components or not self._touched() & other._touched()
 
     def _touched(self) -> frozenset[int]:
+        if self.only is not None:
+            return self.only
         return frozenset(range(self.components.n_components)) if self.mask is None else self.mask.touched
 
 

@@ -6,12 +6,12 @@ from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.fingerprint import centring_differs, differs
 from tl_paramdecomp.adapters.identity import behind, is_identity
 from tl_paramdecomp.adapters.wiring import read_parameter
-from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.saved import Saved
 from tl_paramdecomp.errors import DeviceError, TargetMismatchError
 from tl_paramdecomp.patching.claims import edited_sites
 
 
-def check_target(model: Any, decomposition: Decomposition) -> None:
+def check_target(model: Any, decomposition: Saved) -> None:
     """See that a model's weights are those a decomposition was made from; reads every entry of them anew.
 
     Raises:
@@ -21,7 +21,7 @@ def check_target(model: Any, decomposition: Decomposition) -> None:
     _compare(adapt(model), decomposition, fresh=True)
 
 
-def checked_adapter(model: Any, decomposition: Decomposition) -> ModelAdapter:
+def checked_adapter(model: Any, decomposition: Saved) -> ModelAdapter:
     """The adapter of the decomposition's own target, its weights compared by remembered fingerprints.
 
     Sites that `edited_weights` edits at present are not compared.
@@ -32,23 +32,22 @@ def checked_adapter(model: Any, decomposition: Decomposition) -> ModelAdapter:
     """
     adapter = adapt(model)
     _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.root))
-    for name, components in decomposition.items():
+    for name in decomposition.fingerprints:
         wiring = adapter.wirings[behind(name)]
         device = read_parameter(adapter.root, wiring).device  # W itself may be a copy, head by head
-        if components.V.device != device:
+        here = decomposition.device_of(name)
+        if here != device:
             raise DeviceError(
-                f"The components of {name} are on {components.V.device}, the model's weight on {device}; "
+                f"The components of {name} are on {here}, the model's weight on {device}; "
                 f"move them with decomposition.to({str(device)!r})."
             )
     return adapter
 
 
-def _compare(
-    adapter: ModelAdapter, decomposition: Decomposition, fresh: bool, skip: frozenset[str] = frozenset()
-) -> None:
+def _compare(adapter: ModelAdapter, decomposition: Saved, fresh: bool, skip: frozenset[str] = frozenset()) -> None:
     wrong: dict[str, str] = {}
     centred = False
-    for name in decomposition:
+    for name in decomposition.fingerprints:
         if behind(name) in skip:
             continue
         if adapter.wiring(name) is None:
@@ -64,7 +63,7 @@ def _compare(
         raise TargetMismatchError(_message(adapter, decomposition, wrong, centred))
 
 
-def _message(adapter: ModelAdapter, decomposition: Decomposition, wrong: dict[str, str], centred: bool) -> str:
+def _message(adapter: ModelAdapter, decomposition: Saved, wrong: dict[str, str], centred: bool) -> str:
     listed = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:4])
     more = f" (and {len(wrong) - 4} more sites)" if len(wrong) > 4 else ""
     text = f"The weights of this model are not those the decomposition was made from. {listed}{more}."

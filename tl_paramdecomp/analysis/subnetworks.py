@@ -1,0 +1,228 @@
+"""What subnetworks do, and how well they reconstruct what they were not trained on.
+
+The impact of subnetwork k on a sample is |<E_k, grad D>|, the mean over references ("Local Loss Landscape Decomposition", arXiv
+2504.00194, section 3.2). With J the derivative of the outputs along E_k, which one forward pass in forward mode gives for all
+positions at once, it is |c . J| with c the divergence's gradient at the output: no backward pass for each reference.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.components.subnetworks import SampleGradient, Subnetworks
+from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.l3d import L3D, reconstruction
+from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
+from tl_paramdecomp.methods.settings import from_settings
+from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.subnetworks import moved_site
+from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import check_rows
+
+
+def impacts(
+    model: Any,
+    decomposition: SubnetworkDecomposition,
+    tokens: Shaped[Tensor, "rows ..."],
+    references: int = 10,
+    *,
+    attention_mask: Int[Tensor, "rows pos"] | None = None,
+    seed: int = 0,
+) -> Float[Tensor, "rows *pos K"]:
+    """How much each subnetwork matters to each sample: mean over references of |<E_k, grad D(output, reference)>|.
+
+    Args:
+        model: The target, on any host.
+        decomposition: From `L3D`.
+        tokens: Rows; every position of a language model's is a sample.
+        references: Other samples of these rows that each output is compared with, drawn anew for each sample.
+        attention_mask: 1 where a position counts; impacts at the others are 0, and none of them is a reference.
+        seed: Of the references.
+
+    Raises:
+        SettingError: There is no run in the decomposition that says which divergence it is of.
+        DataError: Fewer than two samples.
+        TargetMismatchError, DeviceError, ShapeError: As `patched`.
+    """
+    check_rows(tokens, attention_mask)
+    adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
+    generator = torch.Generator(device=adapter.device).manual_seed(seed)
+    tokens = tokens.to(adapter.device)
+    with torch.no_grad(), frozen(adapter.root):
+        output = adapter.forward(tokens, attention_mask)
+        shape = output.shape[:-1]
+        scored = torch.ones(shape, dtype=torch.bool, device=output.device)
+        if attention_mask is not None and output.ndim == 3:
+            scored = attention_mask.to(output.device).bool()
+        kept = scored.flatten().nonzero().flatten()
+        if len(kept) < 2:
+            raise DataError(f"Impacts compare samples with each other; given {len(kept)}.")
+        flat = output.flatten(0, -2)[kept]
+        values = torch.softmax(flat, -1) if method.divergence == "kl" else flat
+        found = torch.zeros(len(kept), decomposition.n_subnetworks, dtype=flat.dtype, device=flat.device)
+        against = [
+            (torch.arange(len(kept), device=kept.device) + torch.randint(1, len(kept), (len(kept),), generator=generator,
+             device=kept.device)) % len(kept)
+            for _ in range(references)
+        ]  # fmt: skip
+        for k in range(decomposition.n_subnetworks):
+            J = _derivative(adapter, decomposition.encoder, k, tokens, attention_mask).flatten(0, -2)[kept]
+            for other in against:
+                cotangent = output_gradient(flat, values[other], method.divergence)
+                found[:, k] += (cotangent * J).sum(-1).abs() / references
+        whole = found.new_zeros(scored.numel(), found.shape[1])
+        whole[kept] = found
+    return whole.view(*shape, -1)
+
+
+def output_derivative(
+    model: Any,
+    decomposition: SubnetworkDecomposition,
+    k: int,
+    tokens: Shaped[Tensor, "rows ..."],
+    attention_mask: Int[Tensor, "rows pos"] | None = None,
+) -> Float[Tensor, "rows *pos width"]:
+    """How outputs (logits) change per unit along decoder subnetwork k, at delta 0: its top entries are what it promotes.
+
+    Raises:
+        ComponentIndexError: There is no such subnetwork.
+        TargetMismatchError, DeviceError, ShapeError: As `patched`.
+    """
+    check_rows(tokens, attention_mask)
+    adapter = checked_adapter(model, decomposition)
+    with torch.no_grad(), frozen(adapter.root):
+        return _derivative(
+            adapter, decomposition.decoder, decomposition.index(k), tokens.to(adapter.device), attention_mask
+        )
+
+
+def _derivative(
+    adapter: ModelAdapter, side: Subnetworks, k: int, tokens: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """Derivative of the outputs along one subnetwork, in forward mode."""
+    parameter = next(side.parameters())
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+        delta = forward_ad.make_dual(zero, torch.ones_like(zero))
+        with adapter.intercept({name: moved_site(part, {k: delta}) for name, part in side.items()}):
+            output = adapter.forward(tokens, attention_mask)
+        tangent = forward_ad.unpack_dual(output).tangent
+        return torch.zeros_like(output) if tangent is None else tangent.clone()
+
+
+def method_of(decomposition: SubnetworkDecomposition) -> L3D:
+    """The method that made it.
+
+    Raises:
+        SettingError: No run of L3D is stored with it.
+    """
+    method = from_settings(decomposition.info.get("run", {}).get("method"))
+    if not isinstance(method, L3D):
+        raise SettingError("No run of L3D is stored with these subnetworks, so their divergence is not known.")
+    return method
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SubnetworkEvaluation:
+    """How well subnetworks reconstruct held-out gradients: shares of squared norms that are left, 0 the best."""
+
+    samples: int
+    batch_error: float
+    """With the largest coefficients of all samples kept, as in training."""
+    fixed_error: float
+    """With the threshold that was learned."""
+    bound: float
+    """What no dictionary of as many rows can beat: the truncated SVD of these very gradients."""
+    active: list[float]
+    """How often each subnetwork is active."""
+    dead: int
+    """Those that never are."""
+
+
+def evaluate_subnetworks(
+    model: Any,
+    decomposition: SubnetworkDecomposition,
+    tokens: Shaped[Tensor, "rows ..."],
+    *,
+    attention_mask: Int[Tensor, "rows pos"] | None = None,
+    rows_at_once: int = 32,
+    seed: int = 0,
+) -> SubnetworkEvaluation:
+    """Reconstruction of held-out gradients, by the divergence, references and positions of the run that made the subnetworks.
+
+    Args:
+        model: The target, on any host.
+        decomposition: From `L3D`.
+        tokens: Rows that it was not trained on.
+        attention_mask: 1 where a position counts.
+        rows_at_once: Rows in one pass; references come from the same pass.
+        seed: Of positions and references.
+
+    Raises:
+        SettingError: No run of L3D is stored with it.
+        DataError: There are no rows.
+        TargetMismatchError, DeviceError, ShapeError: As `patched`.
+    """
+    check_rows(tokens, attention_mask)
+    if not len(tokens):
+        raise DataError("There are no rows to evaluate on.")
+    adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
+    generator = torch.Generator(device=adapter.device).manual_seed(seed)
+    groups: list[dict[str, SampleGradient]] = []
+    with torch.no_grad(), frozen(adapter.root):
+        for first in range(0, len(tokens), rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            mask = None if attention_mask is None else attention_mask[rows].to(adapter.device)
+            run = GradientPass(adapter, list(decomposition.sites), tokens[rows].to(adapter.device), mask)
+            places = run.places(method.positions, generator)
+            groups += all_gradients(run, places, method.reference, method.divergence, generator)
+        by_batch = reconstruction(decomposition, groups, method.active, method.backend)
+        fixed = reconstruction(decomposition, groups, None, method.backend)
+        active = by_batch.mask.float().mean(0)
+        return SubnetworkEvaluation(
+            samples=len(by_batch.mask),
+            batch_error=by_batch.loss.item(),
+            fixed_error=fixed.loss.item(),
+            bound=truncated_svd_error(groups, decomposition),
+            active=active.tolist(),
+            dead=int((active == 0).sum()),
+        )
+
+
+def truncated_svd_error(groups: list[dict[str, SampleGradient]], decomposition: SubnetworkDecomposition) -> float:
+    """Share of the gradients' squared norms outside the span of their K leading singular directions.
+
+    From the inner products of all pairs of gradients, which x and g give without forming any of them.
+    """
+    gram = torch.zeros((), dtype=torch.float64)
+    for name, part in decomposition.decoder.items():
+        gradients = [group[name] for group in groups]
+        gram = gram + _pairwise(gradients, part.bias is not None)
+    values = torch.linalg.eigvalsh(gram).clamp(min=0.0).flip(0)
+    return (values[decomposition.n_subnetworks :].sum() / values.sum().clamp(min=1e-30)).item()
+
+
+def _pairwise(gradients: list[SampleGradient], bias: bool) -> Float[Tensor, "n n"]:
+    """Inner products of all pairs of gradients at one site."""
+    rows = []
+    for a in gradients:
+        blocks = []
+        for b in gradients:
+            if a.x.is_floating_point():
+                reads = torch.einsum("ntd,msd->nmts", a.x.double(), b.x.double())
+            else:
+                reads = (a.x[:, None, :, None] == b.x[None, :, None, :]).double()
+            block = (reads * torch.einsum("nto,mso->nmts", a.g.double(), b.g.double())).sum((2, 3))
+            if bias:
+                block = block + a.g.double().sum(1) @ b.g.double().sum(1).T
+            blocks.append(block)
+        rows.append(torch.cat(blocks, 1))
+    return torch.cat(rows)
