@@ -73,10 +73,12 @@ def reproduced(record: Mapping[str, Any]) -> str:
     for seed in record["seeds"]:
         seed["alive"] = seed.get("alive_in_all", seed["alive"])
     sites = list(record["seeds"][0]["alive"])
+    by_layer = list(record["seeds"][0].get("identity_ci_error_by_layer", ()))
     keys = [key for key in ("mmcs", "ml2r", "identity_ci_error", "dense_ci_error") if key in record["seeds"][0]]
     columns = (
         "seed",
         *(KEYS[key] for key in keys),
+        *(f"identity CI error, {layer}" for layer in by_layer),
         *(f"alive, {site}" for site in sites),
         "L0",
         "steps",
@@ -87,6 +89,7 @@ def reproduced(record: Mapping[str, Any]) -> str:
         figures = [f"{seed[key]:.4f}" if isinstance(seed[key], float) else seed[key] for key in keys]
         l0 = " / ".join(f"{value:.2f}" for value in seed["l0"].values())
         alive = [seed["alive"][site] for site in sites]
+        figures += [seed["identity_ci_error_by_layer"][layer] for layer in by_layer]
         rows.append((seed["seed"], *figures, *alive, l0, record["settings"]["steps"], seed["targets_tried"]))
     expected = record["expected"]
     published = {**expected.get("alive", {}), **expected.get("alive_in_all", {})}
@@ -95,6 +98,7 @@ def reproduced(record: Mapping[str, Any]) -> str:
         (
             "published",
             *wanted,
+            *("" for _ in by_layer),
             *(published.get(site, "") for site in sites),
             "",
             "",

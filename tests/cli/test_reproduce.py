@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tl_paramdecomp.cli import recipes, reproduce
@@ -14,6 +15,7 @@ from tl_paramdecomp.cli.app import app
 from tl_paramdecomp.cli.recipes import RECIPES
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.settings import from_settings, to_settings
 from tl_paramdecomp.toy_models import InductionConfig, ResidMLPConfig, TMSConfig, ToyTarget
 
@@ -123,6 +125,18 @@ def test_recipes_name_sites_that_their_targets_have(name):
     assert isinstance(model, ToyTarget)
     sites = tlpd.find_sites(model, list(recipe.sites))
     assert all(fnmatch.filter(sites, glob) for glob in (*recipe.one_per_feature, *recipe.dense))
-    assert recipe.method.counts(sites)
+    assert recipe.method.ranks(sites) if isinstance(recipe.method, L3D) else recipe.method.counts(sites)
     assert from_settings(json.loads(json.dumps(to_settings(recipe.method)))) == recipe.method
-    assert isinstance(recipe.method.importance, ImportanceConfig) and recipes.Recipe is type(recipe)
+    assert isinstance(recipe.method, L3D) or isinstance(recipe.method.importance, ImportanceConfig)
+    assert recipes.Recipe is type(recipe)
+
+
+def test_l3d_finds_the_circuits(tmp_path):
+    """A short run: every input has a subnetwork of its own, whose two matrices multiply to its row of A."""
+    record = reproduce.reproduce("l3d-circuits", 1, tmp_path, Console(quiet=True), steps=1500)
+    (found,) = record["seeds"]
+    assert found["circuits_found"] == 10 and found["purity"] > 0.98 and found["dead"] == 0
+    assert found["bound"] < found["heldout_error"] < 0.08 and found["row_cosine"] > 0.95 and found["pooled_r"] > 0.88
+    assert abs(found["heldout_error_fixed_threshold"] - found["heldout_error"]) < 0.02
+    pictures = {path.name for path in (tmp_path / "l3d-circuits" / "seed-0").glob("*.png")}
+    assert pictures == {"subnetworks.png", "effects.png", "coefficients.png"}

@@ -302,7 +302,11 @@ def patch(
 @app.command()
 def reproduce(
     name: Annotated[
-        str, typer.Argument(help="tms-5-2, tms-5-2-id, tms-40-10, tms-40-10-id, resid-mlp-1, -2, -3, or induction.")
+        str,
+        typer.Argument(
+            help="tms-5-2, tms-5-2-id, tms-40-10, tms-40-10-id, resid-mlp-1, -2, -3, induction; l3d-tms, "
+            "l3d-circuits, l3d-high-rank, l3d-squared."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for targets, checkpoints, results and figures.")] = Path(
         "runs/reproduce"

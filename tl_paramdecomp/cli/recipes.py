@@ -1,6 +1,7 @@
-"""The published toy results of SPD: for each name its target, its settings, and what is expected of it.
+"""The published toy results of SPD and L3D: for each name its target, its settings, and what is expected of it.
 
-Expected figures are those of "Stochastic Parameter Decomposition" (arXiv 2506.20790), table 1 and section 3.
+Expected figures are those of "Stochastic Parameter Decomposition" (arXiv 2506.20790), table 1 and section 3, and of "Local Loss
+Landscape Decomposition" (arXiv 2504.00194), section 4.
 """
 
 from collections.abc import Mapping
@@ -8,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.spd import SPD
-from tl_paramdecomp.toy_models import InductionConfig, ResidMLPConfig, TMSConfig
+from tl_paramdecomp.toy_models import CircuitsConfig, InductionConfig, ResidMLPConfig, TMSConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Recipe:
     target: Any
     """Configuration of the target."""
     sites: tuple[str, ...]
-    method: SPD
+    method: SPD | L3D
     steps: int
     batch_size: int
     one_per_feature: tuple[str, ...] = ()
@@ -94,6 +96,18 @@ def _resid_mlp(layers: int, features: int, neurons: int, method: SPD, steps: int
     )
 
 
+def _l3d(target: Any, n_subnetworks: int, rank: int, error: float, steps: int = 3000, **changes: Any) -> Recipe:
+    """The published code's divergence, references and norm, which its figures are of."""
+    return Recipe(
+        target=target,
+        sites=("*",),
+        method=L3D.paper_code(n_subnetworks=n_subnetworks, rank=rank, **changes),
+        steps=steps,
+        batch_size=128,
+        expected={"heldout_error": error},
+    )
+
+
 # TMS shares its weights between both sides, and so do the components, as in the published code. The importance networks learn
 # faster than the components, and p ends below 1, so that one component at 1 costs less than two at a half.
 _TIED = {"linear2.weight": "linear1.weight"}
@@ -108,14 +122,20 @@ RECIPES: Mapping[str, Recipe] = {
     "tms-40-10": _tms(40, 10, False, 4096, _LARGE, 5000, (1.010, 0.007)),
     "tms-40-10-id": _tms(40, 10, True, 4096, _LARGE_ID, 5000, (1.031, 0.001)),
     "resid-mlp-1": _resid_mlp(1, 100, 50, _spd(100, 1.2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 15_000),
-    "resid-mlp-2": _resid_mlp(2, 100, 50, _spd(400, 1e-5, 2.0, 1e-3, final_lr=1.0), 25_000),
-    "resid-mlp-3": _resid_mlp(3, 102, 51, _spd(500, 5e-6, 2.0, 1e-3, hidden=128, final_lr=1.0), 50_000),
+    "resid-mlp-2": _resid_mlp(2, 100, 50, _spd(200, 1.2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 25_000),
+    "resid-mlp-3": _resid_mlp(3, 102, 51, _spd(200, 1.2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 50_000),
     "induction": Recipe(
         target=InductionConfig(),
         sites=("layers.*.attn.*.weight",),
         method=_spd(100, 1e-2, 1.0, 1e-3, importance=ImportanceConfig("shared_mlp", hidden=128), measure="kl"),
         steps=20_000,
         batch_size=64,
+    ),
+    "l3d-tms": _l3d(TMSConfig(5, 2), 5, 1, 0.19),
+    "l3d-circuits": _l3d(CircuitsConfig(), 10, 1, 0.064),
+    "l3d-high-rank": _l3d(CircuitsConfig(n_inputs=30, n_hidden=10, group=5), 10, 1, 0.145),
+    "l3d-squared": _l3d(
+        CircuitsConfig("squared", n_inputs=5, n_hidden=10, hidden_layers=4), 5, 2, 0.32, steps=6000, warm_start=0.1
     ),
 }
 """By the name that `tl-paramdecomp reproduce` takes."""

@@ -1,4 +1,4 @@
-"""`tl-paramdecomp reproduce`: the published toy results of SPD, from training the target to the figures.
+"""`tl-paramdecomp reproduce`: the published toy results of SPD and L3D, from training the target to the figures.
 
 1. Train the target from the seed, and again from another where it lacks a mechanism (toy_models).
 2. Decompose it (`decompose`), with checkpoints: the same command goes on where it was stopped.
@@ -29,14 +29,17 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.analysis import toys
+from tl_paramdecomp.analysis.l3d_toys import toy_scores
 from tl_paramdecomp.analysis.metrics import sparsity
 from tl_paramdecomp.cli.recipes import RECIPES, Recipe
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import MissingExtraError, SettingError
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.toy_models import (
     TMS,
+    Circuits,
     InductionRows,
     InductionTransformer,
     ResidMLP,
@@ -45,6 +48,7 @@ from tl_paramdecomp.toy_models import (
     fresh,
     load_target,
     save_target,
+    train_circuits,
     train_induction,
     train_resid_mlp,
     train_tms,
@@ -56,10 +60,13 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "TMSConfig": (TMS, train_tms),
     "ResidMLPConfig": (ResidMLP, train_resid_mlp),
     "InductionConfig": (InductionTransformer, train_induction),
+    "CircuitsConfig": (Circuits, train_circuits),
 }
 """What is built from a target's configuration, and what trains it."""
 SAMPLE, SAMPLE_SEED = 8192, 1_000_000
 """Rows that L0 and alive components are counted on, and their seed."""
+L3D_SAMPLE = 1000
+"""Rows that subnetworks are measured on."""
 
 
 def reproduce(
@@ -118,11 +125,10 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, talk: Console) -> dict[str
     begun = time.perf_counter()
     trained = find_target(recipe, seed, folder / "target", talk)
     found = time.perf_counter()
-    data = recipe.target.data(recipe.batch_size, seed)
-    if isinstance(data, SparseFeatures):
-        data = replace(data, without_empty=True)
+    data = data_of(recipe, recipe.batch_size, seed)
+    method: Any = recipe.method  # of one kind or the other
     made = decompose(
-        trained.model, list(recipe.sites), recipe.method, data, recipe.steps, recipe.batch_size, seed, folder / "run"
+        trained.model, list(recipe.sites), method, data, recipe.steps, recipe.batch_size, seed, folder / "run"
     )
     result = {
         "seed": seed,
@@ -152,8 +158,10 @@ def find_target(recipe: Recipe, seed: int, folder: Path, talk: Console) -> Train
     return trained
 
 
-def score(recipe: Recipe, model: Any, made: Decomposition) -> dict[str, Any]:
+def score(recipe: Recipe, model: Any, made: Decomposition | SubnetworkDecomposition) -> dict[str, Any]:
     """All scores that a target of this kind has."""
+    if isinstance(made, SubnetworkDecomposition):
+        return toy_scores(model, made, heldout_rows(recipe))
     sample = recipe.target.data(SAMPLE, SAMPLE_SEED)
     rows = sample(0)
     scores: dict[str, Any] = {}
@@ -169,13 +177,27 @@ def score(recipe: Recipe, model: Any, made: Decomposition) -> dict[str, Any]:
         identity, dense = toys.pattern_errors(matrices, recipe.one_per_feature, recipe.dense)
         scores |= {"identity_ci_error": sum(identity.values()), "identity_ci_error_by_site": identity}
         scores |= {"dense_ci_error": sum(dense.values()), "dense_ci_error_by_site": dense} if dense else {}
+        layers = [name for glob in recipe.one_per_feature for name in fnmatch.filter(matrices, glob)]
+        if len(layers) > len(recipe.one_per_feature):
+            scores["identity_ci_error_by_layer"] = toys.pattern_errors(matrices, layers, {})[0]
     found = sparsity(model, made, rows, toys.TOLERANCE)
     several = [glob for glob in (*recipe.one_per_feature, *recipe.dense) if glob not in found.alive]
     in_all = {glob: sum(found.alive[name] for name in fnmatch.filter(found.alive, glob)) for glob in several}
     return {**scores, "alive": found.alive, **({"alive_in_all": in_all} if in_all else {}), "l0": found.l0}
 
 
-def draw(recipe: Recipe, model: Any, made: Decomposition, folder: Path) -> None:
+def data_of(recipe: Recipe, batch_size: int, seed: int) -> Any:
+    """Rows as a function of the step, none of them empty."""
+    data = recipe.target.data(batch_size, seed)
+    return replace(data, without_empty=True) if isinstance(data, SparseFeatures) else data
+
+
+def heldout_rows(recipe: Recipe) -> Any:
+    """Rows that subnetworks are measured on."""
+    return data_of(recipe, L3D_SAMPLE, SAMPLE_SEED)(0)
+
+
+def draw(recipe: Recipe, model: Any, made: Decomposition | SubnetworkDecomposition, folder: Path) -> None:
     """The figures that a target of this kind has.
 
     Raises:
@@ -184,6 +206,14 @@ def draw(recipe: Recipe, model: Any, made: Decomposition, folder: Path) -> None:
     from tl_paramdecomp.report.plotting import save
     from tl_paramdecomp.report.toys import importance_figure, neuron_figure, vector_figure
 
+    if isinstance(made, SubnetworkDecomposition):
+        from tl_paramdecomp.report.l3d import coefficient_figure, effect_figure, subnetwork_figure
+
+        save(subnetwork_figure(model, made), folder / "subnetworks.png")
+        save(effect_figure(model, made, heldout_rows(recipe)), folder / "effects.png")
+        if isinstance(model, Circuits) and model.config.function == "linear" and model.config.group == 1:
+            save(coefficient_figure(model, made), folder / "coefficients.png")
+        return
     if isinstance(model, InductionTransformer):
         return
     matrices = toys.importance_matrices(model, made, model.config.n_features)

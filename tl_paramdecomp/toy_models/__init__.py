@@ -1,5 +1,6 @@
 """Toy targets whose mechanisms are known, trained here from a seed: the published tests of parameter decomposition."""
 
+from tl_paramdecomp.toy_models.circuits import Circuits, CircuitsConfig, GroupedFeatures, train_circuits
 from tl_paramdecomp.toy_models.induction import InductionConfig, InductionRows, InductionTransformer, train_induction
 from tl_paramdecomp.toy_models.resid_mlp import ResidMLP, ResidMLPConfig, train_resid_mlp
 from tl_paramdecomp.toy_models.targets import (
@@ -15,6 +16,9 @@ from tl_paramdecomp.toy_models.tms import TMS, TMSConfig, train_tms
 
 __all__ = [
     "TMS",
+    "Circuits",
+    "CircuitsConfig",
+    "GroupedFeatures",
     "InductionConfig",
     "InductionRows",
     "InductionTransformer",
@@ -27,6 +31,7 @@ __all__ = [
     "fresh",
     "load_target",
     "save_target",
+    "train_circuits",
     "train_induction",
     "train_resid_mlp",
     "train_tms",
