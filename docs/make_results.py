@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_paramdecomp.analysis.comparison import SHARES, Comparison, spread
+from tl_paramdecomp.cli.recipes import RECIPES
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "results.md"
@@ -105,7 +106,11 @@ def reproduced(record: Mapping[str, Any]) -> str:
             "",
         )
     )
-    parts = [f"{origin(record)} {record['machine']}.", table(columns, rows)]
+    recipe, settings = RECIPES[record["name"]], record["settings"]
+    short = ""
+    if settings["steps"] < recipe.steps or settings["batch_size"] < recipe.batch_size:
+        short = f" Shortened: the recipe has {recipe.steps} steps of {recipe.batch_size} rows; this was run on a CPU."
+    parts = [f"{origin(record)} {record['machine']}.{short}", table(columns, rows)]
     if "scrubbed" in record["seeds"][0]:
         parts += [SCRUBBED, table(("seed", *SCRUBBED_KEYS.values()), [scrubbed(seed) for seed in record["seeds"]])]
     return "\n\n".join(parts)
