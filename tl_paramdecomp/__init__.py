@@ -11,6 +11,12 @@ from tl_paramdecomp.analysis.controls import shuffled_weights
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.oracle import Oracle
+from tl_paramdecomp.analysis.subnetworks import (
+    SubnetworkEvaluation,
+    evaluate_subnetworks,
+    impacts,
+    output_derivative,
+)
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
@@ -22,6 +28,7 @@ from tl_paramdecomp.patching.attach import attached
 from tl_paramdecomp.patching.edit import edited_model, edited_weights
 from tl_paramdecomp.patching.hooks import fwd_hooks, patched
 from tl_paramdecomp.patching.interventions import importance_masks
+from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.patching.target import check_target
 from tl_paramdecomp.patching.trace import patch_trace
 from tl_paramdecomp.pretrained import (
@@ -50,6 +57,7 @@ __all__ = [
     "SPD",
     "SVD",
     "SubnetworkDecomposition",
+    "SubnetworkEvaluation",
     "TaskPrompt",
     "TextRows",
     "VPD",
@@ -65,16 +73,20 @@ __all__ = [
     "edited_weights",
     "errors",
     "evaluate",
+    "evaluate_subnetworks",
     "find_sites",
     "from_factors",
     "fwd_hooks",
+    "impacts",
     "importance_masks",
     "load_micro_gpt2",
     "micro_gpt2_prompts",
     "micro_gpt2_tokenizer",
     "micro_gpt2_tokens",
+    "output_derivative",
     "patch_trace",
     "patched",
+    "perturbed",
     "shuffled_weights",
     "site_weight",
 ]
