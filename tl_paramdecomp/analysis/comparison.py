@@ -5,25 +5,19 @@ log L0 (or log active parameters) for one seed, straight between its runs, and n
 reach are left empty. The area under a curve is given as mean height over the range that all curves share.
 """
 
-import dataclasses
-import io
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from tl_paramdecomp.components.files import replace_text
-from tl_paramdecomp.errors import DecompositionFileError
+from tl_paramdecomp.analysis.records import Record, Row, plain_table
 
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
 
-Row = dict[str, Any]
 Metric = Literal["rounded", "stochastic", "adversarial", "importance", "unmasked"]
 Axis = Literal["l0", "active_parameters"]
 
@@ -34,8 +28,11 @@ SHARES = (1 / 4, 1 / 8, 1 / 16)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Record):
     """Runs of several methods at several sparsities and seeds, all under one protocol; KL in nats per token."""
+
+    what: ClassVar[str] = "comparison"
+    width: ClassVar[int] = 120
 
     protocol: Row
     """What was fixed before the first run: sites, budget, seeds, sparsities, data, adversary."""
@@ -105,28 +102,6 @@ class Comparison:
 
         return pandas.DataFrame(self.points)
 
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON, whole or not at all.
-
-        Raises:
-            DecompositionFileError: It cannot be written there.
-        """
-        path = Path(path)
-        replace_text(path, json.dumps(dataclasses.asdict(self), indent=1))
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Comparison":
-        """Read what `save` wrote.
-
-        Raises:
-            DecompositionFileError: The file is missing, damaged or something else.
-        """
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise DecompositionFileError(f"{path} holds no comparison ({error}); write one with save().") from error
-
     @property
     def measured(self) -> tuple[Metric, ...]:
         """Of rounded, stochastic and adversarial KL those that the protocol asked for."""
@@ -137,14 +112,6 @@ class Comparison:
         matched = [_matched(self, metric) for metric in self.measured]
         found = [*matched, _points(self), _stability(self), _splitting(self)]
         return [table for table in found if table.row_count]
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120)
-        for table in self.tables():
-            console.print(table)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def height(curve: Sequence[tuple[float, float]], place: float) -> float | None:
@@ -169,16 +136,6 @@ def area(curve: Sequence[tuple[float, float]], low: float, high: float) -> float
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
-def _table(title: str, first: str, *columns: str) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def spread(values: Sequence[float], places: int = 3) -> str:
     """Median, and the range where there are several."""
     if not values:
@@ -192,7 +149,7 @@ def _matched(found: Comparison, metric: Metric) -> "Table":
     over = [f"mean, {name} {r[0]:,.0f}-{r[1]:,.0f}" for name, r in shared.items() if r is not None]
     columns = [f"L0 {share * found.ranks:.0f} (1/{round(1 / share)})" for share in SHARES]
     title = f"KL, {metric} masks, at equal L0 (dense: {found.ranks}): median over seeds, and range"
-    table = _table(title, "method", *columns, *over)
+    table = plain_table(title, "method", *columns, *over)
     at = [found.at(share, metric) for share in SHARES]
     at += [found.areas(metric, axis) for axis, name in AXES.items() if shared[name] is not None]
     for method in found.methods:
@@ -213,7 +170,7 @@ POINTS = {
 def _points(found: Comparison) -> "Table":
     zero = found.points[0]["zero"] if found.points else math.nan
     title = f"Runs: KL in nats per token; all components removed {zero:.3f}; perm.: rounded, importances dealt anew"
-    table = _table(title, "method", "factor", "seed", *POINTS.values())
+    table = plain_table(title, "method", "factor", "seed", *POINTS.values())
     last = None
     for row in found.points:
         new = row["method"] != last
@@ -234,7 +191,7 @@ def _figure(key: str, value: float | int | None) -> str:
 
 def _stability(found: Comparison) -> "Table":
     columns = ("V", "U", "rank one", "untrained: V", "U", "rank one")
-    table = _table("Matched cosines between seeds, of active components", "method, sparsity", *columns)
+    table = plain_table("Matched cosines between seeds, of active components", "method, sparsity", *columns)
     for row in found.stability:
         every = (row[side].get(k) for side in ("trained", "untrained") for k in ("read", "write", "rank_one"))
         figures = ["" if value is None else f"{value:.3f}" for value in every]
@@ -244,7 +201,7 @@ def _stability(found: Comparison) -> "Table":
 
 def _splitting(found: Comparison) -> "Table":
     columns = ("components", "active", "split in the largest", "L0", "rounded KL")
-    table = _table("Splitting: more capacity should not mean more components", "method, capacity", *columns)
+    table = plain_table("Splitting: more capacity should not mean more components", "method, capacity", *columns)
     for row in found.splitting:
         share = "" if row["split"] is None else f"{row['split']:.1%}"
         figures = (str(row["components"]), str(row["active"]), share, f"{row['l0']:.1f}", f"{row['rounded']:.3f}")

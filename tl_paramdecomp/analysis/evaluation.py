@@ -1,25 +1,20 @@
 """What an evaluation found: as a table to read, a pandas frame, and JSON."""
 
-import dataclasses
-import io
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
-from tl_paramdecomp.components.files import replace_text
-from tl_paramdecomp.errors import DecompositionFileError
+from tl_paramdecomp.analysis.records import Record, Row, plain_table
 
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Record):
     """Figures of one decomposition on held-out rows; KL in nats per token, summed over the vocabulary."""
+
+    what: ClassVar[str] = "evaluation"
 
     protocol: Row
     """Everything that was set."""
@@ -80,52 +75,14 @@ class Evaluation:
 
         return pandas.DataFrame(self.sites, columns=list(self.sites[0]) if self.sites else ["site"]).set_index("site")
 
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON, whole or not at all.
-
-        Raises:
-            DecompositionFileError: It cannot be written there.
-        """
-        path = Path(path)
-        replace_text(path, json.dumps(dataclasses.asdict(self), indent=1))
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Evaluation":
-        """Read what `save` wrote.
-
-        Raises:
-            DecompositionFileError: The file is missing, damaged or something else.
-        """
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise DecompositionFileError(f"{path} holds no evaluation ({error}); write one with save().") from error
-
     def tables(self) -> "list[Table]":
         """Tables for a terminal, by rich."""
         found = [_headline(self), _masks(self), _adversary(self), _specificity(self), _sites(self)]
         return [table for table in found if table.row_count]
 
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=110)
-        for table in self.tables():
-            console.print(table)
-        if self.left_out:
-            console.print(f"Left out for want of time: {', '.join(self.left_out)}.", highlight=False)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-
-
-def _table(title: str, first: str, *columns: str) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+    def footnotes(self) -> list[str]:
+        """What the time budget left out."""
+        return [f"Left out for want of time: {', '.join(self.left_out)}."] if self.left_out else []
 
 
 def _shown(value: float | None, places: int = 4) -> str:
@@ -134,7 +91,7 @@ def _shown(value: float | None, places: int = 4) -> str:
 
 def _headline(found: Evaluation) -> "Table":
     columns = ("L0", "rounded KL", "adversarial KL")
-    table = _table(f"Headline: {found.positions} tokens of {found.rows} held-out rows", "decomposition", *columns)
+    table = plain_table(f"Headline: {found.positions} tokens of {found.rows} held-out rows", "decomposition", *columns)
     for name, values in {"this one": found.headline, **found.controls}.items():
         l0 = _shown(values.get("l0"), 1)
         table.add_row(name, l0, _shown(values.get("rounded")), _shown(values.get("adversarial")))
@@ -146,7 +103,7 @@ def _headline(found: Evaluation) -> "Table":
 
 def _masks(found: Evaluation) -> "Table":
     title = f"Masks (cross-entropy: model {found.ce['model']:.3f}, all removed {found.ce['zero']:.3f})"
-    table = _table(title, "masks", "delta", "KL", "± draws", "CE difference", "CE recovered", "same top token")
+    table = plain_table(title, "masks", "delta", "KL", "± draws", "CE difference", "CE recovered", "same top token")
     for row in (r for r in found.masks if r["site"] == "all"):
         share = "" if row["ce_recovered"] is None else f"{row['ce_recovered']:.1%}"
         figures = (_shown(row["kl"]), _shown(row["kl_sd"]), f"{row['ce_difference']:+.4f}", share, f"{row['top1']:.1%}")
@@ -157,7 +114,7 @@ def _masks(found: Evaluation) -> "Table":
 def _adversary(found: Evaluation) -> "Table":
     restarts = found.adversary[0]["restarts"] if found.adversary else 0
     title = f"Adversary: one for all rows, {restarts} restarts"
-    table = _table(title, "steps", "KL, median", "KL, worst", "random start")
+    table = plain_table(title, "steps", "KL, median", "KL, worst", "random start")
     for row in found.adversary:
         table.add_row(str(row["steps"]), *(_shown(row[key]) for key in ("kl", "kl_worst", "start")))
     return table
@@ -165,7 +122,7 @@ def _adversary(found: Evaluation) -> "Table":
 
 def _specificity(found: Evaluation) -> "Table":
     columns = ("AUROC", "Spearman", "KL where g > 0.5", "KL where g < 0.01")
-    table = _table("Does importance predict what ablating one component does?", "importances", *columns)
+    table = plain_table("Does importance predict what ablating one component does?", "importances", *columns)
     for what, row in found.specificity.items():
         figures = (
             _shown(row["auroc"], 3),
@@ -179,7 +136,7 @@ def _specificity(found: Evaluation) -> "Table":
 
 def _sites(found: Evaluation) -> "Table":
     columns = ("rel. error", "L0", "rank", "active params", "alive", "of", "rounded KL, alone")
-    table = _table("Matrices", "site", *columns)
+    table = plain_table("Matrices", "site", *columns)
     alone = {row["site"]: row["kl"] for row in found.masks if row["masks"] == "rounded 0.1"}
     for row in found.sites:
         counts = f"{row['l0']:.1f}", str(row["rank"]), f"{row['active_parameters']:.0f}", str(row["alive"])

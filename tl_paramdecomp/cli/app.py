@@ -186,8 +186,8 @@ def evaluate(
         return
     for table in found.tables():
         console.print(table)
-    if found.left_out:
-        console.print(f"Left out for want of time: {', '.join(found.left_out)}.", highlight=False)
+    for line in found.footnotes():
+        console.print(line, highlight=False)
 
 
 @app.command()

@@ -1,0 +1,77 @@
+"""What measurements leave behind: plain values that are kept as JSON and read as tables."""
+
+import dataclasses
+import io
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.errors import DecompositionFileError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+Kept = TypeVar("Kept", bound="Record")
+
+
+class Record:
+    """Base of frozen dataclasses whose fields JSON can hold."""
+
+    what: ClassVar[str]
+    """Its name in messages."""
+    width: ClassVar[int] = 110
+    """Columns that its tables are printed in."""
+
+    @abstractmethod
+    def tables(self) -> "list[Table]":
+        """Tables for a terminal, by rich."""
+
+    def footnotes(self) -> list[str]:
+        """Lines below the tables."""
+        return []
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            DecompositionFileError: It cannot be written there.
+        """
+        path = Path(path)
+        replace_text(path, json.dumps(dataclasses.asdict(self), indent=1))  # type: ignore[call-overload]
+        return path
+
+    @classmethod
+    def load(cls: type[Kept], path: str | Path) -> Kept:
+        """Read what `save` wrote.
+
+        Raises:
+            DecompositionFileError: The file is missing, damaged or something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DecompositionFileError(f"{path} holds no {cls.what} ({error}); write one with save().") from error
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=self.width)
+        for table in self.tables():
+            console.print(table)
+        for line in self.footnotes():
+            console.print(line, highlight=False)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def plain_table(title: str, first: str, *columns: str) -> "Table":
+    """An empty table whose first column holds words and whose others hold figures."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
