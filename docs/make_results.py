@@ -4,16 +4,19 @@ A test holds the page and the files together, so no figure on it is typed in.
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tl_paramdecomp.analysis.comparison import SHARES, Comparison, spread
+from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.cli.recipes import RECIPES
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE / "results.md"
+RESULTS, PAGE, BELIEVE = HERE / "results", HERE / "results.md", HERE / "how_much_to_believe.md"
+MARKS = "<!-- controls: written by make_results.py -->", "<!-- end -->"
 
 Row = Sequence[object]
 
@@ -210,6 +213,58 @@ MASKS = {
 }
 
 
+def controls() -> str:
+    """What the controls gave, for the page on how much to believe."""
+    rows: list[Row] = []
+    for model in ("micro-gpt2", "stories260K"):
+        record = read(f"compare_{model}")
+        if record is None:
+            continue
+        found, place = comparison_of(record), f"L0 {record['ranks'] / 8:.0f}"
+        zero = record["points"][0]["zero"]
+        middle = sorted(record["protocol"]["sparsities"])[len(record["protocol"]["sparsities"]) // 2]
+        runs = [p for p in record["points"] if p["method"] == "SPD" and p["sparsity"] == middle]
+        real, dealt = (statistics.median(p[key] for p in runs) for key in ("rounded", "permuted"))
+        l0 = statistics.median(p["l0"] for p in runs)
+        rows.append((f"{model}: importances dealt anew", f"L0 {l0:.0f}", f"{real:.2f}", f"{dealt:.2f}", f"{zero:.2f}"))
+        at = found.at(1 / 8, "rounded")
+        if at.get("SPD") and at.get("random"):
+            real, basis = statistics.median(at["SPD"]), statistics.median(at["random"])
+            rows.append((f"{model}: a random basis", place, f"{real:.2f}", f"{basis:.2f}", f"{zero:.2f}"))
+        shuffled = read(f"compare_{model}-shuffled")
+        if shuffled is not None and at.get("SPD"):
+            other = comparison_of(shuffled).at(1 / 8, "rounded").get("SPD", [])
+            theirs = shuffled["points"][0]["zero"]
+            if other:
+                share, real = statistics.median(other) / theirs, statistics.median(at["SPD"]) / zero
+                rows.append(
+                    (
+                        f"{model}: weights shuffled (shares of the zero masks' KL)",
+                        place,
+                        f"{real:.1%}",
+                        f"{share:.1%}",
+                        "100%",
+                    )
+                )
+    demo = read("evaluate_demo")
+    if demo is not None:
+        found, start = Evaluation(**demo), demo["controls"]["untrained"]
+        zero = found.mask_row("zero")["kl"]
+        for what, l0, figure in (
+            ("importances dealt anew", found.headline["l0"], found.mask_row("permuted 0.1")["kl"]),
+            (f"the untrained start, at its own L0 of {start['l0']:.0f}", found.headline["l0"], start["rounded"]),
+        ):
+            row = (f"demo: {what}", f"L0 {l0:.0f}", f"{found.headline['rounded']:.2f}", f"{figure:.2f}", f"{zero:.2f}")
+            rows.append(row)
+    return table(("control", "where", "real", "control", "all removed"), rows)
+
+
+def read(name: str) -> Any:
+    """A record, or None where there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def comparison_of(record: Mapping[str, Any]) -> Comparison:
     """The comparison in a record, without what stands around it."""
     return Comparison(**{field.name: record[field.name] for field in fields(Comparison)})
@@ -260,5 +315,12 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def believing() -> str:
+    """The page on how much to believe, with the controls' figures between its two marks."""
+    before, _, rest = BELIEVE.read_text(encoding="utf-8").partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n{controls()}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    BELIEVE.write_text(believing(), encoding="utf-8")

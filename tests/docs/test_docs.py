@@ -48,6 +48,7 @@ def test_the_results_page_is_what_the_result_files_say():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python docs/make_results.py"
+    assert module.BELIEVE.read_text(encoding="utf-8") == module.believing(), "run python docs/make_results.py"
 
 
 def test_links_in_the_documents_lead_somewhere():
