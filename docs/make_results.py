@@ -213,50 +213,76 @@ MASKS = {
 }
 
 
+def evaluated(record: Mapping[str, Any]) -> str:
+    """The headline of an evaluation, its adversary by steps, and whether importance predicts effects."""
+    found = Evaluation(**record["evaluation"])
+    keys = ("l0", "rounded", "adversarial")
+    heads = [
+        (name, *(f"{values[key]:.3f}" for key in keys))
+        for name, values in {"this one": found.headline, **found.controls}.items()
+    ]
+    steps = [(row["steps"], *(f"{row[key]:.3f}" for key in ("kl", "kl_worst", "start"))) for row in found.adversary]
+    predicts = [
+        (what, *("" if row[key] is None else f"{row[key]:.3f}" for key in ("auroc", "spearman")))
+        for what, row in found.specificity.items()
+    ]
+    parts = [
+        f"{origin(record)} {found.positions} tokens, {found.seconds:.0f} s.",
+        table(("decomposition", "L0", "rounded KL", "adversarial KL"), heads),
+        table(("adversary's steps", "KL, median", "worst", "random start"), steps),
+        "Does importance predict what ablating one component does?",
+        table(("importances", "AUROC", "Spearman"), predicts),
+    ]
+    return "\n\n".join(parts)
+
+
 def controls() -> str:
     """What the controls gave, for the page on how much to believe."""
-    rows: list[Row] = []
-    for model in ("micro-gpt2", "stories260K"):
-        record = read(f"compare_{model}")
-        if record is None:
-            continue
-        found, place = comparison_of(record), f"L0 {record['ranks'] / 8:.0f}"
-        zero = record["points"][0]["zero"]
-        middle = sorted(record["protocol"]["sparsities"])[len(record["protocol"]["sparsities"]) // 2]
-        runs = [p for p in record["points"] if p["method"] == "SPD" and p["sparsity"] == middle]
-        real, dealt = (statistics.median(p[key] for p in runs) for key in ("rounded", "permuted"))
-        l0 = statistics.median(p["l0"] for p in runs)
-        rows.append((f"{model}: importances dealt anew", f"L0 {l0:.0f}", f"{real:.2f}", f"{dealt:.2f}", f"{zero:.2f}"))
-        at = found.at(1 / 8, "rounded")
-        if at.get("SPD") and at.get("random"):
-            real, basis = statistics.median(at["SPD"]), statistics.median(at["random"])
-            rows.append((f"{model}: a random basis", place, f"{real:.2f}", f"{basis:.2f}", f"{zero:.2f}"))
-        shuffled = read(f"compare_{model}-shuffled")
-        if shuffled is not None and at.get("SPD"):
-            other = comparison_of(shuffled).at(1 / 8, "rounded").get("SPD", [])
-            theirs = shuffled["points"][0]["zero"]
-            if other:
-                share, real = statistics.median(other) / theirs, statistics.median(at["SPD"]) / zero
-                rows.append(
-                    (
-                        f"{model}: weights shuffled (shares of the zero masks' KL)",
-                        place,
-                        f"{real:.1%}",
-                        f"{share:.1%}",
-                        "100%",
-                    )
-                )
-    demo = read("evaluate_demo")
-    if demo is not None:
-        found, start = Evaluation(**demo), demo["controls"]["untrained"]
-        zero = found.mask_row("zero")["kl"]
-        for what, l0, figure in (
-            ("importances dealt anew", found.headline["l0"], found.mask_row("permuted 0.1")["kl"]),
-            (f"the untrained start, at its own L0 of {start['l0']:.0f}", found.headline["l0"], start["rounded"]),
-        ):
-            row = (f"demo: {what}", f"L0 {l0:.0f}", f"{found.headline['rounded']:.2f}", f"{figure:.2f}", f"{zero:.2f}")
-            rows.append(row)
-    return table(("control", "where", "real", "control", "all removed"), rows)
+    rows = [row for model in ("micro-gpt2", "stories260K") for row in compared_controls(model)]
+    columns = ("control", "where", "real", "control", "all removed")
+    return table(columns, [*rows, *demo_controls()])
+
+
+def compared_controls(model: str) -> list[Row]:
+    """Permuted importances, a random basis and shuffled weights, from comparisons."""
+    record = read(f"compare_{model}")
+    if record is None:
+        return []
+    found, zero = comparison_of(record), record["points"][0]["zero"]
+    sparsities = sorted(record["protocol"]["sparsities"])
+    runs = [p for p in record["points"] if (p["method"], p["sparsity"]) == ("SPD", sparsities[len(sparsities) // 2])]
+    l0, real, dealt = (statistics.median(p[key] for p in runs) for key in ("l0", "rounded", "permuted"))
+    rows: list[Row] = [control(f"{model}: importances dealt anew", l0, real, dealt, zero)]
+    at, l0 = found.at(1 / 8, "rounded"), found.ranks / 8
+    if at.get("SPD") and at.get("random"):
+        spd, basis = (statistics.median(at[method]) for method in ("SPD", "random"))
+        rows.append(control(f"{model}: a random basis", l0, spd, basis, zero))
+    shuffled = read(f"compare_{model}-shuffled")
+    theirs = None if shuffled is None else comparison_of(shuffled).at(1 / 8, "rounded").get("SPD")
+    if shuffled is not None and theirs and at.get("SPD"):
+        shares = statistics.median(at["SPD"]) / zero, statistics.median(theirs) / shuffled["points"][0]["zero"]
+        what = f"{model}: weights shuffled (shares of what all removed costs)"
+        rows.append((what, f"L0 {l0:.0f}", *(f"{share:.1%}" for share in shares), "100%"))
+    return rows
+
+
+def demo_controls() -> list[Row]:
+    """Permuted importances and the untrained start of the demo."""
+    record = read("evaluate_demo")
+    if record is None:
+        return []
+    found = Evaluation(**record["evaluation"])
+    start, head, zero = found.controls["untrained"], found.headline, found.mask_row("zero")["kl"]
+    dealt = found.mask_row("permuted 0.1")["kl"]
+    return [
+        control("demo: importances dealt anew", head["l0"], head["rounded"], dealt, zero),
+        control(f"demo: untrained, at L0 {start['l0']:.0f}", head["l0"], head["rounded"], start["rounded"], zero),
+    ]
+
+
+def control(what: str, l0: float, *kls: float) -> Row:
+    """A row of the table of controls."""
+    return (what, f"L0 {l0:.0f}", *(f"{kl:.2f}" for kl in kls))
 
 
 def read(name: str) -> Any:
