@@ -213,6 +213,35 @@ MASKS = {
 }
 
 
+def subnetworks(record: Mapping[str, Any]) -> str:
+    """A toy of L3D: a row for each seed, and the published error."""
+    first = record["seeds"][0]
+    keys = [key for key in L3D_KEYS if key in first]
+    rows = [
+        (seed["seed"], *(f"{seed[key]:.3f}" if isinstance(seed[key], float) else seed[key] for key in keys))
+        for seed in record["seeds"]
+    ]
+    published = ("published", *(record["expected"].get(key, "") for key in keys))
+    text = f"{record['settings']['steps']} steps of {record['settings']['batch_size']} rows; the published code's variants."
+    return f"{origin(record)} {text}\n\n{table(('seed', *(L3D_KEYS[key] for key in keys)), [*rows, published])}"
+
+
+L3D_KEYS = {
+    "heldout_error": "held-out error",
+    "heldout_error_fixed_threshold": "with the learned threshold",
+    "bound": "truncated SVD",
+    "circuits_found": "circuits found",
+    "circuits": "of",
+    "purity": "purity, median",
+    "dead": "dead",
+    "cosine": "least cosine with the target's rows",
+    "row_cosine": "cosine with rows of A, median",
+    "pooled_r": "pooled r with A",
+    "moved_share": "share of change in one output, median",
+    "moved_outputs": "outputs moved",
+}
+
+
 def evaluated(record: Mapping[str, Any]) -> str:
     """The headline of an evaluation, its adversary by steps, and whether importance predicts effects."""
     found = Evaluation(**record["evaluation"])
@@ -315,6 +344,13 @@ TOYS = (
     ("induction", "The two-layer induction toy"),
 )
 
+L3D_TOYS = (
+    ("l3d-tms", "TMS, 5 features in 2 dimensions"),
+    ("l3d-circuits", "superposed circuits, 10 inputs through 5 neurons"),
+    ("l3d-high-rank", "6 groups of 5 inputs through 10 neurons"),
+    ("l3d-squared", "five squares through four layers"),
+)
+
 SECTIONS = (
     ("micro_gpt2", "micro-gpt2, the embedded model", micro_gpt2),
     ("curves_micro-gpt2", "SPD and VPD on all MLP matrices of micro-gpt2", curves),
@@ -325,6 +361,8 @@ SECTIONS = (
     ("spd_stories260k", "SPD on all MLP matrices of stories260K, 1,000 steps", decomposition),
     *((f"reproduce_{name}", f"Published toys: {title}", reproduced) for name, title in TOYS),
     ("demo", "The demo", decomposition),
+    ("evaluate_demo", "The demo's decomposition evaluated, with controls", evaluated),
+    *((f"reproduce_{name}", f"L3D's toys: {title}", subnetworks) for name, title in L3D_TOYS),
     ("benchmarks", "What patching costs", benchmarks),
     ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
 )
