@@ -7,7 +7,14 @@ import tl_paramdecomp as tlpd
 from tests.support.models import build, gpt2, llama, logits, plain
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks, impacts, output_derivative
-from tl_paramdecomp.errors import ComponentIndexError, DataError, PatchConflictError, SettingError, TargetMismatchError
+from tl_paramdecomp.errors import (
+    ComponentIndexError,
+    DataError,
+    PatchConflictError,
+    SettingError,
+    ShapeError,
+    TargetMismatchError,
+)
 from tl_paramdecomp.methods.l3d import reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients
 from tl_paramdecomp.patching.subnetworks import perturbed
@@ -88,6 +95,21 @@ def test_what_cannot_be_moved_is_refused():
         pass
     with pytest.raises(TargetMismatchError), perturbed(gpt2(seed=5), made, {0: 1.0}):
         pass
+    with pytest.raises(SettingError, match="once"), perturbed(model, made, {3: 1.0, -1: 1.0}):
+        pass
+    with pytest.raises(ShapeError, match="one number"), perturbed(model, made, {0: torch.ones(1)}):
+        pass
+    with pytest.raises(SettingError, match="at least one"):
+        impacts(model, made, tokens(), references=0)
+
+
+def test_an_inserted_identity_is_moved_in_both_ways():
+    model, name = gpt2(), "blocks.0.mlp.W_in.pre_identity"
+    made = made_of(model, name, biases=False)
+    with perturbed(model, made, {0: 0.5}):
+        by_hooks = logits(model, tokens())
+    with perturbed(model, made, {0: 0.5}, in_weights=True):
+        assert (logits(model, tokens()) - by_hooks).abs().max() < 1e-9
 
 
 # --- impacts ----------------------------------------------------------------------------------------------------------
@@ -151,7 +173,7 @@ def test_the_bound_is_the_truncated_svd_of_dense_gradients():
     made = made_of(model, "blocks.*.mlp.*", positions="last", reference="mean")
     found = evaluate_subnetworks(model, made, tokens(9), rows_at_once=4)
     groups = []
-    for rows in tokens(9).split(4):
+    for rows in (tokens(9)[:4], tokens(9)[4:]):  # no row is left by itself
         run = GradientPass(adapt(model), list(made.sites), rows)
         groups += all_gradients(run, run.places("last", torch.Generator()), "mean", "kl", torch.Generator())
     flat = [

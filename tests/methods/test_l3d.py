@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2, llama, plain
@@ -15,6 +16,7 @@ from tl_paramdecomp.errors import (
     DecompositionFileError,
     NoMatchingSiteError,
     SettingError,
+    UnsupportedSiteError,
 )
 from tl_paramdecomp.methods.l3d import low_rank, reconstruction, revive
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient, references
@@ -164,10 +166,20 @@ def test_positions():
     assert run.places("last", generator())[0].tolist() == [2, 4, 4, 0]
     drawn = torch.stack([run.places("one", torch.Generator().manual_seed(s))[0] for s in range(60)])
     assert mask.bool().gather(1, drawn.T).all() and {tuple(set(d.tolist())) for d in drawn.T} >= {(0,), (0, 1, 2)}
-    assert [p.tolist() for p in run.places(-1, generator())] == [[4] * 4]
     with pytest.raises(SettingError, match="rows of 5"):
         run.places(5, generator())
+    with pytest.raises(DataError, match="Position -1 is padding"):
+        run.places(-1, generator())
+    every = run.places("all", generator())
+    assert [(p >= 0).tolist() for p in every] == mask.bool().T.tolist()
+    groups = list(all_gradients(run, every, "sample", "kl", generator()))
+    assert [len(g["blocks.0.mlp.W_in"].g) for g in groups] == mask.sum(0).tolist()
+    changed = GradientPass(adapt(model), ["blocks.0.mlp.W_in"], torch.where(mask == 1, tokens(), 3), mask)
+    others = list(all_gradients(changed, changed.places("all", generator()), "sample", "kl", generator()))
+    for a, b in zip(groups, others, strict=True):  # what padding says does not matter
+        assert torch.allclose(a["blocks.0.mlp.W_in"].g, b["blocks.0.mlp.W_in"].g, atol=1e-12)
     full = GradientPass(adapt(model), ["blocks.0.mlp.W_in"], tokens())
+    assert [p.tolist() for p in full.places(-1, generator())] == [[4] * 4]
     groups = list(all_gradients(full, full.places("all", generator()), "mean", "kl", generator()))
     assert len(groups) == 5
     # what comes after the position of the loss cannot matter to it
@@ -264,8 +276,16 @@ def test_dead_subnetworks_begin_anew():
         assert torch.equal(part.A[~dead], old[name][~dead]) and not torch.equal(part.A[dead], old[name][dead])
     assert (made.decoder.norms()[dead] - 1).abs().max() < 1e-9
     assert reconstruction(made, groups, 0.5).loss < before.loss
-    method = tlpd.L3D(n_subnetworks=40, revive_every=5, warm_start=0.0)
-    tlpd.decompose(model, "blocks.0.mlp.*", method, tokens(16), 12, 4, progress=False)
+    few = {"n_subnetworks": 60, "warm_start": 0.0, "lr": 1e-9, "active": 0.02}
+    kept, revived = (
+        tlpd.decompose(
+            model, "blocks.0.mlp.*", tlpd.L3D(revive_every=every, **few), tokens(16), 6, 4, seed=3, progress=False
+        )
+        for every in (0, 5)
+    )
+    (a, b) = (made.decoder["blocks.0.mlp.W_in"].A for made in (kept, revived))
+    moved = (a - b).abs().amax((1, 2)) > 1e-3
+    assert 0 < int(moved.sum()) < 60  # those that were used stay
 
 
 def test_training_lowers_the_loss_and_leaves_the_model(tmp_path):
@@ -318,7 +338,70 @@ def test_a_subnetwork_can_be_read():
         made.subnetwork(3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_narrower_models_have_wide_subnetworks(dtype):
+    """Gradients pass through the model in its own number type; everything else is float32, near to float64."""
+    found = {}
+    for kind in (dtype, torch.float64):
+        model = gpt2().to(kind)
+        made = tlpd.decompose(model, "*", tlpd.L3D(n_subnetworks=5), tokens(), 2, 4, progress=False, seed=1)
+        assert {p.dtype for p in made.parameters()} == {torch.promote_types(kind, torch.float32)}
+        run = GradientPass(adapt(model), list(made.sites), tokens())
+        groups = list(all_gradients(run, run.places("last", generator()), "mean", "kl", generator()))
+        found[kind] = torch.cat([made.decoder.squared_norm(group).double() for group in groups])
+    assert (found[dtype] / found[torch.float64] - 1).abs().max() < (0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_an_exact_dictionary_in_float32_leaves_next_to_nothing():
+    """Each subnetwork is one sample's own gradient."""
+    samples = torch.randn(4, 3, 6), torch.randn(4, 3, 5)
+    A, B = (torch.stack(f) for f in zip(*(low_rank(x, g, 3) for x, g in zip(*samples, strict=True)), strict=True))
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+    method = tlpd.L3D(n_subnetworks=4, rank=3, divergence="mse")
+    made = tlpd.decompose(model, "*", method, torch.randn(4, 6), 0, progress=False)
+    with torch.no_grad():
+        for side in (made.encoder, made.decoder):
+            side["0.weight"].A.copy_(A)
+            side["0.weight"].B.copy_(B)
+    made.encoder.rescale(made.decoder.norms() ** -2)
+    for n in range(4):
+        own = SampleGradient(samples[0][n : n + 1], samples[1][n : n + 1])
+        found = reconstruction(made, [{"0.weight": own}], 0.25)
+        assert found.mask.tolist() == [[k == n for k in range(4)]] and abs(found.loss.item()) < 1e-5
+
+
+def test_zero_coefficients_are_never_active():
+    made = start(gpt2(), "blocks.0.mlp.*", n_subnetworks=5)
+    nothing = {
+        name: SampleGradient(*(torch.zeros(3, 2, d, dtype=torch.float64) for d in (site.d_in, site.d_out)))
+        for name, site in made.sites.items()
+    }
+    assert not reconstruction(made, [nothing], 0.5).mask.any()
+
+
+def test_a_site_that_is_called_twice_is_refused():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(torch.tanh(self.inner(x)))
+
+    with pytest.raises(UnsupportedSiteError, match="more than once"):
+        tlpd.decompose(Twice(), "*", tlpd.L3D(divergence="mse"), torch.randn(8, 4), 2, 4, progress=False)
+
+
 def test_bad_settings_are_refused():
+    for wrong in (
+        {"divergence": "KL"},
+        {"reference": "smaple"},
+        {"norm": "L2"},
+        {"positions": "first"},
+        {"rank": {"*": 0}},
+    ):
+        with pytest.raises((SettingError, TypeCheckError)):
+            tlpd.L3D(**wrong)
     for wrong in (
         {"n_subnetworks": 0},
         {"rank": 0},

@@ -85,7 +85,7 @@ def moved_outputs(
 def read_off(model: Any, decomposition: SubnetworkDecomposition) -> dict[str, float]:
     """How well subnetworks of a linear toy say what each input does: their two matrices' product against the rows of A.
 
-    Of each product the row of largest absolute sum is taken; its sign and scale are the subnetwork's own.
+    Of each product the row of largest absolute sum is taken; its scale is the subnetwork's own.
     """
     estimates, truths, cosines = [], [], []
     for found, truth in products(model, decomposition):
@@ -99,14 +99,15 @@ def read_off(model: Any, decomposition: SubnetworkDecomposition) -> dict[str, fl
 def products(
     model: Any, decomposition: SubnetworkDecomposition
 ) -> list[tuple[Float[Tensor, " outputs"], Float[Tensor, " outputs"]]]:
-    """Each subnetwork's largest row of the product of its two matrices, signed to agree, and the row of A for that input."""
+    """Each subnetwork's largest row of the product of its two matrices, and the row of A for that input; a subnetwork and its
+    negative have the same product."""
     first, last = list(decomposition.decoder.values())
     rows = []
     for k in range(decomposition.n_subnetworks):
         product = first.matrix(k).detach() @ last.matrix(k).detach()
         i = int(product.abs().sum(1).argmax())
         truth = model.A[i].detach()
-        rows.append((product[i] * torch.sign(product[i] @ truth), truth))
+        rows.append((product[i], truth))
     return rows
 
 

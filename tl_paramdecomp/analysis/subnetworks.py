@@ -5,6 +5,7 @@ The impact of subnetwork k on a sample is |<E_k, grad D>|, the mean over referen
 positions at once, it is |c . J| with c the divergence's gradient at the output: no backward pass for each reference.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,12 @@ def impacts(
         TargetMismatchError, DeviceError, ShapeError: As `patched`.
     """
     check_rows(tokens, attention_mask)
+    if references < 1:
+        raise SettingError(f"Impacts need at least one reference; given {references}.")
     adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
     tokens = tokens.to(adapter.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
     with torch.no_grad(), frozen(adapter.root):
         output = adapter.forward(tokens, attention_mask)
         shape = output.shape[:-1]
@@ -65,6 +69,7 @@ def impacts(
         if len(kept) < 2:
             raise DataError(f"Impacts compare samples with each other; given {len(kept)}.")
         flat = output.flatten(0, -2)[kept]
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         values = torch.softmax(flat, -1) if method.divergence == "kl" else flat
         found = torch.zeros(len(kept), decomposition.n_subnetworks, dtype=flat.dtype, device=flat.device)
         against = [
@@ -97,10 +102,10 @@ def output_derivative(
     """
     check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition)
+    tokens = tokens.to(adapter.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
     with torch.no_grad(), frozen(adapter.root):
-        return _derivative(
-            adapter, decomposition.decoder, decomposition.index(k), tokens.to(adapter.device), attention_mask
-        )
+        return _derivative(adapter, decomposition.decoder, decomposition.index(k), tokens, attention_mask)
 
 
 def _derivative(
@@ -139,8 +144,8 @@ class SubnetworkEvaluation:
     """With the largest coefficients of all samples kept, as in training."""
     fixed_error: float
     """With the threshold that was learned."""
-    bound: float
-    """What no dictionary of as many rows can beat: the truncated SVD of these very gradients."""
+    bound: float | None
+    """What no dictionary of as many rows can beat, the truncated SVD of these very gradients; None: it was not asked for."""
     active: list[float]
     """How often each subnetwork is active."""
     dead: int
@@ -154,6 +159,7 @@ def evaluate_subnetworks(
     *,
     attention_mask: Int[Tensor, "rows pos"] | None = None,
     rows_at_once: int = 32,
+    bound: bool = True,
     seed: int = 0,
 ) -> SubnetworkEvaluation:
     """Reconstruction of held-out gradients, by the divergence, references and positions of the run that made the subnetworks.
@@ -163,7 +169,8 @@ def evaluate_subnetworks(
         decomposition: From `L3D`.
         tokens: Rows that it was not trained on.
         attention_mask: 1 where a position counts.
-        rows_at_once: Rows in one pass; references come from the same pass.
+        rows_at_once: Rows in one pass, about; references come from the same pass.
+        bound: Work out the truncated SVD as well; its time grows with the square of samples and positions.
         seed: Of positions and references.
 
     Raises:
@@ -178,8 +185,7 @@ def evaluate_subnetworks(
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
     groups: list[dict[str, SampleGradient]] = []
     with torch.no_grad(), frozen(adapter.root):
-        for first in range(0, len(tokens), rows_at_once):
-            rows = slice(first, first + rows_at_once)
+        for rows in even_parts(len(tokens), rows_at_once):
             mask = None if attention_mask is None else attention_mask[rows].to(adapter.device)
             run = GradientPass(adapter, list(decomposition.sites), tokens[rows].to(adapter.device), mask)
             places = run.places(method.positions, generator)
@@ -191,10 +197,19 @@ def evaluate_subnetworks(
             samples=len(by_batch.mask),
             batch_error=by_batch.loss.item(),
             fixed_error=fixed.loss.item(),
-            bound=truncated_svd_error(groups, decomposition),
+            bound=truncated_svd_error(groups, decomposition) if bound else None,
             active=active.tolist(),
             dead=int((active == 0).sum()),
         )
+
+
+def even_parts(n: int, most: int) -> list[slice]:
+    """Parts of n rows, of an even number each but for the last; no row is left by itself."""
+    size = max(2, most - most % 2)
+    starts = list(range(0, n, size))
+    if len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()
+    return [slice(first, end) for first, end in zip(starts, [*starts[1:], n], strict=True)]
 
 
 def truncated_svd_error(groups: list[dict[str, SampleGradient]], decomposition: SubnetworkDecomposition) -> float:
@@ -212,17 +227,28 @@ def truncated_svd_error(groups: list[dict[str, SampleGradient]], decomposition: 
 
 def _pairwise(gradients: list[SampleGradient], bias: bool) -> Float[Tensor, "n n"]:
     """Inner products of all pairs of gradients at one site."""
-    rows = []
-    for a in gradients:
-        blocks = []
-        for b in gradients:
+    alone = [SampleGradient(x.unsqueeze(0), g.unsqueeze(0)) for a in gradients for x, g in zip(a.x, a.g, strict=True)]
+    found = torch.zeros(len(alone), len(alone), dtype=torch.float64)
+    for n, a in enumerate(
+        alone
+    ):  # row by row, the upper half: no more than one sample's products with all others exist
+        first = n
+        for b in gradients_from(gradients, n):
             if a.x.is_floating_point():
-                reads = torch.einsum("ntd,msd->nmts", a.x.double(), b.x.double())
+                reads = torch.einsum("td,msd->mts", a.x[0].double(), b.x.double())
             else:
-                reads = (a.x[:, None, :, None] == b.x[None, :, None, :]).double()
-            block = (reads * torch.einsum("nto,mso->nmts", a.g.double(), b.g.double())).sum((2, 3))
+                reads = (a.x[0][None, :, None] == b.x[:, None, :]).double()
+            row = (reads * torch.einsum("to,mso->mts", a.g[0].double(), b.g.double())).sum((1, 2))
             if bias:
-                block = block + a.g.double().sum(1) @ b.g.double().sum(1).T
-            blocks.append(block)
-        rows.append(torch.cat(blocks, 1))
-    return torch.cat(rows)
+                row = row + b.g.double().sum(1) @ a.g[0].double().sum(0)
+            found[n, first : first + len(row)] = row.cpu()
+            first += len(row)
+    return found + found.triu(1).T
+
+
+def gradients_from(gradients: list[SampleGradient], start: int) -> Iterator[SampleGradient]:
+    """The groups from sample `start` on, the first of them cut."""
+    for group in gradients:
+        if start < len(group.g):
+            yield SampleGradient(group.x[start:], group.g[start:])
+        start = max(0, start - len(group.g))

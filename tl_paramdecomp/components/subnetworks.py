@@ -106,8 +106,10 @@ class SiteSubnetworks(nn.Module):
     def _dense(self, gradient: SampleGradient, backend: Backend) -> bool:
         if backend != "auto":
             return backend == "dense"
-        d_in, d_out = self.site.d_in, self.site.d_out
-        return self.rank * gradient.g.shape[1] > 1.25 * d_in * d_out / (d_in + d_out)
+        if not gradient.x.is_floating_point():
+            return False
+        (K, d_in, r), d_out, pos = self.A.shape, self.site.d_out, gradient.g.shape[1]
+        return pos * K * r * (d_in + d_out) > (pos + K) * d_in * d_out
 
     def _inner_dense(self, gradient: SampleGradient) -> Float[Tensor, "n K"]:
         matrices = (self.A @ self.B.transpose(1, 2)).flatten(1)
@@ -133,7 +135,7 @@ class SiteSubnetworks(nn.Module):
 
     def squared_norms(self) -> Float[Tensor, " K"]:
         """Squared Frobenius norm of each subnetwork at this site."""
-        found = ((self.A.transpose(1, 2) @ self.A) * (self.B.transpose(1, 2) @ self.B)).sum((1, 2))
+        found = ((self.A.transpose(1, 2) @ self.A) * (self.B.transpose(1, 2) @ self.B)).sum((1, 2)).clamp(min=0.0)
         return found if self.bias is None else found + self.bias.square().sum(-1)
 
 

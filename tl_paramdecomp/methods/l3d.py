@@ -15,7 +15,7 @@ What is decomposed is the local loss landscape, not the weights: subnetworks do 
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,8 +36,9 @@ from tl_paramdecomp.methods.sample_gradients import (
 )
 from tl_paramdecomp.sites import WeightSite
 
+Norm = Literal["l2", "paper_code"]
 COUNTS, SEEN = "l3d/active", "l3d/seen"
-"""In a run's memory: how often each subnetwork was active since the last revival, and among how many samples."""
+"""In a run's memory: how often each subnetwork was active since the last revival, and the steps of the run."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class L3D(Method[SubnetworkDecomposition]):
     divergence: Divergence = "kl"
     reference: Reference = "sample"
     positions: Positions = "one"
-    norm: Literal["l2", "paper_code"] = "l2"
+    norm: Norm = "l2"
     """What "norm 1" means for a subnetwork; see `Subnetworks.normalise`."""
     lr: float = 1e-2
     decay: float = 0.8
@@ -71,8 +72,14 @@ class L3D(Method[SubnetworkDecomposition]):
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        if self.n_subnetworks < 1 or (isinstance(self.rank, int) and self.rank < 1):
+        ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
+        if self.n_subnetworks < 1 or min(ranks, default=1) < 1:
             raise SettingError(f"L3D needs n_subnetworks >= 1 and rank >= 1; given {self.n_subnetworks}, {self.rank}.")
+        for name, kinds in (("divergence", Divergence), ("reference", Reference), ("norm", Norm), ("backend", Backend)):
+            if getattr(self, name) not in get_args(kinds):
+                raise SettingError(f"{name} is one of {', '.join(get_args(kinds))}; given {getattr(self, name)!r}.")
+        if not isinstance(self.positions, int) and self.positions not in ("one", "all", "last"):
+            raise SettingError(f"positions is 'one', 'all', 'last' or a number; given {self.positions!r}.")
         if not 0.0 < self.active <= 1.0 or not 0.0 <= self.warm_start <= 1.0:
             raise SettingError(f"active is in (0, 1], warm_start in [0, 1]; given {self.active}, {self.warm_start}.")
         if (
@@ -152,11 +159,9 @@ class L3D(Method[SubnetworkDecomposition]):
                 kept = self.threshold_memory if made.threshold > 0 else 0.0
                 made.threshold.lerp_(found.threshold, 1.0 - kept)
             self._count(step, found)
-        return LossReport(
-            found.loss.detach(),
-            {"reconstruction": found.loss.detach()},
-            lambda: {"l0": found.mask.sum(1).float().mean(), "dead": (~found.mask.any(0)).float().sum()},
-        )
+        mask, loss = found.mask, found.loss.detach()
+        figures = {"l0": mask.sum(1).float().mean(), "unused_in_batch": (~mask.any(0)).float().sum()}
+        return LossReport(loss, {"reconstruction": loss}, lambda: figures)
 
     def after_step(self, step: TrainingStep) -> None:
         made: SubnetworkDecomposition = step.decomposition  # type: ignore[assignment]
@@ -215,10 +220,14 @@ def reconstruction(
         threshold = made.threshold.to(size.dtype)
     else:
         threshold = size.flatten().kthvalue(size.numel() - max(1, round(active * size.numel())) + 1).values
-    mask = size >= threshold
-    kept = a * mask
-    residuals = norms - 2.0 * (kept * c).sum(1) + ((kept @ made.decoder.gram()) * kept).sum(1)
-    loss = residuals.sum() / norms.sum().clamp(min=1e-30)
+    mask = (size >= threshold) & (size > 0)
+    kept, gram = (
+        (a * mask).double(),
+        made.decoder.gram().double(),
+    )  # differences of large numbers lose digits in float32
+    norms = norms.double()
+    residuals = norms - 2.0 * (kept * c.double()).sum(1) + ((kept @ gram) * kept).sum(1)
+    loss = (residuals.sum() / norms.sum().clamp(min=1e-30)).to(a.dtype)
     return Reconstruction(loss, a.detach(), mask, threshold, norms, residuals.detach(), groups)
 
 
@@ -244,9 +253,10 @@ def revive(
             n, group = n - sizes[group], group + 1
         for name, part in made.decoder.items():
             gradient = found.groups[group][name]
-            if not gradient.x.is_floating_point():
-                continue
-            A, B = low_rank(gradient.x[n], gradient.g[n], part.rank)
+            x = gradient.x[n]
+            if not x.is_floating_point():
+                x = torch.nn.functional.one_hot(x, part.site.d_in).to(gradient.g.dtype)
+            A, B = low_rank(x, gradient.g[n], part.rank)
             for side in (part, made.encoder[name]):
                 side.A[k], side.B[k] = A, B
                 if side.bias is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.subnetworks import SampleGradient
-from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.errors import DataError, SettingError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall
 
 Divergence = Literal["kl", "mse", "paper_code"]
@@ -48,11 +48,11 @@ class GradientPass:
         """[row, pos]: where a divergence may be taken."""
 
     def places(self, positions: Positions, generator: torch.Generator) -> list[Int[Tensor, " n"]]:
-        """Positions of the loss, one for each row; several times over for `all`.
+        """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`.
 
         Raises:
             SettingError: The output has no positions, or not so many.
-            DataError: A row has no position that counts.
+            DataError: A row has no position that counts, or the given one does not.
         """
         n, length = self.scored.shape
         if not self.by_position or length == 1:
@@ -60,7 +60,9 @@ class GradientPass:
         if not bool(self.scored.any(1).all()):
             raise DataError("A row has no position that counts; leave such rows out.")
         if positions == "all":
-            return [torch.full((n,), p, device=self.output.device) for p in range(length)]
+            order = torch.arange(length, device=self.output.device)
+            places = torch.where(self.scored, order, -1)
+            return [place for place in places.T if bool((place >= 0).any())]
         if positions == "one":
             drawn = torch.rand(n, length, generator=generator, device=self.output.device)
             return [(drawn * self.scored).argmax(1)]
@@ -69,33 +71,44 @@ class GradientPass:
             return [(order * self.scored).argmax(1)]
         if not -length <= positions < length:
             raise SettingError(f"positions={positions} lies outside of rows of {length}.")
+        if not bool(self.scored[:, positions].all()):
+            raise DataError(
+                f"Position {positions} is padding in some row; leave such rows out, or use positions='last'."
+            )
         return [torch.full((n,), positions % length, device=self.output.device)]
 
-    def at(self, places: Int[Tensor, " n"]) -> Float[Tensor, "n width"]:
-        """Outputs at one position of each row, with their graph."""
+    def at(self, places: Int[Tensor, " n"]) -> Float[Tensor, "some width"]:
+        """Outputs at one position of each row that has one, with their graph."""
         if not self.by_position:
             return self.output
+        rows = (places >= 0).nonzero().flatten()
         with torch.enable_grad():
-            return self.output[torch.arange(len(places), device=places.device), places]
+            return self.output[rows, places[rows]]
 
     def gradients(
-        self, output: Float[Tensor, "n width"], cotangent: Float[Tensor, "n width"], keep: bool = False
+        self,
+        output: Float[Tensor, "n width"],
+        cotangent: Float[Tensor, "n width"],
+        rows: Int[Tensor, " n"] | None = None,
+        keep: bool = False,
     ) -> dict[str, SampleGradient]:
-        """Gradients by site of the n scalars whose gradients with respect to the outputs are given.
+        """Gradients by site of the n scalars whose gradients with respect to the outputs are given, in float32 at least.
 
         Args:
             output: From `at`.
             cotangent: Gradient of each row's scalar with respect to its output.
+            rows: The rows that these are; None: all of them.
             keep: Whether further gradients will be asked for.
         """
         names = list(self.leaves)
         found = torch.autograd.grad(
-            output, [self.leaves[name] for name in names], cotangent, retain_graph=keep, allow_unused=True
+            output, [self.leaves[n] for n in names], cotangent.to(output.dtype), retain_graph=keep, allow_unused=True
         )
         made = {}
         for name, gradient in zip(names, found, strict=True):
             g = torch.zeros_like(self.leaves[name]) if gradient is None else gradient
-            made[name] = SampleGradient(_by_position(self.x[name], g), _rows(g))
+            x, g = _wide(_by_position(self.x[name], g)), _wide(_rows(g))
+            made[name] = SampleGradient(x, g) if rows is None else SampleGradient(x[rows], g[rows])
         return made
 
 
@@ -124,18 +137,18 @@ def references(
         SettingError: Uniform outputs where outputs are no distribution.
         DataError: Fewer than two rows, or an odd number of them for `pairs`.
     """
-    n = len(output)
-    values = torch.softmax(output.detach(), -1) if divergence == "kl" else output.detach()
+    n, output = len(output), _wide(output.detach())
+    values = torch.softmax(output, -1) if divergence == "kl" else output
     if kind == "uniform":
         if divergence != "kl":
             raise SettingError(
                 "reference='uniform' needs divergence='kl'; outputs that are no distribution have no such."
             )
         return torch.full_like(values, 1.0 / values.shape[-1])
-    if kind == "mean":
-        return values.mean(0, keepdim=True).expand_as(values)
     if n < 2:
         raise DataError(f"reference={kind!r} compares samples of a batch with each other; given {n} row.")
+    if kind == "mean":
+        return values.mean(0, keepdim=True).expand_as(values)
     if kind == "pairs":
         if n % 2:
             raise DataError(f"reference='pairs' takes rows two by two, sample and reference; given {n} rows.")
@@ -153,13 +166,15 @@ def all_gradients(
     divergence: Divergence,
     generator: torch.Generator,
 ) -> Iterator[dict[str, SampleGradient]]:
-    """Gradients of the samples at each of the places, one group after the other; their references come from the same group, for
-    `all` positions as for one."""
-    for i, place in enumerate(places):
-        output = run.at(place)
-        against = references(output, reference, divergence, generator)
-        cotangent = output_gradient(output.detach(), against, divergence)
-        found = run.gradients(output, cotangent, keep=i + 1 < len(places))
+    """Gradients of the samples at each of the places, one group after the other; references are drawn from all of them."""
+    outputs = [run.at(place) for place in places]
+    sizes = [len(output) for output in outputs]
+    together = torch.cat([output.detach() for output in outputs])
+    against = references(together, reference, divergence, generator).split(sizes)
+    for i, (place, output) in enumerate(zip(places, outputs, strict=True)):
+        cotangent = output_gradient(_wide(output.detach()), against[i], divergence)
+        rows = (place >= 0).nonzero().flatten() if run.by_position and bool((place < 0).any()) else None
+        found = run.gradients(output, cotangent, rows, keep=i + 1 < len(places))
         yield _firsts(found) if reference == "pairs" else found
 
 
@@ -170,10 +185,19 @@ def _firsts(found: Mapping[str, SampleGradient]) -> dict[str, SampleGradient]:
 
 def _opened(inputs: dict[str, Tensor], leaves: dict[str, Tensor], name: str, n: int, call: SiteCall) -> Tensor:
     """A site's function that leaves its output, and keeps its input and a leaf whose gradient is the output's."""
+    if name in inputs:
+        raise UnsupportedSiteError(
+            f"{name} is called more than once in a forward pass, so that its gradient is not that of one product."
+        )
     x, y = call.x.detach(), call.y
     inputs[name] = x.expand(n, *x.shape[1:])
     leaves[name] = torch.zeros_like(y).expand(n, *y.shape[1:]).clone().requires_grad_(True)
     return y + leaves[name]
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In float32 at least; indices stay."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
 
 
 def _rows(g: Tensor) -> Float[Tensor, "n pos d_out"]:

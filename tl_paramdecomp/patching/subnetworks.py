@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_paramdecomp.adapters.identity import folded
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import SiteSubnetworks
+from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.hooks import intercepted
 from tl_paramdecomp.patching.target import checked_adapter
@@ -44,11 +46,17 @@ def perturbed(
 
     Raises:
         ComponentIndexError: There is no such subnetwork.
+        SettingError, ShapeError: A subnetwork stands twice; a delta is more than one number.
         TargetMismatchError, DeviceError, PatchConflictError: As `patched`.
     """
     adapter = checked_adapter(model, decomposition)
     chosen = list(decomposition.sites if sites is None else select_sites(decomposition.sites, sites))
     moved = {decomposition.index(k): delta for k, delta in deltas.items()}
+    if len(moved) < len(deltas):
+        raise SettingError(f"A subnetwork may stand once; given {', '.join(map(str, deltas))}.")
+    for k, delta in deltas.items():
+        if isinstance(delta, Tensor) and delta.ndim:
+            raise ShapeError(f"A delta is one number; that of subnetwork {k} is of shape {list(delta.shape)}.")
     parts = {name: decomposition.decoder[name] for name in chosen} if moved else {}
     claims = {
         name: Claim(part, additive=not in_weights, in_weights=in_weights, only=frozenset(moved))
@@ -58,6 +66,7 @@ def perturbed(
         if in_weights:
             with torch.no_grad():
                 weights = {name: adapter.weight(name) + _matrix(part, moved) for name, part in parts.items()}
+                weights = folded(weights, adapter.weight)
                 biases = {
                     name: adapter.bias(name) + _vector(part, moved)  # type: ignore[operator]
                     for name, part in parts.items()
