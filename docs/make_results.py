@@ -365,6 +365,8 @@ SECTIONS = (
     *((f"reproduce_{name}", f"L3D's toys: {title}", subnetworks) for name, title in L3D_TOYS),
     ("benchmarks", "What patching costs", benchmarks),
     ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
+    ("benchmarks_evaluate", "What an evaluation costs", benchmarks),
+    ("benchmarks_l3d", "What a step of L3D costs, against the dense form", benchmarks),
 )
 
 
