@@ -206,6 +206,17 @@ def compared(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def runs(record: Mapping[str, Any]) -> str:
+    """A comparison of few runs, run by run."""
+    keys = ("l0", "rounded", "stochastic", "adversarial", "adversarial_worst")
+    rows = [
+        (p["method"], f"{p['sparsity']:g}", p["seed"], f"{p['l0']:.1f}", *(f"{p[key]:.3f}" for key in keys[1:]))
+        for p in record["points"]
+    ]
+    columns = ("method", "factor", "seed", "L0", "rounded", "stochastic", "PGD, median", "PGD, worst")
+    return f"{origin(record)} {record['protocol']['steps']} steps.\n\n{table(columns, rows)}"
+
+
 MASKS = {
     "rounded": "Only components with importance above 0.1",
     "stochastic": "Stochastic masks",
@@ -357,6 +368,8 @@ SECTIONS = (
     ("curves_stories260K", "SPD and VPD on all MLP matrices of stories260K (Llama, 260k parameters)", curves),
     ("compare_micro-gpt2", "Methods at equal sparsity: all MLP matrices of micro-gpt2", compared),
     ("compare_stories260K", "Methods at equal sparsity: all MLP matrices of stories260K", compared),
+    ("budget_vpd", "Six times the budget on micro-gpt2: VPD", runs),
+    ("budget_whitened", "Six times the budget on micro-gpt2: whitened singular directions", runs),
     ("compare_micro-gpt2-shuffled", "The control: the same on micro-gpt2 with its weights shuffled", compared),
     ("spd_stories260k", "SPD on all MLP matrices of stories260K, 1,000 steps", decomposition),
     *((f"reproduce_{name}", f"Published toys: {title}", reproduced) for name, title in TOYS),
