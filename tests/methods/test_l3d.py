@@ -393,6 +393,11 @@ def test_a_site_that_is_called_twice_is_refused():
 
 
 def test_bad_settings_are_refused():
+    for field in ("divergence", "reference", "norm", "backend", "positions"):  # past the type checker of the tests
+        method = tlpd.L3D()
+        object.__setattr__(method, field, "smaple")
+        with pytest.raises(SettingError, match="smaple"):
+            method.__post_init__()
     for wrong in (
         {"divergence": "KL"},
         {"reference": "smaple"},

@@ -83,3 +83,14 @@ def test_a_one_time_iterator_that_ends_says_so():
     source.batch(0)
     with pytest.raises(DataError, match="cannot be read again"):
         source.batch(1)
+
+
+def test_rows_that_belong_together_stay_neighbours():
+    rows = torch.arange(12).unsqueeze(1).expand(-1, 3)
+    source = batch_source(rows, 4, 0, together=2)
+    order = torch.cat([source.batch(step).tokens[:, 0] for step in range(6)])
+    assert (order[1::2] == order[::2] + 1).all() and (order[::2] % 2 == 0).all()
+    assert sorted(order[:12].tolist()) == list(range(12)) and order[:12].tolist() != list(range(12))
+    for few, size in ((rows[:11], 4), (rows, 3)):
+        with pytest.raises(DataError, match="together by 2"):
+            batch_source(few, size, 0, together=2)

@@ -271,6 +271,11 @@ class Method(ABC, Generic[Made]):
         """Whether there is anything to train; otherwise the start is the result."""
         return True
 
+    @property
+    def rows_together(self) -> int:
+        """Rows of the data that must stay neighbours when it is shuffled."""
+        return 1
+
     @abstractmethod
     def initialise(
         self,

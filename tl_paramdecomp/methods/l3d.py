@@ -121,6 +121,11 @@ class L3D(Method[SubnetworkDecomposition]):
             found[name] = min(self.rank[glob], site.d_in, site.d_out)
         return found
 
+    @property
+    def rows_together(self) -> int:
+        """Two where each sample comes with its reference."""
+        return 2 if self.reference == "pairs" else 1
+
     # --- Method -----------------------------------------------------------------------------------------------------
     def initialise(
         self,

@@ -26,11 +26,19 @@ class BatchSource(ABC):
 
 
 class RowSource(BatchSource):
-    """Random access to rows: each pass over the data is a new permutation, drawn from the seed."""
+    """Random access to rows: each pass is a new permutation, drawn from the seed, of groups of `together` neighbours."""
 
-    def __init__(self, rows: Any, batch_size: int, seed: int, attention_mask: Tensor | None = None) -> None:
+    def __init__(
+        self, rows: Any, batch_size: int, seed: int, attention_mask: Tensor | None = None, together: int = 1
+    ) -> None:
         if len(rows) == 0:
             raise DataError("The data has no rows.")
+        if len(rows) % together or batch_size % together:
+            raise DataError(
+                f"Rows belong together by {together}; given {len(rows)} rows and a batch size of {batch_size}, which must both "
+                "be multiples of that."
+            )
+        self.together = together
         self.rows, self.batch_size, self.seed, self.attention_mask = rows, batch_size, seed, attention_mask
         self._epoch: tuple[int, list[int]] = (-1, [])
 
@@ -46,7 +54,8 @@ class RowSource(BatchSource):
         epoch, offset = divmod(place, len(self.rows))
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
+            groups = torch.randperm(len(self.rows) // self.together, generator=generator) * self.together
+            self._epoch = (epoch, (groups[:, None] + torch.arange(self.together)).flatten().tolist())
         return self._epoch[1][offset]
 
 
@@ -96,7 +105,7 @@ class StreamSource(BatchSource):
 
 
 def batch_source(
-    data: Any, batch_size: int, seed: int, tokenizer: Any = None, length: int | None = None
+    data: Any, batch_size: int, seed: int, tokenizer: Any = None, length: int | None = None, together: int = 1
 ) -> BatchSource:
     """Batches from data in any of the forms users have.
 
@@ -108,6 +117,7 @@ def batch_source(
         seed: Order of the rows.
         tokenizer: For text.
         length: Row length for text; None: the tokenizer's own limit, at most 1024.
+        together: Neighbouring rows that stay neighbours in a shuffle.
 
     Raises:
         DataError: The data is empty or of no such form.
@@ -117,10 +127,10 @@ def batch_source(
     if isinstance(data, Tensor):
         if data.ndim < 2:
             raise DataError(f"A tensor of token rows is [rows, pos]; given {list(data.shape)}.")
-        return RowSource(data, batch_size, seed)
+        return RowSource(data, batch_size, seed, together=together)
     if isinstance(data, Mapping):
         batch = as_batch(data)
-        return RowSource(batch.tokens, batch_size, seed, batch.attention_mask)
+        return RowSource(batch.tokens, batch_size, seed, batch.attention_mask, together)
     if callable(data) and not isinstance(data, Iterable):
         return MadeSource(data)
     columns = getattr(data, "column_names", None)
@@ -130,7 +140,9 @@ def batch_source(
             raise DataError(f"The dataset has columns {columns}; one must be 'tokens', 'input_ids' or 'text'.")
         if column == "text":
             return StreamSource(TextRows(data, tokenizer, length), batch_size)
-        return RowSource(data, batch_size, seed) if hasattr(data, "__len__") else StreamSource(data, batch_size)
+        if hasattr(data, "__len__"):
+            return RowSource(data, batch_size, seed, together=together)
+        return StreamSource(data, batch_size)
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise DataError(f"Data must be a tensor of token rows, batches, or a dataset; given {type(data).__name__}.")
     if not isinstance(data, Iterator):  # a stream need not know its columns before it is read

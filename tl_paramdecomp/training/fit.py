@@ -93,7 +93,10 @@ def decompose(
     _check(adapter, device, resume)
     chosen = adapter.select(sites)
     tokenizer = getattr(model, "tokenizer", None)
-    source, looked_at = (None if data is None else batch_source(data, batch_size, seed, tokenizer) for _ in range(2))
+    source, looked_at = (
+        None if data is None else batch_source(data, batch_size, seed, tokenizer, together=method.rows_together)
+        for _ in range(2)
+    )
     other = None if background is None else batch_source(background, batch_size, seed + 1, tokenizer)
     run = _Run(
         None if run_dir is None else Path(run_dir), steps, log_every, checkpoint_every, progress, tuple(callbacks)
