@@ -170,8 +170,11 @@ def curves(record: Mapping[str, Any]) -> str:
         rows.append((run["method"], run["seed"], last["step"], f"{last['l0']:.1f}", run["components"], *kls))
     worst = max(point["unmasked"] for run in record["runs"] for point in run["points"])
     text = f"KL in nats per token; {record['rows']}. Over all of training the unmasked KL was at most {worst:.4f}."
-    picture = f"![curves over training](results/curves_{record['model']}.png)"
-    return f"{origin(record)} {text}\n\n{table(columns, rows)}\n\n{picture}"
+    drawn = f"curves_{record['model']}.png"
+    picture = (
+        f"\n\n![curves over training](results/{drawn})" if len({run["method"] for run in record["runs"]}) > 1 else ""
+    )
+    return f"{origin(record)} {text}\n\n{table(columns, rows)}{picture}"
 
 
 def compared(record: Mapping[str, Any]) -> str:
@@ -366,6 +369,7 @@ SECTIONS = (
     ("micro_gpt2", "micro-gpt2, the embedded model", micro_gpt2),
     ("curves_micro-gpt2", "SPD and VPD on all MLP matrices of micro-gpt2", curves),
     ("curves_stories260K", "SPD and VPD on all MLP matrices of stories260K (Llama, 260k parameters)", curves),
+    ("one_step_stories260K", "SPD on stories260K against an adversary of one full step, as it was before", curves),
     ("compare_micro-gpt2", "Methods at equal sparsity: all MLP matrices of micro-gpt2", compared),
     ("compare_stories260K", "Methods at equal sparsity: all MLP matrices of stories260K", compared),
     ("budget_vpd", "Six times the budget on micro-gpt2: VPD", runs),

@@ -152,7 +152,7 @@ class L3D(Method[SubnetworkDecomposition]):
         return self.decay ** (10 * step // max(1, steps))
 
     def gradients(self, step: TrainingStep) -> LossReport:
-        made: SubnetworkDecomposition = step.decomposition  # type: ignore[assignment]
+        made: SubnetworkDecomposition = step.decomposition
         run = GradientPass(step.adapter, list(made.sites), step.batch.tokens, step.batch.attention_mask)
         places = run.places(self.positions, step.generator)
         groups = list(all_gradients(run, places, self.reference, self.divergence, step.generator))
@@ -169,7 +169,7 @@ class L3D(Method[SubnetworkDecomposition]):
         return LossReport(loss, {"reconstruction": loss}, lambda: figures)
 
     def after_step(self, step: TrainingStep) -> None:
-        made: SubnetworkDecomposition = step.decomposition  # type: ignore[assignment]
+        made: SubnetworkDecomposition = step.decomposition
         made.decoder.normalise(self.norm)
 
     def _count(self, step: TrainingStep, found: "Reconstruction") -> None:
@@ -182,7 +182,7 @@ class L3D(Method[SubnetworkDecomposition]):
         counts += found.mask.sum(0)
         seen += 1
         if int(seen) % self.revive_every == 0:
-            revive(step.decomposition, found, counts == 0, step.generator)  # type: ignore[arg-type]
+            revive(step.decomposition, found, counts == 0, step.generator)
             counts.zero_()
 
 
@@ -226,11 +226,8 @@ def reconstruction(
     else:
         threshold = size.flatten().kthvalue(size.numel() - max(1, round(active * size.numel())) + 1).values
     mask = (size >= threshold) & (size > 0)
-    kept, gram = (
-        (a * mask).double(),
-        made.decoder.gram().double(),
-    )  # differences of large numbers lose digits in float32
-    norms = norms.double()
+    # in float64: differences of large numbers lose their digits in float32
+    kept, gram, norms = (a * mask).double(), made.decoder.gram().double(), norms.double()
     residuals = norms - 2.0 * (kept * c.double()).sum(1) + ((kept @ gram) * kept).sum(1)
     loss = (residuals.sum() / norms.sum().clamp(min=1e-30)).to(a.dtype)
     return Reconstruction(loss, a.detach(), mask, threshold, norms, residuals.detach(), groups)
