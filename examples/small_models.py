@@ -28,13 +28,13 @@ def written_rows(model, n: int, length: int, seed: int) -> torch.Tensor:
         )
 
 
-def open_model(name: str, text: Path | None):
+def open_model(name: str, text: Path | None, held_out: int = 64):
     """A model, rows to train on, and held-out rows."""
     if name == "micro-gpt2":
         return (
             tlpd.load_micro_gpt2("transformers"),
             tlpd.micro_gpt2_tokens(8192, seed=1),
-            tlpd.micro_gpt2_tokens(64, seed=2),
+            tlpd.micro_gpt2_tokens(held_out, seed=2),
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,7 @@ def open_model(name: str, text: Path | None):
     if text is None:
         sys.exit("Give --text FILE with text that the model never saw, to measure on.")
     rows = tlpd.TextRows([text.read_text(encoding="utf-8")], AutoTokenizer.from_pretrained(name), LENGTH)
-    return model, written_rows(model, 8192, LENGTH, seed=0), torch.stack(list(rows)[:64])
+    return model, written_rows(model, 8192, LENGTH, seed=0), torch.stack(list(rows)[:held_out])
 
 
 def record() -> dict:

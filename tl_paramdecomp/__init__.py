@@ -11,6 +11,7 @@ from tl_paramdecomp.analysis.controls import shuffled_weights
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.oracle import Oracle
+from tl_paramdecomp.analysis.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
 from tl_paramdecomp.analysis.subnetworks import (
     SubnetworkEvaluation,
     evaluate_subnetworks,
@@ -42,6 +43,7 @@ from tl_paramdecomp.sites import WeightSite
 from tl_paramdecomp.training.compare import ComparisonProtocol, compare
 from tl_paramdecomp.training.data import TextRows
 from tl_paramdecomp.training.fit import decompose
+from tl_paramdecomp.training.tuning import tune_along
 
 __all__ = [
     "Comparison",
@@ -56,6 +58,7 @@ __all__ = [
     "RandomBasis",
     "SPD",
     "SVD",
+    "Selectivity",
     "SubnetworkDecomposition",
     "SubnetworkEvaluation",
     "TaskPrompt",
@@ -65,6 +68,7 @@ __all__ = [
     "WhitenedSVD",
     "attached",
     "causal_importances",
+    "causal_selectivity",
     "check_target",
     "compare",
     "component_acts",
@@ -89,4 +93,7 @@ __all__ = [
     "perturbed",
     "shuffled_weights",
     "site_weight",
+    "top_logits",
+    "top_samples",
+    "tune_along",
 ]

@@ -45,3 +45,14 @@ def test_peak_memory_of_an_l3d_step(rank, report):
     mega = {which: values["grown"] / 2**20 for which, values in found.items()}
     name = f"peak memory of an L3D step above the model's / dense form's, rank {rank} (MB)"
     report(name, (mega["factored"] / mega["plain"], mega["factored"], mega["plain"]))
+
+
+def test_peak_memory_at_the_size_of_gpt2_small(report):
+    """Above 8 GB the dictionaries, their moments or the gradients exist more often than they need to."""
+    command = [sys.executable, "-m", "tests.benchmarks.l3d", "gpt2-small"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    report(
+        "peak memory of L3D on GPT-2 small's 24 MLP matrices, 1,000 subnetworks of rank 1, 16 x 64 tokens / 8 GB",
+        (found["peak"] / 8e9, found["peak"] / 1e9, 8.0),
+    )
+    assert found["peak"] < 8e9

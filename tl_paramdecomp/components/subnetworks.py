@@ -88,7 +88,7 @@ class SiteSubnetworks(nn.Module):
         """A_k B_k^T."""
         return self.A[k] @ self.B[k].T
 
-    def reads(self, x: Shaped[Tensor, "n pos *d_in"]) -> Float[Tensor, "n pos K r"]:
+    def reads(self, x: Shaped[Tensor, "*rows"]) -> Float[Tensor, "*out K r"]:
         """x A_k of every subnetwork."""
         if not x.is_floating_point():
             return self.A.permute(1, 0, 2)[x]
@@ -99,8 +99,7 @@ class SiteSubnetworks(nn.Module):
         if self._dense(gradient, backend):
             found = self._inner_dense(gradient)
         else:
-            writes = (gradient.g @ self.B.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
-            found = (self.reads(gradient.x) * writes).sum((1, 3))
+            found = self._inner_factored(gradient)
         return found if self.bias is None else found + gradient.g.sum(1) @ self.bias.T
 
     def _dense(self, gradient: SampleGradient, backend: Backend) -> bool:
@@ -110,6 +109,15 @@ class SiteSubnetworks(nn.Module):
             return False
         (K, d_in, r), d_out, pos = self.A.shape, self.site.d_out, gradient.g.shape[1]
         return pos * K * r * (d_in + d_out) > (pos + K) * d_in * d_out
+
+    def _inner_factored(self, gradient: SampleGradient) -> Float[Tensor, "n K"]:
+        n, pos, d_out = gradient.g.shape
+        # a causal model's scalar has no gradient at positions after its own, about half of all
+        kept = (gradient.g != 0).any(-1).flatten().nonzero().flatten()
+        x, g = gradient.x.flatten(0, 1)[kept], gradient.g.flatten(0, 1)[kept]
+        writes = (g @ self.B.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
+        products = (self.reads(x) * writes).sum(-1)
+        return products.new_zeros(n, products.shape[1]).index_add(0, kept // pos, products)
 
     def _inner_dense(self, gradient: SampleGradient) -> Float[Tensor, "n K"]:
         matrices = (self.A @ self.B.transpose(1, 2)).flatten(1)

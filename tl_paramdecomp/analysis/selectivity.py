@@ -1,0 +1,223 @@
+"""What a subnetwork is about: the samples it matters to most, the tokens it promotes, and whether moving along it changes
+just those samples.
+
+From "Local Loss Landscape Decomposition" (arXiv 2504.00194, section 3 and its tables of top samples); the comparison of top
+samples with all others is this project's.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.analysis.subnetworks import impacts, method_of, output_derivative
+from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.sample_gradients import Divergence
+from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.subnetworks import perturbed
+from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import check_rows
+
+TINY = 1e-12
+"""Changes below this are rounding."""
+
+
+class TopSample(NamedTuple):
+    """A sample that a subnetwork matters to."""
+
+    row: int
+    position: int | None
+    """Of the output that is compared; None for a model whose outputs have no positions."""
+    impact: float
+
+
+def top_samples(
+    found: Float[Tensor, "rows *pos K"], k: int, n: int = 10, distinct_rows: bool = True
+) -> list[TopSample]:
+    """The samples of largest impact, largest first; samples without impact are left out.
+
+    Args:
+        found: From `impacts`.
+        k: The subnetwork.
+        n: How many at most.
+        distinct_rows: One position of each row.
+    """
+    values = found[..., k]
+    if values.ndim == 1:
+        order = values.topk(min(n, len(values)))
+        pairs = [(row, None, value) for value, row in zip(order.values.tolist(), order.indices.tolist(), strict=True)]
+    elif distinct_rows:
+        best = values.max(1)
+        order = best.values.topk(min(n, len(values)))
+        pairs = [(row, int(best.indices[row]), float(best.values[row])) for row in order.indices.tolist()]
+    else:
+        order = values.flatten().topk(min(n, values.numel()))
+        places = [divmod(place, values.shape[1]) for place in order.indices.tolist()]
+        pairs = [(*place, value) for place, value in zip(places, order.values.tolist(), strict=True)]
+    return [TopSample(*pair) for pair in pairs if pair[2] > 0]
+
+
+class TopLogits(NamedTuple):
+    """The outputs (tokens) that a subnetwork moves most, by row."""
+
+    slopes: Float[Tensor, "rows n"]
+    """Change of the logit per unit along the subnetwork, largest absolute value first."""
+    indices: Int[Tensor, "rows n"]
+
+
+def top_logits(
+    model: Any,
+    decomposition: SubnetworkDecomposition,
+    k: int,
+    tokens: Shaped[Tensor, "rows ..."],
+    n: int = 10,
+    *,
+    attention_mask: Int[Tensor, "rows pos"] | None = None,
+) -> TopLogits:
+    """Logits that change most along decoder subnetwork k, at the last position of each row that counts.
+
+    Raises:
+        SettingError: `n` is not between 1 and the number of outputs.
+        ComponentIndexError: There is no such subnetwork.
+        TargetMismatchError, DeviceError, ShapeError: As `patched`.
+    """
+    slopes = output_derivative(model, decomposition, k, tokens, attention_mask)
+    if slopes.ndim == 3:
+        scored = _scored(slopes.shape[:-1], attention_mask, slopes.device)
+        last = (scored * torch.arange(slopes.shape[1], device=slopes.device)).argmax(1)
+        slopes = slopes[torch.arange(len(slopes), device=slopes.device), last]
+    if not 1 <= n <= slopes.shape[-1]:
+        raise SettingError(f"n lies between 1 and the {slopes.shape[-1]} outputs; given {n}.")
+    indices = slopes.abs().topk(n).indices
+    return TopLogits(slopes.gather(-1, indices), indices)
+
+
+@dataclass(frozen=True)
+class Selectivity:
+    """How far outputs change when a model is moved along each subnetwork: on the samples it matters to, and on the rest."""
+
+    delta: float
+    subnetworks: list[int]
+    top: list[float]
+    """Mean divergence from the model as it is, over the top samples of each subnetwork and both signs of delta; nats for
+    language models."""
+    rest: list[float]
+    """The same over all other samples."""
+
+    @property
+    def ratios(self) -> list[float]:
+        """Top over rest of each subnetwork; infinite where only the top samples change, 0 where none do."""
+        pairs = zip(self.top, self.rest, strict=True)
+        return [t / r if r > TINY else (float("inf") if t > TINY else 0.0) for t, r in pairs]
+
+
+def causal_selectivity(
+    model: Any,
+    decomposition: SubnetworkDecomposition,
+    tokens: Shaped[Tensor, "rows ..."],
+    *,
+    delta: float = 1.0,
+    top: int = 10,
+    subnetworks: Sequence[int] | None = None,
+    found: Float[Tensor, "rows *pos K"] | None = None,
+    attention_mask: Int[Tensor, "rows pos"] | None = None,
+    rows_at_once: int = 64,
+    seed: int = 0,
+) -> Selectivity:
+    """Move the model along each subnetwork, both ways, and compare its top samples with all others.
+
+    Top samples come from impacts, which are derivatives; what is compared is the finite change of the outputs, in the
+    divergence that the subnetworks were learned for.
+
+    Args:
+        model: The target, on any host.
+        decomposition: From `L3D`.
+        tokens: Rows that it was not trained on; every position of a language model's is a sample.
+        delta: How far; subnetworks have norm 1.
+        top: Samples of largest impact, from distinct rows.
+        subnetworks: Which; None: all.
+        found: Their `impacts` on these rows; None: worked out here, with `seed`.
+        attention_mask: 1 where a position counts.
+        rows_at_once: Rows in one forward pass.
+        seed: Of the references.
+
+    Raises:
+        DataError: Not more rows than top samples.
+        SettingError: No run of L3D is stored with it; delta or top is not positive.
+        ComponentIndexError, TargetMismatchError, DeviceError, ShapeError: As `perturbed`.
+    """
+    check_rows(tokens, attention_mask)
+    if delta <= 0 or top < 1:
+        raise SettingError(f"delta and top must be positive; given {delta} and {top}.")
+    if len(tokens) <= top:
+        raise DataError(f"Top samples are compared with others: give more than {top} rows; given {len(tokens)}.")
+    adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
+    chosen = [
+        decomposition.index(k) for k in (range(decomposition.n_subnetworks) if subnetworks is None else subnetworks)
+    ]
+    if found is None:
+        found = impacts(model, decomposition, tokens, attention_mask=attention_mask, seed=seed)
+    changes = _changes(adapter, decomposition, chosen, delta, tokens, attention_mask, rows_at_once, method.divergence)
+    scored = _scored(found.shape[:-1], attention_mask, changes.device)
+    tops, rests = [], []
+    for k, change in zip(chosen, changes, strict=True):
+        best = torch.zeros_like(scored)
+        for sample in top_samples(found, k, top):
+            best[sample.row if sample.position is None else (sample.row, sample.position)] = True
+        tops.append(change[best].mean().item() if bool(best.any()) else 0.0)
+        rests.append(change[scored & ~best].mean().item())
+    return Selectivity(delta, chosen, tops, rests)
+
+
+@torch.no_grad()
+def _changes(
+    adapter: ModelAdapter,
+    decomposition: SubnetworkDecomposition,
+    chosen: Sequence[int],
+    delta: float,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    rows_at_once: int,
+    divergence: Divergence,
+) -> Float[Tensor, "some rows *pos"]:
+    """Divergence of the moved model's outputs from the model's, mean of both signs."""
+    parts = []
+    with frozen(adapter.root):
+        for rows, mask in _chunks(tokens, attention_mask, rows_at_once, adapter.device):
+            before, changes = adapter.forward(rows, mask), []
+            for k in chosen:
+                both = []
+                for sign in (1.0, -1.0):
+                    with perturbed(adapter.model, decomposition, {k: sign * delta}):
+                        both.append(_divergence(before, adapter.forward(rows, mask), divergence))
+                changes.append(torch.stack(both).mean(0))
+            parts.append(torch.stack(changes))
+    return torch.cat(parts, 1)
+
+
+def _divergence(before: Tensor, after: Tensor, divergence: Divergence) -> Float[Tensor, "rows *pos"]:
+    wide = torch.promote_types(before.dtype, torch.float32)
+    if divergence != "kl":
+        return (after.to(wide) - before.to(wide)).square().mean(-1)
+    log_p, log_q = before.to(wide).log_softmax(-1), after.to(wide).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
+
+
+def _chunks(
+    tokens: Tensor, attention_mask: Tensor | None, rows_at_once: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    parts = tokens.split(rows_at_once)
+    masks = [None] * len(parts) if attention_mask is None else attention_mask.split(rows_at_once)
+    for rows, mask in zip(parts, masks, strict=True):
+        yield rows.to(device), None if mask is None else mask.to(device)
+
+
+def _scored(shape: torch.Size, attention_mask: Tensor | None, device: torch.device) -> Bool[Tensor, "rows *pos"]:
+    if attention_mask is None or len(shape) < 2:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return attention_mask.to(device).bool()
