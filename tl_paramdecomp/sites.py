@@ -134,7 +134,7 @@ def select_sites(
         raise NoMatchingSiteError(f"An empty list of patterns selects no weight site. {_example_names(sites)}")
     chosen = set()
     for glob in patterns:
-        matched = {name for name, site in sites.items() if _matches(glob, site)}
+        matched = {name for name, site in sites.items() if matches(glob, site)}
         if not matched:
             raise _no_match(glob, sites, refused or {})
         chosen |= matched
@@ -195,7 +195,7 @@ def select_norms(
     if not globs:
         raise NoMatchingSiteError("An empty list of globs selects no normalisation gain; leave it at False for none.")
     for glob in globs:
-        matched = {name for name, norm in norms.items() if _matches(glob, norm)}
+        matched = {name for name, norm in norms.items() if matches(glob, norm)}
         for name, reason in refused.items():
             if not matched and fnmatch.fnmatchcase(name, glob):
                 raise UnsupportedSiteError(f"The gain of {name} cannot be moved exactly on this host: {reason}.")
@@ -210,7 +210,8 @@ def select_norms(
     return {name: norms[name] for name in norms if name in chosen}
 
 
-def _matches(glob: str, site: WeightSite | NormSite) -> bool:
+def matches(glob: str, site: WeightSite | NormSite) -> bool:
+    """Whether a glob, or a name, is of a site's or norm's canonical name or of one of its aliases."""
     return any(name == glob or fnmatch.fnmatchcase(name, glob) for name in (site.name, *site.aliases))
 
 

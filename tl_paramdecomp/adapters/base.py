@@ -436,7 +436,7 @@ class ModelAdapter(ABC):
         Raises:
             UnsupportedSiteError: A norm adds no bias.
         """
-        return replaced_gains(self.root, self.norms.wirings, gains, biases)
+        return replaced_gains(self.root, self.norms.wirings if gains or biases else {}, gains, biases)
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         """Set the sites' weights for good. A tied weight is untied first, so that only the named side changes."""

@@ -1,7 +1,7 @@
 """Where a normalisation lives in a tree of torch modules, and what multiplies its gain.
 
 LayerNorm and RMSNorm are affine in their gains: y = xhat * w + b, or xhat * (1 + w) in Gemma. xhat is worked out anew from
-what the module reads; by which formula, its trial says (`norms.probed`). The offset of a gain does not matter to a move along it.
+what the module reads; by which formula, its trial says (`norms.probed`). A gain's offset does not matter to a move along it.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
 """Finding a model's normalisation gains, and trying out what each module does with its own.
 
 1. A candidate is a module whose only parameters are a vector of gains and perhaps one of biases.
-2. With random gains and biases in their places, its output on random rows must be that of LayerNorm or RMSNorm, the gain taken as
-   it is or from 1; nothing is taken from names but the value of epsilon.
+2. With random gains and biases in their places, its output on random rows must be LayerNorm's or RMSNorm's, the gain taken
+   as it is or from 1; nothing is taken from names but the value of epsilon.
 3. What matches neither is refused with the reason.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +25,7 @@ ATTRIBUTES = (("weight", "bias"), ("w", "b"), ("scale", "bias"), ("gain", "bias"
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 """Tried where a module does not say its own."""
 EXACT, IN_FLOAT32 = 1e-10, 2e-5
-"""Largest difference relative to the largest output, of a module that computes in float64 and of one that does so in float32."""
+"""Largest difference relative to the largest output, of modules that compute in float64, and of those that do in float32."""
 COARSE = {torch.float64: IN_FLOAT32, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """The same where the trial itself runs in the number type of the gain."""
 
@@ -173,7 +173,9 @@ def probed(root: nn.Module, candidate: NormWiring) -> NormWiring | str:
         try:
             found = _formula(candidate, module, holder, dtype, gain.device)
         except Exception as error:
-            reason = f"{type(holder).__name__} does not run on rows of {candidate.site.width} ({str(error).strip()[:80]})"
+            reason = (
+                f"{type(holder).__name__} does not run on rows of {candidate.site.width} ({str(error).strip()[:80]})"
+            )
             continue
         if found is not None:
             return found
@@ -219,4 +221,4 @@ def _epsilons(*modules: nn.Module) -> list[float | None]:
 
 
 def _called_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+    return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)

@@ -214,7 +214,9 @@ class TransformerBridgeAdapter(LensAdapter):
                 candidate = None if id(module) in wrapped else norm_candidate("", where, module, where, module)
             if candidate is not None:
                 found[plain_path(path)] = candidate
-        first = next((plain_path(self._paths[id(block)]) for block in self.model.blocks if id(block) in self._paths), "")
+        first = next(
+            (plain_path(self._paths[id(block)]) for block in self.model.blocks if id(block) in self._paths), ""
+        )
         names = canonical_norms(found, first.rpartition(".")[0]) if first else {}
         for path, candidate in found.items():
             dotted = f"{path}.{candidate.weight}"
