@@ -42,6 +42,20 @@ class WeightSite:
 
 
 @dataclass(frozen=True)
+class NormSite:
+    """One normalisation of a target model whose output is affine in a gain: y = xhat * w + b, or xhat * (1 + w) + b."""
+
+    name: str
+    """Canonical name, such as `blocks.0.ln1.w`; a plain module's is its dotted path plus `.weight`."""
+    width: int
+    """Entries of the gain."""
+    has_bias: bool = False
+    """Whether the host adds a bias after it."""
+    aliases: tuple[str, ...] = field(default=(), compare=False)
+    """The host's own names for it."""
+
+
+@dataclass(frozen=True)
 class Span:
     """The columns of the token rows that one forward pass computes.
 
@@ -62,7 +76,7 @@ class SiteCall:
     """One call of a weight site during a forward pass."""
 
     x: Float[Tensor, "*rows d_in"] | Int[Tensor, "*rows"]
-    """Exactly what multiplies the weight; for an embedding, the indices."""
+    """Exactly what multiplies the weight; for an embedding, the indices; for a norm, the normalised xhat."""
     y: Float[Tensor, "*out_rows d_out"]
     """The host's own output, bias included."""
     bias: Float[Tensor, " d_out"] | None
@@ -120,7 +134,7 @@ def select_sites(
         raise NoMatchingSiteError(f"An empty list of patterns selects no weight site. {_example_names(sites)}")
     chosen = set()
     for glob in patterns:
-        matched = {name for name, site in sites.items() if _matches(glob, site)}
+        matched = {name for name, site in sites.items() if matches(glob, site)}
         if not matched:
             raise _no_match(glob, sites, refused or {})
         chosen |= matched
@@ -162,7 +176,42 @@ def check_rows(tokens: object, attention_mask: object = None) -> None:
         raise ShapeError(f"The attention mask is {list(attention_mask.shape)}, the token rows {list(tokens.shape)}.")
 
 
-def _matches(glob: str, site: WeightSite) -> bool:
+def select_norms(
+    norms: Mapping[str, NormSite], pattern: str | Iterable[str], refused: Mapping[str, str], hint: str = ""
+) -> dict[str, NormSite]:
+    """Norms that globs over canonical names and aliases select, in the order of `norms`.
+
+    Args:
+        norms: All norms of a model by canonical name.
+        pattern: A glob, or several.
+        refused: Names of norms whose gains cannot be moved exactly, each with the reason.
+        hint: What else to say where nothing matches.
+
+    Raises:
+        NoMatchingSiteError: A glob selects nothing; the message names the nearest names.
+        UnsupportedSiteError: A glob selects only refused names.
+    """
+    globs, chosen = [pattern] if isinstance(pattern, str) else list(pattern), set()
+    if not globs:
+        raise NoMatchingSiteError("An empty list of globs selects no normalisation gain; leave it at False for none.")
+    for glob in globs:
+        matched = {name for name, norm in norms.items() if matches(glob, norm)}
+        for name, reason in refused.items():
+            if not matched and fnmatch.fnmatchcase(name, glob):
+                raise UnsupportedSiteError(f"The gain of {name} cannot be moved exactly on this host: {reason}.")
+        if not matched:
+            names = [*norms, *(alias for norm in norms.values() for alias in norm.aliases)]
+            near = difflib.get_close_matches(glob, names, n=4, cutoff=0.4) or list(norms)[:4]
+            there = f"Nearest names: {', '.join(near)}." if near else "The model has none."
+            raise NoMatchingSiteError(
+                f"{glob!r} matches none of the {len(norms)} normalisation gains. {there}{f' {hint}' if hint else ''}"
+            )
+        chosen |= matched
+    return {name: norms[name] for name in norms if name in chosen}
+
+
+def matches(glob: str, site: WeightSite | NormSite) -> bool:
+    """Whether a glob, or a name, is of a site's or norm's canonical name or of one of its aliases."""
     return any(name == glob or fnmatch.fnmatchcase(name, glob) for name in (site.name, *site.aliases))
 
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from tl_paramdecomp.adapters.identity import (
     select,
 )
 from tl_paramdecomp.adapters.interception import Interception, OnError
+from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_gain, read_norm_bias, replaced_gains
+from tl_paramdecomp.adapters.norms import Norms, find_norms, module_norms
 from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
 from tl_paramdecomp.adapters.shortcuts import (
     AfterUnembedding,
@@ -34,6 +36,7 @@ from tl_paramdecomp.adapters.shortcuts import (
     run_until_unembedding,
     skipped,
 )
+from tl_paramdecomp.adapters.swapping import swapped_parameter
 from tl_paramdecomp.adapters.wiring import (
     Wiring,
     find_module,
@@ -172,20 +175,52 @@ class ModelAdapter(ABC):
         return None if is_identity(name) else read_bias(self.root, self.wirings[name])
 
     def fingerprint(self, name: str, fresh: bool = False) -> Fingerprint:
-        """Fingerprint of a site's weight and bias; remembered until a parameter changes, unless `fresh`."""
+        """Fingerprint of a site's weight and bias, or a norm's; remembered until a parameter changes, unless `fresh`."""
         if is_identity(name):
             return identity_fingerprint(self.fingerprint(behind(name), fresh))
         parameters, known = self._parameters_of(name), self._fingerprints.get(name)
         if not fresh and known is not None and known.is_of(parameters):
             return known.found
-        found = fingerprint(self.weight(name), self.bias(name))
+        weight, bias = (self.weight, self.bias) if name in self.wirings else (self._gain_row, self.gain_bias)
+        found = fingerprint(weight(name), bias(name))
         self._fingerprints[name] = _Remembered(tuple(map(weakref.ref, parameters)), _states(parameters), found)
         return found
 
     def _parameters_of(self, name: str) -> list[Tensor]:
+        if name not in self.wirings:
+            return [t for t in (self.gain(name), self.gain_bias(name)) if t is not None]
         wiring = self.wirings[name]
         bias = getattr(find_module(self.root, wiring.owner), wiring.bias, None) if wiring.bias else None
         return [t for t in (read_parameter(self.root, wiring), bias) if t is not None]
+
+    # --- normalisation gains ----------------------------------------------------------------------------------------
+    @functools.cached_property
+    def norms(self) -> Norms:
+        """The host's normalisations with gains, which are no weight sites; each is tried out when first asked for."""
+        return find_norms(self.root, self.norm_candidates())
+
+    def norm_candidates(self) -> Iterable[NormWiring]:
+        """Modules that may be normalisations with gains, under their canonical names."""
+        return module_norms(self.root)
+
+    def is_norm(self, name: str) -> bool:
+        """Whether this names a normalisation, and no weight site or inserted identity."""
+        return behind(name) not in self.wirings and name in self.norms.wirings
+
+    def gain(self, name: str) -> Float[Tensor, " width"]:
+        """Gain of a norm, attached to the host's parameter.
+
+        Raises:
+            UnsupportedSiteError: The module holds none any more.
+        """
+        return read_gain(self.root, self.norms.wirings[name])
+
+    def gain_bias(self, name: str) -> Float[Tensor, " width"] | None:
+        """Bias of a norm, attached to the host's parameter, or None."""
+        return read_norm_bias(self.root, self.norms.wirings[name])
+
+    def _gain_row(self, name: str) -> Float[Tensor, "1 width"]:
+        return self.gain(name).unsqueeze(0)
 
     # --- running ----------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -195,7 +230,7 @@ class ModelAdapter(ABC):
         """Within this context every forward pass of the host runs with these functions at its sites.
 
         Args:
-            fns: A function for each site.
+            fns: A function for each site, or norm; a norm's is given the normalised rows that its gain multiplies.
             on_error: Told what goes wrong at a site, which then leaves its output; None: it is raised.
 
         Raises:
@@ -393,6 +428,16 @@ class ModelAdapter(ABC):
                 stack.enter_context(swapped_parameter(owner, wiring.bias, flat.view_as(old)))
             yield
 
+    def replaced_gains(
+        self, gains: Mapping[str, Float[Tensor, " _width"]], biases: Mapping[str, Float[Tensor, " _width"]]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Within this context norms hold other gains and biases; afterwards the very same parameters are back.
+
+        Raises:
+            UnsupportedSiteError: A norm adds no bias.
+        """
+        return replaced_gains(self.root, self.norms.wirings if gains or biases else {}, gains, biases)
+
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         """Set the sites' weights for good. A tied weight is untied first, so that only the named side changes."""
         for name, matrix in weights.items():
@@ -416,27 +461,14 @@ def _keep_input(inputs: dict[str, Tensor], name: str, batch: int, call: SiteCall
     return call.y
 
 
-@contextlib.contextmanager
-def swapped_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> Iterator[None]:
-    """Hold another tensor under a parameter's name."""
-    slots: list[Any] = [owner._parameters, owner._buffers, owner.__dict__]
-    slot = next((s for s in slots if attribute in s), None)
-    if slot is None:
-        raise UnsupportedModelError(f"{type(owner).__name__} computes its {attribute}; it cannot be replaced.")
-    old = slot[attribute]
-    new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    slot[attribute] = new
-    try:
-        yield
-    finally:
-        slot[attribute] = old
-
-
 def make_interception(
     adapter: ModelAdapter, fns: Mapping[str, SiteFn], on_error: OnError | None, stack: contextlib.ExitStack
 ) -> Interception:
     """The shared engine set up for one adapter, which knows of it until the stack is left."""
-    interception = Interception(adapter.root, adapter.wirings, composed(fns, adapter.weight), on_error)
+    wirings: dict[str, Wiring | NormWiring] = dict(adapter.wirings)
+    if any(behind(name) not in wirings for name in fns):
+        wirings |= adapter.norms.wirings
+    interception = Interception(adapter.root, wirings, composed(fns, adapter.weight), on_error)
     adapter.interceptions.append(interception)
     stack.callback(_forget, adapter.interceptions, interception)
     return interception

@@ -172,8 +172,8 @@ class HookedTransformerAdapter(LensAdapter):
         return "LayerNorm folded into the weights" if kind in ("LNPre", "RMSPre") else None
 
     def signature(self) -> Hashable:
-        """Flags under which other tensors pass the hook points."""
-        return tuple(bool(getattr(self.model.cfg, flag, False)) for flag in FLAGS)
+        """Flags under which other tensors pass the hook points, and whether norms hold gains."""
+        return (*(bool(getattr(self.model.cfg, flag, False)) for flag in FLAGS), self.model.cfg.normalization_type)
 
     # --- running ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_norm_bias
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
 from tl_paramdecomp.errors import ShapeError, SiteNotFiredError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
@@ -114,7 +115,7 @@ class Interception:
     """One context in which functions stand at weight sites of a module tree."""
 
     root: nn.Module
-    wirings: Mapping[str, Wiring]
+    wirings: Mapping[str, Wiring | NormWiring]
     fns: Mapping[str, SiteFn]
     on_error: OnError | None = None
     tracker: RowTracker = field(default_factory=RowTracker)
@@ -139,7 +140,7 @@ class Interception:
         for path, names in calls.items():
             stack.enter_context(call_hook(find_module(self.root, path), functools.partial(self._call, names)))
 
-    def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring) -> None:
+    def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring | NormWiring) -> None:
         x_module, y_module = find_module(self.root, wiring.x.path), find_module(self.root, wiring.y.path)
         if wiring.x.point == "output":
             handle = x_module.register_forward_hook(functools.partial(self._keep_output, name))
@@ -213,6 +214,8 @@ class Interception:
                 raise UnsupportedSiteError(
                     f"{name} {way} a {type(tensor).__name__}, not a tensor: it is no plain linear map."
                 )
+        if isinstance(wiring, NormWiring):
+            return self.fns[name](SiteCall(wiring.normalised(x), y, read_norm_bias(self.root, wiring), Span()))
         rows = matching_rows(x, y, wiring)
         folded = self.tracker.fold_rows(rows.x, rows.y, wiring.site.kind)
         if folded is not None:

@@ -1,7 +1,7 @@
 """Adapter for any torch module: transformers models under canonical names, all others under dotted paths."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
 from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
+from tl_paramdecomp.adapters.norm_wiring import NormWiring
+from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
 from tl_paramdecomp.adapters.probe import probe
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
@@ -126,6 +128,13 @@ class TorchModuleAdapter(ModelAdapter):
     def pattern_taps(self) -> Mapping[int, nn.Module]:
         outputs = ((i, self.wirings.get(f"blocks.{i}.attn.W_O")) for i in range(len(self.block_modules())))
         return {i: find_module(self.root, w.owner.rpartition(".")[0]) for i, w in outputs if w is not None}
+
+    def norm_candidates(self) -> Iterable[NormWiring]:
+        found = {candidate.path: candidate for candidate in module_norms(self.root)}
+        names = canonical_norms(found, self._blocks_path) if self._blocks_path else {}
+        for path, candidate in found.items():
+            aliases = (path, f"{path}.{candidate.weight}")
+            yield renamed(candidate, names[path], aliases) if path in names else candidate
 
     def call_hook(self, module: nn.Module, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
         """Intercept one module's own call."""

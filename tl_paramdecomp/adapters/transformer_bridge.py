@@ -6,7 +6,7 @@ the patched output. In compatibility mode a gated MLP multiplies processed weigh
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tl_paramdecomp.adapters.base import make_interception
 from tl_paramdecomp.adapters.interception import OnError, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter
+from tl_paramdecomp.adapters.norm_wiring import NormWiring
+from tl_paramdecomp.adapters.norms import canonical_norms, norm_candidate, renamed
 from tl_paramdecomp.adapters.probe import probe
 from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_forward, watch_generate
 from tl_paramdecomp.adapters.transformers_names import (
@@ -199,6 +201,26 @@ class TransformerBridgeAdapter(LensAdapter):
 
     def _run_probe(self) -> Tensor:
         return self.forward(torch.arange(3, device=self.device).unsqueeze(0))
+
+    def norm_candidates(self) -> Iterable[NormWiring]:
+        found: dict[str, NormWiring] = {}
+        wrapped: set[int] = set()
+        for path, module in self.model.original_model.named_modules():
+            holder, where = getattr(module, "original_component", None), f"original_model.{path}"
+            if isinstance(holder, nn.Module):
+                wrapped.add(id(holder))
+                candidate = norm_candidate("", where, module, f"{where}.original_component", holder)
+            else:
+                candidate = None if id(module) in wrapped else norm_candidate("", where, module, where, module)
+            if candidate is not None:
+                found[plain_path(path)] = candidate
+        first = next(
+            (plain_path(self._paths[id(block)]) for block in self.model.blocks if id(block) in self._paths), ""
+        )
+        names = canonical_norms(found, first.rpartition(".")[0]) if first else {}
+        for path, candidate in found.items():
+            dotted = f"{path}.{candidate.weight}"
+            yield renamed(candidate, names.get(path, dotted), (path, dotted))
 
     # --- state of the host --------------------------------------------------------------------------------------------
     @property

@@ -5,7 +5,7 @@ The impact of subnetwork k on a sample is |<E_k, grad D>|, the mean over referen
 positions at once, it is |c . J| with c the divergence's gradient at the output: no backward pass for each reference.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,15 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.gain_subnetworks import GainGradient, pairwise_gains
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import SampleGradient, Subnetworks
+from tl_paramdecomp.components.subnetworks import Gradients, SampleGradient, Subnetworks
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
 from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.patching.frozen import frozen
-from tl_paramdecomp.patching.subnetworks import moved_site
+from tl_paramdecomp.patching.subnetworks import moved_part
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
 
@@ -116,7 +117,7 @@ def _derivative(
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
         zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
         delta = forward_ad.make_dual(zero, torch.ones_like(zero))
-        with adapter.intercept({name: moved_site(part, {k: delta}) for name, part in side.items()}):
+        with adapter.intercept({name: moved_part(part, {k: delta}) for name, part in side.items()}):
             output = adapter.forward(tokens, attention_mask)
         tangent = forward_ad.unpack_dual(output).tangent
         return torch.zeros_like(output) if tangent is None else tangent.clone()
@@ -183,11 +184,11 @@ def evaluate_subnetworks(
         raise DataError("There are no rows to evaluate on.")
     adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
-    groups: list[dict[str, SampleGradient]] = []
+    groups: list[Gradients] = []
     with torch.no_grad(), frozen(adapter.root):
         for rows in even_parts(len(tokens), rows_at_once):
             mask = None if attention_mask is None else attention_mask[rows].to(adapter.device)
-            run = GradientPass(adapter, list(decomposition.sites), tokens[rows].to(adapter.device), mask)
+            run = GradientPass(adapter, list(decomposition.decoder), tokens[rows].to(adapter.device), mask)
             places = run.places(method.positions, generator)
             groups += all_gradients(run, places, method.reference, method.divergence, generator)
         by_batch = reconstruction(decomposition, groups, method.active, method.backend)
@@ -212,15 +213,16 @@ def even_parts(n: int, most: int) -> list[slice]:
     return [slice(first, end) for first, end in zip(starts, [*starts[1:], n], strict=True)]
 
 
-def truncated_svd_error(groups: list[dict[str, SampleGradient]], decomposition: SubnetworkDecomposition) -> float:
+def truncated_svd_error(groups: Sequence[Gradients], decomposition: SubnetworkDecomposition) -> float:
     """Share of the gradients' squared norms outside the span of their K leading singular directions.
 
     From the inner products of all pairs of gradients, which x and g give without forming any of them.
     """
     gram = torch.zeros((), dtype=torch.float64)
     for name, part in decomposition.decoder.items():
-        gradients = [group[name] for group in groups]
-        gram = gram + _pairwise(gradients, part.bias is not None)
+        gradients: list[Any] = [group[name] for group in groups]
+        pairwise = pairwise_gains if isinstance(gradients[0], GainGradient) else _pairwise
+        gram = gram + pairwise(gradients, part.bias is not None)
     values = torch.linalg.eigvalsh(gram).clamp(min=0.0).flip(0)
     return (values[decomposition.n_subnetworks :].sum() / values.sum().clamp(min=1e-30)).item()
 

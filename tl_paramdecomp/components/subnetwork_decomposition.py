@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tl_paramdecomp.components import files
 from tl_paramdecomp.components.decomposition import fingerprint_of
+from tl_paramdecomp.components.gain_subnetworks import GainSubnetworks
 from tl_paramdecomp.components.saved import Saved
-from tl_paramdecomp.components.subnetworks import SiteSubnetworks, Subnetworks
+from tl_paramdecomp.components.subnetworks import Part, SiteSubnetworks, Subnetworks
 from tl_paramdecomp.errors import ComponentIndexError, DecompositionFileError
-from tl_paramdecomp.sites import Fingerprint, WeightSite
+from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
 
 KIND = "subnetworks"
 SIDES = ("encoder", "decoder")
@@ -27,6 +28,13 @@ class Direction(NamedTuple):
     bias: Float[Tensor, " d_out"] | None
 
 
+class GainDirection(NamedTuple):
+    """What one subnetwork is at one norm."""
+
+    gain: Float[Tensor, " width"]
+    bias: Float[Tensor, " width"] | None
+
+
 class SubnetworkDecomposition(Saved):
     """Low-rank directions in the space of chosen weights that sparsely reconstruct the gradients of each sample's divergence.
 
@@ -36,9 +44,10 @@ class SubnetworkDecomposition(Saved):
         encoder: Whose inner products with a gradient are the coefficients.
         decoder: Whose weighted sum reconstructs it; its subnetworks, of norm 1, are the directions to move along.
         sites: The sites by name.
-        fingerprints: Of the weights they belong to.
+        fingerprints: Of the weights and gains they belong to.
         threshold: Absolute coefficient from which a subnetwork counts as active, learned in training.
         info: Where it came from; anything JSON can hold.
+        norms: The norms by name, where their gains take part.
     """
 
     threshold: Float[Tensor, ""]
@@ -51,10 +60,12 @@ class SubnetworkDecomposition(Saved):
         fingerprints: Mapping[str, Fingerprint],
         threshold: float = 0.0,
         info: Mapping[str, Any] | None = None,
+        norms: Mapping[str, NormSite] | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.sites = dict(sites)
+        self.norms = dict(norms or {})
         self.fingerprints = dict(fingerprints)
         self.info = dict(info or {})
         parameter = next(encoder.parameters())
@@ -71,17 +82,21 @@ class SubnetworkDecomposition(Saved):
         """K."""
         return self.decoder.K
 
-    def subnetwork(self, k: int) -> dict[str, Direction]:
-        """The direction of one subnetwork at each site.
+    def subnetwork(self, k: int) -> dict[str, Any]:
+        """The direction of one subnetwork: a `Direction` at each site, a `GainDirection` at each norm.
 
         Raises:
             ComponentIndexError: There is no such subnetwork.
         """
         k = self.index(k)
-        return {
-            name: Direction(part.matrix(k).detach(), None if part.bias is None else part.bias[k].detach())
-            for name, part in self.decoder.items()
-        }
+        found: dict[str, Direction | GainDirection] = {}
+        for name, part in self.decoder.items():
+            bias = None if part.bias is None else part.bias[k].detach()
+            if name in self.norms:
+                found[name] = GainDirection(part.gain[k].detach(), bias)
+            else:
+                found[name] = Direction(part.matrix(k).detach(), bias)
+        return found
 
     def index(self, k: int) -> int:
         """A subnetwork's number, counted from the start; negatives count from the end.
@@ -107,6 +122,7 @@ class SubnetworkDecomposition(Saved):
         metadata = {
             "kind": KIND,
             "sites": [asdict(site) for site in self.sites.values()],
+            **({"norms": [asdict(norm) for norm in self.norms.values()]} if self.norms else {}),
             "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
             "info": self.info,
         }
@@ -127,15 +143,19 @@ class SubnetworkDecomposition(Saved):
             )
         try:
             sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
+            norms = {s["name"]: NormSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata.get("norms", [])}
             sides = []
             for side in SIDES:
-                parts = {}
+                parts: dict[str, Part] = {}
                 for name, site in sites.items():
                     A, B = (tensors[f"{side}:{name}.{letter}"] for letter in ("A", "B"))
                     parts[name] = SiteSubnetworks(site, A, B, tensors.get(f"{side}:{name}.bias"))
+                for name, norm in norms.items():
+                    key = f"{side}:{name}"
+                    parts[name] = GainSubnetworks(norm, tensors[f"{key}.gain"], tensors.get(f"{key}.bias"))
                 sides.append(Subnetworks(parts))
             fingerprints = {name: fingerprint_of(values) for name, values in metadata["fingerprints"].items()}
-            return cls(sides[0], sides[1], sites, fingerprints, float(tensors["threshold"]), metadata["info"])
+            return cls(sides[0], sides[1], sites, fingerprints, float(tensors["threshold"]), metadata["info"], norms)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise DecompositionFileError(
                 f"{folder} holds subnetworks whose files do not agree with each other ({type(error).__name__}: {error}); it is "

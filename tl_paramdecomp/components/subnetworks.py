@@ -7,19 +7,20 @@ that is needed of it comes from x and g, and G itself is never formed:
     <G, A_k B_k^T> = sum_t (x_t A_k) . (g_t B_k)          |G|^2 = sum_ts (x_t . x_s) (g_t . g_s)
 
 Local Loss Landscape Decomposition (Chrisman, Bushnaq and Sharkey 2025, arXiv 2504.00194) has dense subnetworks and gradients;
-these are the same numbers.
+these are the same numbers. What subnetworks are at normalisation gains is in `gain_subnetworks`.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tl_paramdecomp.components.gain_subnetworks import GainGradient, GainSubnetworks, random_gains
 from tl_paramdecomp.components.importance import module_key
 from tl_paramdecomp.errors import ShapeError
-from tl_paramdecomp.sites import WeightSite
+from tl_paramdecomp.sites import NormSite, WeightSite
 
 Backend = Literal["auto", "factored", "dense"]
 """How gradients meet subnetworks: from x and g, or from gradients formed some samples at a time; `auto`: whichever takes fewer
@@ -44,6 +45,10 @@ class SampleGradient(NamedTuple):
             reads = (self.x.unsqueeze(2) == self.x.unsqueeze(1)).to(self.g.dtype)
         norm = (reads * (self.g @ self.g.transpose(1, 2))).sum((1, 2))
         return norm + self.g.sum(1).square().sum(-1) if bias else norm
+
+    def select(self, rows: Tensor | slice) -> "SampleGradient":
+        """Gradients of some of the scalars."""
+        return SampleGradient(self.x[rows], self.g[rows])
 
     def dense(self, rows: slice, d_in: int) -> Float[Tensor, "some d_in d_out"]:
         """Gradients of W for some of the scalars."""
@@ -143,8 +148,25 @@ class SiteSubnetworks(nn.Module):
 
     def squared_norms(self) -> Float[Tensor, " K"]:
         """Squared Frobenius norm of each subnetwork at this site."""
-        found = ((self.A.transpose(1, 2) @ self.A) * (self.B.transpose(1, 2) @ self.B)).sum((1, 2)).clamp(min=0.0)
+        found = self._squared_matrix_norms()
         return found if self.bias is None else found + self.bias.square().sum(-1)
+
+    def tensor_norms(self) -> list[Float[Tensor, " K"]]:
+        """Norms of each subnetwork's matrix, and of its bias, at this site."""
+        found = [self._squared_matrix_norms().sqrt()]
+        return found if self.bias is None else [*found, self.bias.norm(dim=-1)]
+
+    def _squared_matrix_norms(self) -> Float[Tensor, " K"]:
+        return ((self.A.transpose(1, 2) @ self.A) * (self.B.transpose(1, 2) @ self.B)).sum((1, 2)).clamp(min=0.0)
+
+    @torch.no_grad()
+    def rescale(self, factors: Float[Tensor, " K"]) -> None:
+        """Multiply each subnetwork, in place."""
+        root = factors.sqrt()[:, None, None]
+        self.A.mul_(root)
+        self.B.mul_(root)
+        if self.bias is not None:
+            self.bias.mul_(factors[:, None])
 
 
 class _DenseInner(torch.autograd.Function):
@@ -158,22 +180,28 @@ class _DenseInner(torch.autograd.Function):
         return grad.T @ ctx.gradient.dense(ctx.rows, ctx.d_in).flatten(1), None, None, None
 
 
-class Subnetworks(nn.Module, Mapping[str, SiteSubnetworks]):
-    """K subnetworks over several sites; a Mapping from site name to what they are there."""
+Part = SiteSubnetworks | GainSubnetworks
+"""What subnetworks are at one site or norm; each takes the gradients of its own kind."""
+Gradients = Mapping[str, SampleGradient | GainGradient]
+"""Of the same N scalars, by site and norm."""
+
+
+class Subnetworks(nn.Module, Mapping[str, Any]):
+    """K subnetworks over several sites and norms; a Mapping from name to what they are there (`Part`), sites first."""
 
     __hash__ = nn.Module.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
-    def __init__(self, parts: Mapping[str, SiteSubnetworks]) -> None:
+    def __init__(self, parts: Mapping[str, Part]) -> None:
         super().__init__()
-        sizes = {len(part.A) for part in parts.values()}
+        sizes = {part.n_components for part in parts.values()}
         if len(sizes) != 1:
             raise ShapeError(f"Subnetworks need at least one site, and as many at each; given {sorted(sizes)}.")
         self.parts = nn.ModuleDict({module_key(name): part for name, part in parts.items()})
         self.K = sizes.pop()
 
-    def __getitem__(self, site: str) -> SiteSubnetworks:
-        return self.parts[module_key(site)]  # type: ignore[return-value]
+    def __getitem__(self, site: str) -> Any:
+        return self.parts[module_key(site)]
 
     def __iter__(self) -> Iterator[str]:
         return (part.site.name for part in self.parts.values())  # type: ignore[union-attr]
@@ -181,11 +209,11 @@ class Subnetworks(nn.Module, Mapping[str, SiteSubnetworks]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def inner(self, gradients: Mapping[str, SampleGradient], backend: Backend = "auto") -> Float[Tensor, "n K"]:
-        """<G_n, subnetwork k>, summed over the sites."""
+    def inner(self, gradients: Gradients, backend: Backend = "auto") -> Float[Tensor, "n K"]:
+        """<G_n, subnetwork k>, summed over sites and norms."""
         return torch.stack([part.inner(gradients[name], backend) for name, part in self.items()]).sum(0)
 
-    def squared_norm(self, gradients: Mapping[str, SampleGradient]) -> Float[Tensor, " n"]:
+    def squared_norm(self, gradients: Gradients) -> Float[Tensor, " n"]:
         """Squared norm of each gradient over the tensors that the subnetworks reach."""
         return torch.stack([gradients[n].squared_norm(p.bias is not None) for n, p in self.items()]).sum(0)
 
@@ -200,12 +228,8 @@ class Subnetworks(nn.Module, Mapping[str, SiteSubnetworks]):
     @torch.no_grad()
     def rescale(self, factors: Float[Tensor, " K"]) -> None:
         """Multiply each subnetwork, in place."""
-        root = factors.sqrt()[:, None, None]
         for part in self.values():
-            part.A.mul_(root)
-            part.B.mul_(root)
-            if part.bias is not None:
-                part.bias.mul_(factors[:, None])
+            part.rescale(factors)
 
     @torch.no_grad()
     def normalise(self, kind: Literal["l2", "paper_code"] = "l2") -> None:
@@ -220,10 +244,8 @@ class Subnetworks(nn.Module, Mapping[str, SiteSubnetworks]):
             return
         total = torch.zeros(self.K, dtype=next(self.parameters()).dtype, device=next(self.parameters()).device)
         for part in self.values():
-            matrix = ((part.A.transpose(1, 2) @ part.A) * (part.B.transpose(1, 2) @ part.B)).sum((1, 2)).clamp(min=0.0)
-            total += matrix.sqrt()
-            if part.bias is not None:
-                total += part.bias.norm(dim=-1)
+            for norms in part.tensor_norms():
+                total += norms
         self.rescale(1.0 / total.sqrt().clamp(min=1e-30))
 
 
@@ -234,22 +256,25 @@ def random_subnetworks(
     biases: frozenset[str],
     dtype: torch.dtype,
     generator: torch.Generator,
+    norms: Mapping[str, NormSite] | None = None,
 ) -> Subnetworks:
-    """K subnetworks with normal factors, scaled to norm 1.
+    """K subnetworks with normal factors (and gains), scaled to norm 1.
 
     Args:
         sites: Where.
         ranks: r at each site.
         K: How many.
-        biases: Sites whose bias takes part.
+        biases: Sites and norms whose bias takes part.
         dtype: Of the factors.
         generator: Draws them, on the CPU.
+        norms: Norms whose gains take part.
     """
-    parts = {}
+    parts: dict[str, Part] = {}
     for name, site in sites.items():
         shapes = [(K, site.d_in, ranks[name]), (K, site.d_out, ranks[name])]
         shapes += [(K, site.d_out)] if name in biases else []
         parts[name] = SiteSubnetworks(site, *(torch.randn(s, generator=generator).to(dtype) for s in shapes))
+    parts |= random_gains(list((norms or {}).values()), K, biases, dtype, generator)
     made = Subnetworks(parts)
     made.normalise()
     return made

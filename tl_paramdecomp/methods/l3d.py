@@ -13,8 +13,8 @@ What is decomposed is the local loss landscape, not the weights: subnetworks do 
 """
 
 import fnmatch
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import Backend, SampleGradient, random_subnetworks
+from tl_paramdecomp.components.subnetworks import Backend, Gradients, SampleGradient, random_subnetworks
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.base import Batch, LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.from_factors import origin_of
@@ -34,9 +35,11 @@ from tl_paramdecomp.methods.sample_gradients import (
     Reference,
     all_gradients,
 )
-from tl_paramdecomp.sites import WeightSite
+from tl_paramdecomp.sites import NormSite, WeightSite, select_norms
 
 Norm = Literal["l2", "paper_code"]
+OMIT_DEFAULT = {"omit_default": True}
+"""Of a setting that files do not mention where it is at its default."""
 COUNTS, SEEN = "l3d/active", "l3d/seen"
 """In a run's memory: how often each subnetwork was active since the last revival, and the steps of the run."""
 
@@ -54,7 +57,9 @@ class L3D(Method[SubnetworkDecomposition]):
     active: float = 0.1
     """Share of the batch's coefficients that are kept."""
     biases: bool = True
-    """Whether biases of the sites take part."""
+    """Whether biases of the sites, and of the norms, take part."""
+    gains: bool | str | Sequence[str] = field(default=False, metadata=OMIT_DEFAULT)
+    """Which normalisation gains take part: none, all of the model's, or those that globs such as `blocks.0.ln*` match."""
     divergence: Divergence = "kl"
     reference: Reference = "sample"
     positions: Positions = "one"
@@ -121,6 +126,21 @@ class L3D(Method[SubnetworkDecomposition]):
             found[name] = min(self.rank[glob], site.d_in, site.d_out)
         return found
 
+    def norms(self, adapter: ModelAdapter) -> dict[str, NormSite]:
+        """Norms whose gains take part.
+
+        Raises:
+            NoMatchingSiteError: A glob of `gains` matches none, or the model has none, perhaps because LayerNorm was folded.
+            UnsupportedSiteError: A glob matches only norms whose gains cannot be moved exactly.
+        """
+        if self.gains is False:
+            return {}
+        hint = ""
+        if not adapter.norms.wirings and adapter.processing is not None:
+            hint = f"This model was loaded with {adapter.processing}, which leaves none; load it unprocessed."
+        pattern = "*" if self.gains is True else self.gains
+        return select_norms(adapter.norms.sites, pattern, adapter.norms.refused, hint)
+
     @property
     def rows_together(self) -> int:
         """Two where each sample comes with its reference."""
@@ -135,14 +155,16 @@ class L3D(Method[SubnetworkDecomposition]):
         progress: Progress,
         batches: Callable[[int], Batch] | None = None,
     ) -> SubnetworkDecomposition:
+        norms = self.norms(adapter)
         biases = frozenset(name for name in sites if self.biases and adapter.bias(name) is not None)
+        biases |= {name for name, norm in norms.items() if self.biases and norm.has_bias}
         weight = adapter.weight(next(iter(sites)))
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        decoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator)
-        encoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator)
+        decoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator, norms)
+        encoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator, norms)
         encoder.load_state_dict(decoder.state_dict())
-        fingerprints = {name: adapter.fingerprint(name) for name in sites}
-        made = SubnetworkDecomposition(encoder, decoder, sites, fingerprints, info=origin_of(adapter))
+        fingerprints = {name: adapter.fingerprint(name) for name in (*sites, *norms)}
+        made = SubnetworkDecomposition(encoder, decoder, sites, fingerprints, info=origin_of(adapter), norms=norms)
         return made.to(adapter.device)
 
     def parameter_groups(self, decomposition: SubnetworkDecomposition) -> list[ParameterGroup]:
@@ -153,7 +175,7 @@ class L3D(Method[SubnetworkDecomposition]):
 
     def gradients(self, step: TrainingStep) -> LossReport:
         made: SubnetworkDecomposition = step.decomposition
-        run = GradientPass(step.adapter, list(made.sites), step.batch.tokens, step.batch.attention_mask)
+        run = GradientPass(step.adapter, list(made.decoder), step.batch.tokens, step.batch.attention_mask)
         places = run.places(self.positions, step.generator)
         groups = list(all_gradients(run, places, self.reference, self.divergence, step.generator))
         warm = step.progress < self.warm_start
@@ -198,13 +220,13 @@ class Reconstruction(NamedTuple):
     squared_norms: Float[Tensor, " n"]
     residuals: Float[Tensor, " n"]
     """Squared norms of what is left of each."""
-    groups: list[dict[str, SampleGradient]]
+    groups: list[Gradients]
     """The gradients, position by position of the loss."""
 
 
 def reconstruction(
     made: SubnetworkDecomposition,
-    groups: list[dict[str, SampleGradient]],
+    groups: Sequence[Gradients],
     active: float | None,
     backend: Backend = "auto",
 ) -> Reconstruction:
@@ -230,7 +252,7 @@ def reconstruction(
     kept, gram, norms = (a * mask).double(), made.decoder.gram().double(), norms.double()
     residuals = norms - 2.0 * (kept * c.double()).sum(1) + ((kept @ gram) * kept).sum(1)
     loss = (residuals.sum() / norms.sum().clamp(min=1e-30)).to(a.dtype)
-    return Reconstruction(loss, a.detach(), mask, threshold, norms, residuals.detach(), groups)
+    return Reconstruction(loss, a.detach(), mask, threshold, norms, residuals.detach(), list(groups))
 
 
 @torch.no_grad()
@@ -248,25 +270,32 @@ def revive(
     if not bool(weights.sum() > 0):
         return
     drawn = torch.multinomial(weights.float(), len(places), replacement=True, generator=generator)
-    sizes = [len(next(iter(group.values())).g) for group in found.groups]
+    sizes = [len(next(iter(group.values()))[1]) for group in found.groups]
     for k, n in zip(places.tolist(), drawn.tolist(), strict=True):
         group = 0
         while n >= sizes[group]:
             n, group = n - sizes[group], group + 1
         for name, part in made.decoder.items():
-            gradient = found.groups[group][name]
-            x = gradient.x[n]
-            if not x.is_floating_point():
-                x = torch.nn.functional.one_hot(x, part.site.d_in).to(gradient.g.dtype)
-            A, B = low_rank(x, gradient.g[n], part.rank)
-            for side in (part, made.encoder[name]):
-                side.A[k], side.B[k] = A, B
-                if side.bias is not None:
-                    side.bias[k] = gradient.g[n].sum(0)
+            _begin_anew([part, made.encoder[name]], k, found.groups[group][name], n)
     norms = made.decoder.norms().clamp(min=1e-30)
     factors = torch.where(dead, 1.0 / norms, torch.ones_like(norms))
     for side in (made.decoder, made.encoder):
         side.rescale(factors)
+
+
+def _begin_anew(sides: Sequence[Any], k: int, gradient: SampleGradient | GainGradient, n: int) -> None:
+    """Let subnetwork k at one site or norm be the best form of sample n's gradient there."""
+    if isinstance(gradient, GainGradient):
+        new = {"gain": gradient.gain[n], "bias": gradient.bias[n]}
+    else:
+        x, part = gradient.x[n], sides[0]
+        if not x.is_floating_point():
+            x = torch.nn.functional.one_hot(x, part.site.d_in).to(gradient.g.dtype)
+        A, B = low_rank(x, gradient.g[n], part.rank)
+        new = {"A": A, "B": B, "bias": gradient.g[n].sum(0)}
+    for side in sides:
+        for name, parameter in side.named_parameters():
+            parameter[k] = new[name]
 
 
 def low_rank(

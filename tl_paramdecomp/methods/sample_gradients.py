@@ -1,4 +1,5 @@
 """Gradients of each sample's divergence from a reference output, as factors: what a site reads, and how what it writes counts.
+A normalisation's gradients are vectors, for gain and bias.
 
 One forward pass in which every chosen site keeps its input and a leaf at its output, and one backward pass for each position
 of the loss: rows do not mix, so that one backward gives the gradients of all rows at once. The backward pass begins at the
@@ -6,7 +7,7 @@ output with the divergence's own gradient, which is known in closed form; no gra
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.components.subnetworks import SampleGradient
+from tl_paramdecomp.components.gain_subnetworks import GainGradient
+from tl_paramdecomp.components.subnetworks import Gradients, SampleGradient
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall
 
@@ -29,14 +31,28 @@ Positions = Literal["one", "all", "last"] | int
 
 
 class GradientPass:
-    """One forward pass, from which gradients at several positions can be taken."""
+    """One forward pass, from which gradients at several positions can be taken.
+
+    Args:
+        adapter: The model's.
+        sites: Names of sites, and of norms.
+        tokens: Rows.
+        attention_mask: 1 where a position counts.
+    """
 
     def __init__(
         self, adapter: ModelAdapter, sites: Sequence[str], tokens: Tensor, attention_mask: Tensor | None = None
     ) -> None:
         self.x: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = {}
-        fns = {name: functools.partial(_opened, self.x, self.leaves, name, len(tokens)) for name in sites}
+        self.norm_calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sites if adapter.is_norm(name)}
+        """By norm, the normalised rows and the leaf of each of its calls, as HookedTransformer calls `ln1` three times."""
+        fns = {
+            name: functools.partial(_opened_norm, self.norm_calls[name], name, tokens)
+            if name in self.norm_calls
+            else functools.partial(_opened, self.x, self.leaves, name, len(tokens))
+            for name in sites
+        }
         with torch.enable_grad(), adapter.intercept(fns):
             output = adapter.forward(tokens, attention_mask)
         self.by_position = output.ndim == 3
@@ -91,8 +107,8 @@ class GradientPass:
         cotangent: Float[Tensor, "n width"],
         rows: Int[Tensor, " n"] | None = None,
         keep: bool = False,
-    ) -> dict[str, SampleGradient]:
-        """Gradients by site of the n scalars whose gradients with respect to the outputs are given, in float32 at least.
+    ) -> Gradients:
+        """Gradients by site and norm of n scalars, whose gradients with respect to the outputs are given; in float32 at least.
 
         Args:
             output: From `at`.
@@ -100,16 +116,16 @@ class GradientPass:
             rows: The rows that these are; None: all of them.
             keep: Whether further gradients will be asked for.
         """
-        names = list(self.leaves)
-        found = torch.autograd.grad(
-            output, [self.leaves[n] for n in names], cotangent.to(output.dtype), retain_graph=keep, allow_unused=True
-        )
-        made = {}
-        for name, gradient in zip(names, found, strict=True):
-            g = torch.zeros_like(self.leaves[name]) if gradient is None else gradient
-            x, g = _wide(_by_position(self.x[name], g)), _wide(_rows(g))
-            made[name] = SampleGradient(x, g) if rows is None else SampleGradient(x[rows], g[rows])
-        return made
+        leaves = [*self.leaves.values(), *(leaf for calls in self.norm_calls.values() for _, leaf in calls)]
+        found = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), retain_graph=keep, allow_unused=True)
+        given = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)])
+        made: dict[str, SampleGradient | GainGradient] = {}
+        for name in self.leaves:
+            g = next(given)
+            made[name] = SampleGradient(_wide(_by_position(self.x[name], g)), _wide(_rows(g)))
+        for name, calls in self.norm_calls.items():
+            made[name] = _gain_gradient([(x, next(given)) for x, _ in calls], self.output.shape[0])
+        return made if rows is None else {name: gradient.select(rows) for name, gradient in made.items()}
 
 
 def output_gradient(
@@ -165,7 +181,7 @@ def all_gradients(
     reference: Reference,
     divergence: Divergence,
     generator: torch.Generator,
-) -> Iterator[dict[str, SampleGradient]]:
+) -> Iterator[Gradients]:
     """Gradients of the samples at each of the places, one group after the other; references are drawn from all of them."""
     outputs = [run.at(place) for place in places]
     sizes = [len(output) for output in outputs]
@@ -178,9 +194,9 @@ def all_gradients(
         yield _firsts(found) if reference == "pairs" else found
 
 
-def _firsts(found: Mapping[str, SampleGradient]) -> dict[str, SampleGradient]:
+def _firsts(found: Gradients) -> Gradients:
     """Every second row: the samples among pairs of sample and reference."""
-    return {name: SampleGradient(gradient.x[::2], gradient.g[::2]) for name, gradient in found.items()}
+    return {name: gradient.select(slice(None, None, 2)) for name, gradient in found.items()}
 
 
 def _opened(inputs: dict[str, Tensor], leaves: dict[str, Tensor], name: str, n: int, call: SiteCall) -> Tensor:
@@ -193,6 +209,32 @@ def _opened(inputs: dict[str, Tensor], leaves: dict[str, Tensor], name: str, n: 
     inputs[name] = x.expand(n, *x.shape[1:])
     leaves[name] = torch.zeros_like(y).expand(n, *y.shape[1:]).clone().requires_grad_(True)
     return y + leaves[name]
+
+
+def _opened_norm(calls: list[tuple[Tensor, Tensor]], name: str, tokens: Tensor, call: SiteCall) -> Tensor:
+    """A norm's function that leaves its output, and keeps what its gain multiplies and a leaf, for each call."""
+    x, y, n = call.x.detach(), call.y, len(tokens)
+    flattened = (
+        y.ndim == 2 and not tokens.is_floating_point() and len(y) % tokens.numel() == 0
+    )  # rows, positions, heads
+    if len(y) not in (1, n) and not flattened:
+        raise UnsupportedSiteError(
+            f"{name} normalises rows of shape {list(y.shape)} in a pass over {n} rows, so that it is not known which belong to "
+            "which; leave it out of `gains`."
+        )
+    if len(y) == 1 < n:
+        x, y = x.expand(n, *x.shape[1:]), y.expand(n, *y.shape[1:])
+    leaf = torch.zeros_like(y, memory_format=torch.contiguous_format).requires_grad_(True)
+    calls.append((x, leaf))
+    return y + leaf
+
+
+def _gain_gradient(calls: Sequence[tuple[Tensor, Tensor]], n: int) -> GainGradient:
+    """Gradients of n scalars, one for each row, from the normalised rows and the outputs' gradients of all calls."""
+    wide = [(_wide(x), _wide(g)) for x, g in calls]
+    gains = [(x * g).reshape(n, -1, g.shape[-1]).sum(1) for x, g in wide]
+    biases = [g.reshape(n, -1, g.shape[-1]).sum(1) for _, g in wide]
+    return GainGradient(torch.stack(gains).sum(0), torch.stack(biases).sum(0))
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Methods and losses as JSON and back: one explicit table of the names that files may hold."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from tl_paramdecomp.components.importance import ImportanceConfig
@@ -46,12 +46,18 @@ TABLE: dict[str, type] = {
 def to_settings(value: Any) -> Any:
     """A method, loss or plain value as JSON-able values; objects become {"type": name, field: value, ...}."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **{f.name: to_settings(getattr(value, f.name)) for f in fields(value)}}
+        told = [f.name for f in fields(value) if not _is_omitted(f, getattr(value, f.name))]
+        return {"type": type(value).__name__, **{name: to_settings(getattr(value, name)) for name in told}}
     if isinstance(value, Mapping):
         return {key: to_settings(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_settings(item) for item in value]
     return value
+
+
+def _is_omitted(setting: Field, value: Any) -> bool:
+    """Whether a setting that came later stays unmentioned: files of runs that do not use it are as before."""
+    return bool(setting.metadata.get("omit_default")) and value == setting.default
 
 
 def from_settings(settings: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from tl_paramdecomp.adapters.identity import SUFFIX, behind, is_identity
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masks import SiteMask
-from tl_paramdecomp.components.subnetworks import SiteSubnetworks
+from tl_paramdecomp.components.subnetworks import Part
 from tl_paramdecomp.errors import PatchConflictError
 
 _ACTIVE: "weakref.WeakKeyDictionary[Any, list[dict[str, Claim]]]" = weakref.WeakKeyDictionary()
@@ -22,7 +22,7 @@ _LOCK = threading.Lock()
 class Claim:
     """What one context does to one site."""
 
-    components: Components | SiteSubnetworks
+    components: Components | Part
     mask: SiteMask | None = None
     """None: what its hook points make of any component."""
     additive: bool = False

@@ -1,4 +1,4 @@
-"""Moving a model along subnetworks: W + sum_k delta_k D_k, through hooks or in the weights themselves.
+"""Moving a model along subnetworks: W + sum_k delta_k D_k, and gains alike, through hooks or in the weights themselves.
 
 From "Local Loss Landscape Decomposition" (arXiv 2504.00194, section 3.3).
 """
@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.identity import folded
+from tl_paramdecomp.components.gain_subnetworks import GainSubnetworks
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import SiteSubnetworks
+from tl_paramdecomp.components.subnetworks import Part, SiteSubnetworks
 from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.hooks import intercepted
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, select_sites
+from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, matches, select_sites
 
 
 @contextlib.contextmanager
@@ -37,7 +39,7 @@ def perturbed(
         decomposition: From `L3D`.
         deltas: How far along which subnetworks, which have norm 1 over all their tensors. Through hooks, gradients pass to
             deltas that are tensors.
-        sites: Only there; None: at all sites of the decomposition.
+        sites: Only there; None: at all sites of the decomposition. Globs select its norms too, predicates its sites alone.
         in_weights: Change the weights themselves and restore them, instead of correcting what sites write. The same model to
             rounding.
 
@@ -50,7 +52,7 @@ def perturbed(
         TargetMismatchError, DeviceError, PatchConflictError: As `patched`.
     """
     adapter = checked_adapter(model, decomposition)
-    chosen = list(decomposition.sites if sites is None else select_sites(decomposition.sites, sites))
+    chosen = list(decomposition.decoder) if sites is None else _selected(decomposition, sites)
     moved = {decomposition.index(k): delta for k, delta in deltas.items()}
     if len(moved) < len(deltas):
         raise SettingError(f"A subnetwork may stand once; given {', '.join(map(str, deltas))}.")
@@ -64,19 +66,68 @@ def perturbed(
     }
     with claimed(adapter.root, claims), contextlib.ExitStack() as stack:
         if in_weights:
-            with torch.no_grad():
-                weights = {name: adapter.weight(name) + _matrix(part, moved) for name, part in parts.items()}
-                weights = folded(weights, adapter.weight)
-                biases = {
-                    name: adapter.bias(name) + _vector(part, moved)  # type: ignore[operator]
-                    for name, part in parts.items()
-                    if part.bias is not None
-                }
-            stack.enter_context(adapter.replaced_weights(weights))
-            stack.enter_context(adapter.replaced_biases(biases))
+            stack.enter_context(_replaced(adapter, parts, moved))
         else:
-            stack.enter_context(intercepted(adapter, {name: moved_site(part, moved) for name, part in parts.items()}))
+            stack.enter_context(intercepted(adapter, {name: moved_part(part, moved) for name, part in parts.items()}))
         yield model
+
+
+def _selected(decomposition: SubnetworkDecomposition, pattern: SitePattern) -> list[str]:
+    """Names of the sites and norms that a pattern selects."""
+    if callable(pattern):
+        return list(select_sites(decomposition.sites, pattern))
+    globs, chosen, left = [pattern] if isinstance(pattern, str) else list(pattern), set(), []
+    for glob in globs:
+        norms = {name for name, norm in decomposition.norms.items() if matches(glob, norm)}
+        chosen |= norms
+        if not norms or any(matches(glob, site) for site in decomposition.sites.values()):
+            left.append(glob)  # a glob that matches norms alone is no mistake
+    if left or not globs:
+        chosen |= select_sites(decomposition.sites, left).keys()
+    return [name for name in decomposition.decoder if name in chosen]
+
+
+@contextlib.contextmanager
+def _replaced(adapter: ModelAdapter, parts: Mapping[str, Part], deltas: Mapping[int, float | Tensor]) -> Iterator[None]:
+    """Within this context the moved weights, gains and biases stand in the model itself."""
+    weights, biases, gains, norm_biases = {}, {}, {}, {}
+    with torch.no_grad():
+        for name, part in parts.items():
+            if isinstance(part, GainSubnetworks):
+                gains[name] = adapter.gain(name) + _sum(part.gain, deltas)
+                bias, found = adapter.gain_bias(name), norm_biases
+            else:
+                weights[name] = adapter.weight(name) + _matrix(part, deltas)
+                bias, found = adapter.bias(name), biases
+            if part.bias is not None and bias is not None:
+                found[name] = bias + _sum(part.bias, deltas)
+        weights = folded(weights, adapter.weight)
+    with (
+        adapter.replaced_weights(weights),
+        adapter.replaced_biases(biases),
+        adapter.replaced_gains(gains, norm_biases),
+    ):
+        yield
+
+
+def moved_part(part: Part, deltas: Mapping[int, float | Tensor]) -> SiteFn:
+    """The function that moves a site or a norm along subnetworks."""
+    return moved_norm(part, deltas) if isinstance(part, GainSubnetworks) else moved_site(part, deltas)
+
+
+def moved_norm(part: GainSubnetworks, deltas: Mapping[int, float | Tensor]) -> SiteFn:
+    """A norm's function that writes y + sum_k delta_k (xhat * v_k + b_k)."""
+    ks = list(deltas)
+
+    def run(call: SiteCall) -> Tensor:
+        gain = part.gain[ks]
+        scale = torch.stack([torch.as_tensor(d, dtype=gain.dtype, device=gain.device) for d in deltas.values()])
+        change = call.x.to(gain.dtype) * (scale @ gain)
+        if part.bias is not None:
+            change = change + scale @ part.bias[ks]
+        return call.y + change.to(call.y.dtype)
+
+    return run
 
 
 def moved_site(part: SiteSubnetworks, deltas: Mapping[int, float | Tensor]) -> SiteFn:
@@ -100,6 +151,5 @@ def _matrix(part: SiteSubnetworks, deltas: Mapping[int, float | Tensor]) -> Floa
     return torch.stack([float(delta) * part.matrix(k) for k, delta in deltas.items()]).sum(0)
 
 
-def _vector(part: SiteSubnetworks, deltas: Mapping[int, float | Tensor]) -> Float[Tensor, " d_out"]:
-    assert part.bias is not None
-    return torch.stack([float(delta) * part.bias[k] for k, delta in deltas.items()]).sum(0)
+def _sum(vectors: Float[Tensor, "K width"], deltas: Mapping[int, float | Tensor]) -> Float[Tensor, " width"]:
+    return torch.stack([float(delta) * vectors[k] for k, delta in deltas.items()]).sum(0)

@@ -33,8 +33,10 @@ def checked_adapter(model: Any, decomposition: Saved) -> ModelAdapter:
     adapter = adapt(model)
     _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.root))
     for name in decomposition.fingerprints:
-        wiring = adapter.wirings[behind(name)]
-        device = read_parameter(adapter.root, wiring).device  # W itself may be a copy, head by head
+        if adapter.is_norm(name):
+            device = adapter.gain(name).device
+        else:
+            device = read_parameter(adapter.root, adapter.wirings[behind(name)]).device  # W may be a copy, head by head
         here = decomposition.device_of(name)
         if here != device:
             raise DeviceError(
@@ -50,8 +52,8 @@ def _compare(adapter: ModelAdapter, decomposition: Saved, fresh: bool, skip: fro
     for name in decomposition.fingerprints:
         if behind(name) in skip:
             continue
-        if adapter.wiring(name) is None:
-            reason = adapter.refused.get(name)
+        if adapter.wiring(name) is None and not adapter.is_norm(name):
+            reason = adapter.refused.get(name) or adapter.norms.refused.get(name)
             wrong[name] = f"not a site of this model{f' ({reason})' if reason else ''}"
             continue
         known, found = decomposition.fingerprints[name], adapter.fingerprint(name, fresh)

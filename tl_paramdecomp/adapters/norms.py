@@ -1,0 +1,224 @@
+"""Finding a model's normalisation gains, and trying out what each module does with its own.
+
+1. A candidate is a module whose only parameters are a vector of gains and perhaps one of biases.
+2. With random gains and biases in their places, its output on random rows must be LayerNorm's or RMSNorm's, the gain taken
+   as it is or from 1; nothing is taken from names but the value of epsilon.
+3. What matches neither is refused with the reason.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_paramdecomp.adapters.norm_wiring import NormWiring
+from tl_paramdecomp.adapters.swapping import swapped_parameter
+from tl_paramdecomp.adapters.wiring import READABLE, Tap, find_module
+from tl_paramdecomp.sites import NormSite
+
+ATTRIBUTES = (("weight", "bias"), ("w", "b"), ("scale", "bias"), ("gain", "bias"), ("gamma", "beta"))
+"""Names under which modules hold gain and bias."""
+EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
+"""Tried where a module does not say its own."""
+EXACT, IN_FLOAT32 = 1e-10, 2e-5
+"""Largest difference relative to the largest output, of modules that compute in float64, and of those that do in float32."""
+COARSE = {torch.float64: IN_FLOAT32, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""The same where the trial itself runs in the number type of the gain."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """A model's normalisations, in the order of its tree."""
+
+    wirings: dict[str, NormWiring]
+    refused: dict[str, str]
+    """Names of those whose gains cannot be moved exactly, each with the reason."""
+
+    @property
+    def sites(self) -> dict[str, NormSite]:
+        """By canonical name."""
+        return {name: wiring.site for name, wiring in self.wirings.items()}
+
+
+def find_norms(root: nn.Module, candidates: Iterable[NormWiring]) -> Norms:
+    """Those of the candidates that are LayerNorm or RMSNorm, and why each other one is not."""
+    found, refused = {}, {}
+    for candidate in candidates:
+        tried = probed(root, candidate)
+        if isinstance(tried, NormWiring):
+            found[candidate.site.name] = tried
+        elif _called_norm(find_module(root, candidate.owner)):
+            refused[candidate.site.name] = tried
+    return Norms(found, refused)
+
+
+def norm_candidate(name: str, path: str, module: nn.Module, owner: str, holder: nn.Module) -> NormWiring | None:
+    """A module that may be a normalisation with a gain; None where its parameters say that it is not.
+
+    Args:
+        name: Canonical name, or "" for the module's path and the attribute's name.
+        path: Dotted path of the module that is called.
+        module: That module; where it has hook points for input and output, they are where it is intercepted.
+        owner: Dotted path of the module that holds the gain.
+        holder: That module.
+    """
+    held = {key: parameter for key, parameter in holder._parameters.items() if parameter is not None}
+    pair = next(((w, b) for w, b in ATTRIBUTES if w in held and held.keys() <= {w, b}), None)
+    if pair is None or not (held[pair[0]].ndim == 1 or _called_norm(holder)):
+        return None
+    weight, bias = pair[0], pair[1] if pair[1] in held else None
+    site = NormSite(
+        name or f"{path}.{weight}".lstrip("."),
+        held[weight].shape[-1] if held[weight].ndim else 1,
+        has_bias=bias is not None,
+        aliases=tuple(alias for alias in (path, f"{path}.{weight}") if alias and alias != name),
+    )
+    x, y = Tap(path), Tap(path)
+    if {"hook_in", "hook_out"} <= module._modules.keys():
+        x, y = Tap(f"{path}.hook_in", "output"), Tap(f"{path}.hook_out", "output")
+    return NormWiring(site, path, owner, weight, bias, x, y)
+
+
+def module_norms(root: nn.Module) -> Iterator[NormWiring]:
+    """Candidates of a tree of modules that are called themselves, under dotted paths."""
+    for path, module in root.named_modules():
+        candidate = norm_candidate("", path, module, path, module)
+        if candidate is not None:
+            yield candidate
+
+
+def renamed(candidate: NormWiring, name: str, aliases: tuple[str, ...]) -> NormWiring:
+    """The same candidate under another name."""
+    return replace(candidate, site=replace(candidate.site, name=name, aliases=aliases))
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+ROLES: dict[str, tuple[str, ...]] = {
+    "ln1": (
+        "ln_1", "input_layernorm", "norm_1", "self_attn_layer_norm", "ln_attn", "attention_norm", "attn_norm", "norm1",
+        "temporal_pre_norm",
+    ),
+    "attn.q_norm": ("self_attn.q_norm", "attention.q_norm", "attn.q_norm", "self_attn.q_layernorm"),
+    "attn.k_norm": ("self_attn.k_norm", "attention.k_norm", "attn.k_norm", "self_attn.k_layernorm"),
+    "ln1_post": ("post_self_attn_layernorm",),
+    "ln2": (
+        "ln_2", "post_attention_layernorm", "norm_2", "final_layer_norm", "ln_mlp", "ffn_norm", "mlp_norm", "norm2",
+        "channel_pre_norm",
+    ),
+    "ln2_post": ("post_mlp_layernorm",),
+}  # fmt: skip
+"""Role in a block -> names of the module that plays it."""
+AROUND = {
+    "ln1": ("input_layernorm",),
+    "ln1_post": ("post_attention_layernorm",),
+    "ln2": ("pre_feedforward_layernorm",),
+    "ln2_post": ("post_feedforward_layernorm",),
+}
+"""The same in blocks that normalise before and after both halves, such as Gemma 2's."""
+AFTER = {"ln1": ("post_attention_layernorm",), "ln2": ("post_feedforward_layernorm",)}
+"""The same in blocks that normalise only after them, such as OLMo 2's."""
+FINAL = ("ln_f", "norm", "norm_f", "final_layer_norm", "final_layernorm", "final_norm")
+"""Names of the last normalisation, beside the list of blocks."""
+
+
+def canonical_norms(paths: Iterable[str], blocks: str) -> dict[str, str]:
+    """Canonical names of a language model's normalisations; what is not recognised is left out.
+
+    Args:
+        paths: Dotted paths of the modules in transformers.
+        blocks: Dotted path of the list of blocks.
+    """
+    inside: dict[str, set[str]] = {}
+    found = {}
+    parent = blocks.rpartition(".")[0]
+    for path in paths:
+        if path.startswith(f"{blocks}."):
+            index, _, local = path[len(blocks) + 1 :].partition(".")
+            inside.setdefault(index, set()).add(local)
+        elif path in {f"{parent}.{name}".lstrip(".") for name in FINAL}:
+            found.setdefault(path, "ln_final.w")
+    for index, local in inside.items():
+        for role, candidates in _roles(local).items():
+            chosen = next((c for c in candidates if c in local), None)
+            if chosen is not None:
+                found[f"{blocks}.{index}.{chosen}"] = f"blocks.{index}.{role}.w"
+    return found
+
+
+def _roles(local: set[str]) -> dict[str, tuple[str, ...]]:
+    if "pre_feedforward_layernorm" in local:
+        return ROLES | AROUND
+    if "post_feedforward_layernorm" in local and "input_layernorm" not in local:
+        return ROLES | AFTER
+    return ROLES
+
+
+# --- trial ------------------------------------------------------------------------------------------------------------
+def probed(root: nn.Module, candidate: NormWiring) -> NormWiring | str:
+    """A candidate with the formula that its module follows, or the reason why it follows none."""
+    module, holder = find_module(root, candidate.path), find_module(root, candidate.owner)
+    gain = getattr(holder, candidate.weight)
+    if gain.ndim != 1:
+        return f"its gain is of shape {list(gain.shape)}, not one vector"
+    if gain.is_meta or gain.dtype not in READABLE:
+        return f"its gain is stored as {gain.dtype} on {gain.device}; load the model's weights unquantised"
+    if any(buffer is not None for m in (module, holder) for buffer in m._buffers.values()):
+        return f"{type(holder).__name__} keeps statistics of its own"
+    reason = f"the output of {type(holder).__name__} is neither LayerNorm's nor RMSNorm's, times its gain"
+    for dtype in dict.fromkeys((torch.float64, gain.dtype)):
+        try:
+            found = _formula(candidate, module, holder, dtype, gain.device)
+        except Exception as error:
+            reason = (
+                f"{type(holder).__name__} does not run on rows of {candidate.site.width} ({str(error).strip()[:80]})"
+            )
+            continue
+        if found is not None:
+            return found
+    return reason
+
+
+@torch.no_grad()
+def _formula(
+    candidate: NormWiring, module: nn.Module, holder: nn.Module, dtype: torch.dtype, device: torch.device
+) -> NormWiring | None:
+    width, generator = candidate.site.width, torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sizes = torch.logspace(-4, 1, 6, dtype=torch.float64).view(2, 3, 1)  # small rows show epsilon
+    x = ((drawn(2, 3, width) + 0.5) * sizes).to(device, dtype)
+    gain, bias = (drawn(width).to(device, dtype) for _ in range(2))
+    with ExitStack() as stack:
+        stack.enter_context(swapped_parameter(holder, candidate.weight, gain))
+        if candidate.bias is not None:
+            stack.enter_context(swapped_parameter(holder, candidate.bias, bias))
+        y = type(module).forward(module, x)  # past hooks and controllers on the call
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    shift = bias if candidate.bias is not None else torch.zeros_like(bias)
+    tolerances = ((False, EXACT), (True, IN_FLOAT32)) if dtype == torch.float64 else ((True, COARSE[dtype]),)
+    for (in_float32, tolerance), centred, eps, offset in itertools.product(
+        tolerances, (True, False), _epsilons(module, holder), (0.0, 1.0)
+    ):
+        form = replace(candidate, centred=centred, eps=eps, in_float32=in_float32)
+        expected = form.normalised(x).to(dtype) * (gain + offset) + shift
+        if bool((expected - y).abs().max() <= tolerance * y.abs().max()):
+            return form
+    return None
+
+
+def _epsilons(*modules: nn.Module) -> list[float | None]:
+    """What modules and their configurations call epsilon, then what is usual."""
+    holders: list[Any] = [*modules, *(vars(m).get(name) for m in modules for name in ("cfg", "config"))]
+    known = [v for holder in holders if hasattr(holder, "__dict__") for k, v in vars(holder).items() if "eps" in k]
+    return list(dict.fromkeys([*(v for v in known if v is None or isinstance(v, float)), *EPSILONS]))
+
+
+def _called_norm(module: nn.Module) -> bool:
+    return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
