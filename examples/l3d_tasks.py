@@ -3,10 +3,10 @@
     python examples/l3d_tasks.py
 
 1. L3D over all matrices of the blocks.
-2. On validation prompts of the four tasks and on rows of text: each sample's impacts as shares of their sum; a subnetwork serves
-   the task where its mean share is most above its share anywhere else.
-3. Switching off is moving along it: of a ladder of deltas of both signs, the smallest that halves the probability of that task's
-   answers on validation prompts, or else the one that takes most of it.
+2. On validation prompts of the four tasks and on rows of text: each sample's impacts as shares of their sum; a subnetwork
+   serves the task where its mean share is most above its share anywhere else.
+3. Switching off is moving along it: of a ladder of deltas of both signs, the smallest that halves the probability of that
+   task's answers on validation prompts, or else the one that takes most of it.
 4. On test prompts: what is left of every task's probability of a right answer, and how far the text's predictions go (KL).
 5. The control is the same with random subnetworks in place of the chosen ones. The table goes to OUT/tasks.json.
 """

@@ -49,17 +49,17 @@ def top_samples(
     """
     values = found[..., k]
     if values.ndim == 1:
-        order = values.topk(min(n, len(values)))
-        pairs = [(row, None, value) for value, row in zip(order.values.tolist(), order.indices.tolist(), strict=True)]
+        order = values.topk(min(n, len(values))).indices.tolist()
+        tops = [TopSample(row, None, float(values[row])) for row in order]
     elif distinct_rows:
         best = values.max(1)
-        order = best.values.topk(min(n, len(values)))
-        pairs = [(row, int(best.indices[row]), float(best.values[row])) for row in order.indices.tolist()]
+        order = best.values.topk(min(n, len(values))).indices.tolist()
+        tops = [TopSample(row, int(best.indices[row]), float(best.values[row])) for row in order]
     else:
-        order = values.flatten().topk(min(n, values.numel()))
-        places = [divmod(place, values.shape[1]) for place in order.indices.tolist()]
-        pairs = [(*place, value) for place, value in zip(places, order.values.tolist(), strict=True)]
-    return [TopSample(*pair) for pair in pairs if pair[2] > 0]
+        order = values.flatten().topk(min(n, values.numel())).indices.tolist()
+        places = [divmod(place, values.shape[1]) for place in order]
+        tops = [TopSample(row, position, float(values[row, position])) for row, position in places]
+    return [top for top in tops if top.impact > 0]
 
 
 class TopLogits(NamedTuple):

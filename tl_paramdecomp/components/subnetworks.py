@@ -116,7 +116,7 @@ class SiteSubnetworks(nn.Module):
         return pos * K * r * (d_in + d_out) > (pos + K) * d_in * d_out
 
     def _inner_factored(self, gradient: SampleGradient) -> Float[Tensor, "n K"]:
-        n, pos, d_out = gradient.g.shape
+        n, pos, _ = gradient.g.shape
         # a causal model's scalar has no gradient at positions after its own, about half of all
         kept = (gradient.g != 0).any(-1).flatten().nonzero().flatten()
         x, g = gradient.x.flatten(0, 1)[kept], gradient.g.flatten(0, 1)[kept]

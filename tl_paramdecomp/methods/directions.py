@@ -17,11 +17,11 @@ from tl_paramdecomp.errors import SettingError
 @torch.no_grad()
 def random_directions(made: SubnetworkDecomposition, seed: int = 0) -> SubnetworkDecomposition:
     """Random subnetworks of the same ranks and norm 1: what L3D begins from, or all that moving in any direction does."""
-    ranks = {name: part.rank for name, part in made.decoder.items()}
+    ranks = {name: made.decoder[name].rank for name in made.sites}
     biases = frozenset(name for name, part in made.decoder.items() if part.bias is not None)
     generator = torch.Generator().manual_seed(seed)
     dtype = next(made.decoder.parameters()).dtype
-    drawn = random_subnetworks(made.sites, ranks, made.n_subnetworks, biases, dtype, generator)
+    drawn = random_subnetworks(made.sites, ranks, made.n_subnetworks, biases, dtype, generator, made.norms)
     return _in_place_of(made, drawn.state_dict())
 
 
@@ -33,7 +33,7 @@ def singular_directions(made: SubnetworkDecomposition, adapter: ModelAdapter) ->
         SettingError: The weights have fewer pairs than there are subnetworks.
     """
     pairs = []
-    for name in made.decoder:
+    for name in made.sites:
         u, s, vh = torch.linalg.svd(adapter.weight(name).detach().float(), full_matrices=False)
         pairs += [(value, name, u[:, i], vh[i]) for i, value in enumerate(s.tolist())]
     if len(pairs) < made.n_subnetworks:
