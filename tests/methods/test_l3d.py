@@ -254,6 +254,22 @@ def test_the_learned_threshold_is_that_of_training():
     assert abs(int(fixed.mask.sum()) - 3) <= 1
 
 
+def test_the_learned_threshold_follows_the_batches():
+    """An average that forgets: the first step's threshold as it is, each later one by a share of 1 - memory."""
+    model, seen = gpt2(), []
+    method = tlpd.L3D(
+        n_subnetworks=8, lr=1e-12, positions="last", reference="mean", warm_start=0.5, threshold_memory=0.7
+    )
+    rows = [tokens(seed=seed) for seed in range(6)]
+    made = tlpd.decompose(model, "blocks.0.mlp.*", method, rows, 6, 4, progress=False)
+    for batch in rows[3:]:  # the warm start keeps all, and says nothing of thresholds
+        run = GradientPass(adapt(model), list(made.sites), batch)
+        groups = list(all_gradients(run, run.places("last", generator()), "mean", "kl", generator()))
+        seen.append(reconstruction(made, groups, 0.1).threshold.item())
+    expected = 0.7 * (0.7 * seen[0] + 0.3 * seen[1]) + 0.3 * seen[2]
+    assert len(set(seen)) == 3 and made.threshold.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_low_rank_is_the_truncated_svd():
     x, g = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     A, B = low_rank(x, g, 2)
