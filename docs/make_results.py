@@ -268,8 +268,8 @@ DIGITS_KEYS = {
     "classes_owned": "classes",
 }
 DIGITS = (
-    "Purity: the share of a live subnetwork's impact on held-out images that falls on its own top class, of ten; classes: how many "
-    "are some subnetwork's top class. The paper's convolutional network is a mobilenet on CIFAR (error .23, 40 % of the "
+    "Purity: the share of a live subnetwork's impact on held-out images that falls on its own top class, of ten; classes: how "
+    "many are some subnetwork's top class. The paper's convolutional network is a mobilenet on CIFAR (error .23, 40 % of the "
     "subnetworks dead). Network, images and settings are others here, so that its figures do not compare with these."
 )
 

@@ -23,6 +23,7 @@ from ..support.exactness import (
     patched_run,
     random_decomposition,
 )
+from ..support.families import build
 from ..support.hosts import off_trivial, run
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -147,6 +148,9 @@ def test_outputs_keep_their_memory_layout() -> None:
         x = images(2, 3, 9, 9).contiguous(memory_format=form)
         assert module(x).is_contiguous(memory_format=form)
         assert patched_run(module, decomposition, ablate(decomposition), x).is_contiguous(memory_format=form)
+        with adapt(module).intercept({"weight": lambda call: call.y.contiguous().clone()}):
+            again = module(x)
+        assert torch.equal(again, F.conv2d(x, module.weight, module.bias)) and again.is_contiguous(memory_format=form)
 
 
 def test_kernels_with_channels_last_are_read_and_written() -> None:
@@ -279,4 +283,9 @@ def test_language_models_have_no_convolutions_among_their_sites() -> None:
 
     model = MambaForCausalLM(MambaConfig(vocab_size=11, hidden_size=8, state_size=4, num_hidden_layers=1)).eval()
     assert isinstance(model.backbone.layers[0].mixer.conv1d, nn.Conv1d)
-    assert not any("conv" in name for name in tlpd.find_sites(model))
+    assert not any("conv" in name for name in (*tlpd.find_sites(model), *adapt(model).refused))
+    with_one = build("gpt2")
+    with_one.extra = nn.Conv2d(3, 4, 3)
+    assert list(tlpd.find_sites(with_one)) == list(tlpd.find_sites(build("gpt2")))
+    with pytest.raises(UnsupportedSiteError, match="a convolution is not one matrix product"):
+        tlpd.find_sites(with_one, "extra.weight")

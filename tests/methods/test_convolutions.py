@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 import tl_paramdecomp as tlpd
 from tests.support.exactness import difference
+from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.l3d import reconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
+from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, subset_routes
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, references
+from tl_paramdecomp.methods.spd import ALIVE, _l0
 
 K = 5
 
@@ -167,6 +170,31 @@ def test_spd_learns_and_leaves_the_model() -> None:
     masks = tlpd.importance_masks(model, made, x[:4], kind="rounded")
     with tlpd.patched(model, made, masks):
         assert model(x[:4]).shape == (4, 6)
+
+
+def test_subsets_are_drawn_for_each_image_and_counts_are_means_over_positions() -> None:
+    model, x = cnn().float().requires_grad_(False), images(400).float()
+    made = tlpd.decompose(model, "*", tlpd.SPD(), x, 0, progress=False)
+    step = LossStep.of(adapt(model), made, x, None, generator())
+    routes = subset_routes(step)
+    rows = {"first.weight": (400, 49), "second.weight": (400, 12), "third.weight": (400, 10), "head.weight": (400,)}
+    assert {name: tuple(route.shape) for name, route in routes.items()} == rows
+    by_image = torch.stack([route.view(400, -1)[:, 0] for route in routes.values()])
+    for i, route in enumerate(routes.values()):
+        assert torch.equal(route.view(400, -1), by_image[i, :, None].expand(400, route[0].numel()))
+    shares = torch.bincount(by_image.sum(0), minlength=5) / 400
+    assert shares[0] == 0 and (shares[1:] - 0.25).abs().max() < 0.1  # four standard deviations
+    expected = sum((g.lower > ALIVE).sum().item() / g.lower[..., 0].numel() for g in step.importances.values())
+    assert _l0(step).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_padding_is_not_counted() -> None:
+    model, mask = gpt2(), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    made = tlpd.decompose(model, "blocks.0.mlp.*", tlpd.SPD(), torch.ones(2, 3, dtype=torch.int64), 0, progress=False)
+    step = LossStep.of(adapt(model), made, torch.tensor([[1, 2, 3], [4, 5, 6]]), mask, generator())
+    counts = sum((g.lower > ALIVE).sum(-1).float() for g in step.importances.values())
+    assert _l0(step).item() == pytest.approx((counts * mask).sum().item() / 3, rel=1e-6)
+    assert counts.mean().item() != pytest.approx(_l0(step).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("preset", [tlpd.SPD(), tlpd.SPD.paper(), tlpd.SVD(training=None)], ids=["SPD", "paper", "SVD"])
