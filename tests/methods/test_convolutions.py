@@ -10,6 +10,7 @@ import tl_paramdecomp as tlpd
 from tests.support.exactness import difference
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.l3d import reconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
@@ -195,6 +196,13 @@ def test_padding_is_not_counted() -> None:
     counts = sum((g.lower > ALIVE).sum(-1).float() for g in step.importances.values())
     assert _l0(step).item() == pytest.approx((counts * mask).sum().item() / 3, rel=1e-6)
     assert counts.mean().item() != pytest.approx(_l0(step).item(), rel=1e-6)
+
+
+def test_one_network_for_all_sites_needs_sites_of_as_many_positions() -> None:
+    model, x = cnn().float().requires_grad_(False), images(16).float()
+    with pytest.raises(ShapeError, match=r"\[8, 49\], \[8, 12\].*shared_mlp"):
+        tlpd.decompose(model, "*", tlpd.VPD(), x, 1, 8, progress=False)
+    tlpd.decompose(model, "first.weight", tlpd.VPD(), x, 1, 8, progress=False)
 
 
 @pytest.mark.parametrize("preset", [tlpd.SPD(), tlpd.SPD.paper(), tlpd.SVD(training=None)], ids=["SPD", "paper", "SVD"])
