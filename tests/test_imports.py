@@ -17,7 +17,7 @@ ORDER = ["sites", "adapters", "components", "methods", "patching", "analysis", "
 """Imports run to the left; `errors` is left of all, and `components` does not reach `adapters`."""
 BESIDE = {"toy_models", "pretrained"}
 """They import errors, sites and adapters, and whatever stands right of components may import them."""
-HOSTS = {"transformer_lens", "nnsight", "transformers", "datasets", "typer", "rich", "matplotlib"}
+HOSTS = {"transformer_lens", "nnsight", "transformers", "datasets", "typer", "rich", "matplotlib", "sklearn"}
 
 
 class Import(NamedTuple):

@@ -26,7 +26,7 @@ def test_what_is_no_model(garbage: Any) -> None:
 
 
 def test_modules_without_a_linear_map() -> None:
-    for module in (nn.ReLU(), nn.Conv1d(2, 3, 1), nn.LSTM(2, 3), nn.LayerNorm(4)):
+    for module in (nn.ReLU(), nn.Conv3d(2, 3, 1), nn.LSTM(2, 3), nn.LayerNorm(4)):
         with pytest.raises(UnsupportedModelError, match="no linear map"):
             tlpd.find_sites(module)
 

@@ -1,4 +1,4 @@
-"""The published toys of L3D, medians of three seeds: what each circuit's subnetwork is, and what they leave of the gradients.
+"""The toys of L3D, medians of three seeds: what each circuit's subnetwork is, and what they leave of the gradients.
 
 Thresholds leave room over errors measured with the published code's divergence: .11 (TMS), .05 (circuits), .14 (high rank).
 """
@@ -50,6 +50,14 @@ def test_each_square_moves_an_output_of_its_own(tmp_path):
     seeds = seeds_of("l3d-squared", tmp_path)
     print(median(seeds, "moved_share"), median(seeds, "heldout_error"))
     assert max(seed["moved_outputs"] for seed in seeds) == 5
+
+
+def test_subnetworks_of_a_network_that_reads_digits_lean_to_classes(tmp_path):
+    seeds = seeds_of("l3d-digits", tmp_path)
+    assert min(seed["accuracy"] for seed in seeds) >= 0.97
+    assert median(seeds, "bound") < median(seeds, "heldout_error") <= 0.10
+    assert median(seeds, "purity") >= median(seeds, "purity_shuffled") + 0.05
+    assert median(seeds, "dead") <= 40 and min(seed["classes_owned"] for seed in seeds) >= 9
 
 
 def errors_of(name, tmp_path, changes, steps):

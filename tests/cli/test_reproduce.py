@@ -17,7 +17,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.settings import from_settings, to_settings
-from tl_paramdecomp.toy_models import InductionConfig, ResidMLPConfig, TMSConfig, ToyTarget
+from tl_paramdecomp.toy_models import DigitsConfig, InductionConfig, ResidMLPConfig, TMSConfig, ToyTarget
 
 TARGETS = {
     "tms-5-2": TMSConfig(4, 2, steps=4, batch_size=8),
@@ -140,3 +140,20 @@ def test_l3d_finds_the_circuits(tmp_path):
     assert abs(found["heldout_error_fixed_threshold"] - found["heldout_error"]) < 0.02
     pictures = {path.name for path in (tmp_path / "l3d-circuits" / "seed-0").glob("*.png")}
     assert pictures == {"subnetworks.png", "effects.png", "coefficients.png"}
+
+
+def test_l3d_on_digits(tmp_path, monkeypatch):
+    """A short run on a small network."""
+    recipe = RECIPES["l3d-digits"]
+    small = replace(
+        recipe, target=DigitsConfig((3, 4), steps=4, batch_size=8), method=replace(recipe.method, n_subnetworks=8)
+    )
+    monkeypatch.setattr(reproduce, "RECIPES", {"l3d-digits": small})
+    monkeypatch.setattr(reproduce.Digits, "is_sound", lambda self: True)
+    record = reproduce.reproduce("l3d-digits", 1, tmp_path, Console(quiet=True), steps=4, batch_size=8)
+    (found,) = record["seeds"]
+    assert {"heldout_error", "heldout_error_fixed_threshold", "bound", "purity", "purity_shuffled", "dead"} <= set(
+        found
+    )
+    assert set(found["p_act"]) == {"least", "median", "most"} and len(found["active"]) == 8
+    assert (tmp_path / "l3d-digits" / "seed-0" / "images.png").stat().st_size > 0

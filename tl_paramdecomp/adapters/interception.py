@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_norm_bias
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
 from tl_paramdecomp.errors import ShapeError, SiteNotFiredError, UnsupportedSiteError
@@ -217,10 +218,10 @@ class Interception:
         if isinstance(wiring, NormWiring):
             return self.fns[name](SiteCall(wiring.normalised(x), y, read_norm_bias(self.root, wiring), Span()))
         rows = matching_rows(x, y, wiring)
-        folded = self.tracker.fold_rows(rows.x, rows.y, wiring.site.kind)
+        folded = None if wiring.patches else self.tracker.fold_rows(rows.x, rows.y, wiring.site.kind)
         if folded is not None:
             rows = replace(rows, x=rows.x.unflatten(0, folded), y=rows.y.unflatten(0, folded))
-        span = self.tracker.span(rows.y, name)
+        span = patch_span(rows.y) if wiring.patches else self.tracker.span(rows.y, name)
         if name not in self._biases:
             self._biases[name] = read_bias(self.root, wiring)
         new = self.fns[name](SiteCall(rows.x, rows.y, self._biases[name], span))
@@ -263,12 +264,14 @@ class MatchedRows:
 
 
 def matching_rows(x: Tensor, y: Tensor, wiring: Wiring) -> MatchedRows:
-    """x [..., d_in] and y [..., d_out] of one call, whatever shapes the host passes.
+    """x [..., d_in] and y [..., d_out] of one call, whatever shapes the host passes; patches of a convolution.
 
     Raises:
         ShapeError: The host's tensors do not fit the site, or its heads read different inputs.
     """
     site = wiring.site
+    if wiring.patches is not None:
+        return MatchedRows(*wiring.patches.match(x, y, site.name))
     flat_y = take_columns(y, wiring.columns)
     if flat_y.shape[-1] != site.d_out and flat_y.ndim >= 3 and flat_y.shape[-2] * flat_y.shape[-1] == site.d_out:
         flat_y = flat_y.flatten(-2)
@@ -298,6 +301,8 @@ def matching_rows(x: Tensor, y: Tensor, wiring: Wiring) -> MatchedRows:
 
 def host_output(new: Tensor, y: Tensor, wiring: Wiring) -> Tensor:
     """The host's own output with one site's part replaced, in the host's shape."""
+    if wiring.patches is not None:
+        return wiring.patches.image(new, y)
     if wiring.columns is None:
         if new.shape == y.shape:
             return new

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
+from tl_paramdecomp.adapters.convolution import lazy_modules, why_no_patches
 from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
@@ -36,7 +38,7 @@ KNOWN_FAMILIES = {
 
 
 class TorchModuleAdapter(ModelAdapter):
-    """Hooks the linear maps and embeddings of a module tree."""
+    """Hooks the linear maps and embeddings of a module tree, and of a plain one the convolutions, as linear maps of patches."""
 
     host = "torch"
 
@@ -50,8 +52,15 @@ class TorchModuleAdapter(ModelAdapter):
             self._name_language_model(config.get_text_config())
         covered = {wiring.owner for wiring in self.wirings.values()}
         for path, module in self.root.named_modules():
+            name = f"{path}.weight".lstrip(".")
             if path not in covered and (isinstance(module, nn.Embedding) or linear_kind(module) is not None):
-                self._add(module_wiring(f"{path}.weight".lstrip("."), path, module))
+                self._add(module_wiring(name, path, module))
+            elif isinstance(module, _ConvNd) and not self._is_language_model:
+                reason = why_no_patches(module)
+                if reason is None:
+                    self._add(module_wiring(name, path, module))
+                else:
+                    self.refused[name] = reason
         if self._is_language_model:
             covered = {storage_of(read_parameter(self.root, w)) for w in self.wirings.values()}
             self.refused |= unreachable_matrices(self.root, covered)
@@ -62,7 +71,7 @@ class TorchModuleAdapter(ModelAdapter):
         if not self.wirings:
             raise UnsupportedModelError(
                 f"{type(self.root).__name__} holds no linear map or embedding table that can be read "
-                f"(nn.Linear, Conv1D, nn.Embedding). {self._refusals()}"
+                f"(nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d). {self._refusals()}"
             )
 
     def _add(self, wiring: Wiring) -> None:
@@ -108,8 +117,8 @@ class TorchModuleAdapter(ModelAdapter):
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.refused.items())[:3])
 
     def signature(self) -> Hashable:
-        """The identity of every parameter's module stands for the structure of the tree."""
-        return sum(1 for _ in self.root.modules())
+        """The number of modules stands for the structure of the tree; lazy ones become sites when they are run."""
+        return sum(1 for _ in self.root.modules()), lazy_modules(self.root)
 
     # --- running ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager

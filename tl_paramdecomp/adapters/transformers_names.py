@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from tl_paramdecomp.adapters.convolution import computes_as_torch, patches_of
 from tl_paramdecomp.adapters.wiring import Layout, Tap, Wiring, interleaved_columns
 from tl_paramdecomp.sites import WeightSite
 
@@ -92,11 +94,14 @@ def linear_kind(module: nn.Module) -> LinearKind | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is known by its type to be called, and to compute x W + b (or to look W's rows up) and no more."""
+    """Whether a module is known by its type to be called, and to compute x W + b (of patches, or to look W's rows up) and no
+    more."""
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":  # nn.MultiheadAttention reads its weight, uncalled
         return False
     forward = type(module).forward
-    return forward in (nn.Linear.forward, nn.Embedding.forward) or type(module).__name__ == "Conv1D" or _scaled(module)
+    if forward in (nn.Linear.forward, nn.Embedding.forward) or computes_as_torch(module):
+        return True
+    return type(module).__name__ == "Conv1D" or _scaled(module)
 
 
 def _scaled(module: nn.Module) -> bool:
@@ -163,15 +168,20 @@ def block_refusals(wirings: Mapping[str, Wiring], block: nn.Module, index: int) 
 
 
 def module_wiring(name: str, path: str, module: nn.Module) -> Wiring:
-    """Wiring of a module that is one linear map or one embedding table."""
+    """Wiring of a module that is one linear map, of patches too, or one embedding table."""
     aliases = tuple(alias for alias in (path, f"{path}.weight") if path and alias != name)
     if isinstance(module, nn.Embedding):
         site = WeightSite(name, module.num_embeddings, module.embedding_dim, "embedding", aliases=aliases)
         scale = float(getattr(module, "embed_scale", 1.0))
         return Wiring(site, path, bias=None, layout="in_out", scale=scale, x=Tap(path), y=Tap(path))
+    has_bias = getattr(module, "bias", None) is not None
+    if isinstance(module, _ConvNd):
+        patches = patches_of(module)
+        site = WeightSite(name, patches.d_in, module.out_channels, has_bias=has_bias, aliases=aliases)
+        bias = "bias" if has_bias else None
+        return Wiring(site, path, bias=bias, layout="kernel", x=Tap(path), y=Tap(path), patches=patches)
     kind = linear_kind(module)
     assert kind is not None, f"{path} is not a linear map"
-    has_bias = getattr(module, "bias", None) is not None
     site = WeightSite(name, kind.d_in, kind.d_out, has_bias=has_bias, aliases=aliases)
     return Wiring(site, path, bias="bias" if has_bias else None, layout=kind.layout, x=Tap(path), y=Tap(path))
 
@@ -258,7 +268,7 @@ def unreachable_matrices(root: nn.Module, covered: set[int]) -> dict[str, str]:
                 continue
             name = f"{plain_path(path)}.{attribute}"
             kind = type(module).__name__
-            if isinstance(module, nn.modules.conv._ConvNd):
+            if isinstance(module, _ConvNd):
                 reasons[name] = "a convolution is not one matrix product"
             elif parameter.ndim > 2:
                 reasons[name] = f"{kind} holds a stack of matrices {list(parameter.shape)}, not one"

@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.convolution import Patches
 from tl_paramdecomp.errors import UnsupportedSiteError
 from tl_paramdecomp.sites import WeightSite
 
-Layout = Literal["in_out", "out_in", "heads_in_out", "heads_out_in"]
+Layout = Literal["in_out", "out_in", "heads_in_out", "heads_out_in", "kernel"]
 """How the host stores W: `in_out` [d_in, d_out] (Conv1D, TransformerLens MLPs, embeddings), `out_in` [d_out, d_in]
 (nn.Linear), `heads_in_out` [head, d_model, d_head] (TransformerLens W_Q, W_K, W_V), `heads_out_in` [head, d_head, d_model]
-(its W_O)."""
+(its W_O), `kernel` [d_out, channels, *kernel] (convolutions)."""
 
 
 READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +57,8 @@ class Wiring:
     """What the host multiplies the product by: Gemma's embedding is sqrt(d_model) times its table."""
     x: Tap = field(default_factory=lambda: Tap(""))
     y: Tap = field(default_factory=lambda: Tap(""))
+    patches: Patches | None = None
+    """For a convolution: from its images to the patches that its matrix reads."""
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
@@ -93,6 +96,8 @@ def read_weight(root: nn.Module, wiring: Wiring) -> Float[Tensor, "d_in d_out"]:
         matrix = tensor.permute(1, 0, 2).reshape(tensor.shape[1], -1)
     elif wiring.layout == "heads_out_in":
         matrix = tensor.reshape(-1, tensor.shape[-1])
+    elif wiring.layout == "kernel":
+        matrix = tensor.flatten(1).T
     else:
         matrix = tensor.T if wiring.layout == "out_in" else tensor
     matrix = take_columns(matrix, wiring.columns)
@@ -116,6 +121,8 @@ def stored_weight(root: nn.Module, wiring: Wiring, matrix: Float[Tensor, "d_in d
         return matrix.reshape(d_model, heads, d_head).permute(1, 0, 2).contiguous()
     if wiring.layout == "heads_out_in":
         return matrix.reshape(old.shape)
+    if wiring.layout == "kernel":
+        return matrix.T.reshape(old.shape).contiguous()
     full = (old.T if wiring.layout == "out_in" else old).clone()
     put_columns(full, wiring.columns, matrix)
     return full.T.contiguous() if wiring.layout == "out_in" else full

@@ -1,4 +1,4 @@
-"""The published toy results of SPD and L3D: for each name its target, its settings, and what is expected of it.
+"""The published toy results of SPD and L3D, and L3D on digits: for each name its target, its settings, and what is expected.
 
 Expected figures are those of "Stochastic Parameter Decomposition" (arXiv 2506.20790), table 1 and section 3, and of "Local Loss
 Landscape Decomposition" (arXiv 2504.00194), section 4.
@@ -13,7 +13,7 @@ from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.spd import SPD
-from tl_paramdecomp.toy_models import CircuitsConfig, InductionConfig, ResidMLPConfig, TMSConfig
+from tl_paramdecomp.toy_models import CircuitsConfig, DigitsConfig, InductionConfig, ResidMLPConfig, TMSConfig
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,13 @@ RECIPES: Mapping[str, Recipe] = {
     "l3d-high-rank": _l3d(CircuitsConfig(n_inputs=30, n_hidden=10, group=5), 10, 1, 0.145),
     "l3d-squared": _l3d(
         CircuitsConfig("squared", n_inputs=5, n_hidden=10, hidden_layers=4), 5, 2, 0.32, steps=6000, warm_start=0.1
+    ),
+    "l3d-digits": Recipe(
+        target=DigitsConfig(),
+        sites=("*",),
+        method=L3D(n_subnetworks=100, rank=2, divergence="kl"),
+        steps=2000,
+        batch_size=128,
     ),
 }
 """By the name that `tl-paramdecomp reproduce` takes."""

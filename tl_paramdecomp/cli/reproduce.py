@@ -1,8 +1,8 @@
-"""`tl-paramdecomp reproduce`: the published toy results of SPD and L3D, from training the target to the figures.
+"""`tl-paramdecomp reproduce`: the toy results of SPD and L3D, from training the target to the figures.
 
 1. Train the target from the seed, and again from another where it lacks a mechanism (toy_models).
 2. Decompose it (`decompose`), with checkpoints: the same command goes on where it was stopped.
-3. Score it against the known mechanisms (analysis.toys), draw the papers' figures (report.toys).
+3. Score it against the known mechanisms (analysis.toys, or classes: analysis.l3d_digits), draw the figures (report).
 
     OUT/NAME/seed-0/target/        weights and how they came about
     OUT/NAME/seed-0/run/           metrics, checkpoint, decomposition
@@ -29,8 +29,10 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.analysis import toys
+from tl_paramdecomp.analysis.l3d_digits import chosen_subnetworks, class_purities, digit_scores
 from tl_paramdecomp.analysis.l3d_toys import toy_scores
 from tl_paramdecomp.analysis.metrics import sparsity
+from tl_paramdecomp.analysis.subnetworks import impacts
 from tl_paramdecomp.cli.recipes import RECIPES, Recipe
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import replace_text
@@ -40,15 +42,18 @@ from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.toy_models import (
     TMS,
     Circuits,
+    Digits,
     InductionRows,
     InductionTransformer,
     ResidMLP,
     SparseFeatures,
     Trained,
     fresh,
+    load_digits,
     load_target,
     save_target,
     train_circuits,
+    train_digits,
     train_induction,
     train_resid_mlp,
     train_tms,
@@ -61,6 +66,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "ResidMLPConfig": (ResidMLP, train_resid_mlp),
     "InductionConfig": (InductionTransformer, train_induction),
     "CircuitsConfig": (Circuits, train_circuits),
+    "DigitsConfig": (Digits, train_digits),
 }
 """What is built from a target's configuration, and what trains it."""
 SAMPLE, SAMPLE_SEED = 8192, 1_000_000
@@ -139,7 +145,7 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, talk: Console) -> dict[str
         "versions": made.info["versions"],
     }
     try:
-        draw(recipe, trained.model, made, folder)
+        draw(recipe, trained.model, made, folder, result)
     except MissingExtraError as error:
         talk.print(f"No figures: {error}", markup=False, highlight=False)
     replace_text(path, json.dumps({**result, "settings": settings}, indent=1))
@@ -161,6 +167,8 @@ def find_target(recipe: Recipe, seed: int, folder: Path, talk: Console) -> Train
 def score(recipe: Recipe, model: Any, made: Decomposition | SubnetworkDecomposition) -> dict[str, Any]:
     """All scores that a target of this kind has."""
     if isinstance(made, SubnetworkDecomposition):
+        if isinstance(model, Digits):
+            return digit_scores(model, made, *load_digits("held_out", model.config.held_out))
         return toy_scores(model, made, heldout_rows(recipe))
     sample = recipe.target.data(SAMPLE, SAMPLE_SEED)
     rows = sample(0)
@@ -197,7 +205,13 @@ def heldout_rows(recipe: Recipe) -> Any:
     return data_of(recipe, L3D_SAMPLE, SAMPLE_SEED)(0)
 
 
-def draw(recipe: Recipe, model: Any, made: Decomposition | SubnetworkDecomposition, folder: Path) -> None:
+def draw(
+    recipe: Recipe,
+    model: Any,
+    made: Decomposition | SubnetworkDecomposition,
+    folder: Path,
+    scores: Mapping[str, Any],
+) -> None:
     """The figures that a target of this kind has.
 
     Raises:
@@ -207,8 +221,17 @@ def draw(recipe: Recipe, model: Any, made: Decomposition | SubnetworkDecompositi
     from tl_paramdecomp.report.toys import importance_figure, neuron_figure, vector_figure
 
     if isinstance(made, SubnetworkDecomposition):
-        from tl_paramdecomp.report.l3d import coefficient_figure, effect_figure, subnetwork_figure
+        from tl_paramdecomp.report.l3d import coefficient_figure, effect_figure, image_figure, subnetwork_figure
 
+        if isinstance(model, Digits):
+            images, labels = load_digits("held_out", model.config.held_out)
+            impact = impacts(model, made, images)
+            pure, _ = class_purities(impact, labels)
+            chosen = chosen_subnetworks(impact, labels, scores["active"])
+            titles = {k: f"subnetwork {k}\n{pure[k].item():.0%} on {c}" for k, c in chosen.items()}
+            heading = "Each class's purest subnetwork: its share of impact there, its top held-out images, their classes in red"
+            save(image_figure(impact, images, labels, titles, heading), folder / "images.png")
+            return
         save(subnetwork_figure(model, made), folder / "subnetworks.png")
         save(effect_figure(model, made, heldout_rows(recipe)), folder / "effects.png")
         if isinstance(model, Circuits) and model.config.function == "linear" and model.config.group == 1:

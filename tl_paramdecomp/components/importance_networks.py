@@ -128,6 +128,7 @@ class _Global(nn.Module):
 
         Raises:
             SettingError: The input of a site is missing.
+            ShapeError: Sites have different numbers of positions, as convolutions do.
         """
         missing = [name for name in self.sizes if name not in inputs]
         if missing:
@@ -141,7 +142,14 @@ class _Global(nn.Module):
     def _read(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "... width"]:
         parts = [inputs[name] for name in self.sizes if name not in self.tables]
         looked_up = [embedding(inputs[name], self.rows[key]) for name, key in self.tables.items()]
-        leading = torch.broadcast_shapes(*(t.shape[:-1] for t in (*parts, *looked_up)))
+        shapes = [t.shape[:-1] for t in (*parts, *looked_up)]
+        try:
+            leading = torch.broadcast_shapes(*shapes)
+        except RuntimeError as error:
+            raise ShapeError(
+                "A global importance function reads the inputs of all sites position by position, but theirs are "
+                f"{', '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}; take ImportanceConfig('shared_mlp')."
+            ) from error
         out = self.b_in
         if parts:
             parts = [rms_normed(x.to(self.w_in.dtype), self.normalise).expand(*leading, -1) for x in parts]

@@ -5,7 +5,7 @@ Masks are m = g + (1 - g) r: what is important stays whole, the rest in any amou
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -163,10 +163,20 @@ def routed(masks: SiteMasks, routes: dict[str, Bool[Tensor, "..."]]) -> SiteMask
 
 
 def subset_routes(step: LossStep) -> dict[str, Bool[Tensor, "..."]]:
-    """At each position a number k of sites, uniform over 1 to all, and k sites chosen at random."""
+    """At each position a number k of sites, uniform over 1 to all, and k sites chosen at random.
+
+    For each row instead, where sites have other positions than one another, as convolutions of different resolutions do.
+    """
     names = list(step.importances)
     rows, device = step.rows_of(names[0]), step.device
+    alike = all(step.rows_of(name) == rows for name in names)
+    rows = rows if alike else rows[:1]
     noise = torch.rand((len(names), *rows), generator=step.generator, device=device)
     chosen = torch.randint(1, len(names) + 1, rows, generator=step.generator, device=device)
     ranks = noise.argsort(0).argsort(0)
-    return {name: ranks[i] < chosen for i, name in enumerate(names)}
+    routes = {name: ranks[i] < chosen for i, name in enumerate(names)}
+    return routes if alike else {name: _spread(route, step.rows_of(name)) for name, route in routes.items()}
+
+
+def _spread(route: Bool[Tensor, " batch"], rows: Sequence[int]) -> Bool[Tensor, "batch ..."]:
+    return route.view(-1, *[1] * (len(rows) - 1)).expand(*rows)

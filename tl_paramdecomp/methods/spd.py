@@ -306,6 +306,10 @@ def _default_count(site: WeightSite) -> int:
 
 
 def _l0(step: LossStep) -> Tensor:
-    """Active components over all sites, mean over scored positions."""
-    counts = torch.stack([(g.lower.detach() > ALIVE).sum(-1).float() for g in step.importances.values()]).sum(0)
-    return counts.mean() if step.scored is None else counts[step.scored].mean()
+    """Active components over all sites, each site's a mean over its scored positions."""
+    means = []
+    for importance in step.importances.values():
+        counts = (importance.lower.detach() > ALIVE).sum(-1).float()
+        scored = step.scored is not None and step.scored.shape == counts.shape
+        means.append(counts[step.scored].mean() if scored else counts.mean())
+    return torch.stack(means).sum()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.identity import composed
 from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.adapters.nnsight import NNsightAdapter
@@ -50,7 +51,10 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
             wiring = adapter.wirings[name]
             rows = matching_rows(x, y, wiring)
             _refuse_shared_rows(name, rows.y)
-            span = Span() if columns is None else columns.ending_with(rows.y)
+            if wiring.patches is not None:
+                span = patch_span(rows.y)
+            else:
+                span = Span() if columns is None else columns.ending_with(rows.y)
             new = fns[name](SiteCall(rows.x, rows.y, adapter.bias(name), span))
             y = host_output(new, y, wiring)
         envoy.output = y

@@ -1,9 +1,10 @@
-"""The pictures of Local Loss Landscape Decomposition's toys (arXiv 2504.00194, figures 4 to 9)."""
+"""The pictures of Local Loss Landscape Decomposition's toys (arXiv 2504.00194, figures 4 to 9), and of digits."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import site_weight
@@ -98,4 +99,39 @@ def effect_figure(model: Any, decomposition: SubnetworkDecomposition, rows: Floa
         panel.set_xlabel("moved by")
     for panel in panels[:, 0]:
         panel.set_ylabel("median change")
+    return made
+
+
+@figure
+def image_figure(
+    impacts: Float[Tensor, "images K"],
+    images: Float[Tensor, "images 1 height width"],
+    labels: Int[Tensor, " images"],
+    titles: Mapping[int, str],
+    heading: str,
+    top: int = 5,
+) -> "Figure":
+    """The images on which each of some subnetworks has the largest impact, one column for each subnetwork.
+
+    Args:
+        impacts: From `tlpd.impacts`.
+        images: The same rows, in [0, 1].
+        labels: Their classes, written into each image's corner.
+        titles: By subnetwork.
+        heading: Over all of them.
+        top: Images for each.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    made, panels = subplots(top, len(titles), (0.95 * len(titles) + 0.3, 0.9 * top + 0.8))
+    for column, (k, title) in enumerate(titles.items()):
+        chosen = impacts[:, k].topk(top).indices.tolist()
+        for row, n in enumerate(chosen):
+            panel = panels[row, column]
+            panel.imshow(images[n, 0].cpu().numpy(), cmap="Greys", vmin=0.0, vmax=1.0, interpolation="nearest")
+            panel.text(0.02, 0.97, str(labels[n].item()), transform=panel.transAxes, va="top", color="C3")
+            panel.axis("off")
+        panels[0, column].set_title(title, fontsize=7.5)
+    made.suptitle(heading)
     return made
