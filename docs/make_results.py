@@ -5,7 +5,8 @@ A test holds the page and the files together, so no figure on it is typed in.
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,12 @@ from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.cli.recipes import RECIPES
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from rendering import Row, origin, table  # noqa: E402
+from results_l3d import digits, language_model, subnetworks, sweeps, tasks  # noqa: E402
+
 RESULTS, PAGE, BELIEVE = HERE / "results", HERE / "results.md", HERE / "how_much_to_believe.md"
 MARKS = "<!-- controls: written by make_results.py -->", "<!-- end -->"
-
-Row = Sequence[object]
-
-
-def table(columns: Row, rows: Iterable[Row]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
-
-def origin(record: Mapping[str, Any]) -> str:
-    """Command, date and versions of a run."""
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    return f"```\n{record['command']}\n```\n\n{record['date']}; {versions}."
 
 
 def decomposition(record: Mapping[str, Any]) -> str:
@@ -227,71 +218,6 @@ MASKS = {
 }
 
 
-def subnetworks(record: Mapping[str, Any]) -> str:
-    """A toy of L3D: a row for each seed, and the published error."""
-    first = record["seeds"][0]
-    keys = [key for key in L3D_KEYS if key in first]
-    rows = [
-        (seed["seed"], *(f"{seed[key]:.3f}" if isinstance(seed[key], float) else seed[key] for key in keys))
-        for seed in record["seeds"]
-    ]
-    published = ("published", *(record["expected"].get(key, "") for key in keys))
-    text = f"{record['settings']['steps']} steps of {record['settings']['batch_size']} rows; the published code's variants."
-    return f"{origin(record)} {text}\n\n{table(('seed', *(L3D_KEYS[key] for key in keys)), [*rows, published])}"
-
-
-L3D_KEYS = {
-    "heldout_error": "held-out error",
-    "heldout_error_fixed_threshold": "with the learned threshold",
-    "bound": "truncated SVD",
-    "circuits_found": "circuits found",
-    "circuits": "of",
-    "purity": "purity, median",
-    "dead": "dead",
-    "cosine": "least cosine with the target's rows",
-    "row_cosine": "cosine with rows of A, median",
-    "pooled_r": "pooled r with A",
-    "moved_share": "share of change in one output, median",
-    "moved_outputs": "outputs moved",
-}
-
-
-DIGITS_KEYS = {
-    "accuracy": "network's accuracy",
-    "heldout_error": "held-out error",
-    "heldout_error_fixed_threshold": "with the learned threshold",
-    "bound": "truncated SVD",
-    "dead": "dead",
-    "purity": "purity, median",
-    "purity_shuffled": "the same, classes shuffled",
-    "purity_largest": "purity, largest",
-    "classes_owned": "classes",
-}
-DIGITS = (
-    "Purity: the share of a live subnetwork's impact on held-out images that falls on its own top class, of ten; classes: how "
-    "many are some subnetwork's top class. The paper's convolutional network is a mobilenet on CIFAR (error .23, 40 % of the "
-    "subnetworks dead). Network, images and settings are others here, so that its figures do not compare with these."
-)
-
-
-def digits(record: Mapping[str, Any]) -> str:
-    """L3D on the network that reads digits: a row for each seed."""
-    rows = []
-    for seed in record["seeds"]:
-        figures = (f"{seed[key]:.3f}" if isinstance(seed[key], float) else seed[key] for key in DIGITS_KEYS)
-        spread_of = " / ".join(f"{seed['p_act'][key]:.3f}" for key in ("least", "median", "most"))
-        rows.append((seed["seed"], *figures, spread_of))
-    settings = record["settings"]
-    method = settings["method"]
-    text = (
-        f"{settings['steps']} steps of {settings['batch_size']} images, {method['n_subnetworks']} subnetworks of rank "
-        f"{method['rank']} over all weights; {settings['target']['held_out']} held-out images."
-    )
-    columns = ("seed", *DIGITS_KEYS.values(), "active, of the live: least / median / most")
-    picture = f"![top images of ten subnetworks](results/images_{record['name']}.png)"
-    return "\n\n".join((f"{origin(record)} {text}", table(columns, rows), DIGITS, picture))
-
-
 def evaluated(record: Mapping[str, Any]) -> str:
     """The headline of an evaluation, its adversary by steps, and whether importance predicts effects."""
     found = Evaluation(**record["evaluation"])
@@ -417,6 +343,10 @@ SECTIONS = (
     ("evaluate_demo", "The demo's decomposition evaluated, with controls", evaluated),
     *((f"reproduce_{name}", f"L3D's toys: {title}", subnetworks) for name, title in L3D_TOYS),
     ("reproduce_l3d-digits", "L3D on a convolutional network that reads digits", digits),
+    ("l3d_sweeps", "L3D's toys: more subnetworks, other ranks", sweeps),
+    ("l3d_micro-gpt2", "L3D on micro-gpt2", language_model),
+    ("l3d_babyllama-tok105", "L3D on babyllama-tok105 (Llama, 936k parameters, characters)", language_model),
+    ("l3d_tasks", "L3D subnetworks that serve one task of micro-gpt2", tasks),
     ("benchmarks", "What patching costs", benchmarks),
     ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
     ("benchmarks_evaluate", "What an evaluation costs", benchmarks),

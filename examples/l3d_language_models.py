@@ -24,9 +24,9 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.methods.directions import random_directions, singular_directions
 
-HELD_OUT, INSPECTED = 1024, 96
+HELD_OUT, INSPECTED = 1024, 48
 """Rows for errors; rows for impacts, moves and top samples."""
-DELTAS = (0.3, 1.0, 3.0)
+DELTAS = (0.3, 3.0)
 LIVE = 0.01
 SHOWN, CONTEXTS = 8, 5
 

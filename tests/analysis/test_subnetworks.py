@@ -196,3 +196,22 @@ def test_a_model_without_positions():
     made = tlpd.decompose(model, "*", tlpd.L3D(n_subnetworks=3, divergence="mse"), rows, steps=0, progress=False)
     found = evaluate_subnetworks(model, made, rows)
     assert found.samples == 6 and impacts(model, made, rows).shape == (6, 3)
+
+
+@pytest.mark.parametrize("divergence", ["mse", "paper_code"])
+def test_impacts_of_other_divergences_are_those_of_backward_passes(divergence):
+    model = plain()
+    rows = torch.randn(6, 6, dtype=next(model.parameters()).dtype)
+    method = tlpd.L3D(n_subnetworks=3, divergence=divergence)
+    made = tlpd.decompose(model, "*", method, rows, steps=0, progress=False)
+    found = impacts(model, made, rows, references=4, seed=2)
+    generator, expected = torch.Generator().manual_seed(2), torch.zeros(6, 3, dtype=rows.dtype)
+    run = GradientPass(adapt(model), list(made.sites), rows)
+    output = run.output.detach()
+    for _ in range(4):
+        other = output[(torch.arange(6) + torch.randint(1, 6, (6,), generator=generator)) % 6]
+        leaf = output.clone().requires_grad_(True)
+        value = (leaf - other).square() if divergence == "mse" else leaf * (leaf - other)
+        (cotangent,) = torch.autograd.grad(value.mean(-1).sum(), leaf)
+        expected += made.encoder.inner(run.gradients(run.output, cotangent, keep=True)).detach().abs() / 4
+    assert (found - expected).abs().max() < 1e-10 * expected.max()

@@ -78,11 +78,14 @@ def impacts(
              device=kept.device)) % len(kept)
             for _ in range(references)
         ]  # fmt: skip
+        # the divergence's gradient is affine in the reference: one part of the product serves all of them
+        alone = output_gradient(flat, torch.zeros_like(flat), method.divergence)
+        share = 1.0 if method.divergence == "kl" else (2.0 if method.divergence == "mse" else 1.0) / flat.shape[-1]
         for k in range(decomposition.n_subnetworks):
             J = _derivative(adapter, decomposition.encoder, k, tokens, attention_mask).flatten(0, -2)[kept]
+            of_sample = (alone * J).sum(-1)
             for other in against:
-                cotangent = output_gradient(flat, values[other], method.divergence)
-                found[:, k] += (cotangent * J).sum(-1).abs() / references
+                found[:, k] += (of_sample - share * (values[other] * J).sum(-1)).abs() / references
         whole = found.new_zeros(scored.numel(), found.shape[1])
         whole[kept] = found
     return whole.view(*shape, -1)
