@@ -49,11 +49,17 @@ def main() -> None:
     model, rows, held_out = open_model(args.model, args.text, HELD_OUT)
     name = Path(args.model).name
     places = {"attention": f"blocks.{args.attention_block}.attn.W_*", "mlps": "blocks.*.mlp.*"}
+    path = args.out / f"{name}.json"
     found: dict = {**record(), "model": name, "settings": settings(args), "places": {}}
+    if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")))["settings"] == found["settings"]:
+        found["places"] = known["places"]
     for (place, sites), rank in zip(places.items(), args.rank, strict=True):
         entries = found["places"].setdefault(place, {"sites": sites, "rank": rank, "dictionaries": []})
         for n in args.subnetworks:
-            method = tlpd.L3D(n_subnetworks=n, rank=rank, lr=args.lr)
+            if any(one["n"] == n for one in entries["dictionaries"]):
+                continue
+            # many directions at once overshoot: all of them are active during the warm start
+            method = tlpd.L3D(n_subnetworks=n, rank=rank, lr=min(args.lr, 1.0 / n))
             made = tlpd.decompose(
                 model, sites, method, rows, args.steps, args.batch_size, args.seed,
                 args.out / name / f"{place}-{n}-{args.seed}", progress=args.progress, checkpoint_every=200,
@@ -71,7 +77,7 @@ def main() -> None:
             if middle:
                 entries["subnetworks"] = described(model, made, held_out[:INSPECTED], args)
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
             print(json.dumps(entries["dictionaries"][-3:], indent=1))
 
 

@@ -78,14 +78,14 @@ def main() -> None:
         "found": table(model, made, serving(model, made, validation, text), validation, test, text),
     }
     control = random_directions(made, args.seed)
-    picked = {task: [(i, float("nan"))] for i, task in enumerate(TASKS)}
+    picked = {task: [(i, None)] for i, task in enumerate(TASKS)}
     found["random"] = table(model, control, picked, validation, test, text)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "tasks.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
-def serving(model, made, asked, text, n: int = 2) -> dict[str, list[tuple[int, float]]]:
+def serving(model, made, asked, text, n: int = 2) -> dict[str, list[tuple[int, float | None]]]:
     """The subnetworks that stand out most on each task, with how far their share of the impacts is above that elsewhere."""
     shares = []
     for prompts in asked.values():
