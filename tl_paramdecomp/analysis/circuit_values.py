@@ -1,0 +1,170 @@
+"""A task's metric with some units of a decomposition kept and all others ablated, resampled or set against it.
+
+    y = W x + b - sum_c (1 - m_c) (h_c - a_c) U_c - (1 - d) (x - x V U ...)
+
+m_c is 1 inside the circuit; outside it is 0, or whatever a kind of masks makes it. a_c is what a removed component's activation
+becomes: 0 (its weight is gone), its mean, or that of the corrupt prompt. The bias always stays, and d, the delta component's
+mask, is the same everywhere.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.analysis.units import Units
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.masked_output import site_fn
+from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.sites import SiteCall
+
+Value = Literal["zero", "mean", "corrupt"]
+"""What an ablated component's activation becomes: 0, its mean over the task's clean prompts by position, or its activation on
+the corrupt prompt at that position."""
+
+
+@dataclass(frozen=True)
+class TaskRuns:
+    """Runs of a model on a task with its units masked."""
+
+    adapter: ModelAdapter
+    decomposition: Decomposition
+    units: Units
+    task: Any
+    metric: Callable[[Tensor, Any], Tensor]
+    delta: float = 1.0
+    baseline: Mapping[str, Float[Tensor, "*rows C"]] | None = None
+    """Activations that ablated components take; None: 0."""
+
+    def logits(self, keep: Float[Tensor, "*rows n"] | None = None) -> Float[Tensor, "prompts vocab"]:
+        """Logits at the answers' positions; `keep` is [n], [prompts, n] or [prompts, pos, n], None is the model itself."""
+        with contextlib.nullcontext() if keep is None else self._masked(keep):
+            output = self.adapter.forward(self.task.clean, self.task.attention_mask)
+        return self.task.at_answer(output)
+
+    def values(self, keep: Float[Tensor, "*rows n"] | None = None) -> Float[Tensor, " prompts"]:
+        """The metric of each prompt."""
+        return self.metric(self.logits(keep), self.task)
+
+    def mean(self, keep: Float[Tensor, "*rows n"] | None = None) -> float:
+        """The metric's mean over prompts, without gradients."""
+        with torch.no_grad():
+            return self.values(keep).mean().item()
+
+    @contextlib.contextmanager
+    def _masked(self, keep: Tensor) -> Iterator[None]:
+        if keep.ndim == 2:
+            keep = keep.unsqueeze(1)
+        dtype = next(iter(self.decomposition.values())).V.dtype
+        spread = self.units.spread(keep.to(dtype))
+        masks = self.decomposition.masks().replaced({name: (m, self.delta) for name, m in spread.items()})
+        fns = {}
+        for name, mask in masks.changed().items():
+            fn = site_fn(self.decomposition[name], mask)
+            if self.baseline is not None:
+                fn = functools.partial(_with_baseline, fn, self.decomposition[name], spread[name], self.baseline[name])
+            fns[name] = fn
+        with self.adapter.intercept(fns):
+            yield
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator["TaskRuns"]:
+        """Within this context nothing of the model or its components learns."""
+        with frozen(self.adapter.root), frozen(self.decomposition):
+            yield self
+
+
+def _with_baseline(fn, components, m: Tensor, baseline: Tensor, call: SiteCall) -> Tensor:
+    written = ((1.0 - m) * baseline) @ components.U
+    return fn(call) + written.to(call.y.dtype)
+
+
+def baseline_of(
+    adapter: ModelAdapter, decomposition: Decomposition, task: Any, value: Value
+) -> dict[str, Float[Tensor, "*rows C"]] | None:
+    """Activations that ablated components take.
+
+    Raises:
+        DataError: The task has no corrupt prompts.
+    """
+    if value == "zero":
+        return None
+    tokens = task.clean if value == "mean" else task.corrupt
+    if tokens is None:
+        raise DataError(f"The task {task.name} has no corrupt prompts, whose activations value='corrupt' takes.")
+    with torch.no_grad(), frozen(adapter.root):
+        inputs = adapter.capture(tokens, list(decomposition), task.attention_mask).inputs
+        acts = {name: decomposition[name].acts(x) for name, x in inputs.items()}
+    if value == "corrupt":
+        return acts
+    scored = torch.ones_like(tokens) if task.attention_mask is None else task.attention_mask
+    weight = (scored / scored.sum(0).clamp(min=1)).unsqueeze(-1)
+    return {name: (a * weight.to(a)).sum(0) if a.shape[0] == len(tokens) else a for name, a in acts.items()}
+
+
+# --- masks outside of a circuit --------------------------------------------------------------------------------------
+def stochastic_value(runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, draws: int = 4) -> float:
+    """Outside masks uniform in [0, 1], drawn anew for every unit, prompt and position; mean over draws."""
+    shape = (*runs.task.clean.shape, len(runs.units))
+    found = []
+    for _ in range(draws):
+        r = torch.rand(shape, generator=generator, device=inside.device, dtype=inside.dtype)
+        found.append(runs.mean(inside + (1.0 - inside) * r))
+    return sum(found) / draws
+
+
+def random_value(runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, draws: int = 4) -> float:
+    """Outside units kept or ablated by the toss of a coin, the same for all prompts; mean over draws."""
+    found = []
+    for _ in range(draws):
+        r = torch.rand(len(inside), generator=generator, device=inside.device) < 0.5
+        found.append(runs.mean(torch.maximum(inside, r.to(inside))))
+    return sum(found) / draws
+
+
+def adversarial_value(
+    runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, steps: int = 20, sign: float = 1.0
+) -> float:
+    """The worst mean that masks in [0, 1] outside the circuit can do, shared by all prompts and positions: sign descent in
+    steps of 2 / `steps` from random masks, the worst value met.
+
+    Args:
+        runs: The task's.
+        inside: 1 inside the circuit, 0 outside.
+        generator: Draws the start.
+        steps: Of the descent.
+        sign: 1 where a larger metric is better, -1 where a smaller one is.
+    """
+    source = torch.rand(len(inside), generator=generator, device=inside.device, dtype=inside.dtype)
+    worst = float("inf")
+    for i in range(steps + 1):
+        leaf = source.clone().requires_grad_(i < steps)
+        with torch.set_grad_enabled(i < steps):
+            value = sign * runs.values(inside + (1.0 - inside) * leaf).mean()
+        worst = min(worst, value.item())
+        if i < steps:
+            (gradient,) = torch.autograd.grad(value, leaf)
+            source = (source - min(1.0, 2.0 / steps) * gradient.sign()).clamp(0.0, 1.0)
+    return sign * worst
+
+
+def mask_gradients(runs: TaskRuns, steps: int = 8) -> Float[Tensor, " n"]:
+    """Each unit's share of the metric between everything ablated and the model: integrated gradients over one mask that all
+    units share, by the midpoint rule. They sum to m(model) - m(none) as steps grow.
+
+    After Sundararajan et al. 2017 (arXiv 1703.01365, section 3), with masks in place of inputs.
+    """
+    total = torch.zeros(len(runs.units), device=runs.adapter.device)
+    for i in range(steps):
+        keep = torch.full_like(total, (i + 0.5) / steps).requires_grad_(True)
+        with torch.enable_grad():
+            value = runs.values(keep).mean()
+        total += torch.autograd.grad(value, keep)[0] / steps
+    return total
