@@ -234,6 +234,7 @@ def test_induction_repeats_random_tokens_of_any_vocabulary(source: Any) -> None:
         first, second = row[:period], row[period:]
         assert len(row) == 2 * period - 1 and second == first[:-1] and answers == (first[-1],)
         assert corrupt[period:] == second and len({*first, *corrupt[:period]}) == 2 * period
+        assert grammar.split_of("induction", *map(str, first)) == "test"
         assert max(row) < vocabulary and (source != "bpe" or min(row) > 0)
     assert len({token for row in task.clean.tolist() for token in row}) > min(vocabulary, 200) / 2
 
@@ -257,6 +258,7 @@ def test_agreement_flips_the_number_of_the_subject() -> None:
         (swap,) = differing(task, i, made.decode)
         plural = swap[::-1] in pairs
         assert plural or swap in pairs
+        assert sum(word in swap for word in task.texts[i].split()) == 1, "the other noun is another one"
         right, wrong = ([made.decode([t]).strip() for t in of[i]] for of in (task.answers, task.wrong))
         assert right == (["are", "were", "have"] if plural else ["is", "was", "has"])
         assert wrong == (["is", "was", "has"] if plural else ["are", "were", "have"])
@@ -381,7 +383,9 @@ def test_micro_gpt2_has_its_own_prompts(name: str) -> None:
     assert "other" not in task.groups
     for text, group in zip(task.texts, task.groups):
         if name == "ioi":
-            assert group[:4] in ("ABBA", "BABA") and text.startswith(group[6:].split("{")[0])
+            names = [word for word in text.split() if word in grammar.NAMES]
+            assert group[:4] == ("BABA" if names[0] == names[2] else "ABBA")
+            assert text.startswith(group[6:].split("{")[0])
 
 
 @pytest.mark.parametrize("host", [*MICRO_HOSTS, "tokenizer"])
