@@ -278,6 +278,7 @@ def test_patches_that_are_open_count(host: str, site: str) -> None:
 @pytest.mark.parametrize("host", ["hooked", "bridge", "gpt2"])
 def test_a_users_hook_at_the_unembedding_counts(host: str) -> None:
     model, task = build(host), tiny_task()
+    answer_logits(model, task)  # how its passes may end is known before the hook comes
     module = model.lm_head if host == "gpt2" else model.unembed
     handle = module.register_forward_hook(lambda module, args, output: output * 2)
     try:
@@ -287,6 +288,14 @@ def test_a_users_hook_at_the_unembedding_counts(host: str) -> None:
     if host != "gpt2":
         with model.hooks([("unembed.hook_out", lambda tensor, hook: tensor * 2)]):
             assert (answer_logits(model, task) - one_by_one(model, task)).abs().max() < tolerance(model)
+
+
+def test_a_patched_unembedding_is_not_remembered_as_the_models_own() -> None:
+    model = build("gpt2")
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    answer_logits(model, tiny_task())
+    handle.remove()
+    assert adapt(model).splits_at_unembedding
 
 
 @pytest.mark.parametrize("host", models.GPT2_LIKE)

@@ -320,14 +320,17 @@ def _in_batches(
 @torch.no_grad()
 def _answer_logits(adapter: ModelAdapter, some: Task, corrupt: bool) -> Float[Tensor, "n vocab"]:
     tokens = some.corrupt if corrupt and some.corrupt is not None else some.clean
-    if not adapter.splits_at_unembedding or _unembedding_is_patched(adapter):
+    # patched first: whether passes may end early is tried out once, and would be remembered of the patched model
+    if _unembedding_is_patched(adapter) or not adapter.splits_at_unembedding:
         return some.at_answer(adapter.forward(tokens, some.attention_mask))
     return adapter.unembed(some.at_answer(adapter.hidden(tokens, some.attention_mask)))
 
 
 def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
     """Whether a function stands at the unembedding, ours or a user's hook: it would miss a pass that ends before."""
-    wiring = adapter.wirings[UNEMBEDDING]
+    wiring = adapter.wirings.get(UNEMBEDDING)
+    if wiring is None:
+        return False
     modules = {path: find_module(adapter.root, path) for path in (wiring.owner, wiring.x.path, wiring.y.path)}
     ours = any(behind(name) == UNEMBEDDING for found in adapter.interceptions for name in found.fns)
     return ours or any(part._forward_hooks or part._forward_pre_hooks for m in modules.values() for part in m.modules())
