@@ -17,6 +17,9 @@
     ├── NoImportanceError (ValueError)          a decomposition without a causal-importance function
     ├── SettingError (ValueError)               a hyperparameter or an argument that makes no sense
     ├── DataError (ValueError)                  training or evaluation data that cannot be used
+    ├── TaskError (ValueError)                  prompts, answers or a metric that make no task together
+    │   └── TokenizerTaskError                  a task that cannot be written with this tokenizer
+    ├── NormalisationError (ArithmeticError)    a division by a difference close to zero
     ├── DecompositionFileError (OSError)        a missing, broken or foreign file
     ├── MissingExtraError (ImportError)         an optional library that this needs is not installed
     └── DivergedError (ArithmeticError)         a loss that is no longer a number
@@ -91,6 +94,18 @@ class SettingError(TLParamDecompError, ValueError):
 
 class DataError(TLParamDecompError, ValueError):
     """Data cannot be used as token rows."""
+
+
+class TaskError(TLParamDecompError, ValueError):
+    """Prompts, answers and metric do not make a task together."""
+
+
+class TokenizerTaskError(TaskError):
+    """A task cannot be written with this tokenizer."""
+
+
+class NormalisationError(TLParamDecompError, ArithmeticError):
+    """A value cannot be put between two others that are almost the same."""
 
 
 class DecompositionFileError(TLParamDecompError, OSError):

@@ -1,0 +1,340 @@
+"""How well a model does a task: metrics of the logits at the answering positions, and one way to score a model as it stands.
+
+Every metric gives one number per prompt and is computed in float32 at least. Logit difference: Wang et al., "Interpretability
+in the wild", arXiv 2211.00593; probability difference over sets: Hanna et al., "How does GPT-2 compute greater-than?",
+arXiv 2305.00586.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters.identity import behind
+from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
+from tl_paramdecomp.adapters.wiring import find_module
+from tl_paramdecomp.analysis.tasks import Task
+from tl_paramdecomp.errors import NormalisationError, SettingError, ShapeError, TaskError
+from tl_paramdecomp.sites import check_rows
+
+TaskMetric = Callable[[Float[Tensor, "n vocab"], Task], Float[Tensor, " n"]]
+"""From the logits at the answering positions to one number per prompt."""
+
+Value = TypeVar("Value", float, Tensor)
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Mean logit of the answers minus mean logit of the wrong tokens: no logsumexp, linear in the logits.
+
+    Raises:
+        TaskError: The task has no wrong tokens.
+    """
+
+    name: ClassVar[str] = "logit difference"
+    higher_is_better: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+
+    def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
+        logits = _wide(logits, task)
+        return _mean_at(logits, task.answers) - _mean_at(logits, _contrasts(self, task))
+
+
+@dataclass(frozen=True)
+class AnswerProbability:
+    """Probability that the next token is one of the answers: a sum over them."""
+
+    name: ClassVar[str] = "answer probability"
+    higher_is_better: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+
+    def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
+        return _log_probability(_wide(logits, task), task.answers).exp()
+
+
+@dataclass(frozen=True)
+class ProbabilityDifference:
+    """Probability of the answers minus probability of the wrong tokens, each summed: greater-than's own metric.
+
+    Raises:
+        TaskError: The task has no wrong tokens.
+    """
+
+    name: ClassVar[str] = "probability difference"
+    higher_is_better: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+
+    def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
+        logits = _wide(logits, task)
+        right, wrong = (_log_probability(logits, of).exp() for of in (task.answers, _contrasts(self, task)))
+        return right - wrong
+
+
+@dataclass(frozen=True)
+class AnswerRank:
+    """How many tokens have a larger logit than the best answer: 0 where an answer is first. Not differentiable."""
+
+    name: ClassVar[str] = "answer rank"
+    higher_is_better: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+
+    def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
+        logits = _wide(logits, task).detach()
+        values, real = _at(logits, task.answers)
+        best = values.masked_fill(~real, -math.inf).amax(1, keepdim=True)
+        return (logits > best).sum(1).to(logits.dtype).masked_fill(logits.isnan().any(1), math.nan)
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """Minus the log of the answers' summed probability, in nats."""
+
+    name: ClassVar[str] = "answer loss"
+    higher_is_better: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+
+    def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
+        return -_log_probability(_wide(logits, task), task.answers)
+
+
+@dataclass(frozen=True, eq=False)
+class KLToClean:
+    """KL(clean || run) of the next token, summed over the vocabulary, in nats.
+
+    Attributes:
+        clean_logits: Logits [n, vocab] of the model itself at the answering positions, one row for each prompt of the task
+            (`answer_logits(model, task)`); no gradient goes into them.
+    """
+
+    clean_logits: Float[Tensor, "n vocab"]
+
+    name: ClassVar[str] = "KL to clean"
+    higher_is_better: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+
+    def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
+        if logits.shape != self.clean_logits.shape:
+            raise ShapeError(
+                f"KLToClean holds logits {list(self.clean_logits.shape)} and is given {list(logits.shape)}; for some of the "
+                "prompts take metric.select(rows) along with task.select(rows)."
+            )
+        logits = _wide(logits, task)
+        log_p = torch.log_softmax(self.clean_logits.detach().to(logits), -1)
+        log_q = torch.log_softmax(logits, -1)
+        terms = log_p.exp() * (log_p - log_q)
+        return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1)  # what cannot come next costs nothing
+
+    def select(self, rows: Any) -> "KLToClean":
+        """The metric for some of the prompts."""
+        return KLToClean(self.clean_logits[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLoss:
+    """Cross entropy of next tokens for plain rows, in nats: from logits [batch, pos, vocab] to a mean per row.
+
+    Attributes:
+        tokens: Rows [batch, pos], or one that all rows of logits are of.
+        attention_mask: 1 where a position counts; a prediction counts where both its token and the next one do.
+
+    Raises:
+        DtypeError, ShapeError: These are not token rows of two positions or more, or the logits are of others.
+        TaskError: A row has no position that counts.
+    """
+
+    tokens: Int[Tensor, "rows pos"]
+    attention_mask: Int[Tensor, "rows pos"] | None = None
+
+    name: ClassVar[str] = "token loss"
+    higher_is_better: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_rows(self.tokens, self.attention_mask)
+        if self.tokens.shape[1] < 2:
+            raise ShapeError(f"A next token needs rows of two positions; given {list(self.tokens.shape)}.")
+        if not bool(self.counts.any(1).all()):
+            raise TaskError("A row has no two neighbouring positions that count, and so no next token to predict.")
+
+    @property
+    def counts(self) -> Bool[Tensor, "rows pos_1"]:
+        """Which predictions count: true at a position where it and the next one do."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.tokens[:, 1:], dtype=torch.bool)
+        mask = self.attention_mask.bool()
+        return mask[:, 1:] & mask[:, :-1]
+
+    def by_position(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos_1"]:
+        """Cross entropy of each next token, 0 where none counts."""
+        if logits.shape[1] != self.tokens.shape[1] or len(self.tokens) not in (1, len(logits)):
+            raise ShapeError(f"TokenLoss holds rows {list(self.tokens.shape)}; given logits {list(logits.shape)}.")
+        targets = self.tokens[:, 1:, None].to(logits.device).expand(len(logits), -1, -1)
+        losses = -torch.log_softmax(_at_least_float32(logits[:, :-1]), -1).gather(-1, targets).squeeze(-1)
+        return losses.masked_fill(~self.counts.to(logits.device), 0.0)
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        return self.by_position(logits).sum(1) / self.counts.to(logits.device).sum(1)
+
+
+def default_metric(task: Task) -> LogitDifference | ProbabilityDifference | AnswerProbability:
+    """The metric that a task is usually measured by; for each of them, higher is better.
+
+    `LogitDifference` where the task has wrong tokens; `ProbabilityDifference` for greater-than and wherever the sets
+    differ in size from prompt to prompt, as means over such sets are not alike; `AnswerProbability` without wrong tokens.
+    """
+    if not task.wrong:
+        return AnswerProbability()
+    sizes = {(len(answers), len(wrong)) for answers, wrong in zip(task.answers, task.wrong)}
+    return ProbabilityDifference() if task.name == "greater_than" or len(sizes) > 1 else LogitDifference()
+
+
+def metric_of_rows(metric: TaskMetric, rows: Any) -> TaskMetric:
+    """A metric for `task.select(rows)`: itself, unless it holds something for each prompt (then its own `select`)."""
+    select = getattr(metric, "select", None)
+    return metric if select is None else select(rows)
+
+
+def score(
+    model: Any, task: Task, metric: TaskMetric | None = None, *, batch_size: int = 64, corrupt: bool = False
+) -> Float[Tensor, " n"]:
+    """A metric for each prompt, of the model as it stands: patches that are open count.
+
+    Only the answering positions are unembedded, where the host allows that; the numbers are those of a full pass.
+
+    Args:
+        model: On any host.
+        task: Its prompts.
+        metric: None: `default_metric(task)`.
+        batch_size: Prompts in one pass.
+        corrupt: Run the corrupt prompts; answers and wrong tokens stay those of the clean ones.
+
+    Raises:
+        SettingError: The batch size is below 1.
+        TaskError: The task has no corrupt prompts, or the metric needs wrong tokens and there are none.
+    """
+    metric = default_metric(task) if metric is None else metric
+    values = []
+    for rows, logits in _in_batches(model, task, batch_size, corrupt):
+        values.append(metric_of_rows(metric, rows)(logits, task.select(rows)))
+    return torch.cat(values)
+
+
+def answer_logits(model: Any, task: Task, *, batch_size: int = 64, corrupt: bool = False) -> Float[Tensor, "n vocab"]:
+    """Logits at the answering positions, of the model as it stands; arguments and errors as `score`'s."""
+    return torch.cat([logits for _, logits in _in_batches(model, task, batch_size, corrupt)])
+
+
+def normalised_faithfulness(value: Value, full: float, none: float, tolerance: float = 1e-3) -> Value:
+    """Where a metric lies between a model with everything ablated and the full model: (value - none) / (full - none).
+
+    1 for the full model, 0 for none of it; beyond [0, 1] is possible. Means over prompts go in, not single prompts'.
+
+    Args:
+        value: The metric of a circuit, or several.
+        full: That of the full model.
+        none: That of the model with everything ablated, or corrupt.
+        tolerance: Smallest distance of `full` and `none`, as a part of the larger of them in size.
+
+    Raises:
+        NormalisationError: They are closer than that, or closer than 1e-6, or not finite; the message gives all three.
+    """
+    distance, size = abs(full - none), max(abs(full), abs(none))
+    if not math.isfinite(distance) or distance <= max(1e-6, tolerance * size):
+        raise NormalisationError(
+            f"The metric is {full:.6g} for the full model and {none:.6g} for none of it: too close to put "
+            f"{_shown(value)} between them. Report the raw numbers, or take prompts or a metric on which the two differ."
+        )
+    return (value - none) / (full - none)
+
+
+# --- logits at answers ------------------------------------------------------------------------------------------------
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _wide(logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, "n vocab"]:
+    """Logits in float32 at least, seen to be the task's."""
+    if logits.ndim != 2 or len(logits) != len(task):
+        raise ShapeError(
+            f"Task {task.name!r} has {len(task)} prompts; a metric takes their logits [n, vocab], not {list(logits.shape)}. "
+            "From logits of all positions: task.at_answer(logits)."
+        )
+    largest = max(max(of) for of in (*task.answers, *task.wrong))
+    if largest >= logits.shape[1]:
+        raise TaskError(
+            f"Task {task.name!r} names token {largest}, and the model has {logits.shape[1]}: it was made with another "
+            "tokenizer."
+        )
+    return _at_least_float32(logits)
+
+
+def _contrasts(metric: LogitDifference | ProbabilityDifference, task: Task) -> tuple[tuple[int, ...], ...]:
+    if not task.wrong:
+        raise TaskError(
+            f"The {metric.name} contrasts answers with wrong tokens, and task {task.name!r} has none; use AnswerProbability "
+            "or AnswerLoss, or give wrong tokens."
+        )
+    return task.wrong
+
+
+def _at(
+    logits: Float[Tensor, "n vocab"], ids: Sequence[tuple[int, ...]]
+) -> tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]:
+    """Logits of each prompt's tokens, filled up to the largest set, and which of them are real."""
+    width = max(map(len, ids))
+    index = torch.tensor([[*of, *[of[0]] * (width - len(of))] for of in ids], device=logits.device)
+    real = torch.tensor([[True] * len(of) + [False] * (width - len(of)) for of in ids], device=logits.device)
+    return logits.gather(1, index), real
+
+
+def _mean_at(logits: Float[Tensor, "n vocab"], ids: Sequence[tuple[int, ...]]) -> Float[Tensor, " n"]:
+    values, real = _at(logits, ids)
+    return values.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+
+
+def _log_probability(logits: Float[Tensor, "n vocab"], ids: Sequence[tuple[int, ...]]) -> Float[Tensor, " n"]:
+    """Log of the summed probability of each prompt's tokens."""
+    values, real = _at(logits, ids)
+    return values.masked_fill(~real, -math.inf).logsumexp(1) - logits.logsumexp(1)
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+def _in_batches(
+    model: Any, task: Task, batch_size: int, corrupt: bool
+) -> Iterator[tuple[slice, Float[Tensor, "some vocab"]]]:
+    if batch_size < 1:
+        raise SettingError(f"batch_size must be at least 1; given {batch_size}.")
+    if corrupt and task.corrupt is None:
+        raise TaskError(f"Task {task.name!r} has no corrupt prompts to score.")
+    adapter = adapt(model)
+    for start in range(0, len(task), batch_size):
+        rows = slice(start, start + batch_size)
+        yield rows, _answer_logits(adapter, task.select(rows).to(adapter.device), corrupt)
+
+
+@torch.no_grad()
+def _answer_logits(adapter: ModelAdapter, some: Task, corrupt: bool) -> Float[Tensor, "n vocab"]:
+    tokens = some.corrupt if corrupt and some.corrupt is not None else some.clean
+    # patched first: whether passes may end early is tried out once, and would be remembered of the patched model
+    if _unembedding_is_patched(adapter) or not adapter.splits_at_unembedding:
+        return some.at_answer(adapter.forward(tokens, some.attention_mask))
+    return adapter.unembed(some.at_answer(adapter.hidden(tokens, some.attention_mask)))
+
+
+def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
+    """Whether a function stands at the unembedding, ours or a user's hook: it would miss a pass that ends before."""
+    wiring = adapter.wirings.get(UNEMBEDDING)
+    if wiring is None:
+        return False
+    modules = {path: find_module(adapter.root, path) for path in (wiring.owner, wiring.x.path, wiring.y.path)}
+    ours = any(behind(name) == UNEMBEDDING for found in adapter.interceptions for name in found.fns)
+    return ours or any(part._forward_hooks or part._forward_pre_hooks for m in modules.values() for part in m.modules())
+
+
+def _shown(value: float | Tensor) -> str:
+    return f"{value:.6g}" if isinstance(value, float | int) else f"{value.numel()} values"

@@ -1,0 +1,402 @@
+"""A task: prompts that end right before the token that solves them, with right and wrong tokens and corrupt counterparts.
+
+The pairing of clean and corrupt prompts, token by token, is what activation patching and its gradient approximations work
+on (Zhang and Nanda, "Towards best practices of activation patching in language models", arXiv 2309.16042).
+"""
+
+import dataclasses
+import json
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from tl_paramdecomp.analysis.task_tokens import PromptTokenizer, prompt_tokenizer
+from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.errors import DecompositionFileError, DtypeError, ShapeError, TaskError, TokenizerTaskError
+from tl_paramdecomp.sites import check_rows
+
+FIELDS = ("clean", "answer", "corrupt", "wrong", "text", "group", "task")
+"""What a line of a task's file may hold; the first two are needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Prompts of one task. Everything is checked when it is made.
+
+    Raises:
+        DtypeError, ShapeError: Prompts are no token rows, or those that belong together differ in shape.
+        TaskError: Answers are missing, contradict the wrong tokens or are no token ids, or padding is not on the right.
+    """
+
+    name: str
+    clean: Int[Tensor, "n pos"]
+    """Prompts, padded on the right to one length."""
+    corrupt: Int[Tensor, "n pos"] | None
+    """The same task asked of other content, aligned token by token with `clean`."""
+    attention_mask: Int[Tensor, "n pos"] | None
+    """1 at tokens, 0 at padding; of clean and corrupt alike. None where no prompt is padded."""
+    answers: tuple[tuple[int, ...], ...]
+    """Right next tokens of each prompt."""
+    wrong: tuple[tuple[int, ...], ...] = ()
+    """Tokens to contrast them with, for every prompt; () where the task has none."""
+    texts: tuple[str, ...] = ()
+    """The clean prompts, for people."""
+    groups: tuple[str, ...] = ()
+    """Template of each prompt, to give results as a spread over them."""
+
+    def __post_init__(self) -> None:
+        _check_rows_of(self.name, self.clean, self.corrupt, self.attention_mask)
+        _check_answers_of(self)
+        for what, listed in (("texts", self.texts), ("groups", self.groups)):
+            if len(listed) not in (0, len(self)):
+                raise TaskError(
+                    f"Task {self.name!r} has {len(self)} prompts and {len(listed)} {what}; give one for each."
+                )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        name: str,
+        clean: Any,
+        answers: Sequence[Any],
+        wrong: Sequence[Any] | None = None,
+        corrupt: Any = None,
+        *,
+        attention_mask: Any = None,
+        texts: Sequence[str] = (),
+        groups: Sequence[str] = (),
+        pad_token: int = 0,
+    ) -> "Task":
+        """A task from token ids.
+
+        Args:
+            name: Its name in results.
+            clean: Prompts: a tensor [n, pos], or a list of rows (lists or tensors) that may differ in length.
+            answers: Right next tokens of each prompt: a token, or several.
+            wrong: Tokens to contrast them with, likewise; None: none.
+            corrupt: A counterpart of each prompt, of the same length; None: none.
+            attention_mask: [n, pos], 1 at tokens and 0 at padding on the right, for a tensor of padded prompts.
+            texts: The prompts, for people.
+            groups: The template of each prompt.
+            pad_token: Token that stands at padding; a causal model never sees it.
+
+        Raises:
+            DtypeError, ShapeError: Prompts are no token rows, or those that belong together differ in shape.
+            TaskError: A prompt and its counterpart differ in length, or as `Task`.
+        """
+        rows, mask = _padded(name, clean, pad_token)
+        if attention_mask is not None:
+            if mask is not None:
+                raise TaskError(f"Task {name!r}: rows of different lengths are padded here; leave attention_mask out.")
+            check_rows(rows, attention_mask)
+            mask = None if bool(attention_mask.bool().all()) else attention_mask.long()
+        others = None
+        if corrupt is not None:
+            _check_lengths(name, clean, corrupt)
+            others, _ = _padded(name, corrupt, pad_token)
+        _check_rows_of(name, rows, others, mask)
+        some = None if wrong is None else tuple(_ids(name, "wrong tokens", of) for of in wrong)
+        return cls(
+            name=name,
+            clean=rows,
+            corrupt=others,
+            attention_mask=mask,
+            answers=tuple(_ids(name, "answers", of) for of in answers),
+            wrong=() if some is None or not any(some) else some,
+            texts=tuple(texts),
+            groups=tuple(groups),
+        )
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def last(self) -> Int[Tensor, " n"]:
+        """Position of each prompt whose logits answer: its last token's."""
+        if self.attention_mask is None:
+            return torch.full((len(self),), self.clean.shape[1] - 1, device=self.clean.device)
+        return self.attention_mask.sum(1) - 1
+
+    def at_answer(self, rows: Float[Tensor, "n pos width"]) -> Float[Tensor, "n width"]:
+        """What stands at the answering positions, of logits or other values [n, pos, width].
+
+        Raises:
+            ShapeError: These are not the task's rows.
+        """
+        if rows.shape[:2] != self.clean.shape:
+            raise ShapeError(
+                f"Task {self.name!r} has prompts {list(self.clean.shape)}; given values {list(rows.shape)}. For some of the "
+                "prompts: task.select(rows).at_answer(...)."
+            )
+        return rows[torch.arange(len(self), device=rows.device), self.last.to(rows.device)]
+
+    def select(self, rows: Any) -> "Task":
+        """Some of the prompts, at their positions: the padded length stays.
+
+        Args:
+            rows: A slice, a list of indices, or a tensor of indices or booleans.
+
+        Raises:
+            TaskError: No prompt is left, or there is no such prompt.
+        """
+        everything = torch.arange(len(self))
+        try:
+            index = everything[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()].reshape(-1)
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise TaskError(
+                f"Task {self.name!r} has {len(self)} prompts; {rows!r} selects none of them ({error})."
+            ) from error
+        places = index.tolist()
+        if not places:
+            raise TaskError(f"{rows!r} selects no prompt of task {self.name!r}, which has {len(self)}.")
+        index = index.to(self.clean.device)
+        mask = None if self.attention_mask is None else self.attention_mask[index]
+        return dataclasses.replace(
+            self,
+            clean=self.clean[index],
+            corrupt=None if self.corrupt is None else self.corrupt[index],
+            attention_mask=None if mask is None or bool(mask.bool().all()) else mask,
+            **{
+                field: tuple(getattr(self, field)[i] for i in places) if getattr(self, field) else ()
+                for field in ("answers", "wrong", "texts", "groups")
+            },
+        )
+
+    def to(self, device: torch.device | str) -> "Task":
+        """The task with its tensors on a device."""
+        moved = {
+            field: None if (tensor := getattr(self, field)) is None else tensor.to(device)
+            for field in ("clean", "corrupt", "attention_mask")
+        }
+        return dataclasses.replace(self, **moved)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON lines of token ids, one for each prompt, that `load_task` reads back; whole or not at all.
+
+        Raises:
+            DecompositionFileError: It cannot be written there.
+        """
+        path, lengths = Path(path), (self.last + 1).tolist()
+        lines = []
+        for i, length in enumerate(lengths):
+            line: dict[str, Any] = {"task": self.name, "clean": self.clean[i, :length].tolist()}
+            if self.corrupt is not None:
+                line["corrupt"] = self.corrupt[i, :length].tolist()
+            line["answer"] = list(self.answers[i])
+            for field, of in (("wrong", self.wrong), ("text", self.texts), ("group", self.groups)):
+                if of:
+                    line[field] = list(of[i]) if field == "wrong" else of[i]
+            lines.append(json.dumps(line, ensure_ascii=False))
+        replace_text(path, "\n".join(lines) + "\n")
+        return path
+
+
+def load_task(
+    path: str | Path, tokenizer_or_model: Any = None, *, name: str | None = None, prepend_bos: bool | None = None
+) -> Task:
+    """A task from a file of JSON lines.
+
+    A line is `{"clean": ..., "corrupt": ..., "answer": ..., "wrong": ...}`, of which "corrupt" and "wrong" may be left out,
+    and perhaps "text", "group" and "task" (its name). Prompts are texts, or lists of token ids, which are taken as they
+    are. Answers and wrong tokens are a text or a token id, or a list of them; a text is what follows the prompt letter by
+    letter, so that for most tokenizers it begins with a space (" John"), and it must add exactly one token.
+
+    Args:
+        path: The file.
+        tokenizer_or_model: What tokenises: a tokenizer, a model that holds one, or "micro-gpt2". None where the file holds
+            token ids alone.
+        name: The task's name; None: the file's "task", or the file's own name.
+        prepend_bos: Whether texts get the beginning-of-sequence token in front. None: as HookedTransformer's and
+            TransformerBridge's `cfg.default_prepend_bos` says, always for micro-gpt2, and otherwise where the tokenizer
+            itself puts it there.
+
+    Raises:
+        DecompositionFileError: There is no such file.
+        TaskError: The file is empty or no JSON lines, a field is missing or unknown, a prompt and its counterpart differ in
+            length, or only some of the lines have a counterpart or wrong tokens.
+        TokenizerTaskError: An answer is not one token, or the tokenizer cannot write a text.
+        SettingError: `tokenizer_or_model` is neither.
+    """
+    path = Path(path)
+    lines = _read_lines(path)
+    writer = None if tokenizer_or_model is None else prompt_tokenizer(tokenizer_or_model, prepend_bos)
+    for field in ("corrupt", "wrong", "text", "group"):
+        having = [where for where, line in lines if field in line]
+        if 0 < len(having) < len(lines):
+            missing = next(where for where, line in lines if field not in line)
+            raise TaskError(f"{missing} has no {field!r}, and {having[0]} has; give it on every line or on none.")
+    fields = lines[0][1]
+    named = {line["task"] for _, line in lines if "task" in line}
+    if name is None and len(named) > 1:
+        raise TaskError(
+            f"{path} holds lines of several tasks ({', '.join(sorted(map(str, named)))}); load_task(name=...)."
+        )
+    clean = [_prompt(writer, where, line["clean"]) for where, line in lines]
+    texts = [line.get("text", line["clean"]) for _, line in lines]
+    return Task.from_tokens(
+        name or (str(named.pop()) if named else path.stem),
+        clean,
+        [_next_tokens(writer, where, line, "answer") for where, line in lines],
+        [_next_tokens(writer, where, line, "wrong") for where, line in lines] if "wrong" in fields else None,
+        [_prompt(writer, where, line["corrupt"]) for where, line in lines] if "corrupt" in fields else None,
+        texts=[str(text) for text in texts] if all(isinstance(text, str) for text in texts) else (),
+        groups=[str(line["group"]) for _, line in lines] if "group" in fields else (),
+    )
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+def _check_rows_of(name: str, clean: Any, corrupt: Any, mask: Any) -> None:
+    check_rows(clean, mask)
+    for what, rows in (("clean", clean), ("corrupt", corrupt)):
+        if rows is None:
+            continue
+        if rows.is_floating_point() or rows.dtype == torch.bool:
+            raise DtypeError(f"Task {name!r}: {what} prompts are token ids (integers); given {rows.dtype}.")
+        if rows.shape != clean.shape:
+            raise ShapeError(
+                f"Task {name!r}: clean and corrupt prompts are aligned token by token; given {list(clean.shape)} "
+                f"and {list(rows.shape)}."
+            )
+        if rows.numel() == 0:
+            raise TaskError(f"Task {name!r} has no prompts, or empty ones ({list(rows.shape)}).")
+        if int(rows.min()) < 0:
+            raise TaskError(f"Task {name!r}: {what} prompts hold {int(rows.min())}, which is no token id.")
+    if mask is not None and not bool(mask[:, 0].eq(1).all() & mask.ge(0).all() & (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise TaskError(
+            f"Task {name!r}: prompts are padded on the right, so that a row of the attention mask is ones and then "
+            "zeros. Give rows of different lengths to Task.from_tokens, which pads them."
+        )
+
+
+def _check_answers_of(task: Task) -> None:
+    if len(task.answers) != len(task) or len(task.wrong) not in (0, len(task)):
+        raise TaskError(
+            f"Task {task.name!r} has {len(task)} prompts, {len(task.answers)} sets of answers and {len(task.wrong)} of wrong "
+            "tokens; give one set for each prompt (wrong ones may be left out for all)."
+        )
+    for i, answers in enumerate(task.answers):
+        wrong = task.wrong[i] if task.wrong else ()
+        if not answers:
+            raise TaskError(f"Prompt {i} of task {task.name!r} has no answer.")
+        if task.wrong and not wrong:
+            raise TaskError(
+                f"Prompt {i} of task {task.name!r} has no wrong tokens, and others have; give all some or none."
+            )
+        if min(answers + wrong) < 0:
+            raise TaskError(f"Prompt {i} of task {task.name!r}: {min(answers + wrong)} is no token id.")
+        if len(set(answers + wrong)) != len(answers + wrong):
+            raise TaskError(
+                f"Prompt {i} of task {task.name!r} names a token twice among its answers {list(answers)[:8]} and wrong tokens "
+                f"{list(wrong)[:8]}."
+            )
+
+
+def _check_lengths(name: str, clean: Any, corrupt: Any) -> None:
+    if isinstance(clean, Tensor) and isinstance(corrupt, Tensor):
+        return
+    if len(clean) != len(corrupt):
+        raise TaskError(f"Task {name!r}: {len(clean)} clean prompts and {len(corrupt)} corrupt ones.")
+    for i, (one, other) in enumerate(zip(clean, corrupt)):
+        if len(one) != len(other):
+            raise TaskError(
+                f"Task {name!r}, prompt {i}: {len(one)} tokens clean and {len(other)} corrupt. They must be aligned token by "
+                "token: choose words of as many tokens."
+            )
+
+
+def _padded(name: str, rows: Any, pad_token: int) -> tuple[Shaped[Tensor, "..."], Int[Tensor, "n pos"] | None]:
+    """Rows as one tensor, and a mask where they differ in length."""
+    if isinstance(rows, Tensor):
+        return rows, None
+    made = [torch.as_tensor(row) for row in rows]
+    if not made or any(row.ndim != 1 or row.numel() == 0 for row in made):
+        raise TaskError(f"Task {name!r} needs prompts, each a row of at least one token id; given {len(made)} rows.")
+    if any(row.is_floating_point() or row.dtype == torch.bool for row in made):
+        raise DtypeError(f"Task {name!r}: prompts are token ids (integers).")
+    made = [row.long() for row in made]
+    padded = torch.nn.utils.rnn.pad_sequence(made, batch_first=True, padding_value=pad_token)
+    lengths = torch.tensor([len(row) for row in made], device=padded.device)
+    if bool((lengths == padded.shape[1]).all()):
+        return padded, None
+    return padded, (torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]).long()
+
+
+def _ids(name: str, what: str, given: Any) -> tuple[int, ...]:
+    several = given.reshape(-1).tolist() if isinstance(given, Tensor) else given
+    if not isinstance(several, Iterable):
+        several = (several,)
+    try:
+        return tuple(operator.index(token) for token in several)
+    except TypeError as error:
+        raise TaskError(f"Task {name!r}: {what} are token ids, or several of them; given {given!r}.") from error
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines that are not blank, each with where it is."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DecompositionFileError(f"{path} cannot be read as a task's JSON lines ({error}).") from error
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name}, line {number}"
+        try:
+            read = json.loads(line)
+        except ValueError as error:
+            raise TaskError(
+                f"{where} is not JSON ({error}); a task's file holds one JSON object on each line."
+            ) from error
+        if not isinstance(read, dict):
+            raise TaskError(f"{where} is no JSON object with the fields {', '.join(FIELDS)}.")
+        unknown, missing = sorted(set(read) - set(FIELDS)), [f for f in FIELDS[:2] if f not in read]
+        if unknown or missing:
+            raise TaskError(
+                f"{where} {f'lacks {missing}' if missing else f'has unknown fields {unknown}'}; a line holds "
+                f"{', '.join(FIELDS[:2])} and perhaps {', '.join(FIELDS[2:])}."
+            )
+        lines.append((where, read))
+    if not lines:
+        raise TaskError(f"{path} is empty; give one line of JSON for each prompt, with 'clean' and 'answer'.")
+    return lines
+
+
+def _prompt(writer: PromptTokenizer | None, where: str, given: Any) -> tuple[int, ...]:
+    if isinstance(given, str):
+        if writer is None:
+            raise TaskError(f"{where} holds text; give load_task a tokenizer or a model that has one.")
+        return writer.start + writer.encode(given)
+    if isinstance(given, list) and given and all(type(token) is int for token in given):
+        return tuple(given)
+    raise TaskError(f"{where}: a prompt is a text or a list of token ids; given {given!r}.")
+
+
+def _next_tokens(writer: PromptTokenizer | None, where: str, line: dict[str, Any], field: str) -> tuple[int, ...]:
+    given = line[field]
+    tokens = []
+    for one in given if isinstance(given, list) else [given]:
+        if type(one) is int:
+            tokens.append(one)
+            continue
+        if not isinstance(one, str) or not isinstance(line["clean"], str):
+            raise TaskError(f"{where}: {field!r} is a text behind a text, or a token id, or a list; given {given!r}.")
+        if writer is None:
+            raise TaskError(f"{where} holds text; give load_task a tokenizer or a model that has one.")
+        token = writer.next_token(line["clean"], one)
+        if token is None:
+            added = writer.added(line["clean"], one)
+            found = "changes the prompt's last token" if added is None else f"adds {len(added)} tokens"
+            raise TokenizerTaskError(
+                f"{where}: {field} {one!r} {found}, and must add one. It is taken as it stands behind the prompt: begin it "
+                f"with a space (' John') where the tokenizer's words have one, or choose a word of one token."
+            )
+        tokens.append(token)
+    return tuple(tokens)
