@@ -179,6 +179,8 @@ def sweep(
     base, source = (runs.corrupt, runs.clean) if direction == "denoising" else (runs.clean, runs.corrupt)
     assert base is not None
     each = positions == "each" if isinstance(positions, str) else False
+    if each and base.is_floating_point():
+        raise ShapeError(f"These inputs {list(base.shape)} have no position axis; leave positions out.")
     where = None if each else parse_positions(positions)
     values = _Values(put, base, runs.attention_mask, where, by_head, means, seed)
     made = {
