@@ -15,14 +15,17 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
-from tl_paramdecomp.patching.claims import claimed
+from tl_paramdecomp.patching.act_patches import ActPatches, edit_claims, edit_fns, site_edits
+from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.hooks import claims_of, site_masks
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SiteCall, Span
+from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
 
-def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
+def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatches) -> None:
     """Patch components from within `model.trace(...)`, `tracer.invoke(...)`, `model.edit(...)` or `tracer.iter[...]`.
+
+    Give masks, as `patched` takes, or patches of activations, as `patched_acts` takes.
 
     It visits the changed sites in forward order, so call it before reading anything that comes after the first of them.
     In an invoke it reaches that invoke's rows only. In generation it reaches the step it is called in; call it under
@@ -38,11 +41,11 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
         raise UnsupportedModelError(
             f"patch_trace is for nnsight models; on this {adapter.host} model use patched(...)."
         )
-    changed = site_masks(decomposition, masks)
-    columns = _columns(model) if any(mask.by_position for mask in changed.values()) else None
-    with claimed(adapter.root, claims_of(decomposition, changed)):
+    planned = _planned(decomposition, masks)
+    columns = _columns(model) if planned.by_position else None
+    with claimed(adapter.root, planned.claims):
         pass  # a context around the trace may patch the same sites
-    fns = composed({name: site_fn(decomposition[name], mask) for name, mask in changed.items()}, adapter.weight)
+    fns = composed(planned.fns, adapter.weight)
     in_order = [name for name in adapter.wirings if name in fns]
     for owner, names in itertools.groupby(in_order, key=lambda name: adapter.wirings[name].owner):
         envoy = adapter.envoy(owner)
@@ -58,6 +61,24 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks) -> None:
             new = fns[name](SiteCall(rows.x, rows.y, adapter.bias(name), span))
             y = host_output(new, y, wiring)
         envoy.output = y
+
+
+class _Planned(NamedTuple):
+    """What is to run at which sites."""
+
+    fns: dict[str, SiteFn]
+    claims: dict[str, Claim]
+    by_position: bool
+
+
+def _planned(decomposition: Decomposition, given: Masks | ActPatches) -> _Planned:
+    if isinstance(given, ActPatches):
+        made = site_edits(decomposition, given)
+        by_position = any(edits.by_position for edits in made.values())
+        return _Planned(edit_fns(decomposition, made), edit_claims(decomposition, made), by_position)
+    masks = site_masks(decomposition, given)
+    fns: dict[str, SiteFn] = {name: site_fn(decomposition[name], mask) for name, mask in masks.items()}
+    return _Planned(fns, claims_of(decomposition, masks), any(mask.by_position for mask in masks.values()))
 
 
 class _Columns(NamedTuple):
