@@ -57,7 +57,9 @@ def _open(
     x = first_argument(args, kwargs)
     if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape == output.shape):
         if hold:
-            raise UnsupportedModelError(f"{path} ({type(module).__name__}) is no map of rows whose denominator can be held.")
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}) is no map of rows whose denominator can be held."
+            )
         return output
     gain, bias = _affine(module, x.shape[-1])
     leaf = torch.zeros_like(output).requires_grad_(True)

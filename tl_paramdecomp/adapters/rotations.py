@@ -19,7 +19,21 @@ from tl_paramdecomp.errors import UnsupportedModelError
 
 Rotation = Callable[[Float[Tensor, "batch pos *terms d_head"]], Float[Tensor, "batch pos *terms d_head"]]
 
-QK_NORMS = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "q_ln", "k_ln", "qk_norm"})
+QK_NORMS = frozenset(
+    {
+        "q_norm",
+        "k_norm",
+        "q_layernorm",
+        "k_layernorm",
+        "query_norm",
+        "key_norm",
+        "q_ln",
+        "k_ln",
+        "qk_norm",
+        "query_layernorm",
+    }
+)
+"""Names of modules that normalise queries or keys inside an attention."""
 SOFT_CAPS = ("attn_logit_softcapping", "attn_scores_soft_cap")
 
 
@@ -29,7 +43,7 @@ def refuse_unknown_scores(root: nn.Module, block: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Queries and keys are normalised, scores are capped, or biased by distance.
     """
-    config = getattr(getattr(root, "original_model", root), "config", None)
+    config: Any = getattr(getattr(root, "original_model", root), "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     configs = [c for c in (getattr(root, "cfg", None), text) if c is not None]
     norms = sorted({p.rpartition(".")[2] for p, _ in block.named_modules()} & QK_NORMS)
@@ -98,6 +112,7 @@ def rotations(
             continue
         found["halves"] = functools.partial(_halves, cosines, sines)
         found["neighbours"] = functools.partial(_neighbours, cosines[..., : n // 2], sines[..., : n // 2])
+        found["neighbours, angles repeated"] = functools.partial(_neighbours, cosines[..., ::2], sines[..., ::2])
         if 2 * n <= d_head:
             found["neighbours, one angle each"] = functools.partial(_neighbours, cosines, sines)
         break

@@ -12,16 +12,19 @@ Rager, Conmy 2023, arXiv 2310.10348), for paths EAP-IG (Hanna, Pezzelle, Belinko
 components in the place of activations. The delta component, and with gradients biases and embeddings, are attributed too.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.norm_scales import opened_norms
+from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
 from tl_paramdecomp.analysis.attributions import Attribution, Direction
 from tl_paramdecomp.analysis.single_ablations import Ablations, ablated_effects
 from tl_paramdecomp.analysis.site_writes import (
@@ -57,6 +60,8 @@ def attribute(
     sites: SitePattern | None = None,
     positions: PositionsLike = None,
     by_position: bool = True,
+    frozen_norms: bool = False,
+    frozen_patterns: bool = False,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     rows_at_once: int = 64,
     progress: bool = True,
@@ -84,26 +89,32 @@ def attribute(
         sites: Globs or a predicate over the decomposition's sites; None for all.
         positions: Columns to attribute; None for all.
         by_position: False sums over these positions (`ablation` ablates a component at all of them at once).
+        frozen_norms: Take gradients with the denominators of LayerNorm and RMSNorm held; not for `ablation`.
+        frozen_patterns: Take gradients with attention patterns held; not for `ablation`.
         attention_mask: 1 where a position counts; attributions at the others are 0.
         rows_at_once: Rows of one batch of `ablation`.
         progress: Show a progress bar, for `ablation`.
 
     Raises:
         SettingError: No such method, direction or path; `integrated` without corrupt rows, `denoising` without them; steps
-            below 1; a metric without a gradient where one is needed.
+            below 1; a metric without a gradient where one is needed, or not finite; something frozen for `ablation`.
+        UnsupportedModelError: No embedding for a path to start from, or a normalisation that cannot be held.
         NoMatchingSiteError: `sites` selects none.
         ShapeError, DtypeError, PositionIndexError: Rows, mask, positions or the metric's values do not fit.
         TargetMismatchError, DeviceError: As `patched`.
     """
     prompts = prompts_of(tokens, metric, corrupt, attention_mask)
     _check(method, direction, path, steps, rows_at_once, prompts)
+    if method == "ablation" and (frozen_norms or frozen_patterns):
+        raise SettingError("Ablations run the model as it is; frozen_norms and frozen_patterns are for gradients.")
     adapter, names = checked_adapter(model, decomposition), chosen_sites(decomposition, sites)
     columns = _columns(positions, prompts.clean)
     if prompts.corrupt is None:
         towards: Direction = "removal"
     else:
         towards = "corrupt to clean" if method == "integrated" else direction
-    run = _Run(adapter, decomposition, names, prompts, towards, columns, by_position)
+    frozen = _Frozen(frozen_norms, frozen_patterns)
+    run = _Run(adapter, decomposition, names, prompts, towards, columns, by_position, frozen)
     if method == "gradient":
         return run.by_gradient()
     if method == "integrated":
@@ -138,6 +149,23 @@ def _columns(positions: Any, rows: Tensor) -> list[int]:
     return chosen.nonzero().flatten().tolist()
 
 
+class _Frozen(NamedTuple):
+    """What is held while gradients are taken."""
+
+    norms: bool
+    patterns: bool
+
+    @contextlib.contextmanager
+    def in_(self, root: nn.Module) -> Iterator[None]:
+        """Hold it in the passes inside."""
+        with contextlib.ExitStack() as stack:
+            if self.norms:
+                stack.enter_context(opened_norms(root, hold=True))
+            if self.patterns:
+                stack.enter_context(attention_softmaxes(root, hold=True))
+            yield
+
+
 class _Run:
     """One call of `attribute`."""
 
@@ -150,10 +178,11 @@ class _Run:
         direction: Direction,
         columns: Sequence[int],
         by_position: bool,
+        frozen: _Frozen,
     ) -> None:
         self.adapter, self.decomposition, self.names, self.prompts = adapter, decomposition, list(names), prompts
         self.direction: Direction = direction
-        self.columns, self.by_position = list(columns), by_position
+        self.columns, self.by_position, self.frozen = list(columns), by_position, frozen
         self.embeddings = other_embeddings(adapter, self.names)
 
     # --- passes -----------------------------------------------------------------------------------------------------
@@ -172,7 +201,7 @@ class _Run:
         return (writes, *self._measured(writes, fns, rows))
 
     def _measured(self, writes: SiteWrites, fns: Mapping[str, Any], rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.enable_grad(), self.adapter.intercept(fns):
+        with torch.enable_grad(), self.frozen.in_(self.adapter.root), self.adapter.intercept(fns):
             found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
         if not found.requires_grad:
             raise SettingError(
@@ -200,7 +229,8 @@ class _Run:
         assert self.prompts.corrupt is not None
         if "embed.W_E" not in self.adapter.wirings:
             raise UnsupportedModelError(
-                f"{type(self.adapter.model).__name__} has no site embed.W_E from which a path could start; use method='gradient'."
+                f"{type(self.adapter.model).__name__} has no site embed.W_E from which a path could start; "
+                "use method='gradient'."
             )
         clean, m_clean = self.read(self.prompts.clean)
         corrupt, m_corrupt = self.read(self.prompts.corrupt)
@@ -229,7 +259,12 @@ class _Run:
         rows = prompts.corrupt if denoising else prompts.clean
         assert base is not None and rows is not None
         ablations = Ablations(
-            self.adapter, prompts, rows, tuple(self.columns) if self.by_position else None, tuple(self.columns), rows_at_once
+            self.adapter,
+            prompts,
+            rows,
+            tuple(self.columns) if self.by_position else None,
+            tuple(self.columns),
+            rows_at_once,
         )
         plain = m_corrupt if denoising else m_clean
         assert plain is not None
@@ -310,6 +345,8 @@ class _Run:
             path=path,
             values=values,
             delta=delta,
+            frozen_norms=self.frozen.norms,
+            frozen_patterns=self.frozen.patterns,
             bias=bias,
             embeddings=embeddings,
         )

@@ -60,6 +60,8 @@ class Attribution(Record):
     steps: int | None
     """Nodes of the Gauss-Legendre rule of `integrated`."""
     path: str | None
+    frozen_norms: bool
+    frozen_patterns: bool
     values: dict[str, Float[Tensor, "batch columns _C"]]
     """By site, the effect of each component at each of the positions."""
     delta: dict[str, Float[Tensor, "batch columns"]]
@@ -72,7 +74,9 @@ class Attribution(Record):
     @property
     def granularity(self) -> str:
         """What one value is of."""
-        return "component and position" if self.by_position else f"component at {len(self.positions)} positions together"
+        return (
+            "component and position" if self.by_position else f"component at {len(self.positions)} positions together"
+        )
 
     # --- reading ----------------------------------------------------------------------------------------------------
     def top(self, n: int = 10, row: int | None = None, delta: bool = False) -> list[Effect]:
@@ -146,7 +150,9 @@ class Attribution(Record):
             component = "delta" if effect.component is None else str(effect.component)
             position = "all" if effect.position is None else str(effect.position)
             table.add_row(effect.site, component, position, f"{effect.value:+.4g}")
-        sums = plain_table("Sums over components and positions, mean over rows", "site", "components", "delta", "largest")
+        sums = plain_table(
+            "Sums over components and positions, mean over rows", "site", "components", "delta", "largest"
+        )
         for site, values in self.values.items():
             mean = values.mean(0)
             sums.add_row(
@@ -156,11 +162,18 @@ class Attribution(Record):
 
     def footnotes(self) -> list[str]:
         mean = sum(self.clean) / len(self.clean)
-        lines = [f"{IN_WORDS[self.direction]}; one value per {self.granularity}; {len(self.clean)} rows, clean {mean:.4g}"]
+        lines = [
+            f"{IN_WORDS[self.direction]}; one value per {self.granularity}; {len(self.clean)} rows, clean {mean:.4g}"
+        ]
         if self.corrupt is not None:
             lines[0] += f", corrupt {sum(self.corrupt) / len(self.corrupt):.4g}"
         if self.steps is not None:
             lines.append(f"Gauss-Legendre rule of {self.steps} nodes along a path of {self.path}.")
+        held = [
+            word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on
+        ]
+        if held:
+            lines.append(f"Held in gradients: {', '.join(held)}.")
         return lines
 
     def save(self, path: str | Path) -> Path:

@@ -1,9 +1,10 @@
 """Direct effects of what sites write on what a component reads, or on a metric, in one forward pass.
 
-Every decomposed site is pinned: a leaf takes the place of what it writes, so that no effect passes through another decomposed
-site. What lies between two sites is differentiated: the residual stream, attention from key to query positions where its
-queries, keys and values are not pinned on the way, nonlinearities, and weights that are not decomposed. With
-`frozen_norms` the denominators of LayerNorm and RMSNorm are constants, with `frozen_patterns` attention patterns are.
+Every decomposed site (or those that are chosen) is pinned: a leaf takes the place of what it writes, so that no effect
+passes through another one of them. What lies between two sites is differentiated: the residual stream, attention from key to
+query positions where its queries, keys and values are not pinned on the way, nonlinearities, and weights that are not
+decomposed. With `frozen_norms` the denominators of LayerNorm and RMSNorm are constants, with `frozen_patterns` attention
+patterns are.
 
 With a the number that is explained, y_s = b_s + h_s U_s + delta_s the writes and g_s = da/dy_s:
 
@@ -14,7 +15,7 @@ is an affine function of the writes: everything between is linear, or frozen.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ from tl_paramdecomp.analysis.site_writes import (
     derivatives,
     dotted,
 )
-from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,8 @@ class DirectPass:
     """One forward pass with every decomposed site pinned, from which any number of targets can be explained."""
 
     adapter: ModelAdapter
-    decomposition: Decomposition
+    components: Mapping[str, Components]
+    """Of the pinned sites."""
     writes: SiteWrites
     norms: dict[str, list[NormCall]]
     metric: Float[Tensor, " batch"]
@@ -83,19 +85,21 @@ class DirectPass:
     def of(
         cls,
         adapter: ModelAdapter,
-        decomposition: Decomposition,
+        components: Mapping[str, Components],
         prompts: Prompts,
         frozen_norms: bool = True,
         frozen_patterns: bool = False,
     ) -> "DirectPass":
-        """Run it over the clean rows.
+        """Run it over the clean rows, with these components' sites pinned.
 
         Raises:
             UnsupportedModelError: A normalisation's denominator cannot be held.
         """
         writes = SiteWrites(len(prompts.clean))
-        others = [n for n in adapter.wirings if n not in decomposition and (n in EMBEDDINGS or adapter.bias(n) is not None)]
-        fns = writes.fns(decomposition, "pinned") | writes.fns(others, "open")
+        others = [
+            n for n in adapter.wirings if n not in components and (n in EMBEDDINGS or adapter.bias(n) is not None)
+        ]
+        fns = writes.fns(components, "pinned") | writes.fns(others, "open")
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             norms = stack.enter_context(opened_norms(adapter.root, frozen_norms))
@@ -103,15 +107,15 @@ class DirectPass:
                 stack.enter_context(attention_softmaxes(adapter.root, hold=True))
             stack.enter_context(adapter.intercept(fns))
             metric = prompts.measure(adapter.forward(prompts.clean, prompts.attention_mask))
-        made = cls(adapter, decomposition, writes, dict(norms), metric)
-        for name, components in decomposition.items():
-            made.acts[name] = writes.acts(name, components)
-            made.rest[name] = writes.delta_write(name, components)
+        made = cls(adapter, components, writes, dict(norms), metric)
+        for name, own in components.items():
+            made.acts[name] = writes.acts(name, own)
+            made.rest[name] = writes.delta_write(name, own)
         return made
 
     def into_component(self, site: str, component: int, position: int) -> IncomingEdges:
         """Edges into a component's activation at one position."""
-        components, x = self.decomposition[site], self.writes.x[site]
+        components, x = self.components[site], self.writes.x[site]
         if components.site.kind == "embedding":
             value = self.acts[site][:, position, component]
         else:
@@ -134,8 +138,8 @@ class DirectPass:
             own = self.writes.bias[name]
             if own is not None:
                 bias[name] = dotted(own, gradient).sum(1)
-            if name in self.decomposition:
-                values[name] = along_writes(self.decomposition[name], self.acts[name], gradient)
+            if name in self.components:
+                values[name] = along_writes(self.components[name], self.acts[name], gradient)
                 delta[name] = dotted(self.rest[name], gradient)
             elif name in EMBEDDINGS:
                 embeddings[name] = dotted(self.writes.y[name], gradient)

@@ -8,7 +8,7 @@ After Ge, Zhu, Shu, Wang, He, Qiu 2024 (arXiv 2405.13868) and Marks et al. 2024 
 components in the place of dictionary features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
@@ -17,15 +17,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_paramdecomp.analysis.activations import component_acts
 from tl_paramdecomp.analysis.attribution import attribute
 from tl_paramdecomp.analysis.direct_effects import DirectPass, IncomingEdges, edge_values
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
-from tl_paramdecomp.analysis.site_writes import Prompts, prompts_of
+from tl_paramdecomp.analysis.site_writes import Prompts, chosen_sites, prompts_of
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import PositionIndexError, SettingError
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import resolve_name
+from tl_paramdecomp.sites import SitePattern, resolve_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +45,7 @@ def edges_into(
     tokens: Int[Tensor, "batch pos"],
     target: Node,
     *,
+    sites: SitePattern | None = None,
     frozen_norms: bool = True,
     frozen_patterns: bool = False,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -54,6 +57,8 @@ def edges_into(
         decomposition: Made from this model's weights.
         tokens: Token rows; each has its own edges.
         target: Site, component and position (negative ones count from the end).
+        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
+            freely through the others.
         frozen_norms: Hold the denominators of LayerNorm and RMSNorm, so that edges through them are exact parts.
         frozen_patterns: Hold attention patterns, so that queries and keys have no edges.
         attention_mask: 1 where a position counts.
@@ -67,22 +72,27 @@ def edges_into(
         UnsupportedModelError: A normalisation's denominator cannot be held.
         TargetMismatchError, DeviceError, ShapeError, DtypeError: As `attribute`.
     """
-    prompts = prompts_of(tokens, _no_metric, None, attention_mask)
-    site, component, position = _node(decomposition, target, tokens.shape[1])
-    run = DirectPass.of(checked_adapter(model, decomposition), decomposition, prompts, frozen_norms, frozen_patterns)
+    prompts, adapter = prompts_of(tokens, _no_metric, None, attention_mask), checked_adapter(model, decomposition)
+    components = _components(decomposition, sites)
+    site, component, position = _node(components, target, tokens.shape[1])
+    run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
     return run.into_component(site, component, position)
+
+
+def _components(decomposition: Decomposition, sites: SitePattern | None) -> dict[str, Components]:
+    return {name: decomposition[name] for name in chosen_sites(decomposition, sites)}
 
 
 def _no_metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
     return logits.flatten(1)[:, 0]
 
 
-def _node(decomposition: Decomposition, node: Any, length: int) -> tuple[str, int, int]:
+def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple[str, int, int]:
     if not isinstance(node, Sequence) or isinstance(node, str) or len(node) != 3:
         raise SettingError(f"A node is (site, component, position); given {node!r}.")
     site, component, position = node
-    site = resolve_name(decomposition.sites, site)
-    (component,) = component_indices([component], decomposition[site].n_components, site)
+    site = resolve_name({name: own.site for name, own in components.items()}, site)
+    (component,) = component_indices([component], components[site].n_components, site)
     position = position.__index__()
     if not -length <= position < length:
         raise PositionIndexError(f"The rows have positions 0 to {length - 1} (or -{length} to -1); given {position}.")
@@ -99,7 +109,8 @@ class Graph(Record):
     kind: str
     """`prompt`: nodes have positions, and edges signs. `dataset`: mean absolute edges over rows and positions."""
     nodes: list[Row]
-    """site, component, position (None in a dataset's graph), activation, attribution."""
+    """site, component, position, activation, attribution. In a dataset's graph position is None, activation the mean absolute
+    one, and attribution the mean over rows of the summed absolute ones."""
     edges: list[Row]
     """source (index of a node), target (index of a node, or "metric"), value."""
     explained: list[Row]
@@ -138,7 +149,9 @@ class Graph(Record):
         return [nodes, edges]
 
     def footnotes(self) -> list[str]:
-        held = [word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on]
+        held = [
+            word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on
+        ]
         return [
             f"{len(self.nodes)} nodes, {len(self.edges)} edges, {self.rows} rows; held: "
             f"{', '.join(['all other decomposed sites', *held])}."
@@ -152,6 +165,7 @@ def prompt_graph(
     metric: Any,
     *,
     nodes: int | Iterable[Node] = 32,
+    sites: SitePattern | None = None,
     frozen_norms: bool = True,
     frozen_patterns: bool = False,
     attention_mask: Int[Tensor, "1 pos"] | None = None,
@@ -164,6 +178,8 @@ def prompt_graph(
         tokens: One token row [1, pos], or a task of one prompt.
         metric: As in `attribute`.
         nodes: The nodes; or how many of largest absolute attribution (activation times gradient, all effects) are taken.
+        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
+            freely through the others.
         frozen_norms: Hold the denominators of LayerNorm and RMSNorm for the edges.
         frozen_patterns: Hold attention patterns for the edges.
         attention_mask: 1 where a position counts.
@@ -175,18 +191,21 @@ def prompt_graph(
     prompts = prompts_of(tokens, metric, None, attention_mask)
     if len(prompts.clean) != 1:
         raise SettingError(f"A prompt's graph is of one row; given {len(prompts.clean)}. See dataset_graph for many.")
-    found = attribute(model, decomposition, prompts.clean, prompts.measure, attention_mask=prompts.attention_mask)
+    components, mask = _components(decomposition, sites), prompts.attention_mask
+    found = attribute(model, decomposition, prompts.clean, prompts.measure, sites=list(components), attention_mask=mask)
     chosen: list[tuple[str, int, int]]
     if isinstance(nodes, int):
         _check_count(nodes)
         chosen = [(e.site, e.component, e.position) for e in found.top(nodes)]  # type: ignore[misc]
     else:
-        chosen = [_node(decomposition, node, prompts.clean.shape[1]) for node in nodes]
+        chosen = [_node(components, node, prompts.clean.shape[1]) for node in nodes]
         _check_count(len(chosen))
-    chosen = sorted(set(chosen), key=lambda n: (list(decomposition).index(n[0]), n[2], n[1]))
-    run = DirectPass.of(checked_adapter(model, decomposition), decomposition, prompts, frozen_norms, frozen_patterns)
+    chosen = sorted(set(chosen), key=lambda n: (list(components).index(n[0]), n[2], n[1]))
+    run = DirectPass.of(checked_adapter(model, decomposition), components, prompts, frozen_norms, frozen_patterns)
     listed = [
-        _node_row(node, float(run.acts[node[0]][0, node[2], node[1]]), float(found.values[node[0]][0, node[2], node[1]]))
+        _node_row(
+            node, float(run.acts[node[0]][0, node[2], node[1]]), float(found.values[node[0]][0, node[2], node[1]])
+        )
         for node in chosen
     ]
     edges, explained = [], []
@@ -233,6 +252,7 @@ def dataset_graph(
     metric: Any,
     *,
     nodes: int | Iterable[tuple[str, SupportsIndex]] = 16,
+    sites: SitePattern | None = None,
     batch_size: int = 16,
     frozen_norms: bool = True,
     frozen_patterns: bool = False,
@@ -241,9 +261,9 @@ def dataset_graph(
 ) -> Graph:
     """Components over a dataset, and how strong the direct edges between them are on the mean.
 
-    The edge (s, c) -> (s', c') is the mean over rows, and over the positions of c' that count, of the summed absolute edges from
-    c at all positions. The edge into the metric is the mean over rows of the summed absolute edges. It takes one short backward
-    pass for each node and position of every batch.
+    The edge (s, c) -> (s', c') is the mean over rows, and over the positions of c' that count, of the summed absolute edges
+    from c at all positions. The edge into the metric is the mean over rows of the summed absolute edges. It takes one short
+    backward pass for each node and position of every batch.
 
     Args:
         model: The target model, on any host.
@@ -251,6 +271,8 @@ def dataset_graph(
         tokens: Token rows [n, pos], or a task.
         metric: As in `attribute`; one that remembers something of each row is only for `batch_size` of all rows.
         nodes: (site, component) pairs; or how many are taken by the mean over rows of the summed absolute attributions.
+        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
+            freely through the others.
         batch_size: Rows of one forward pass.
         frozen_norms: Hold the denominators of LayerNorm and RMSNorm for the edges.
         frozen_patterns: Hold attention patterns for the edges.
@@ -265,8 +287,9 @@ def dataset_graph(
         raise SettingError(f"batch_size is at least 1; given {batch_size}.")
     whole = prompts_of(tokens, metric, None, attention_mask)
     batches = list(_batches(tokens, whole, metric, batch_size))
-    strengths, activations = _mean_strengths(model, decomposition, batches)
-    chosen = _chosen(decomposition, strengths, nodes)
+    components = _components(decomposition, sites)
+    strengths, activations = _mean_strengths(model, decomposition, components, batches)
+    chosen = _chosen(components, strengths, nodes)
     index = {node: i for i, node in enumerate(chosen)}
     n, device = len(chosen), whole.clean.device
     sums = torch.zeros(n, n, dtype=torch.float64, device=device)
@@ -275,14 +298,14 @@ def dataset_graph(
     length = whole.clean.shape[1]
     with tqdm(total=len(batches) * length * n, desc="edges", disable=not progress, leave=False) as bar:
         for prompts in batches:
-            run = DirectPass.of(adapter, decomposition, prompts, frozen_norms, frozen_patterns)
+            run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
             real = torch.ones(prompts.clean.shape, device=device) if prompts.real is None else prompts.real.double()
             counted += float(real.sum())
             into_metric += _absolute(run.into_metric(), chosen, real).sum(0)
             for node in chosen:
                 for position in range(length):
-                    edges = _absolute(run.into_component(*node, position), chosen, real)
-                    sums[:, index[node]] += (edges * real[:, position, None]).sum(0)
+                    incoming = _absolute(run.into_component(*node, position), chosen, real)
+                    sums[:, index[node]] += (incoming * real[:, position, None]).sum(0)
                     bar.update(1)
     rows = len(whole.clean)
     listed = [
@@ -307,31 +330,34 @@ def _batches(tokens: Any, whole: Prompts, metric: Any, size: int) -> Iterable[Pr
 
 
 def _mean_strengths(
-    model: Any, decomposition: Decomposition, batches: Sequence[Prompts]
+    model: Any, decomposition: Decomposition, components: Mapping[str, Components], batches: Sequence[Prompts]
 ) -> tuple[dict[str, Float[Tensor, " _C"]], dict[str, Float[Tensor, " _C"]]]:
     """Absolute attributions and activations by site, summed over rows and positions."""
     strengths: dict[str, Tensor] = {}
     activations: dict[str, Tensor] = {}
     for prompts in batches:
-        found = attribute(model, decomposition, prompts.clean, prompts.measure, attention_mask=prompts.attention_mask)
-        run = DirectPass.of(checked_adapter(model, decomposition), decomposition, prompts, frozen_norms=False)
+        mask = prompts.attention_mask
+        found = attribute(
+            model, decomposition, prompts.clean, prompts.measure, sites=list(components), attention_mask=mask
+        )
+        all_acts = component_acts(model, decomposition, prompts.clean, mask)
         for name, values in found.values.items():
-            acts = run.acts[name].abs()
+            acts = all_acts[name].abs()
             acts = acts if prompts.real is None else acts * prompts.real.unsqueeze(-1)
             strengths[name] = strengths.get(name, 0.0) + values.abs().sum((0, 1)).double()
             activations[name] = activations.get(name, 0.0) + acts.sum((0, 1)).double()
     return strengths, activations
 
 
-def _chosen(decomposition: Decomposition, strengths: dict[str, Tensor], nodes: Any) -> list[tuple[str, int]]:
+def _chosen(components: Mapping[str, Components], strengths: dict[str, Tensor], nodes: Any) -> list[tuple[str, int]]:
     if isinstance(nodes, int):
         _check_count(nodes)
-        flat = torch.cat([strengths[name] for name in decomposition])
-        all_nodes = [(name, c) for name in decomposition for c in range(len(strengths[name]))]
+        flat = torch.cat([strengths[name] for name in components])
+        all_nodes = [(name, c) for name in components for c in range(len(strengths[name]))]
         return [all_nodes[i] for i in sorted(flat.topk(min(nodes, len(flat))).indices.tolist())]
-    given = [_node(decomposition, (*node, 0), 1)[:2] for node in nodes]
+    given = [_node(components, (*node, 0), 1)[:2] for node in nodes]
     _check_count(len(given))
-    return sorted(set(given), key=lambda n: (list(decomposition).index(n[0]), n[1]))
+    return sorted(set(given), key=lambda n: (list(components).index(n[0]), n[1]))
 
 
 def _absolute(
