@@ -1,4 +1,4 @@
-"""Attention scores from pairs of components, against TransformerLens' own scores and scores recomputed from queries and keys."""
+"""Attention scores from pairs of components, against TransformerLens' own and scores recomputed from queries and keys."""
 
 import math
 from typing import Any
@@ -26,7 +26,9 @@ def turned(x: Tensor, base: float, n: int, neighbours: bool) -> Tensor:
     turn = torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double())
     first, second = (x[..., 0:n:2], x[..., 1:n:2]) if neighbours else (x[..., : n // 2], x[..., n // 2 : n])
     found = torch.complex(first.double(), second.double()) * turn
-    parts = torch.stack([found.real, found.imag], -1).flatten(-2) if neighbours else torch.cat([found.real, found.imag], -1)
+    parts = (
+        torch.stack([found.real, found.imag], -1).flatten(-2) if neighbours else torch.cat([found.real, found.imag], -1)
+    )
     return torch.cat([parts, x[..., n:].double()], -1)
 
 

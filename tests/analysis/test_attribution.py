@@ -53,7 +53,9 @@ def log_prob(found: Tensor) -> Tensor:
     return torch.log_softmax(found[:, -1], -1)[:, A]
 
 
-def masked(model: Any, dec: tlpd.Decomposition, masks: tlpd.Masks, tokens: Tensor, metric: Any, **kwargs: Any) -> Tensor:
+def masked(
+    model: Any, dec: tlpd.Decomposition, masks: tlpd.Masks, tokens: Tensor, metric: Any, **kwargs: Any
+) -> Tensor:
     with tlpd.patched(model, dec, masks):
         return metric(logits(model, tokens, **kwargs))
 
@@ -71,7 +73,9 @@ def test_where_all_that_follows_is_linear_predicted_and_measured_changes_agree(h
             gone = masked(model, dec, dec.masks().ablate("unembed.W_U", c, positions=p), tokens, difference)
             assert (found.values["unembed.W_U"][:, p, c] - (plain - gone)).abs().max() < 1e-8
     no_delta = dec.masks().with_values("unembed.W_U", 1.0, delta=0.0)
-    assert (found.delta["unembed.W_U"].sum(1) - (plain - masked(model, dec, no_delta, tokens, difference))).abs().max() < 1e-8
+    assert (
+        found.delta["unembed.W_U"].sum(1) - (plain - masked(model, dec, no_delta, tokens, difference))
+    ).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -209,7 +213,9 @@ def test_attributions_along_a_path_of_writes_sum_to_the_difference(tokens: Tenso
     wanted = log_prob(logits(model, tokens)) - log_prob(logits(model, corrupt))
     errors = []
     for steps in (2, 8, 32):
-        found = attribute(model, dec, tokens, log_prob, method="integrated", corrupt=corrupt, path="writes", steps=steps)
+        found = attribute(
+            model, dec, tokens, log_prob, method="integrated", corrupt=corrupt, path="writes", steps=steps
+        )
         errors.append(float((found.total() - wanted).abs().max()))
     assert errors[0] > 1e-3 and errors[2] < 1e-2 * errors[0] and errors[2] < 1e-4
 
@@ -286,7 +292,15 @@ def test_exact_patching_gives_a_component_the_other_prompts_activation(direction
     dec = decomposition_of(model, ["blocks.0.attn.W_V", "blocks.1.mlp.W_out"])
     corrupt = tokens.roll(1, 0)
     found = attribute(
-        model, dec, tokens, log_prob, method="ablation", corrupt=corrupt, direction=direction, positions=4, progress=False
+        model,
+        dec,
+        tokens,
+        log_prob,
+        method="ablation",
+        corrupt=corrupt,
+        direction=direction,
+        positions=4,
+        progress=False,
     )
     noising = direction == "noising"
     rows, others = (tokens, corrupt) if noising else (corrupt, tokens)
@@ -326,6 +340,10 @@ class StandIn:
 
     def at_answer(self, found: Tensor) -> Tensor:
         return found[torch.arange(len(found)), self.last]
+
+    def select(self, rows: Any) -> "StandIn":
+        parts = (None if t is None else t[rows] for t in (self.clean, self.corrupt, self.attention_mask, self.last))
+        return StandIn(*parts)  # type: ignore[arg-type]
 
 
 def answer_difference(found: Tensor, task: Any) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis.attribution import attribute
 from tl_paramdecomp.analysis.edges import METRIC, Graph, dataset_graph, edges_into, prompt_graph
 from tl_paramdecomp.errors import (
     ComponentIndexError,
@@ -18,7 +19,7 @@ from tl_paramdecomp.errors import (
 )
 
 from ..support.models import C, build, decomposition_of, gpt2, hooked, logits
-from .test_attribution import A, B, HOSTS, WIDE, difference, made
+from .test_attribution import HOSTS, WIDE, A, B, StandIn, answer_difference, difference, made
 
 
 def tolerance(host: str) -> float:
@@ -112,7 +113,9 @@ def test_effects_through_other_decomposed_sites_are_not_the_edges(tokens: Tensor
     assert held.values["blocks.0.attn.W_V"].abs().max() == 0.0 and held.values["blocks.0.attn.W_O"].abs().max() > 0.0
     free = edges_into(model, dec, tokens, target, sites=["blocks.0.attn.W_V", "blocks.0.mlp.W_in"])
     assert set(free.values) == {"blocks.0.attn.W_V", "blocks.0.mlp.W_in"}
-    through = torch.zeros(2, dtype=torch.float64)  # the values' writes by way of all of W_O: components and delta component
+    through = torch.zeros(
+        2, dtype=torch.float64
+    )  # the values' writes by way of all of W_O: components and delta component
     h = tlpd.component_acts(model, dec, tokens)["blocks.0.attn.W_V"][:, 2, 3]
     W_O = tlpd.site_weight(model, "blocks.0.attn.W_O")
     with adapt(model).patterns() as kept, torch.no_grad():
@@ -193,8 +196,6 @@ def test_nodes_are_taken_by_attribution(tokens: Tensor) -> None:
     model, row = build("gpt2"), tokens[:1]
     dec = decomposition_of(model, "blocks.1.*")
     graph = prompt_graph(model, dec, row, difference, nodes=6)
-    from tl_paramdecomp.analysis.attribution import attribute
-
     top = {(e.site, e.component, e.position): e.value for e in attribute(model, dec, row, difference).top(6)}
     assert {(n["site"], n["component"], n["position"]): n["attribution"] for n in graph.nodes} == pytest.approx(top)
 
@@ -227,6 +228,25 @@ def test_a_datasets_graph_is_the_mean_of_absolute_edges(size: int, tokens: Tenso
     acts = tlpd.component_acts(model, dec, tokens, mask)[v[0]][..., v[1]].abs()
     assert graph.nodes[1]["activation"] == pytest.approx(float((acts * mask).sum() / 12))
     assert len(dataset_graph(model, dec, tokens, metric, nodes=3, progress=False).nodes) == 3
+
+
+def test_a_tasks_graph_is_that_of_its_rows(tokens: Tensor) -> None:
+    """In batches of its own `select`, with its own answer positions and padding."""
+    model = build("gpt2")
+    dec = decomposition_of(model, "blocks.1.*")
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    task = StandIn(tokens, None, mask, torch.tensor([4, 4]))
+    nodes = [("blocks.1.attn.W_V", 0), ("blocks.1.mlp.W_out", 1)]
+    found = [
+        dataset_graph(model, dec, *given, nodes=nodes, batch_size=size, progress=False, **more)
+        for given, size, more in (
+            ((task, answer_difference), 1, {}),
+            ((tokens, lambda y: y[:, 4, A] - y[:, 4, B]), 2, {"attention_mask": mask}),
+        )
+    ]
+    for one, other in zip(found[0].edges, found[1].edges, strict=True):
+        assert one == pytest.approx(other)
 
 
 def test_what_cannot_be_is_refused(tokens: Tensor) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.activations import component_acts
 from tl_paramdecomp.analysis.attribution import attribute
 from tl_paramdecomp.analysis.direct_effects import DirectPass, IncomingEdges, edge_values
@@ -290,23 +291,10 @@ def dataset_graph(
     components = _components(decomposition, sites)
     strengths, activations = _mean_strengths(model, decomposition, components, batches)
     chosen = _chosen(components, strengths, nodes)
-    index = {node: i for i, node in enumerate(chosen)}
-    n, device = len(chosen), whole.clean.device
-    sums = torch.zeros(n, n, dtype=torch.float64, device=device)
-    into_metric = torch.zeros(n, dtype=torch.float64, device=device)
-    adapter, counted = checked_adapter(model, decomposition), 0.0
-    length = whole.clean.shape[1]
-    with tqdm(total=len(batches) * length * n, desc="edges", disable=not progress, leave=False) as bar:
-        for prompts in batches:
-            run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
-            real = torch.ones(prompts.clean.shape, device=device) if prompts.real is None else prompts.real.double()
-            counted += float(real.sum())
-            into_metric += _absolute(run.into_metric(), chosen, real).sum(0)
-            for node in chosen:
-                for position in range(length):
-                    incoming = _absolute(run.into_component(*node, position), chosen, real)
-                    sums[:, index[node]] += (incoming * real[:, position, None]).sum(0)
-                    bar.update(1)
+    freezing = (frozen_norms, frozen_patterns)
+    adapter = checked_adapter(model, decomposition)
+    sums, into_metric, counted = _summed_edges(adapter, components, batches, chosen, freezing, progress)
+    n = len(chosen)
     rows = len(whole.clean)
     listed = [
         _node_row((s, c, None), float(activations[s][c]) / counted, float(strengths[s][c]) / rows) for s, c in chosen
@@ -317,6 +305,32 @@ def dataset_graph(
     ]
     edges += [{"source": i, "target": METRIC, "value": v} for i, v in enumerate((into_metric / rows).tolist()) if v]
     return Graph(whole.metric, "dataset", listed, edges, [], frozen_norms, frozen_patterns, rows)
+
+
+def _summed_edges(
+    adapter: ModelAdapter,
+    components: Mapping[str, Components],
+    batches: Sequence[Prompts],
+    chosen: Sequence[tuple[str, int]],
+    freezing: tuple[bool, bool],
+    progress: bool,
+) -> tuple[Float[Tensor, "source target"], Float[Tensor, " source"], float]:
+    """Absolute edges between nodes summed over rows and positions, into the metric over rows; how many positions count."""
+    n, device, length = len(chosen), batches[0].clean.device, batches[0].clean.shape[1]
+    sums = torch.zeros(n, n, dtype=torch.float64, device=device)
+    into_metric, counted = torch.zeros(n, dtype=torch.float64, device=device), 0.0
+    with tqdm(total=len(batches) * length * n, desc="edges", disable=not progress, leave=False) as bar:
+        for prompts in batches:
+            run = DirectPass.of(adapter, components, prompts, *freezing)
+            real = torch.ones(prompts.clean.shape, device=device) if prompts.real is None else prompts.real.double()
+            counted += float(real.sum())
+            into_metric += _absolute(run.into_metric(), chosen, real).sum(0)
+            for target, node in enumerate(chosen):
+                for position in range(length):
+                    incoming = _absolute(run.into_component(*node, position), chosen, real)
+                    sums[:, target] += (incoming * real[:, position, None]).sum(0)
+                    bar.update(1)
+    return sums, into_metric, counted
 
 
 def _batches(tokens: Any, whole: Prompts, metric: Any, size: int) -> Iterable[Prompts]:
