@@ -1,0 +1,124 @@
+"""Normalisations with their denominators held: the affine map that each of them is on one prompt.
+
+LayerNorm and RMSNorm are y = s z w + b with z = x - mean(x) or x, and s = 1 / sqrt(mean(z^2) + eps) for each row. Held, s is a
+constant: the output is the module's own, bit for bit, and its derivative is that of the affine map. s is read off y, so that
+epsilon need not be known; a module that is no such map on the rows at hand is refused.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_paramdecomp.adapters.interception import first_argument
+from tl_paramdecomp.adapters.norms import ATTRIBUTES, COARSE
+from tl_paramdecomp.errors import UnsupportedModelError
+
+
+class NormCall(NamedTuple):
+    """One normalisation's call in a forward pass."""
+
+    bias: Float[Tensor, " width"] | None
+    leaf: Float[Tensor, "*rows width"]
+    """Zeros added to its output, whose gradient is the output's."""
+
+
+@contextlib.contextmanager
+def opened_norms(root: nn.Module, hold: bool) -> Iterator[dict[str, list[NormCall]]]:
+    """Within this context every normalisation's output has a leaf for its gradient.
+
+    Args:
+        root: The host's module tree; a normalisation is every module whose class, or one it is derived from, is named so.
+        hold: Hold the denominators.
+
+    Yields:
+        Calls of one forward pass by the module's path; where one normalisation wraps another, the outer one counts.
+
+    Raises:
+        UnsupportedModelError: From the forward pass, where a module is held that is neither LayerNorm nor RMSNorm.
+    """
+    calls: dict[str, list[NormCall]] = {}
+    with contextlib.ExitStack() as stack:
+        for path, module in root.named_modules():
+            if not any("norm" in kind.__name__.lower() for kind in type(module).__mro__):
+                continue
+            hook = functools.partial(_open, calls, path, hold)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+        yield calls
+
+
+def _open(
+    calls: dict[str, list[NormCall]], path: str, hold: bool, module: nn.Module, args: tuple, kwargs: dict, output: Any
+) -> Any:
+    x = first_argument(args, kwargs)
+    if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape == output.shape):
+        if hold:
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}) is no map of rows whose denominator can be held."
+            )
+        return output
+    gain, bias = _affine(module, x.shape[-1])
+    leaf = torch.zeros_like(output).requires_grad_(True)
+    calls.setdefault(path, []).append(NormCall(bias, leaf))  # one for each of query, key and value on some hosts
+    return (_held(path, module, gain, bias, x, output) if hold else output) + leaf
+
+
+def _affine(module: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and bias of a normalisation or of the one that it wraps; None where it has none."""
+    named = ((name.rpartition(".")[2], p.detach()) for name, p in module.named_parameters())
+    held = {name: parameter for name, parameter in named if parameter.shape == (width,)}
+    weight, bias = next((pair for pair in ATTRIBUTES if pair[0] in held), ("", ""))
+    return held.get(weight), held.get(bias)
+
+
+def _held(
+    path: str, module: nn.Module, gain: Tensor | None, bias: Tensor | None, x: Tensor, y: Tensor
+) -> Float[Tensor, "*rows width"]:
+    """y itself, with the derivative of the affine map that it is on these rows."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.no_grad():
+        written = y.to(wide) if bias is None else y.to(wide) - bias.to(wide)
+        forms = [_Form(*form) for form in _forms(gain, x.to(wide), written)]
+        best = min(forms, key=lambda form: form.error)
+        if best.error > COARSE.get(y.dtype, 2e-4) * float(written.abs().max()):
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}) is neither LayerNorm nor RMSNorm times its gain on these rows, so that its "
+                "denominator cannot be held; pass frozen_norms=False."
+            )
+        other = next(form for form in forms if form.centred != best.centred and form.offset == best.offset)
+        if other.error <= COARSE.get(y.dtype, 2e-4) * float(written.abs().max()):  # rows that have no mean
+            shifted = type(module).forward(module, x + x.std())
+            same = float((shifted - y).abs().max()) < 1e-2 * float(written.abs().max())
+            best = best if best.centred == same else other
+        scale = best.scale
+    z = _centred(x.to(wide)) if best.centred else x.to(wide)
+    factor = scale if gain is None else scale * (gain.to(wide) + best.offset)
+    affine = z * factor
+    return y.detach() + (affine - affine.detach()).to(y.dtype)
+
+
+class _Form(NamedTuple):
+    """One form that a normalisation may have, fitted to its output."""
+
+    centred: bool
+    offset: float
+    """Added to the gain: 1 in Gemma."""
+    scale: Float[Tensor, "*rows 1"]
+    error: float
+
+
+def _forms(gain: Tensor | None, x: Tensor, written: Tensor) -> Iterator[tuple[bool, float, Tensor, float]]:
+    for centred in (True, False):
+        for offset in (0.0, 1.0) if gain is not None else (0.0,):
+            z = _centred(x) if centred else x
+            z = z if gain is None else z * (gain.to(x.dtype) + offset)
+            scale = (z * written).sum(-1, keepdim=True) / z.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+            yield centred, offset, scale, float((z * scale - written).abs().max())
+
+
+def _centred(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    return x - x.mean(-1, keepdim=True)

@@ -1,0 +1,217 @@
+"""What attribution leaves behind: an effect of every component at every position, as tensors, tables and files."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError, SettingError
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
+Direction = Literal["removal", "noising", "denoising", "corrupt to clean"]
+
+IN_WORDS: dict[Direction, str] = {
+    "removal": "metric minus metric with the component removed",
+    "noising": "metric minus metric with the component's corrupt activation, in the clean run",
+    "denoising": "metric with the component's clean activation minus metric, in the corrupt run",
+    "corrupt to clean": "share of the metric's difference along a path from the corrupt to the clean run",
+}
+SHOWN = 15
+"""Components in a printed table."""
+
+
+class Effect(NamedTuple):
+    """One component at one position and what it does for the metric."""
+
+    site: str
+    component: int | None
+    """None for the delta component."""
+    position: int | None
+    """Column of the rows; None where positions are summed."""
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution(Record):
+    """Effects on a metric. Positive values speak for a component: the metric is higher with it than without."""
+
+    what: ClassVar[str] = "attribution"
+
+    method: str
+    metric: str
+    direction: Direction
+    positions: list[int]
+    """Columns of the rows that are attributed."""
+    by_position: bool
+    """False: the second axis of all values is one entry, for these positions together."""
+    clean: list[float]
+    """The metric on each clean row."""
+    corrupt: list[float] | None
+    """The metric on each corrupt row; None where components are removed."""
+    steps: int | None
+    """Nodes of the Gauss-Legendre rule of `integrated`."""
+    path: str | None
+    frozen_norms: bool
+    frozen_patterns: bool
+    values: dict[str, Float[Tensor, "batch columns _C"]]
+    """By site, the effect of each component at each of the positions."""
+    delta: dict[str, Float[Tensor, "batch columns"]]
+    """By site, the effect of the delta component W - V U."""
+    bias: dict[str, Float[Tensor, "batch columns"]]
+    """By site, of its bias; empty where biases do not change or single ablations were run."""
+    embeddings: dict[str, Float[Tensor, "batch columns"]]
+    """Of embedding tables that are not among the sites, each as a whole; empty for single ablations."""
+
+    @property
+    def granularity(self) -> str:
+        """What one value is of."""
+        return (
+            "component and position" if self.by_position else f"component at {len(self.positions)} positions together"
+        )
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+    def top(self, n: int = 10, row: int | None = None, delta: bool = False) -> list[Effect]:
+        """The n effects of largest absolute value, largest first.
+
+        Args:
+            n: How many at most.
+            row: Of one row; None: of the mean over all rows.
+            delta: Delta components as well.
+
+        Raises:
+            SettingError: There is no such row.
+        """
+        found: list[Effect] = []
+        for site in self.values:
+            table = self._row(self.values[site], row)
+            best = table.abs().flatten().topk(min(n, table.numel())).indices.tolist()
+            for place in best:
+                p, c = divmod(place, table.shape[-1])
+                found.append(Effect(site, c, self._position(p), float(table[p, c])))
+            if delta:
+                rest = self._row(self.delta[site], row).tolist()
+                found += [Effect(site, None, self._position(p), value) for p, value in enumerate(rest)]
+        return sorted(found, key=lambda effect: -abs(effect.value))[:n]
+
+    def by_component(self) -> dict[str, Float[Tensor, "batch _C"]]:
+        """Sums over the positions, by site."""
+        return {site: values.sum(1) for site, values in self.values.items()}
+
+    def total(self) -> Float[Tensor, " batch"]:
+        """Sum of everything that is attributed, by row."""
+        parts = [values.sum((1, 2)) for values in self.values.values()]
+        parts += [v.sum(1) for part in (self.delta, self.bias, self.embeddings) for v in part.values()]
+        return torch.stack([part.double() for part in parts]).sum(0)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One line for each row, site, component (missing for the delta component) and position (missing for all).
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError("to_frame() needs pandas: pip install pandas.") from error
+        lines = []
+        for site in self.values:
+            table = torch.cat([self.values[site], self.delta[site].unsqueeze(-1)], -1)
+            C = table.shape[-1] - 1
+            for row, columns in enumerate(table.tolist()):
+                for p, effects in enumerate(columns):
+                    where = self._position(p)
+                    lines += [(row, site, c if c < C else None, where, value) for c, value in enumerate(effects)]
+        frame = pandas.DataFrame(lines, columns=["row", "site", "component", "position", "value"])
+        return frame.astype({"component": "Int64", "position": "Int64"})
+
+    def _row(self, values: Tensor, row: int | None) -> Tensor:
+        if row is None:
+            return values.mean(0)
+        if not -len(values) <= row < len(values):
+            raise SettingError(f"There are rows 0 to {len(values) - 1}; given {row}.")
+        return values[row]
+
+    def _position(self, place: int) -> int | None:
+        return self.positions[place] if self.by_position else None
+
+    # --- words and files --------------------------------------------------------------------------------------------
+    def tables(self) -> "list[Table]":
+        table = plain_table(f"Attribution by {self.method} to {self.metric}", "site", "component", "position", "effect")
+        for effect in self.top(SHOWN, delta=True):
+            component = "delta" if effect.component is None else str(effect.component)
+            position = "all" if effect.position is None else str(effect.position)
+            table.add_row(effect.site, component, position, f"{effect.value:+.4g}")
+        sums = plain_table(
+            "Sums over components and positions, mean over rows", "site", "components", "delta", "largest"
+        )
+        for site, values in self.values.items():
+            mean = values.mean(0)
+            sums.add_row(
+                site, f"{mean.sum():+.4g}", f"{self.delta[site].mean(0).sum():+.4g}", f"{mean.abs().max():.4g}"
+            )
+        return [table, sums]
+
+    def footnotes(self) -> list[str]:
+        mean = sum(self.clean) / len(self.clean)
+        lines = [
+            f"{IN_WORDS[self.direction]}; one value per {self.granularity}; {len(self.clean)} rows, clean {mean:.4g}"
+        ]
+        if self.corrupt is not None:
+            lines[0] += f", corrupt {sum(self.corrupt) / len(self.corrupt):.4g}"
+        if self.steps is not None:
+            lines.append(f"Gauss-Legendre rule of {self.steps} nodes along a path of {self.path}.")
+        held = [
+            word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on
+        ]
+        if held:
+            lines.append(f"Held in gradients: {', '.join(held)}.")
+        return lines
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, tensors as nested lists, whole or not at all.
+
+        Raises:
+            DecompositionFileError: It cannot be written there.
+        """
+        path = Path(path)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+        for name in TENSORS:
+            values[name] = {site: _as_list(tensor) for site, tensor in getattr(self, name).items()}
+        replace_text(path, json.dumps(values, indent=1))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Attribution":
+        """Read what `save` wrote.
+
+        Raises:
+            DecompositionFileError: The file is missing, damaged or something else.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            for name in TENSORS:
+                values[name] = {site: _as_tensor(kept) for site, kept in values[name].items()}
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DecompositionFileError(f"{path} holds no {cls.what} ({error}); write one with save().") from error
+
+
+TENSORS = ("values", "delta", "bias", "embeddings")
+"""Fields that hold tensors by site."""
+
+
+def _as_list(tensor: Tensor) -> dict[str, object]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
+
+
+def _as_tensor(kept: dict[str, object]) -> Tensor:
+    return torch.tensor(kept["values"], dtype=getattr(torch, str(kept["dtype"])))

@@ -1,0 +1,382 @@
+"""Components as nodes of a graph: which components, where in the prompt, make up what a component reads.
+
+A node is (site, component, position). The edge u -> v is what u's write adds to v's activation directly, that is with what all
+other decomposed sites write held fixed: h_u (U_u . dh_v/dy_u), across positions too. `direct_effects` says what is held and
+what is differentiated on the way.
+
+After Ge, Zhu, Shu, Wang, He, Qiu 2024 (arXiv 2405.13868) and Marks et al. 2024 (arXiv 2403.19647, section 3), with parameter
+components in the place of dictionary features.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.analysis.activations import component_acts
+from tl_paramdecomp.analysis.attribution import attribute
+from tl_paramdecomp.analysis.direct_effects import DirectPass, IncomingEdges, edge_values
+from tl_paramdecomp.analysis.records import Record, Row, plain_table
+from tl_paramdecomp.analysis.site_writes import Prompts, chosen_sites, prompts_of
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.indices import component_indices
+from tl_paramdecomp.errors import PositionIndexError, SettingError
+from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import SitePattern, resolve_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Node = tuple[str, SupportsIndex, SupportsIndex]
+"""Site, component, position."""
+METRIC = "metric"
+SHOWN = 20
+"""Edges in a printed table."""
+
+
+def edges_into(
+    model: Any,
+    decomposition: Decomposition,
+    tokens: Int[Tensor, "batch pos"],
+    target: Node,
+    *,
+    sites: SitePattern | None = None,
+    frozen_norms: bool = True,
+    frozen_patterns: bool = False,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+) -> IncomingEdges:
+    """Edges into one component's activation from every component at every position, delta components, biases, embeddings.
+
+    Args:
+        model: The target model, on any host.
+        decomposition: Made from this model's weights.
+        tokens: Token rows; each has its own edges.
+        target: Site, component and position (negative ones count from the end).
+        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
+            freely through the others.
+        frozen_norms: Hold the denominators of LayerNorm and RMSNorm, so that edges through them are exact parts.
+        frozen_patterns: Hold attention patterns, so that queries and keys have no edges.
+        attention_mask: 1 where a position counts.
+
+    Returns:
+        Edges; `remainder` is what they leave over, 0 where everything between is linear or frozen. An embedding's component
+        has no edges into it: it reads tokens.
+
+    Raises:
+        NoMatchingSiteError, ComponentIndexError, PositionIndexError: There is no such node.
+        UnsupportedModelError: A normalisation's denominator cannot be held.
+        TargetMismatchError, DeviceError, ShapeError, DtypeError: As `attribute`.
+    """
+    prompts, adapter = prompts_of(tokens, _no_metric, None, attention_mask), checked_adapter(model, decomposition)
+    components = _components(decomposition, sites)
+    site, component, position = _node(components, target, tokens.shape[1])
+    run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
+    return run.into_component(site, component, position)
+
+
+def _components(decomposition: Decomposition, sites: SitePattern | None) -> dict[str, Components]:
+    return {name: decomposition[name] for name in chosen_sites(decomposition, sites)}
+
+
+def _no_metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+    return logits.flatten(1)[:, 0]
+
+
+def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple[str, int, int]:
+    if not isinstance(node, Sequence) or isinstance(node, str) or len(node) != 3:
+        raise SettingError(f"A node is (site, component, position); given {node!r}.")
+    site, component, position = node
+    site = resolve_name({name: own.site for name, own in components.items()}, site)
+    (component,) = component_indices([component], components[site].n_components, site)
+    position = position.__index__()
+    if not -length <= position < length:
+        raise PositionIndexError(f"The rows have positions 0 to {length - 1} (or -{length} to -1); given {position}.")
+    return site, component, position % length
+
+
+@dataclass(frozen=True)
+class Graph(Record):
+    """Nodes, and edges between them and into the metric."""
+
+    what: ClassVar[str] = "graph of components"
+
+    metric: str
+    kind: str
+    """`prompt`: nodes have positions, and edges signs. `dataset`: mean absolute edges over rows and positions."""
+    nodes: list[Row]
+    """site, component, position, activation, attribution. In a dataset's graph position is None, activation the mean absolute
+    one, and attribution the mean over rows of the summed absolute ones."""
+    edges: list[Row]
+    """source (index of a node), target (index of a node, or "metric"), value."""
+    explained: list[Row]
+    """For each target of a prompt's graph: value, and the sums of its edges from nodes, other components, delta components,
+    biases and embeddings, and the remainder."""
+    frozen_norms: bool
+    frozen_patterns: bool
+    rows: int
+    """Token rows that the graph is of."""
+
+    def label(self, node: int | str) -> str:
+        """A node in words."""
+        if isinstance(node, str):
+            return node
+        found = self.nodes[node]
+        where = "" if found["position"] is None else f" @{found['position']}"
+        return f"{found['site']}[{found['component']}]{where}"
+
+    def into(self, node: int | str) -> list[Row]:
+        """Edges into a node or the metric, of largest absolute value first."""
+        return sorted((e for e in self.edges if e["target"] == node), key=lambda e: -abs(e["value"]))
+
+    def strongest(self, n: int = SHOWN) -> list[Row]:
+        """The n edges of largest absolute value."""
+        return sorted(self.edges, key=lambda e: -abs(e["value"]))[:n]
+
+    def tables(self) -> "list[Table]":
+        shown = self.strongest()
+        edges = plain_table(f"Edges of a {self.kind}'s graph for {self.metric}", "source", "target", "value")
+        for edge in shown:
+            edges.add_row(self.label(edge["source"]), self.label(edge["target"]), f"{edge['value']:+.4g}")
+        nodes = plain_table("Nodes of largest attribution", "node", "activation", "attribution")
+        for node in sorted(range(len(self.nodes)), key=lambda i: -abs(self.nodes[i]["attribution"]))[:SHOWN]:
+            found = self.nodes[node]
+            nodes.add_row(self.label(node), f"{found['activation']:+.4g}", f"{found['attribution']:+.4g}")
+        return [nodes, edges]
+
+    def footnotes(self) -> list[str]:
+        held = [
+            word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on
+        ]
+        return [
+            f"{len(self.nodes)} nodes, {len(self.edges)} edges, {self.rows} rows; held: "
+            f"{', '.join(['all other decomposed sites', *held])}."
+        ]
+
+
+def prompt_graph(
+    model: Any,
+    decomposition: Decomposition,
+    tokens: Any,
+    metric: Any,
+    *,
+    nodes: int | Iterable[Node] = 32,
+    sites: SitePattern | None = None,
+    frozen_norms: bool = True,
+    frozen_patterns: bool = False,
+    attention_mask: Int[Tensor, "1 pos"] | None = None,
+) -> Graph:
+    """Components at positions of one prompt, the direct edges between them, and those into a metric.
+
+    Args:
+        model: The target model, on any host.
+        decomposition: Made from this model's weights.
+        tokens: One token row [1, pos], or a task of one prompt.
+        metric: As in `attribute`.
+        nodes: The nodes; or how many of largest absolute attribution (activation times gradient, all effects) are taken.
+        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
+            freely through the others.
+        frozen_norms: Hold the denominators of LayerNorm and RMSNorm for the edges.
+        frozen_patterns: Hold attention patterns for the edges.
+        attention_mask: 1 where a position counts.
+
+    Raises:
+        SettingError: More than one row, or fewer than one node.
+        UnsupportedModelError, TargetMismatchError, DeviceError, ShapeError, DtypeError: As `edges_into` and `attribute`.
+    """
+    prompts = prompts_of(tokens, metric, None, attention_mask)
+    if len(prompts.clean) != 1:
+        raise SettingError(f"A prompt's graph is of one row; given {len(prompts.clean)}. See dataset_graph for many.")
+    components, mask = _components(decomposition, sites), prompts.attention_mask
+    found = attribute(model, decomposition, prompts.clean, prompts.measure, sites=list(components), attention_mask=mask)
+    chosen: list[tuple[str, int, int]]
+    if isinstance(nodes, int):
+        _check_count(nodes)
+        chosen = [(e.site, e.component, e.position) for e in found.top(nodes)]  # type: ignore[misc]
+    else:
+        chosen = [_node(components, node, prompts.clean.shape[1]) for node in nodes]
+        _check_count(len(chosen))
+    chosen = sorted(set(chosen), key=lambda n: (list(components).index(n[0]), n[2], n[1]))
+    run = DirectPass.of(checked_adapter(model, decomposition), components, prompts, frozen_norms, frozen_patterns)
+    listed = [
+        _node_row(
+            node, float(run.acts[node[0]][0, node[2], node[1]]), float(found.values[node[0]][0, node[2], node[1]])
+        )
+        for node in chosen
+    ]
+    edges, explained = [], []
+    targets: list[int | str] = [*range(len(chosen)), METRIC]
+    for target in targets:
+        incoming = run.into_metric() if isinstance(target, str) else run.into_component(*chosen[target])
+        values = edge_values(incoming, chosen)[0].tolist()
+        edges += [{"source": i, "target": target, "value": value} for i, value in enumerate(values) if value != 0.0]
+        explained.append({"target": target, **_sums(incoming, sum(values))})
+    return Graph(prompts.metric, "prompt", listed, edges, explained, frozen_norms, frozen_patterns, 1)
+
+
+def _node_row(node: tuple[str, int, int | None], activation: float, attribution: float) -> Row:
+    site, component, position = node
+    return {
+        "site": site, "component": component, "position": position, "activation": activation, "attribution": attribution,
+    }  # fmt: skip
+
+
+def _sums(incoming: IncomingEdges, from_nodes: float) -> Row:
+    def whole(parts: dict[str, Tensor]) -> float:
+        return float(sum(float(part.sum()) for part in parts.values()))
+
+    return {
+        "value": float(incoming.value),
+        "nodes": from_nodes,
+        "other_components": whole(incoming.values) - from_nodes,
+        "delta": whole(incoming.delta),
+        "bias": whole(incoming.bias),
+        "embeddings": whole(incoming.embeddings),
+        "remainder": float(incoming.remainder),
+    }
+
+
+def _check_count(nodes: int) -> None:
+    if nodes < 1:
+        raise SettingError(f"A graph needs at least one node; given {nodes}.")
+
+
+def dataset_graph(
+    model: Any,
+    decomposition: Decomposition,
+    tokens: Any,
+    metric: Any,
+    *,
+    nodes: int | Iterable[tuple[str, SupportsIndex]] = 16,
+    sites: SitePattern | None = None,
+    batch_size: int = 16,
+    frozen_norms: bool = True,
+    frozen_patterns: bool = False,
+    attention_mask: Int[Tensor, "n pos"] | None = None,
+    progress: bool = True,
+) -> Graph:
+    """Components over a dataset, and how strong the direct edges between them are on the mean.
+
+    The edge (s, c) -> (s', c') is the mean over rows, and over the positions of c' that count, of the summed absolute edges
+    from c at all positions. The edge into the metric is the mean over rows of the summed absolute edges. It takes one short
+    backward pass for each node and position of every batch.
+
+    Args:
+        model: The target model, on any host.
+        decomposition: Made from this model's weights.
+        tokens: Token rows [n, pos], or a task.
+        metric: As in `attribute`; one that remembers something of each row is only for `batch_size` of all rows.
+        nodes: (site, component) pairs; or how many are taken by the mean over rows of the summed absolute attributions.
+        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
+            freely through the others.
+        batch_size: Rows of one forward pass.
+        frozen_norms: Hold the denominators of LayerNorm and RMSNorm for the edges.
+        frozen_patterns: Hold attention patterns for the edges.
+        attention_mask: 1 where a position counts.
+        progress: Show a progress bar.
+
+    Raises:
+        SettingError: Fewer than one node, or a batch size below 1.
+        UnsupportedModelError, TargetMismatchError, DeviceError, ShapeError, DtypeError: As `edges_into` and `attribute`.
+    """
+    if batch_size < 1:
+        raise SettingError(f"batch_size is at least 1; given {batch_size}.")
+    whole = prompts_of(tokens, metric, None, attention_mask)
+    batches = list(_batches(tokens, whole, metric, batch_size))
+    components = _components(decomposition, sites)
+    strengths, activations = _mean_strengths(model, decomposition, components, batches)
+    chosen = _chosen(components, strengths, nodes)
+    freezing = (frozen_norms, frozen_patterns)
+    adapter = checked_adapter(model, decomposition)
+    sums, into_metric, counted = _summed_edges(adapter, components, batches, chosen, freezing, progress)
+    n = len(chosen)
+    rows = len(whole.clean)
+    listed = [
+        _node_row((s, c, None), float(activations[s][c]) / counted, float(strengths[s][c]) / rows) for s, c in chosen
+    ]
+    between = (sums / counted).tolist()
+    edges: list[Row] = [
+        {"source": i, "target": j, "value": between[i][j]} for i in range(n) for j in range(n) if between[i][j]
+    ]
+    edges += [{"source": i, "target": METRIC, "value": v} for i, v in enumerate((into_metric / rows).tolist()) if v]
+    return Graph(whole.metric, "dataset", listed, edges, [], frozen_norms, frozen_patterns, rows)
+
+
+def _summed_edges(
+    adapter: ModelAdapter,
+    components: Mapping[str, Components],
+    batches: Sequence[Prompts],
+    chosen: Sequence[tuple[str, int]],
+    freezing: tuple[bool, bool],
+    progress: bool,
+) -> tuple[Float[Tensor, "source target"], Float[Tensor, " source"], float]:
+    """Absolute edges between nodes summed over rows and positions, into the metric over rows; how many positions count."""
+    n, device, length = len(chosen), batches[0].clean.device, batches[0].clean.shape[1]
+    sums = torch.zeros(n, n, dtype=torch.float64, device=device)
+    into_metric, counted = torch.zeros(n, dtype=torch.float64, device=device), 0.0
+    with tqdm(total=len(batches) * length * n, desc="edges", disable=not progress, leave=False) as bar:
+        for prompts in batches:
+            run = DirectPass.of(adapter, components, prompts, *freezing)
+            real = torch.ones(prompts.clean.shape, device=device) if prompts.real is None else prompts.real.double()
+            counted += float(real.sum())
+            into_metric += _absolute(run.into_metric(), chosen, real).sum(0)
+            for target, node in enumerate(chosen):
+                for position in range(length):
+                    incoming = _absolute(run.into_component(*node, position), chosen, real)
+                    sums[:, target] += (incoming * real[:, position, None]).sum(0)
+                    bar.update(1)
+    return sums, into_metric, counted
+
+
+def _batches(tokens: Any, whole: Prompts, metric: Any, size: int) -> Iterable[Prompts]:
+    """The rows in batches; a task's by its own `select`."""
+    for rows in torch.arange(len(whole.clean)).split(size):
+        if isinstance(tokens, Tensor):
+            mask = None if whole.attention_mask is None else whole.attention_mask[rows]
+            yield prompts_of(tokens[rows], metric, None, mask)
+        else:
+            yield prompts_of(tokens if len(rows) == len(whole.clean) else tokens.select(rows.tolist()), metric)
+
+
+def _mean_strengths(
+    model: Any, decomposition: Decomposition, components: Mapping[str, Components], batches: Sequence[Prompts]
+) -> tuple[dict[str, Float[Tensor, " _C"]], dict[str, Float[Tensor, " _C"]]]:
+    """Absolute attributions and activations by site, summed over rows and positions."""
+    strengths: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
+    for prompts in batches:
+        mask = prompts.attention_mask
+        found = attribute(
+            model, decomposition, prompts.clean, prompts.measure, sites=list(components), attention_mask=mask
+        )
+        all_acts = component_acts(model, decomposition, prompts.clean, mask)
+        for name, values in found.values.items():
+            acts = all_acts[name].abs()
+            acts = acts if prompts.real is None else acts * prompts.real.unsqueeze(-1)
+            strengths[name] = strengths.get(name, 0.0) + values.abs().sum((0, 1)).double()
+            activations[name] = activations.get(name, 0.0) + acts.sum((0, 1)).double()
+    return strengths, activations
+
+
+def _chosen(components: Mapping[str, Components], strengths: dict[str, Tensor], nodes: Any) -> list[tuple[str, int]]:
+    if isinstance(nodes, int):
+        _check_count(nodes)
+        flat = torch.cat([strengths[name] for name in components])
+        all_nodes = [(name, c) for name in components for c in range(len(strengths[name]))]
+        return [all_nodes[i] for i in sorted(flat.topk(min(nodes, len(flat))).indices.tolist())]
+    given = [_node(components, (*node, 0), 1)[:2] for node in nodes]
+    _check_count(len(given))
+    return sorted(set(given), key=lambda n: (list(components).index(n[0]), n[1]))
+
+
+def _absolute(
+    incoming: IncomingEdges, nodes: Sequence[tuple[str, int]], real: Float[Tensor, "batch pos"]
+) -> Float[Tensor, "batch nodes"]:
+    """Absolute edges from components, summed over the positions that count."""
+    columns = [(incoming.values[site][..., c].abs().double() * real).sum(1) for site, c in nodes]
+    return torch.stack(columns, -1)

@@ -1,0 +1,199 @@
+"""What every weight site reads and writes in one forward pass, and derivatives by what it writes.
+
+A site writes y = b + h U + x (W - V U). A pass keeps x, y and b of each site, and gives it one of three roles:
+
+- read: y goes on as it is;
+- open: a leaf of zeros is added to y, whose gradient is the total derivative by what the site writes;
+- pinned: a leaf takes the place of y, equal to y or given, so that nothing upstream of the site acts through it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.errors import SettingError, ShapeError, UnsupportedSiteError
+from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, check_rows, select_sites
+
+Role = Literal["read", "open", "pinned"]
+EMBEDDINGS = ("embed.W_E", "pos_embed.W_pos")
+
+Measure = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
+"""From logits to one number per row."""
+
+
+@dataclass(eq=False)
+class SiteWrites:
+    """Reads and writes of sites in one forward pass."""
+
+    batch: int
+    x: dict[str, Tensor] = field(default_factory=dict)
+    """[batch, pos, d_in], in the graph where there is one; indices [batch, pos] for an embedding."""
+    y: dict[str, Tensor] = field(default_factory=dict)
+    """[batch, pos, d_out], bias included, cut from the graph."""
+    bias: dict[str, Tensor | None] = field(default_factory=dict)
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    def acts(self, name: str, components: Components) -> Float[Tensor, "batch pos C"]:
+        """Component activations, cut from the graph."""
+        with torch.no_grad():
+            return components.acts(self.x[name])
+
+    def delta_write(self, name: str, components: Components) -> Float[Tensor, "batch pos d_out"]:
+        """What the delta component writes: y - b - h U."""
+        with torch.no_grad():
+            rest = self.y[name].to(torch.promote_types(self.y[name].dtype, components.V.dtype))
+            rest = rest - self.acts(name, components) @ components.U
+            bias = self.bias[name]
+            return rest if bias is None else rest - bias.detach().to(rest.dtype)
+
+    def fns(self, names: Iterable[str], role: Role, given: Mapping[str, Tensor] | None = None) -> dict[str, SiteFn]:
+        """Functions for an adapter's `intercept`.
+
+        Args:
+            names: Sites.
+            role: What becomes of them.
+            given: y to use instead of the host's, for some of them.
+        """
+        given = given or {}
+        return {name: functools.partial(self._pass, name, role, given.get(name)) for name in names}
+
+    def _pass(self, name: str, role: Role, given: Tensor | None, call: SiteCall) -> Tensor:
+        if name in self.y:
+            raise UnsupportedSiteError(
+                f"{name} is called more than once in a forward pass, so that it has no single activation."
+            )
+        y = call.y if given is None else given.to(call.y.dtype)
+        self.x[name] = call.x.expand(self.batch, *call.x.shape[1:]) if call.x.shape[0] == 1 else call.x
+        self.y[name] = y.detach().expand(self.batch, *y.shape[1:])
+        self.bias[name] = call.bias
+        if role == "read":
+            return y
+        if role == "open":
+            leaf = torch.zeros_like(self.y[name], memory_format=torch.contiguous_format).requires_grad_(True)
+            self.leaves[name] = leaf
+            return y + leaf
+        leaf = self.y[name].clone().requires_grad_(True)
+        self.leaves[name] = leaf
+        return leaf.clone()  # hosts may write into what they are given
+
+    def gradients(self, total: Float[Tensor, ""], names: Iterable[str], retain: bool = False) -> dict[str, Tensor]:
+        """Derivative of one number by what each site writes; zeros where nothing leads from there to it."""
+        names = list(names)
+        leaves = [self.leaves[name] for name in names]
+        found = derivatives(total, leaves, retain)
+        return dict(zip(names, found, strict=True))
+
+
+def derivatives(total: Float[Tensor, ""], leaves: list[Tensor], retain: bool = False) -> list[Tensor]:
+    """Derivatives of one number; zeros by what it does not depend on."""
+    if not leaves or not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(total, leaves, retain_graph=retain, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+def along_writes(
+    components: Components, h: Float[Tensor, "batch pos C"], gradient: Float[Tensor, "batch pos d_out"]
+) -> Float[Tensor, "batch pos C"]:
+    """h_c (U_c . g) of every component."""
+    with torch.no_grad():
+        return h * (gradient.to(components.U.dtype) @ components.U.T)
+
+
+def dotted(write: Tensor, gradient: Float[Tensor, "batch pos d_out"]) -> Float[Tensor, "batch pos"]:
+    """Inner products along the last axis; a bias [d_out] is one write for all positions."""
+    with torch.no_grad():
+        wide = torch.promote_types(write.dtype, gradient.dtype)
+        return (write.detach().to(wide) * gradient.to(wide)).sum(-1)
+
+
+def other_embeddings(adapter: ModelAdapter, names: Iterable[str]) -> list[str]:
+    """Embedding tables of the model that are not among some sites."""
+    return [name for name in EMBEDDINGS if name in adapter.wirings and name not in set(names)]
+
+
+def chosen_sites(decomposition: Decomposition, sites: SitePattern | None) -> list[str]:
+    """Decomposed sites that a pattern selects; all of them for None.
+
+    Raises:
+        NoMatchingSiteError: It selects none.
+    """
+    return list(decomposition) if sites is None else list(select_sites(decomposition.sites, sites))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Token rows, and what is measured on them: from a task, or from tokens and a metric of logits."""
+
+    clean: Int[Tensor, "batch pos"]
+    corrupt: Int[Tensor, "batch pos"] | None
+    attention_mask: Tensor | None
+    measure: Measure
+    metric: str
+    """Name of the metric."""
+
+    @property
+    def real(self) -> Tensor | None:
+        """[batch, pos], true where no padding stands; None where all of it is."""
+        return None if self.attention_mask is None else self.attention_mask.bool()
+
+
+def prompts_of(tokens: Any, metric: Any, corrupt: Any = None, attention_mask: Any = None) -> Prompts:
+    """Rows and measure from what a user gives.
+
+    Args:
+        tokens: Token rows, or a task (anything with `clean`, `corrupt`, `attention_mask` and `at_answer`).
+        metric: Of logits [batch, pos, vocab]; with a task, of its answer logits [batch, vocab] and the task.
+        corrupt: Rows to compare with; a task brings its own.
+        attention_mask: 1 where a position counts; a task brings its own.
+
+    Raises:
+        SettingError: Rows or a mask are given beside a task.
+        ShapeError: Corrupt rows are not aligned with the clean ones.
+    """
+    name = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__
+    if hasattr(tokens, "at_answer") and hasattr(tokens, "clean"):
+        if attention_mask is not None or (corrupt is not None and corrupt is not tokens.corrupt):
+            raise SettingError("A task brings its corrupt prompts and its attention mask; give neither beside it.")
+        task, tokens = tokens, tokens.clean
+        corrupt, attention_mask = task.corrupt, task.attention_mask
+
+        def of_task(logits: Tensor) -> Tensor:
+            return checked(metric(task.at_answer(logits), task), len(logits), str(name))
+
+        measure: Measure = of_task
+    else:
+
+        def of_rows(logits: Tensor) -> Tensor:
+            return checked(metric(logits), len(logits), str(name))
+
+        measure = of_rows
+    check_rows(tokens, attention_mask)
+    if corrupt is not None:
+        check_rows(corrupt, attention_mask)
+        if corrupt.shape != tokens.shape:
+            raise ShapeError(
+                f"Corrupt rows are aligned with the clean ones token by token; given {list(corrupt.shape)} beside "
+                f"{list(tokens.shape)}."
+            )
+    return Prompts(tokens, corrupt, attention_mask, measure, str(name))
+
+
+def checked(found: Any, rows: int, name: str) -> Tensor:
+    """A metric's values, one for each row.
+
+    Raises:
+        ShapeError: They are something else.
+    """
+    if not isinstance(found, Tensor) or found.shape != (rows,):
+        given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ShapeError(f"The metric {name} must give one number for each of {rows} rows; given {given}.")
+    return found
