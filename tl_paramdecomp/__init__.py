@@ -6,8 +6,14 @@ Import it as `tlpd`. Host libraries, the command and plots load when they are us
 from tl_paramdecomp import errors
 from tl_paramdecomp.adapters import find_sites, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances, component_acts
+from tl_paramdecomp.analysis.attention_scores import AttentionScores, attention_scores
+from tl_paramdecomp.analysis.attribution import attribute
+from tl_paramdecomp.analysis.attributions import Attribution
+from tl_paramdecomp.analysis.circuit_search import LearnedMasks
+from tl_paramdecomp.analysis.circuits import Circuit, evaluate_circuit, find_circuit
 from tl_paramdecomp.analysis.comparison import Comparison
 from tl_paramdecomp.analysis.controls import shuffled_weights
+from tl_paramdecomp.analysis.edges import Graph, dataset_graph, edges_into, prompt_graph
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.oracle import Oracle
@@ -18,6 +24,20 @@ from tl_paramdecomp.analysis.subnetworks import (
     impacts,
     output_derivative,
 )
+from tl_paramdecomp.analysis.sweep import Sweep, sweep
+from tl_paramdecomp.analysis.task_makers import make_task
+from tl_paramdecomp.analysis.task_metrics import (
+    AnswerLoss,
+    AnswerProbability,
+    AnswerRank,
+    KLToClean,
+    LogitDifference,
+    ProbabilityDifference,
+    answer_logits,
+    score,
+)
+from tl_paramdecomp.analysis.tasks import Task, load_task
+from tl_paramdecomp.analysis.units import component_units, neuron_and_head_units
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
@@ -25,10 +45,12 @@ from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, Whit
 from tl_paramdecomp.methods.from_factors import from_factors
 from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.spd import SPD, VPD
+from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
 from tl_paramdecomp.patching.attach import attached
 from tl_paramdecomp.patching.edit import edited_model, edited_weights
 from tl_paramdecomp.patching.hooks import fwd_hooks, patched
 from tl_paramdecomp.patching.interventions import importance_masks
+from tl_paramdecomp.patching.means import activation_means
 from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.patching.target import check_target
 from tl_paramdecomp.patching.trace import patch_trace
@@ -46,14 +68,26 @@ from tl_paramdecomp.training.fit import decompose
 from tl_paramdecomp.training.tuning import tune_along
 
 __all__ = [
+    "ActPatches",
+    "AnswerLoss",
+    "AnswerProbability",
+    "AnswerRank",
+    "AttentionScores",
+    "Attribution",
+    "Circuit",
     "Comparison",
     "ComparisonProtocol",
     "Decomposition",
     "Evaluation",
+    "Graph",
+    "KLToClean",
     "L3D",
+    "LearnedMasks",
+    "LogitDifference",
     "Masks",
     "NeuronBasis",
     "Oracle",
+    "ProbabilityDifference",
     "Protocol",
     "RandomBasis",
     "SPD",
@@ -61,38 +95,57 @@ __all__ = [
     "Selectivity",
     "SubnetworkDecomposition",
     "SubnetworkEvaluation",
+    "Sweep",
+    "Task",
     "TaskPrompt",
     "TextRows",
     "VPD",
     "WeightSite",
     "WhitenedSVD",
+    "act_patches",
+    "activation_means",
+    "answer_logits",
     "attached",
+    "attention_scores",
+    "attribute",
     "causal_importances",
     "causal_selectivity",
     "check_target",
     "compare",
     "component_acts",
+    "component_units",
+    "dataset_graph",
     "decompose",
+    "edges_into",
     "edited_model",
     "edited_weights",
     "errors",
     "evaluate",
+    "evaluate_circuit",
     "evaluate_subnetworks",
+    "find_circuit",
     "find_sites",
     "from_factors",
     "fwd_hooks",
     "impacts",
     "importance_masks",
     "load_micro_gpt2",
+    "load_task",
+    "make_task",
     "micro_gpt2_prompts",
     "micro_gpt2_tokenizer",
     "micro_gpt2_tokens",
+    "neuron_and_head_units",
     "output_derivative",
     "patch_trace",
     "patched",
+    "patched_acts",
     "perturbed",
+    "prompt_graph",
+    "score",
     "shuffled_weights",
     "site_weight",
+    "sweep",
     "top_logits",
     "top_samples",
     "tune_along",
