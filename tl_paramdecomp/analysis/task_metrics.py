@@ -17,7 +17,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.identity import behind
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
-from tl_paramdecomp.adapters.wiring import find_module
+from tl_paramdecomp.adapters.wiring import Wiring, find_module
 from tl_paramdecomp.analysis.tasks import Task
 from tl_paramdecomp.errors import NormalisationError, SettingError, ShapeError, TaskError
 from tl_paramdecomp.sites import check_rows
@@ -331,9 +331,15 @@ def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
     wiring = adapter.wirings.get(UNEMBEDDING)
     if wiring is None:
         return False
-    modules = {path: find_module(adapter.root, path) for path in (wiring.owner, wiring.x.path, wiring.y.path)}
     ours = any(behind(name) == UNEMBEDDING for found in adapter.interceptions for name in found.fns)
-    return ours or any(part._forward_hooks or part._forward_pre_hooks for m in modules.values() for part in m.modules())
+    # TransformerBridge wraps the module, and a user's hooks are on the wrapper
+    paths = {".".join(parts[:i]) for parts in _paths(wiring) for i in range(1, len(parts) + 1)}
+    parts = (part for path in paths for part in find_module(adapter.root, path).modules())
+    return ours or any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _paths(wiring: Wiring) -> list[list[str]]:
+    return [path.split(".") for path in (wiring.owner, wiring.x.path, wiring.y.path)]
 
 
 def _shown(value: float | Tensor) -> str:
