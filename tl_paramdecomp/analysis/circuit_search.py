@@ -96,13 +96,15 @@ def shortest_good(order: Int[Tensor, " n"], good: Good) -> int:
 def pruned(order: Int[Tensor, " k"], n: int, good: Good, progress: bool = False) -> Int[Tensor, " some"]:
     """What is left of a circuit, given strongest first, when all that it can do without is removed, weakest first.
 
+    Parts of an eighth of it are tried, then ever smaller ones, down to single units or a 128th of it.
+
     Args:
         order: The circuit's units.
         n: Units in all.
         good: What must hold of what is left.
         progress: Show a progress bar.
     """
-    kept, part = order.tolist(), max(1, len(order) // 8)
+    kept, part, smallest = order.tolist(), max(1, len(order) // 8), max(1, len(order) // 128)
     bar = tqdm(desc="pruning", disable=not progress)
     while True:
         end = len(kept)
@@ -114,10 +116,10 @@ def pruned(order: Int[Tensor, " k"], n: int, good: Good, progress: bool = False)
             end = first
             bar.set_postfix(units=len(kept), part=part)
             bar.update()
-        if part == 1:
+        if part <= smallest:
             bar.close()
             return torch.tensor(kept, device=order.device)
-        part = max(1, part // 4)
+        part = max(smallest, part // 4)
 
 
 def members(chosen: Int[Tensor, " some"], n: int) -> Float[Tensor, " n"]:

@@ -109,6 +109,19 @@ def baseline_of(
     return {name: (a * weight.to(a)).sum(0) if a.shape[0] == len(tokens) else a for name, a in acts.items()}
 
 
+def capped_mean(runs: TaskRuns, keep: Float[Tensor, " n"], best: Float[Tensor, " prompts"], sign: float) -> float:
+    """The metric's mean over prompts, none of them counting for more than the model itself makes of it.
+
+    Args:
+        runs: The task's.
+        keep: The circuit.
+        best: The model's own values.
+        sign: 1 where a larger metric is better, -1 where a smaller one is.
+    """
+    with torch.no_grad():
+        return (sign * torch.minimum(sign * runs.values(keep), sign * best)).mean().item()
+
+
 # --- masks outside of a circuit --------------------------------------------------------------------------------------
 def stochastic_value(runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, draws: int = 4) -> float:
     """Outside masks uniform in [0, 1], drawn anew for every unit, prompt and position; mean over draws."""

@@ -25,6 +25,7 @@ from tl_paramdecomp.analysis.circuit_values import (
     Value,
     adversarial_value,
     baseline_of,
+    capped_mean,
     mask_gradients,
     random_value,
     stochastic_value,
@@ -158,7 +159,8 @@ def find_circuit(
         method: What orders units: `gradients` (integrated over masks), or `masks` (learned against an adversary).
         scores: Given in place of the method: one number for each component by site, larger for what must stay.
         units: What a circuit is made of; None: single components.
-        faithfulness: f that the circuit must reach with all others ablated.
+        faithfulness: f that the circuit must reach with all others ablated, where no prompt counts for more than the model
+            itself makes of it: one that overshoots does not make up for one that fails.
         stochastic: f that it must reach with all others masked at random; None: whatever it is.
         value: What ablated components' activations become.
         delta: The delta component's mask.
@@ -176,16 +178,19 @@ def find_circuit(
         raise SettingError(f"Wanted faithfulness lies between 0 and 1; given {faithfulness} and {stochastic}.")
     runs = _runs(model, decomposition, task, metric, units, value, delta)
     with runs.frozen():
-        full, none = runs.mean(), runs.mean(torch.zeros(len(runs.units), device=runs.adapter.device))
+        with torch.no_grad():
+            best = runs.values()
+        full, none = best.mean().item(), runs.mean(torch.zeros(len(runs.units), device=runs.adapter.device))
         normalised_faithfulness(full, full, none)
-        name, order = _order(runs, method, scores, 1.0 if full > none else -1.0, seed, progress)
+        sign = 1.0 if full > none else -1.0
+        name, order = _order(runs, method, scores, sign, seed, progress)
 
         def good(inside: Tensor) -> bool:
-            if normalised_faithfulness(runs.mean(inside), full, none) < faithfulness:
+            if normalised_faithfulness(capped_mean(runs, inside, best, sign), full, none) < faithfulness:
                 return False
             if stochastic is None:
                 return True
-            value = stochastic_value(runs, inside, _generator(runs, seed), draws=2)
+            value = stochastic_value(runs, inside, _generator(runs, seed), draws=1)
             return normalised_faithfulness(value, full, none) >= stochastic
 
         chosen = order[: shortest_good(order, good)]
