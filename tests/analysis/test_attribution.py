@@ -378,6 +378,19 @@ def test_right_padded_tasks_are_their_rows_one_by_one(host: str, method: Any, to
             assert found.values[site][row, length:].abs().sum() == 0.0
 
 
+def test_padding_is_attributed_nothing_even_by_a_metric_that_looks_there(tokens: Tensor) -> None:
+    model = build("gpt2")
+    dec = decomposition_of(model, "blocks.1.mlp.W_out")
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    for method in ("gradient", "ablation"):
+        found = attribute(
+            model, dec, tokens, lambda y: y[..., A].sum(1), method=method, attention_mask=mask, progress=False
+        )
+        values = found.values["blocks.1.mlp.W_out"]
+        assert values[1, 5:].abs().max() == 0.0 and values[1, :5].abs().min() > 0.0 and values[0].abs().min() > 0.0
+
+
 def test_positions_and_sums(tokens: Tensor) -> None:
     model = build("gpt2")
     dec = decomposition_of(model, "blocks.0.*")

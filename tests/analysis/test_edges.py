@@ -280,9 +280,10 @@ def test_a_norm_of_another_kind_cannot_be_held(tokens: Tensor) -> None:
     assert edges_into(model, dec, tokens, ("blocks.1.mlp.W_in", 0, 0), frozen_norms=False).total.isfinite().all()
 
 
-def test_norms_of_centred_rows_are_told_apart(tokens: Tensor) -> None:
+@pytest.mark.parametrize("kind", ["LNPre", "RMSPre"])
+def test_norms_of_centred_rows_are_told_apart(kind: str, tokens: Tensor) -> None:
     """Where rows have no mean, LayerNorm and RMSNorm give the same values, but only one ignores what is added to all."""
-    model = hooked(normalization_type="LNPre", positional_embedding_type="rotary", rotary_dim=8, attn_only=True)
+    model = hooked(normalization_type=kind, positional_embedding_type="rotary", rotary_dim=8, attn_only=True)
     model.requires_grad_(False)
     with torch.no_grad():
         for name in ("embed.W_E", "blocks.0.attn.W_O", "blocks.0.attn.b_O"):
@@ -295,5 +296,7 @@ def test_norms_of_centred_rows_are_told_apart(tokens: Tensor) -> None:
     h = tlpd.component_acts(model, dec, tokens)["blocks.0.attn.W_O"][:, 6, 3, None]
     write = h * dec["blocks.0.attn.W_O"].U[3]
     scale = cache["blocks.1.ln1.hook_scale"][:, 6]
-    expected = ((write - write.mean(-1, keepdim=True)) / scale) @ dec["blocks.1.attn.W_Q"].V[:, 0]
+    expected = ((write - write.mean(-1, keepdim=True) if kind == "LNPre" else write) / scale) @ dec[
+        "blocks.1.attn.W_Q"
+    ].V[:, 0]
     assert (edges.values["blocks.0.attn.W_O"][:, 6, 3] - expected).abs().max() < 1e-8

@@ -143,6 +143,9 @@ def _effects_at(
         for (place, c), own in zip(some, logits.split(len(run.rows)), strict=False):
             found[:, place, c] = (plain - run.prompts.measure(own)).to(found.dtype)
         bar.update(len(some))
+    real = run.prompts.real
+    if run.singly is not None and real is not None:  # rounding, at most: nothing is changed at padding
+        found *= real[:, list(run.singly)].unsqueeze(-1)
     return found
 
 
