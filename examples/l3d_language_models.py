@@ -65,11 +65,9 @@ def main() -> None:
                 args.out / name / f"{place}-{n}-{args.seed}", progress=args.progress, checkpoint_every=200,
             )  # fmt: skip
             middle = n == sorted(args.subnetworks)[len(args.subnetworks) // 2]
-            dictionaries = {
-                "L3D": made,
-                "random directions": random_directions(made, args.seed),
-                "singular vectors of the weights": singular_directions(made, adapt(model)),
-            }
+            dictionaries = {"L3D": made, "random directions": random_directions(made, args.seed)}
+            if n <= sum(min(site.d_in, site.d_out) for site in made.sites.values()):
+                dictionaries["singular vectors of the weights"] = singular_directions(made, adapt(model))
             for label, dictionary in dictionaries.items():
                 entries["dictionaries"].append(
                     {"label": label, "n": n, **measured(model, dictionary, held_out, middle, label == "L3D")}
@@ -78,7 +76,7 @@ def main() -> None:
                 entries["subnetworks"] = described(model, made, held_out[:INSPECTED], args)
             args.out.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-            print(json.dumps(entries["dictionaries"][-3:], indent=1))
+            print(json.dumps(entries["dictionaries"][-len(dictionaries) :], indent=1))
 
 
 def settings(args: argparse.Namespace) -> dict:

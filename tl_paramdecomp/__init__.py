@@ -13,10 +13,12 @@ from tl_paramdecomp.analysis.circuit_search import LearnedMasks
 from tl_paramdecomp.analysis.circuits import Circuit, evaluate_circuit, find_circuit
 from tl_paramdecomp.analysis.comparison import Comparison
 from tl_paramdecomp.analysis.controls import shuffled_weights
+from tl_paramdecomp.analysis.direct_effects import IncomingEdges
 from tl_paramdecomp.analysis.edges import Graph, dataset_graph, edges_into, prompt_graph
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.analysis.oracle import Oracle
+from tl_paramdecomp.analysis.per_head import PerHead, per_head
 from tl_paramdecomp.analysis.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
 from tl_paramdecomp.analysis.subnetworks import (
     SubnetworkEvaluation,
@@ -33,7 +35,10 @@ from tl_paramdecomp.analysis.task_metrics import (
     KLToClean,
     LogitDifference,
     ProbabilityDifference,
+    TokenLoss,
     answer_logits,
+    default_metric,
+    normalised_faithfulness,
     score,
 )
 from tl_paramdecomp.analysis.tasks import Task, load_task
@@ -80,6 +85,7 @@ __all__ = [
     "Decomposition",
     "Evaluation",
     "Graph",
+    "IncomingEdges",
     "KLToClean",
     "L3D",
     "LearnedMasks",
@@ -90,6 +96,7 @@ __all__ = [
     "ProbabilityDifference",
     "Protocol",
     "RandomBasis",
+    "PerHead",
     "SPD",
     "SVD",
     "Selectivity",
@@ -99,6 +106,7 @@ __all__ = [
     "Task",
     "TaskPrompt",
     "TextRows",
+    "TokenLoss",
     "VPD",
     "WeightSite",
     "WhitenedSVD",
@@ -115,6 +123,7 @@ __all__ = [
     "component_acts",
     "component_units",
     "dataset_graph",
+    "default_metric",
     "decompose",
     "edges_into",
     "edited_model",
@@ -136,10 +145,12 @@ __all__ = [
     "micro_gpt2_tokenizer",
     "micro_gpt2_tokens",
     "neuron_and_head_units",
+    "normalised_faithfulness",
     "output_derivative",
     "patch_trace",
     "patched",
     "patched_acts",
+    "per_head",
     "perturbed",
     "prompt_graph",
     "score",
