@@ -18,6 +18,7 @@ from tl_paramdecomp.cli.recipes import RECIPES
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from rendering import Row, origin, table  # noqa: E402
+from results_circuits import circuits  # noqa: E402
 from results_l3d import digits, language_model, subnetworks, sweeps, tasks  # noqa: E402
 
 RESULTS, PAGE, BELIEVE = HERE / "results", HERE / "results.md", HERE / "how_much_to_believe.md"
@@ -347,6 +348,7 @@ SECTIONS = (
     ("l3d_micro-gpt2", "L3D on micro-gpt2", language_model),
     ("l3d_babyllama-tok105", "L3D on babyllama-tok105 (Llama, 936k parameters, characters)", language_model),
     ("l3d_tasks", "L3D subnetworks that serve one task of micro-gpt2", tasks),
+    ("circuits_micro-gpt2", "Circuits of micro-gpt2's four tasks", circuits),
     ("benchmarks", "What patching costs", benchmarks),
     ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
     ("benchmarks_evaluate", "What an evaluation costs", benchmarks),

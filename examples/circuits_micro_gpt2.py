@@ -3,8 +3,8 @@
     python examples/circuits_micro_gpt2.py
 
 1. SPD over all matrices of the blocks, three seeds; singular vectors and the neuron basis are exact and need no training.
-2. For each task the smallest circuit that keeps nine tenths of the metric with all other components ablated to zero and the
-   delta component kept, and eight tenths under stochastic masks; found on validation prompts, measured on test prompts.
+2. For each task the smallest circuit that keeps the metric with all other components ablated to zero and the delta component
+   kept, and eight tenths of it under stochastic masks; found on validation prompts, measured on test prompts.
 3. Runs are kept in OUT/ and go on where they stopped; what was found goes to OUT/circuits.json.
 """
 
@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument(
+        "--faithfulness", type=float, default=0.95, help="wanted where it is searched; less is left elsewhere"
+    )
     parser.add_argument("--method", choices=("gradients", "masks"), default="gradients")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits"))
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
@@ -33,7 +36,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model, rows = tlpd.load_micro_gpt2("transformers"), tlpd.micro_gpt2_tokens(8192, seed=1)
     bases = {"singular vectors": tlpd.SVD(training=None), "neurons and heads": tlpd.NeuronBasis(training=None)}
-    settings = {"steps": args.steps, "batch_size": BATCH, "prompts": args.prompts, "method": args.method}
+    settings = {"steps": args.steps, "batch_size": BATCH, "prompts": args.prompts, "method": args.method,
+                "faithfulness": args.faithfulness}  # fmt: skip
     found: dict = {**record(), "settings": settings, "circuits": []}
     path = args.out / "circuits.json"
     if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
@@ -56,8 +60,9 @@ def main() -> None:
                 tlpd.make_task(task, "micro-gpt2", args.prompts, seed, split) for split in ("validation", "test")
             )
             circuit = tlpd.find_circuit(
-                model, made, search, method=args.method, units=units, held_out=test, seed=seed, progress=args.progress
-            )
+                model, made, search, method=args.method, units=units, faithfulness=args.faithfulness, held_out=test, seed=seed,
+                progress=args.progress,
+            )  # fmt: skip
             print(label, circuit, sep="\n", flush=True)
             found["circuits"].append({"label": label, **dataclasses.asdict(circuit)})
             path.write_text(json.dumps(found, indent=1), encoding="utf-8")
