@@ -10,10 +10,10 @@ from rendering import origin, table
 def circuits(record: Mapping[str, Any]) -> str:
     """Circuits of each task, method by method; medians and ranges over seeds of learned components."""
     settings = record["settings"]
+    order = {"gradients": "integrated gradients over masks", "masks": "learned masks"}[settings["method"]]
     parts = [
         f"{origin(record)} SPD: {settings['steps']} steps of {settings['batch_size']} rows over all matrices of the blocks. "
-        f"Circuits are ordered by {'integrated gradients over masks' if settings['method'] == 'gradients' else 'learned masks'}, "
-        f"pruned, and must keep {settings['faithfulness']:g} of the metric on {settings['prompts']} validation prompts with "
+        f"Circuits are ordered by {order}, pruned, and must keep {settings['faithfulness']:g} of the metric on {settings['prompts']} validation prompts with "
         "everything else ablated to zero and the delta component kept, and .8 under stochastic masks. Figures are normalised "
         f"faithfulness on {settings['prompts']} test prompts: median (least to most) over seeds."
     ]
