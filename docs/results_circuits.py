@@ -12,10 +12,11 @@ def circuits(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     order = {"gradients": "integrated gradients over masks", "masks": "learned masks"}[settings["method"]]
     parts = [
-        f"{origin(record)} SPD: {settings['steps']} steps of {settings['batch_size']} rows over all matrices of the blocks. "
-        f"Circuits are ordered by {order}, pruned, and must keep {settings['faithfulness']:g} of the metric on {settings['prompts']} validation prompts with "
-        "everything else ablated to zero and the delta component kept, and .8 under stochastic masks. Figures are normalised "
-        f"faithfulness on {settings['prompts']} test prompts: median (least to most) over seeds."
+        f"{origin(record)} SPD: {settings['steps']} steps of {settings['batch_size']} rows over all matrices of the "
+        f"blocks. Circuits are ordered by {order}, pruned, and must keep {settings['faithfulness']:g} of the metric on "
+        f"{settings['prompts']} validation prompts with everything else ablated to zero and the delta component kept, and .8 "
+        f"under stochastic masks. Figures are normalised faithfulness on {settings['prompts']} test prompts: median (least to "
+        "most) over seeds."
     ]
     tasks = list(dict.fromkeys(one["task"] for one in record["circuits"]))
     for task in tasks:
