@@ -257,8 +257,8 @@ def test_plain_modules_and_inserted_identities(tokens: Tensor) -> None:
 
 def test_other_patches_hold_meanwhile(tokens: Tensor) -> None:
     model, given = gpt2(), task()
-    dec = decomposition_of(model, [W_IN, W_O])
-    around = act_patches(dec).set(W_IN, [0, 1], 2.0)
+    dec = decomposition_of(model, [W_IN, W_O, "unembed.W_U"])
+    around = act_patches(dec).set(W_IN, [0, 1], 2.0).set("unembed.W_U", 3, -1.0)
     with patched_acts(model, dec, around):
         found = sweep(model, dec, given, difference, sites=W_O, value="corrupt", progress=False)
         acts = tlpd.component_acts(model, dec, given.corrupt, given.attention_mask)
