@@ -1,7 +1,7 @@
 """What a sweep costs: 1,000 components of a GPT-2-small-size model, against as many full forward passes of its prompt.
 
-Passes are made in batches of as many rows. They are measured on part of them, in turn with the sweep's parts, so that a
-busy machine slows both alike: one decomposition of 84 components in every layer's six matrices at a time, twelve in all.
+Both run in batches of as many rows. The cost of full passes is that of a batch (median of three, before and after the sweep)
+times the number of batches.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from tl_paramdecomp.analysis.sweep import sweep
 from ..support.models import gpt2
 
 pytestmark = pytest.mark.benchmark
-LENGTH, ROWS, TOTAL, PARTS = 32, 64, 1000, 1
+LENGTH, ROWS, TOTAL = 32, 64, 1000
 SMALL = {"vocab_size": 50257, "n_positions": 64, "n_embd": 768, "n_layer": 12, "n_head": 12, "initializer_range": 0.02}
 """GPT-2 small in all but its longest row."""
 

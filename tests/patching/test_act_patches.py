@@ -274,6 +274,23 @@ def test_values_are_put_in_their_places(host: str, tokens: Tensor) -> None:
         assert close(model, two, output_patched(model, W_IN, y, tokens))
 
 
+def test_resampling_takes_what_the_model_has_there(tokens: Tensor) -> None:
+    """Not what an edit before it left: two rows change places, whatever was put in first."""
+    model = gpt2()
+    dec = decomposition_of(model, [W_IN])
+    first = torch.zeros(2, 7, dtype=torch.bool)
+    first[0] = True
+    swapped = act_patches(dec).set(W_IN, 1, 5.0, positions=first).resample(W_IN, 1)
+    assert close(model, run(model, dec, swapped, tokens), run(model, dec, act_patches(dec).resample(W_IN, 1), tokens))
+
+
+def test_values_by_position_where_the_last_columns_alone_are_unembedded(tokens: Tensor) -> None:
+    model, value = gpt2(), torch.rand(7, 2).double()
+    dec = decomposition_of(model, ["unembed.W_U"])
+    with patched_acts(model, dec, act_patches(dec).set("unembed.W_U", [0, 2], value)):
+        assert close(model, logits(model, tokens, logits_to_keep=2), logits(model, tokens)[:, -2:])
+
+
 def test_values_are_copies_and_gradients_reach_them(tokens: Tensor) -> None:
     model = build("gpt2")
     dec = decomposition_of(model, SITES)
