@@ -55,7 +55,7 @@ from tl_paramdecomp.patching.attach import attached
 from tl_paramdecomp.patching.edit import edited_model, edited_weights
 from tl_paramdecomp.patching.hooks import fwd_hooks, patched
 from tl_paramdecomp.patching.interventions import importance_masks
-from tl_paramdecomp.patching.means import activation_means
+from tl_paramdecomp.patching.means import activation_means, delta_writes
 from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.patching.target import check_target
 from tl_paramdecomp.patching.trace import patch_trace
@@ -124,6 +124,7 @@ __all__ = [
     "component_units",
     "dataset_graph",
     "default_metric",
+    "delta_writes",
     "decompose",
     "edges_into",
     "edited_model",
