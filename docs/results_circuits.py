@@ -10,7 +10,7 @@ from rendering import origin, table
 def circuits(record: Mapping[str, Any]) -> str:
     """Circuits of each task, method by method; medians and ranges over seeds of learned components."""
     settings = record["settings"]
-    order = {"gradients": "integrated gradients over masks", "masks": "learned masks"}[settings["method"]]
+    order = {"gradients": "the size of gradients under random masks", "masks": "learned masks"}[settings["method"]]
     parts = [
         f"{origin(record)} SPD: {settings['steps']} steps of {settings['batch_size']} rows over all matrices of the "
         f"blocks. Circuits are ordered by {order}, pruned, and must keep {settings['faithfulness']:g} of the metric on "

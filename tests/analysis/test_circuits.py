@@ -16,6 +16,7 @@ from tl_paramdecomp.analysis.circuit_values import (
     adversarial_value,
     baseline_of,
     mask_gradients,
+    mask_sensitivities,
     stochastic_value,
 )
 from tl_paramdecomp.analysis.circuits import Circuit, evaluate_circuit, find_circuit
@@ -132,7 +133,7 @@ def test_the_model_by_hand_does_induction():
     assert (model(asked.clean)[:, -1].argmax(-1) == torch.tensor([a[0] for a in asked.answers])).all()
 
 
-@pytest.mark.parametrize("method", ["gradients", "masks"])
+@pytest.mark.parametrize("method", ["gradients", "integrated", "masks"])
 def test_the_circuit_found_is_the_true_one(method):
     """Its components come first (AUROC 1), and what is left after pruning is made of them alone."""
     model, made = by_hand()
@@ -145,8 +146,9 @@ def test_the_circuit_found_is_the_true_one(method):
     assert not bool((inside & ~wanted).any()) and found.faithfulness["ablated"] >= 0.9
     assert min(found.faithfulness.values()) > 0.7 and found.complement < 0.2
     assert max(found.random_circuits) < 0.5
-    if method == "gradients":
-        scores = mask_gradients(runs_of(model, made, asked), steps=16)
+    if method != "masks":
+        runs, generator = runs_of(model, made, asked), torch.Generator().manual_seed(0)
+        scores = mask_sensitivities(runs, generator) if method == "gradients" else mask_gradients(runs, steps=16)
         assert auroc(scores, wanted) == 1.0
 
 
@@ -221,6 +223,20 @@ def test_integrated_mask_gradients_sum_to_the_difference():
         scores = mask_gradients(runs, steps=64)
         whole = runs.mean() - runs.mean(torch.zeros(len(runs.units)))
     assert scores.sum().item() == pytest.approx(whole, rel=2e-3)
+
+
+def test_sensitivities_are_absolute_gradients_of_single_prompts():
+    """At masks of 1, against finite differences of each prompt's own metric."""
+    model, asked = gpt2(), random_task()
+    runs, h = runs_of(model, exact(model, "blocks.1.mlp.*"), asked), 1e-4
+    found = mask_sensitivities(runs, torch.Generator(), draws=1, low=1.0)
+    for unit in (0, 7, 40):
+        sides = []
+        for sign in (1.0, -1.0):
+            keep = torch.ones(len(runs.units), dtype=torch.float64)
+            keep[unit] += sign * h
+            sides.append(runs.values(keep))
+        assert found[unit].item() == pytest.approx(((sides[0] - sides[1]) / (2 * h)).abs().mean().item(), rel=1e-4)
 
 
 def test_stochastic_and_adversarial_masks_leave_the_inside_alone():

@@ -1,7 +1,7 @@
 """Finding the units that keep a task's metric: an order of units, the shortest beginning of it that is good enough, and what
 of that can still go.
 
-1. Order: by integrated gradients over masks, by given scores, or by masks that are learned against an adversary
+1. Order: by gradients with respect to masks, by given scores, or by masks that are learned against an adversary
    ("Interpreting Language Model Parameters", VPD, 2026: prompt-level subcomponent masks).
 2. The shortest beginning of the order that is good, by doubling and bisection.
 3. Removal, weakest first and in ever smaller parts, of what is not needed (after ACDC, Conmy et al. 2023, arXiv 2304.14997).

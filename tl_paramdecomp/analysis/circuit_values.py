@@ -181,3 +181,23 @@ def mask_gradients(runs: TaskRuns, steps: int = 8) -> Float[Tensor, " n"]:
             value = runs.values(keep).mean()
         total += torch.autograd.grad(value, keep)[0] / steps
     return total
+
+
+def mask_sensitivities(
+    runs: TaskRuns, generator: torch.Generator, draws: int = 8, low: float = 0.5
+) -> Float[Tensor, " n"]:
+    """How much a prompt's metric depends on each unit: |gradient| with respect to its mask, mean over prompts and over masks
+    of all units drawn uniformly between `low` and 1, prompt by prompt.
+
+    Signs are left out: a unit that hurts one prompt and helps another is needed for both, and near the model, where masks are
+    not far from 1, first-order effects still say what belongs together.
+    """
+    total = torch.zeros(len(runs.units), device=runs.adapter.device)
+    shape = (len(runs.task.clean), len(total))
+    for _ in range(draws):
+        drawn = torch.rand(shape, generator=generator, device=total.device)
+        keep = (low + (1.0 - low) * drawn).requires_grad_(True)
+        with torch.enable_grad():
+            value = runs.values(keep).sum()
+        total += torch.autograd.grad(value, keep)[0].abs().mean(0) / draws
+    return total

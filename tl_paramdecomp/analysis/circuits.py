@@ -27,6 +27,7 @@ from tl_paramdecomp.analysis.circuit_values import (
     baseline_of,
     capped_mean,
     mask_gradients,
+    mask_sensitivities,
     random_value,
     stochastic_value,
 )
@@ -137,7 +138,7 @@ def find_circuit(
     task: Task,
     *,
     metric: TaskMetric | None = None,
-    method: Literal["gradients", "masks"] | LearnedMasks = "gradients",
+    method: Literal["gradients", "integrated", "masks"] | LearnedMasks = "gradients",
     scores: Mapping[str, Float[Tensor, " _C"]] | None = None,
     units: Units | None = None,
     faithfulness: float = 0.9,
@@ -156,7 +157,9 @@ def find_circuit(
         decomposition: Made from its weights; factors stay as they are.
         task: Prompts to search on.
         metric: Of the answers' logits; None: the task's own.
-        method: What orders units: `gradients` (integrated over masks), or `masks` (learned against an adversary).
+        method: What orders units: `gradients` (absolute values, under random masks between one half and 1), `integrated`
+            (signed, over one mask that all share; they sum to the metric's difference), or `masks` (learned against an
+            adversary).
         scores: Given in place of the method: one number for each component by site, larger for what must stay.
         units: What a circuit is made of; None: single components.
         faithfulness: f that the circuit must reach with all others ablated, where no prompt counts for more than the model
@@ -250,11 +253,13 @@ def _order(runs: TaskRuns, method, scores, sign: float, seed: int, progress: boo
             found.index_add_(0, owner.to(found.device), scores[name].to(found))
         return "given scores", found.argsort(descending=True)
     if method == "gradients":
+        return "gradients", mask_sensitivities(runs, _generator(runs, seed)).argsort(descending=True)
+    if method == "integrated":
         return "integrated gradients", (sign * mask_gradients(runs)).argsort(descending=True)
     if method == "masks" or isinstance(method, LearnedMasks):
         learned = method if isinstance(method, LearnedMasks) else LearnedMasks()
         return "learned masks", learned.scores(runs, _generator(runs, seed), progress).argsort(descending=True)
-    raise SettingError(f"method is 'gradients', 'masks' or LearnedMasks(...); given {method!r}.")
+    raise SettingError(f"method is 'gradients', 'integrated', 'masks' or LearnedMasks(...); given {method!r}.")
 
 
 def _generator(runs: TaskRuns, seed: int) -> torch.Generator:
