@@ -65,7 +65,7 @@ def test_patching_the_corrupt_prompt_back_in_is_the_corrupt_prompt(parts):
 
 
 def test_every_host_gives_the_same_circuit(parts):
-    model, made, task = parts
+    _, made, task = parts
     circuits = []
     for host in HOSTS:
         try:
