@@ -1,15 +1,16 @@
-"""Circuits of what small pretrained models are known to do: gpt-nano-sort sorts six digits, stories260K repeats what it has read.
+"""Circuits of what small pretrained models do: gpt-nano-sort sorts six digits, babyllama-tok105 goes on with names it has read.
 
     python examples/circuits_small_models.py sort PATH/TO/gpt-nano-sort
-    python examples/circuits_small_models.py copy PATH/TO/stories260K
+    python examples/circuits_small_models.py copy PATH/TO/babyllama-tok105
 
-Components are learned by SPD, beside singular vectors and neurons with heads; circuits are found on some prompts and measured on
-others, as in circuits_micro_gpt2.py. What was found goes to OUT/<model>.json.
+Singular vectors, neurons with heads, and components learned by SPD; circuits are found on some prompts and measured on others,
+as in circuits_micro_gpt2.py. What was found goes to OUT/<model>.json.
 """
 
 import argparse
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -76,9 +77,34 @@ def sorting(model, n: int, seed: int) -> tlpd.Task:
     return tlpd.Task.from_tokens("sort", torch.tensor(prompts), answers, wrong, attention_mask=mask)
 
 
+NAMES = ("Tim Tom", "Ben Bob", "Sam Sue", "Lily Lucy", "Anna Amy", "Max Mia", "Jack Joe", "Dan Dora")
+"""Pairs that begin with the same letter."""
+SCENES = (
+    "Once upon a time, there was a child named {}. One day, {}",
+    "One day, {} went to the park. The sun was hot and {}",
+    "There was a big red ball in the box. {} saw the ball. {}",
+    "{} had a toy car. It was very fast. {}",
+)
+
+
 def copying(model, n: int, seed: int) -> tlpd.Task:
-    """Random tokens, repeated: the next one of the second copy."""
-    return tlpd.make_task("induction", model.config.vocab_size, n, seed)
+    """A story up to the first letter of a name that it has told: the second letter, against that of another such name."""
+    from transformers import AutoTokenizer
+
+    tokenizer, rng = AutoTokenizer.from_pretrained(model.config.name_or_path), random.Random(seed)
+    fields: dict = {"clean": [], "corrupt": [], "answers": [], "wrong": [], "texts": [], "groups": []}
+    while len(fields["clean"]) < n:
+        names = rng.sample(rng.choice(NAMES).split(), 2)
+        scene = rng.choice(SCENES)
+        texts = [scene.replace("{}", name, 1).replace("{}", name[0]) for name in names]
+        clean, corrupt = (tokenizer(text)["input_ids"] for text in texts)
+        if len(clean) != len(corrupt):
+            continue
+        answer, wrong = (tokenizer(name[1], add_special_tokens=False)["input_ids"][-1] for name in names)
+        values = (clean, corrupt, answer, wrong, texts[0], scene)
+        for field, value in zip(fields, values, strict=True):
+            fields[field].append(value)
+    return tlpd.Task.from_tokens("copy a name", **fields)
 
 
 if __name__ == "__main__":
