@@ -52,7 +52,7 @@ class Record:
         """
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise DecompositionFileError(f"{path} holds no {cls.what} ({error}); write one with save().") from error
 
     @classmethod
