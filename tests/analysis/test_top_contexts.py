@@ -184,6 +184,14 @@ def test_the_unembedding_and_positions_can_be_looked_at() -> None:
         assert values == pytest.approx(acts.abs().flatten().sort(descending=True).values[:3].tolist())
 
 
+def test_a_patch_at_the_unembedding_leaves_what_is_read_before_it() -> None:
+    model = gpt2()
+    dec, tokens = decomposition_of(model, [W_IN, "unembed.W_U"]), rows()
+    with tlpd.patched(model, dec, dec.masks().ablate("unembed.W_U", 0)):
+        patched = top_contexts(model, dec, tokens, {W_IN: 0})
+    assert patched == top_contexts(model, dec, tokens, {W_IN: 0})
+
+
 # --- by hand -------------------------------------------------------------------------------------------------------------
 def test_a_component_that_reads_one_row_of_the_embedding_fires_at_that_token() -> None:
     model = gpt2()
