@@ -97,12 +97,12 @@ class TopContexts(Record):
 
         tables = []
         for own in self.components:
-            table = plain_table(
-                f"{own.site}[{own.component}]", "context", "activation", "importance", "row", "position"
-            )
+            known = any(context.importance is not None for context in own.contexts)
+            columns = ["activation", *(["importance"] if known else []), "row", "position"]
+            table = plain_table(f"{own.site}[{own.component}]", "context", *columns)
             for context in own.contexts:
-                g = "" if context.importance is None else f"{context.importance:.3f}"
-                figures = (f"{context.activation:+.4f}", g, str(context.row), str(context.position))
+                g = [] if context.importance is None else [f"{context.importance:.3f}"]
+                figures = (f"{context.activation:+.4f}", *g, str(context.row), str(context.position))
                 table.add_row(Text(str(context)), *figures)
             tables.append(table)
         return tables
