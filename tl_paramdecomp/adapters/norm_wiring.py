@@ -39,6 +39,8 @@ class NormWiring:
     """Added to the mean square under the root; None: the smallest step of the number type, as `torch.nn.RMSNorm` has it."""
     in_float32: bool = False
     """Whether the module normalises in float32 whatever it is given."""
+    offset: float = 0.0
+    """Added to the gain: 1 in Gemma."""
 
     def normalised(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """xhat, in the number type in which the module works it out: float32 at least."""

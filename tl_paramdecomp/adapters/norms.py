@@ -206,7 +206,7 @@ def _formula(
     for (in_float32, tolerance), centred, eps, offset in itertools.product(
         tolerances, (True, False), _epsilons(module, holder), (0.0, 1.0)
     ):
-        form = replace(candidate, centred=centred, eps=eps, in_float32=in_float32)
+        form = replace(candidate, centred=centred, eps=eps, in_float32=in_float32, offset=offset)
         expected = form.normalised(x).to(dtype) * (gain + offset) + shift
         if bool((expected - y).abs().max() <= tolerance * y.abs().max()):
             return form

@@ -67,10 +67,11 @@ def active_components(
 def rank_one_cosines(
     a: Decomposition, b: Decomposition, site: str, of_a: Bool[Tensor, " C"], of_b: Bool[Tensor, " C2"]
 ) -> tuple[Float[Tensor, "A B"], Float[Tensor, "A B"]]:
-    """Cosines of V, and of U, between the components of two decompositions at one site."""
+    """Cosines of V, and of U, between the components of two decompositions at one site, in the first one's number type."""
     unit = torch.nn.functional.normalize
-    V = unit(a[site].V.detach().T[of_a], dim=-1) @ unit(b[site].V.detach().T[of_b], dim=-1).T
-    U = unit(a[site].U.detach()[of_a], dim=-1) @ unit(b[site].U.detach()[of_b], dim=-1).T
+    like = a[site].V.detach()
+    V = unit(like.T[of_a], dim=-1) @ unit(b[site].V.detach().to(like).T[of_b.to(like.device)], dim=-1).T
+    U = unit(a[site].U.detach()[of_a], dim=-1) @ unit(b[site].U.detach().to(like)[of_b.to(like.device)], dim=-1).T
     return V, U
 
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_paramdecomp.analysis.component_heads import head_shares, heads_of
 from tl_paramdecomp.analysis.site_writes import SiteWrites
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.errors import HeadIndexError
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows, resolve_name
 
@@ -56,9 +56,7 @@ def per_head(
     check_rows(tokens, attention_mask)
     site = resolve_name(decomposition.sites, site)
     components = decomposition[site]
-    heads, side = components.site.n_heads, components.site.head_side
-    if heads is None or side is None:
-        raise HeadIndexError(f"{site} does not divide into heads; per_head is for W_Q, W_K, W_V and W_O.")
+    heads, side = heads_of(components.site)
     adapter, seen = checked_adapter(model, decomposition), SiteWrites(len(tokens))
     with torch.no_grad(), adapter.intercept(seen.fns([site], "read")):
         adapter.forward(tokens, attention_mask)
@@ -66,8 +64,7 @@ def per_head(
         acts = seen.acts(site, components)
         divided = components.V.unflatten(0, (heads, -1)).transpose(1, 2) if side == "in" else None
         divided = components.U.unflatten(1, (heads, -1)).transpose(0, 1) if divided is None else divided
-        squares = divided.pow(2).sum(-1)  # [head, C]
-        shares = squares / squares.sum(0).clamp(min=torch.finfo(squares.dtype).tiny)
+        shares = head_shares(components).T
         reads = components.head_acts(seen.x[site]) if side == "in" else None
         writes = acts[:, :, None, :, None] * divided if side == "out" else None
     return PerHead(site, side, acts, reads, writes, shares)

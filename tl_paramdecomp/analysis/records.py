@@ -51,9 +51,14 @@ class Record:
             DecompositionFileError: The file is missing, damaged or something else.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise DecompositionFileError(f"{path} holds no {cls.what} ({error}); write one with save().") from error
+
+    @classmethod
+    def from_json(cls: type[Kept], kept: dict[str, Any]) -> Kept:
+        """One from its fields as JSON has them; a record of records makes those too."""
+        return cls(**kept)
 
     def __str__(self) -> str:
         from rich.console import Console

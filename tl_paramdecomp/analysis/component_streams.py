@@ -1,0 +1,168 @@
+"""Chosen components on many token rows, batch by batch: activations, causal importances, and logits where asked for."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.indices import ComponentsLike, component_indices
+from tl_paramdecomp.errors import DataError, SettingError, ShapeError
+from tl_paramdecomp.methods.base import Batch
+from tl_paramdecomp.sites import check_rows, resolve_name
+
+UNEMBEDDING = "unembed.W_U"
+COLUMNS = ("tokens", "input_ids")
+"""Where token rows stand in a dict."""
+
+
+class TokenRows(NamedTuple):
+    """One batch of token rows."""
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class SeenBatch:
+    """What the chosen components did on one batch."""
+
+    first: int
+    """Number of its first row, counted over all batches."""
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    """False at padding."""
+    acts: dict[str, Float[Tensor, "batch pos _k"]]
+    """By site, activations of the chosen components."""
+    importances: dict[str, Float[Tensor, "batch pos _k"]] | None
+    """The same of causal importances in [0, 1]; None without an importance function."""
+    logits: Float[Tensor, "batch pos vocab"] | None
+
+
+def chosen_components(
+    decomposition: Decomposition, components: Mapping[str, ComponentsLike] | None
+) -> dict[str, list[int]]:
+    """Indices of components by site, each once; all for None.
+
+    Raises:
+        NoMatchingSiteError: The decomposition has no such site.
+        ComponentIndexError: There is no such component.
+        SettingError: They are not given by site, or there are none.
+    """
+    if components is None:
+        return {name: list(range(own.n_components)) for name, own in decomposition.items()}
+    if not isinstance(components, Mapping):
+        raise SettingError(
+            f"Components are given by site, such as {{'blocks.0.mlp.W_in': [3, 5]}}; not {components!r}."
+        )
+    found: dict[str, list[int]] = {}
+    for site, some in components.items():
+        name = resolve_name(decomposition.sites, site)
+        indices = component_indices(some, decomposition[name].n_components, name)
+        found[name] = list(dict.fromkeys([*found.get(name, []), *indices]))
+    found = {name: indices for name, indices in found.items() if indices}
+    if not found:
+        raise SettingError("No component is chosen; name some by site, or pass None for all of them.")
+    return found
+
+
+def token_rows(data: Any, attention_mask: Any, rows_at_once: int) -> Iterator[TokenRows]:
+    """Batches of token rows.
+
+    Args:
+        data: A tensor [rows, pos], or a dict that holds one as `tokens` or `input_ids` and perhaps an `attention_mask`; or an
+            iterable of batches, each a tensor, such a dict, or a pair of tokens and attention mask.
+        attention_mask: Of one tensor of rows.
+        rows_at_once: Rows of a batch, where the data is one tensor.
+
+    Raises:
+        SettingError: A mask is given beside an iterable of batches, or `rows_at_once` is below 1.
+        DataError: The data is of no such form, or holds no rows or no tokens.
+        ShapeError, DtypeError: As `check_rows`.
+    """
+    if rows_at_once < 1:
+        raise SettingError(f"rows_at_once is at least 1; given {rows_at_once}.")
+    empty = True
+    for tokens, mask in _batches(data, attention_mask, rows_at_once):
+        check_rows(tokens, mask)
+        if tokens.is_floating_point():
+            raise DataError(f"Token rows hold whole numbers; given {tokens.dtype} {list(tokens.shape)}.")
+        if tokens.numel():
+            empty = False
+            yield TokenRows(tokens, mask)
+    if empty:
+        raise DataError(
+            "There are no token rows: give a tensor [rows, pos] or batches of rows (an iterator is used up once)."
+        )
+
+
+def seen_batches(
+    adapter: ModelAdapter,
+    decomposition: Decomposition,
+    chosen: Mapping[str, list[int]],
+    rows: Iterable[TokenRows],
+    logits: bool = False,
+) -> Iterator[SeenBatch]:
+    """Forward passes of the model as it stands, and what the chosen components do in them; without logits, passes end early."""
+    importance = decomposition.importance
+    names = list(decomposition) if importance is not None and importance.config.is_global else list(chosen)
+    ends_early = not logits and UNEMBEDDING not in names and not adapter.interceptions and adapter.splits_at_unembedding
+    first = 0
+    for tokens, mask in rows:
+        tokens = tokens.to(adapter.device)
+        mask = None if mask is None else mask.to(adapter.device)
+        with torch.no_grad():
+            captured = adapter.capture(tokens, names, mask, to_hidden=ends_early)
+            inputs = {name: captured.inputs[name] for name in names}
+            found = None if importance is None else decomposition.importances(inputs, mask)
+            acts, g = {}, {}
+            for name, indices in chosen.items():
+                index = torch.tensor(indices, device=adapter.device)
+                acts[name] = decomposition[name].acts(inputs[name], index)
+                if acts[name].shape[:-1] != tokens.shape:
+                    raise ShapeError(
+                        f"{name} has no activation for each token: {list(acts[name].shape[:-1])} for rows {list(tokens.shape)}."
+                    )
+                if found is not None:
+                    g[name] = found[name].lower[..., index].clamp(0.0, 1.0)
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        yield SeenBatch(first, tokens, real, acts, None if found is None else g, captured.output if logits else None)
+        first += len(tokens)
+
+
+def _batches(data: Any, attention_mask: Any, rows_at_once: int) -> Iterator[tuple[Any, Any]]:
+    if isinstance(data, Mapping):
+        tokens, inside = _pair(data)
+        if inside is not None and attention_mask is not None:
+            raise SettingError("There are two attention masks, one in the data and one beside it; give one.")
+        data, attention_mask = tokens, inside if attention_mask is None else attention_mask
+    if isinstance(data, Tensor):
+        check_rows(data, attention_mask)
+        for start in range(0, len(data), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            yield data[rows], None if attention_mask is None else attention_mask[rows]
+        return
+    if attention_mask is not None:
+        raise SettingError("An attention mask belongs to one tensor of rows; give batches as pairs (tokens, mask).")
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise DataError(f"Data must be a tensor of token rows or batches of them; given {type(data).__name__}.")
+    yield from map(_pair, data)
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Batch):
+        return item.tokens, item.attention_mask
+    if isinstance(item, Mapping):
+        column = next((c for c in COLUMNS if c in item), None)
+        if column is None:
+            raise DataError(f"A batch needs 'tokens' or 'input_ids'; given {sorted(item)}.")
+        return item[column], item.get("attention_mask")
+    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Tensor):
+        return item[0], item[1]
+    if isinstance(item, tuple | list) and len(item) == 1 and isinstance(item[0], Tensor):
+        return item[0], None  # TensorDataset
+    return item, None

@@ -1,0 +1,255 @@
+"""Where components fire most: their top activating contexts over many token rows.
+
+Rows are streamed, and what is kept is exact: the largest values over all positions that count. Ties go to the larger absolute
+activation, then to the earlier row and position.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_paramdecomp.analysis.component_streams import SeenBatch, chosen_components, seen_batches, token_rows
+from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.token_text import shown_context, token_text, tokenizer_of
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.indices import ComponentsLike
+from tl_paramdecomp.errors import ComponentIndexError, NoImportanceError, SettingError
+from tl_paramdecomp.patching.target import checked_adapter
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+By = Literal["activation", "importance"]
+Sign = Literal["both", "positive", "negative"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One place where a component fires."""
+
+    row: int
+    """Counted over all batches."""
+    position: int
+    """Column of the row as it was given, padding included."""
+    activation: float
+    """h = x V_c."""
+    importance: float | None
+    """Causal importance in [0, 1]; None without an importance function."""
+    tokens: list[int]
+    """The tokens around it, padding left out."""
+    place: int
+    """Which of these is the one at the position."""
+    texts: list[str | None]
+    """Text of these tokens; None where there is no tokenizer."""
+
+    def __str__(self) -> str:
+        return shown_context(self.tokens, self.texts, self.place)
+
+
+@dataclass(frozen=True)
+class ComponentContexts:
+    """Top contexts of one component, largest first."""
+
+    site: str
+    component: int
+    contexts: list[Context]
+
+
+@dataclass(frozen=True)
+class TopContexts(Record):
+    """Top activating contexts of components."""
+
+    what: ClassVar[str] = "top contexts"
+
+    by: str
+    """What is largest: `activation` or `importance`."""
+    sign: str
+    """Places of which sign of the activation: `both`, `positive` or `negative`."""
+    positions: int
+    """How many counted."""
+    components: list[ComponentContexts] = field(repr=False)
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "TopContexts":
+        """With its components and their contexts made anew."""
+        own = [{**c, "contexts": [Context(**context) for context in c["contexts"]]} for c in kept["components"]]
+        return cls(**{**kept, "components": [ComponentContexts(**c) for c in own]})
+
+    def of(self, site: str, component: int) -> list[Context]:
+        """Contexts of one component, largest first.
+
+        Raises:
+            ComponentIndexError: It was not looked at.
+        """
+        for own in self.components:
+            if (own.site, own.component) == (site, component):
+                return own.contexts
+        raise ComponentIndexError(f"Component {component} of {site!r} was not looked at; choose it by components=.")
+
+    def tables(self) -> "list[Table]":
+        """One table for each component."""
+        from rich.text import Text
+
+        tables = []
+        for own in self.components:
+            known = any(context.importance is not None for context in own.contexts)
+            columns = ["activation", *(["importance"] if known else []), "row", "position"]
+            table = plain_table(f"{own.site}[{own.component}]", "context", *columns)
+            for context in own.contexts:
+                g = [] if context.importance is None else [f"{context.importance:.3f}"]
+                figures = (f"{context.activation:+.4f}", *g, str(context.row), str(context.position))
+                table.add_row(Text(str(context)), *figures)
+            tables.append(table)
+        return tables
+
+    def footnotes(self) -> list[str]:
+        """What the contexts were taken from."""
+        by = "absolute activations" if self.by == "activation" else "causal importances"
+        where = "" if self.sign == "both" else f" where activations are {self.sign}"
+        return [f"Largest {by} of {self.positions} positions{where}."]
+
+
+def top_contexts(
+    model: Any,
+    decomposition: Decomposition,
+    data: Any,
+    components: Mapping[str, ComponentsLike] | None = None,
+    n: int = 10,
+    *,
+    by: By = "activation",
+    sign: Sign = "both",
+    distinct_rows: bool = False,
+    before: int = 8,
+    after: int = 4,
+    attention_mask: Tensor | None = None,
+    rows_at_once: int = 64,
+    tokenizer: Any = None,
+) -> TopContexts:
+    """The places where components' activations, or causal importances, are largest, of the model as it stands.
+
+    V_c U_c stays the same where both change sign, so that the sign of an activation means nothing by itself; activations are
+    therefore compared by absolute value, of either sign unless `sign` says otherwise.
+
+    Args:
+        model: The target model, on any host.
+        decomposition: Made from this model's weights.
+        data: Token rows [rows, pos], or an iterable of batches (tensors, pairs with attention masks, or dicts with `tokens` or
+            `input_ids`), read once.
+        components: By site; None: all.
+        n: Contexts of each component at most.
+        by: Compare by `activation` or by `importance`.
+        sign: Only places whose activation has this sign.
+        distinct_rows: Only the largest position of each row.
+        before: Tokens in front of the position that are kept.
+        after: Tokens behind it.
+        attention_mask: Of one tensor of rows: 1 where a position counts.
+        rows_at_once: Rows in one forward pass, where `data` is one tensor.
+        tokenizer: For the tokens' text; None: the host's own, where it holds one.
+
+    Raises:
+        NoImportanceError: By importance, without an importance function.
+        SettingError: A setting that makes no sense, or no components.
+        NoMatchingSiteError, ComponentIndexError: There are no such components.
+        DataError, ShapeError, DtypeError: The data is not token rows, or empty.
+        TargetMismatchError, DeviceError: As `component_acts`.
+    """
+    if by not in get_args(By) or sign not in get_args(Sign):
+        raise SettingError(
+            f"by is 'activation' or 'importance', and sign 'both', 'positive' or 'negative'; given {by!r} and {sign!r}."
+        )
+    if n < 1 or before < 0 or after < 0:
+        raise SettingError(f"n is at least 1, before and after are not negative; given {n}, {before} and {after}.")
+    if by == "importance" and decomposition.importance is None:
+        raise NoImportanceError("This decomposition has no causal-importance function; take contexts by='activation'.")
+    adapter, chosen = checked_adapter(model, decomposition), chosen_components(decomposition, components)
+    best: dict[tuple[str, int], list[_Kept]] = {(name, c): [] for name in chosen for c in chosen[name]}
+    positions, told = 0, tokenizer_of(model, tokenizer)
+    for batch in seen_batches(adapter, decomposition, chosen, token_rows(data, attention_mask, rows_at_once)):
+        positions += int(batch.real.sum())
+        here = replace(batch, tokens=batch.tokens.cpu(), real=batch.real.cpu())
+        for name, indices in chosen.items():
+            for c, places in zip(indices, _largest_places(batch, name, by, sign, n, distinct_rows)):
+                kept = best[name, c]
+                new = [place for place in places if len(kept) < n or place.order < kept[-1].place.order]
+                kept += [_Kept(place, *_neighbours(here, place, before, after)) for place in new]
+                kept.sort(key=lambda one: one.place.order)
+                del kept[n:]
+    made = [ComponentContexts(name, c, [one.context(told) for one in kept]) for (name, c), kept in best.items()]
+    return TopContexts(by, sign, positions, made)
+
+
+class _Place(NamedTuple):
+    """Where a component fires, and how much."""
+
+    row: int
+    position: int
+    activation: float
+    importance: float | None
+    primary: float
+    """What is compared first."""
+
+    @property
+    def order(self) -> tuple[float, float, int, int]:
+        return -self.primary, -abs(self.activation), self.row, self.position
+
+
+class _Kept(NamedTuple):
+    place: _Place
+    tokens: list[int]
+    at: int
+
+    def context(self, tokenizer: Any) -> Context:
+        texts = [token_text(tokenizer, token) for token in self.tokens]
+        row, position, activation, importance, _ = self.place
+        return Context(row, position, activation, importance, self.tokens, self.at, texts)
+
+
+def _largest_places(batch: SeenBatch, name: str, by: By, sign: Sign, n: int, distinct_rows: bool) -> list[list[_Place]]:
+    """For each chosen component of a site, its n largest places in a batch, largest first."""
+    h = batch.acts[name].movedim(-1, 0)  # [k, batch, pos]
+    g = None if batch.importances is None else batch.importances[name].movedim(-1, 0)
+    signed = {"both": torch.ones_like(h, dtype=torch.bool), "positive": h > 0, "negative": h < 0}[sign]
+    allowed = (signed & batch.real).flatten(1)
+    second = h.abs().flatten(1).masked_fill(~allowed, -math.inf)
+    first = second if g is None or by == "activation" else g.flatten(1).masked_fill(~allowed, -math.inf)
+    if distinct_rows:
+        width = batch.tokens.shape[1]
+        per_row = [key.unflatten(1, (-1, width)) for key in (first, second)]
+        places = _sorted(*per_row)[..., 0] + torch.arange(len(batch.tokens), device=h.device) * width
+        chosen = _sorted(first.gather(1, places), second.gather(1, places))[:, :n]
+        places = places.gather(1, chosen)
+    else:
+        places = _sorted(first, second)[:, :n]
+    columns = [first, h.flatten(1)] + ([] if g is None else [g.flatten(1)])
+    primaries, acts, *rest = (values.gather(1, places).tolist() for values in columns)
+    importances = rest[0] if rest else [[None] * places.shape[1]] * len(acts)
+    width = batch.tokens.shape[1]
+    return [
+        [
+            _Place(batch.first + flat // width, flat % width, value, importance, primary)
+            for flat, value, importance, primary in zip(*component)
+            if primary > -math.inf
+        ]
+        for component in zip(places.tolist(), acts, importances, primaries)
+    ]
+
+
+def _sorted(first: Float[Tensor, "*rows m"], second: Float[Tensor, "*rows m"]) -> Int[Tensor, "*rows m"]:
+    """Indices along the last axis, largest first; among equals the larger second, then the earlier."""
+    order = second.sort(dim=-1, descending=True, stable=True).indices
+    if first is second:
+        return order
+    return order.gather(-1, first.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+
+
+def _neighbours(batch: SeenBatch, place: _Place, before: int, after: int) -> tuple[list[int], int]:
+    """Tokens around a place without padding, and which of them stands there."""
+    row, p = place.row - batch.first, place.position
+    columns = range(max(0, p - before), min(batch.tokens.shape[1], p + after + 1))
+    columns = [column for column in columns if batch.real[row, column]]
+    return [int(batch.tokens[row, column]) for column in columns], columns.index(p)
