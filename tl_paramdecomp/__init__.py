@@ -12,11 +12,14 @@ from tl_paramdecomp.analysis.attributions import Attribution
 from tl_paramdecomp.analysis.circuit_search import LearnedMasks
 from tl_paramdecomp.analysis.circuits import Circuit, evaluate_circuit, find_circuit
 from tl_paramdecomp.analysis.comparison import Comparison
+from tl_paramdecomp.analysis.component_heads import ComponentHeads, component_heads
 from tl_paramdecomp.analysis.controls import shuffled_weights
 from tl_paramdecomp.analysis.direct_effects import IncomingEdges
 from tl_paramdecomp.analysis.edges import Graph, dataset_graph, edges_into, prompt_graph
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
+from tl_paramdecomp.analysis.logit_lens import LogitLens, logit_lens
+from tl_paramdecomp.analysis.nearest import NearestComponents, nearest_components
 from tl_paramdecomp.analysis.oracle import Oracle
 from tl_paramdecomp.analysis.per_head import PerHead, per_head
 from tl_paramdecomp.analysis.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
@@ -42,6 +45,8 @@ from tl_paramdecomp.analysis.task_metrics import (
     score,
 )
 from tl_paramdecomp.analysis.tasks import Task, load_task
+from tl_paramdecomp.analysis.token_statistics import TokenStatistics, token_statistics
+from tl_paramdecomp.analysis.top_contexts import TopContexts, top_contexts
 from tl_paramdecomp.analysis.units import component_units, neuron_and_head_units
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
@@ -82,6 +87,7 @@ __all__ = [
     "Circuit",
     "Comparison",
     "ComparisonProtocol",
+    "ComponentHeads",
     "Decomposition",
     "Evaluation",
     "Graph",
@@ -90,13 +96,15 @@ __all__ = [
     "L3D",
     "LearnedMasks",
     "LogitDifference",
+    "LogitLens",
     "Masks",
+    "NearestComponents",
     "NeuronBasis",
     "Oracle",
+    "PerHead",
     "ProbabilityDifference",
     "Protocol",
     "RandomBasis",
-    "PerHead",
     "SPD",
     "SVD",
     "Selectivity",
@@ -107,6 +115,8 @@ __all__ = [
     "TaskPrompt",
     "TextRows",
     "TokenLoss",
+    "TokenStatistics",
+    "TopContexts",
     "VPD",
     "WeightSite",
     "WhitenedSVD",
@@ -121,11 +131,12 @@ __all__ = [
     "check_target",
     "compare",
     "component_acts",
+    "component_heads",
     "component_units",
     "dataset_graph",
+    "decompose",
     "default_metric",
     "delta_writes",
-    "decompose",
     "edges_into",
     "edited_model",
     "edited_weights",
@@ -141,10 +152,12 @@ __all__ = [
     "importance_masks",
     "load_micro_gpt2",
     "load_task",
+    "logit_lens",
     "make_task",
     "micro_gpt2_prompts",
     "micro_gpt2_tokenizer",
     "micro_gpt2_tokens",
+    "nearest_components",
     "neuron_and_head_units",
     "normalised_faithfulness",
     "output_derivative",
@@ -158,6 +171,8 @@ __all__ = [
     "shuffled_weights",
     "site_weight",
     "sweep",
+    "token_statistics",
+    "top_contexts",
     "top_logits",
     "top_samples",
     "tune_along",
