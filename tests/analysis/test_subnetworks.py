@@ -6,7 +6,9 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.support.models import build, gpt2, llama, logits, plain
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis import subnetworks
 from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks, impacts, output_derivative
+from tl_paramdecomp.components.subnetworks import SampleGradient
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     DataError,
@@ -188,6 +190,17 @@ def test_the_bound_is_the_truncated_svd_of_dense_gradients():
     assert sum(found.active) * 9 == pytest.approx(round(0.1 * 36)) and found.dead == found.active.count(0.0)
     with pytest.raises(DataError, match="no rows"):
         evaluate_subnetworks(model, made, tokens(0))
+
+
+def test_pairs_of_gradients_are_the_same_in_both_forms(monkeypatch):
+    """Formed some columns at a time, from factors, and as dense matrices."""
+    x, g = torch.randn(7, 6, 5, dtype=torch.float64), torch.randn(7, 6, 4, dtype=torch.float64)
+    parts = [SampleGradient(x[:3], g[:3]), SampleGradient(x[3:], g[3:])]
+    dense = torch.cat([(x.transpose(1, 2) @ g).flatten(1), g.sum(1)], 1)
+    monkeypatch.setattr(subnetworks, "CHUNK", 70)  # two columns at a time
+    assert (subnetworks._pairwise(parts, True) - dense @ dense.T).abs().max() < 1e-10
+    formed, factored = subnetworks._pairwise_formed(parts), subnetworks._pairwise_factored(parts)
+    assert (formed - factored).abs().max() < 1e-10 < formed.abs().min()
 
 
 def test_a_model_without_positions():

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.gain_subnetworks import GainGradient, pairwise_gains
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import Gradients, SampleGradient, Subnetworks
+from tl_paramdecomp.components.subnetworks import CHUNK, Gradients, SampleGradient, Subnetworks
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
@@ -174,7 +174,7 @@ def evaluate_subnetworks(
         tokens: Rows that it was not trained on.
         attention_mask: 1 where a position counts.
         rows_at_once: Rows in one pass, about; references come from the same pass.
-        bound: Work out the truncated SVD as well; its time grows with the square of samples and positions.
+        bound: Work out the truncated SVD as well; its time grows with the square of samples.
         seed: Of positions and references.
 
     Raises:
@@ -231,12 +231,34 @@ def truncated_svd_error(groups: Sequence[Gradients], decomposition: SubnetworkDe
 
 
 def _pairwise(gradients: list[SampleGradient], bias: bool) -> Float[Tensor, "n n"]:
-    """Inner products of all pairs of gradients at one site."""
+    """Inner products of all pairs of gradients at one site, by whichever form takes fewer operations."""
+    first = gradients[0]
+    pos, d_out = first.g.shape[1:]
+    d_in = first.x.shape[-1]
+    formed = first.x.is_floating_point() and d_in * d_out < pos * pos * (d_in + d_out)
+    found = _pairwise_formed(gradients) if formed else _pairwise_factored(gradients)
+    if bias:
+        whole = torch.cat([a.g.double().sum(1) for a in gradients])
+        found = found + (whole @ whole.T).cpu()
+    return found
+
+
+def _pairwise_formed(gradients: list[SampleGradient]) -> Float[Tensor, "n n"]:
+    """From the gradients themselves, some columns of all of them at a time."""
+    n, d_in, d_out = sum(len(a.g) for a in gradients), gradients[0].x.shape[-1], gradients[0].g.shape[-1]
+    found = torch.zeros(n, n, dtype=torch.float64)
+    for columns in torch.arange(d_out).split(max(1, CHUNK // (n * d_in))):
+        parts = [(a.x.double().transpose(1, 2) @ a.g[..., columns].double()).flatten(1) for a in gradients]
+        dense = torch.cat(parts)
+        found += (dense @ dense.T).cpu()
+    return found
+
+
+def _pairwise_factored(gradients: list[SampleGradient]) -> Float[Tensor, "n n"]:
+    """From what was read and the gradients of what was written: one sample's products with all later ones at a time."""
     alone = [SampleGradient(x.unsqueeze(0), g.unsqueeze(0)) for a in gradients for x, g in zip(a.x, a.g, strict=True)]
     found = torch.zeros(len(alone), len(alone), dtype=torch.float64)
-    for n, a in enumerate(
-        alone
-    ):  # row by row, the upper half: no more than one sample's products with all others exist
+    for n, a in enumerate(alone):
         first = n
         for b in gradients_from(gradients, n):
             if a.x.is_floating_point():
@@ -244,8 +266,6 @@ def _pairwise(gradients: list[SampleGradient], bias: bool) -> Float[Tensor, "n n
             else:
                 reads = (a.x[0][None, :, None] == b.x[:, None, :]).double()
             row = (reads * torch.einsum("to,mso->mts", a.g[0].double(), b.g.double())).sum((1, 2))
-            if bias:
-                row = row + b.g.double().sum(1) @ a.g[0].double().sum(0)
             found[n, first : first + len(row)] = row.cpu()
             first += len(row)
     return found + found.triu(1).T
