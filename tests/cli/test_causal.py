@@ -12,7 +12,7 @@ from tl_paramdecomp.cli.app import app
 from tl_paramdecomp.cli.causal_runs import greedy_continuation, task_scores
 from tl_paramdecomp.cli.edits import Edits
 from tl_paramdecomp.cli.effects import ranges
-from tl_paramdecomp.cli.questions import Question, position_texts, task_named
+from tl_paramdecomp.cli.questions import Question, position_texts, search_and_test, task_named
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     DataError,
@@ -67,16 +67,15 @@ def one_object(*arguments):
     return json.loads(run(*arguments, "--json"))
 
 
-def logits_of(model, task, hook=None, module=None, pre=False):
-    with torch.no_grad():
-        handle = (
-            None if hook is None else (module.register_forward_pre_hook if pre else module.register_forward_hook)(hook)
-        )
-        try:
+def logits_of(model, task, hook=None, register=None):
+    """Logits of all positions, with a torch hook where it is given along with a module's method that registers it."""
+    handle = None if register is None else register(hook)
+    try:
+        with torch.no_grad():
             return model(task.clean, attention_mask=task.attention_mask).logits
-        finally:
-            if handle is not None:
-                handle.remove()
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def patched_logits(model, made, edits, task, **rows):
@@ -125,7 +124,7 @@ def test_corrupt_components_and_delta_are_the_corrupt_output(model, made, ioi):
         handle = module.register_forward_hook(lambda _, __, y: kept.append(y))
         model(ioi.corrupt, attention_mask=ioi.attention_mask)
         handle.remove()
-    wanted = logits_of(model, ioi, lambda _, __, y: kept[0], module)
+    wanted = logits_of(model, ioi, lambda _, __, y: kept[0], module.register_forward_hook)
     corrupt = (ioi.corrupt, ioi.attention_mask)
     found = patched_logits(model, made, Edits(corrupt=[f"{W_OUT}:*"]), ioi, corrupt=corrupt)
     assert_same_where_real(found, wanted, ioi)
@@ -141,14 +140,14 @@ def test_mean_of_a_head_is_the_mean_of_what_it_hands_over(model, made, ioi):
         x[..., part] = x[..., part][real].mean(0)
         return (x,)
 
-    wanted = logits_of(model, ioi, averaged, module, pre=True)
+    wanted = logits_of(model, ioi, averaged, module.register_forward_pre_hook)
     rows = (ioi.clean, ioi.attention_mask)
     assert_same_where_real(
         patched_logits(model, made, Edits(mean=[f"{W_O}:*"], head=2), ioi, averaged=rows), wanted, ioi
     )
     whole = patched_logits(model, made, Edits(mean=[f"{W_O}:*"]), ioi, averaged=rows)
     part = slice(0, 64)
-    assert_same_where_real(whole, logits_of(model, ioi, averaged, module, pre=True), ioi)
+    assert_same_where_real(whole, logits_of(model, ioi, averaged, module.register_forward_pre_hook), ioi)
 
 
 def test_delta_is_multiplied(model, ioi):
@@ -156,9 +155,12 @@ def test_delta_is_multiplied(model, ioi):
     site = tlpd.find_sites(model, W_OUT)[W_OUT]
     rough = tlpd.from_factors(model, {W_OUT: (torch.ones(site.d_in, 1), torch.ones(1, site.d_out))})
     module = model.transformer.h[0].mlp.c_proj
-    wanted = logits_of(model, ioi, lambda _, __, y: module.bias.expand_as(y), module)
+    wanted = logits_of(model, ioi, lambda _, __, y: module.bias.expand_as(y), module.register_forward_hook)
     found = patched_logits(model, rough, Edits(ablate=[f"{W_OUT}:0"], delta=[f"{W_OUT}=0"]), ioi)
     assert_same_where_real(found, wanted, ioi)
+    with tlpd.patched(model, rough, rough.masks().keep_only(W_OUT, [0])):
+        wanted = logits_of(model, ioi)
+    assert_same_where_real(patched_logits(model, rough, Edits(keep_only=[f"{W_OUT}:0"]), ioi), wanted, ioi)
 
 
 @pytest.mark.parametrize("edits, error", [
@@ -263,7 +265,8 @@ def test_attribution_of_a_task(saved):
     what = ("attribute", "micro-gpt2", saved, "--task", "ioi", "--prompts", 4, "--sites", W_O)
     summed = one_object(*what)
     assert summed["direction"] == "noising" and summed["top"][0]["position"] is None
-    assert one_object(*what, "--direction", "removal", "--graph", 2)["graph"]["kind"] == "dataset"
+    removed = one_object(*what, "--direction", "removal", "--graph", 2)
+    assert removed["direction"] == "removal" and removed["graph"]["kind"] == "dataset"
     apart = one_object(*what, "--by-position", "--top", 1000000)
     total = sum(row["effect"] for row in apart["top"] if row["component"] is not None)
     assert total == pytest.approx(summed["sites"][W_O]["components"], abs=1e-3)
@@ -275,8 +278,10 @@ def test_attribution_of_a_task(saved):
 
 
 def test_position_texts(ioi):
-    texts = position_texts(tlpd.make_task("greater_than", "micro-gpt2", 6), tlpd.micro_gpt2_tokenizer())
-    assert (texts[0] == "<|endoftext|>" and texts[-1].endswith("…")) or len(texts[-1]) > 0
+    tokenizer = tlpd.micro_gpt2_tokenizer()
+    task = tlpd.Task.from_tokens("own", [[0, 9], [0, 5, 6], [0, 5, 7], [0, 5, 8]], [1] * 4)
+    zero, five, six, seven, nine = (tokenizer.decode([t]) for t in (0, 5, 6, 7, 9))
+    assert position_texts(task, tokenizer) == [zero, f"{nine}, {five}", f"{six}, {seven}, …"]
     assert position_texts(ioi, None)[0] == str(ioi.clean[0, 0].item())
 
 
@@ -300,6 +305,8 @@ def test_tasks_from_a_file(saved, model, tmp_path):
     what = ("circuit", "micro-gpt2", saved, "--task", path, "--faithfulness", 0.5, "--stochastic", 0, "--prompts", 2)
     shown = run(*what)
     assert "2 prompts of the file" in shown and "Components of the circuit" in shown
+    some, others, _ = search_and_test(str(path), "micro-gpt2", model, 2, 0)
+    assert torch.equal(torch.stack([some.clean, others.clean], 1).flatten(0, 1), task.clean)
     with pytest.raises(SettingError, match="no splits"):
         task_named(str(path), "micro-gpt2", model, 4, split="test")
     with pytest.raises(DecompositionFileError):
@@ -337,8 +344,17 @@ def test_ranges():
     assert ranges([7, 0, 1, 2, 9, 10]) == "0-2, 7, 9-10"
 
 
+def test_what_a_host_prints_goes_to_standard_error(saved, monkeypatch):
+    def loud(host):
+        print("Moving model to device: cpu")
+        return tlpd.load_micro_gpt2(host)
+
+    monkeypatch.setattr("tl_paramdecomp.cli.models.load_micro_gpt2", loud)
+    assert "prompt" in one_object("patch", "micro-gpt2", saved, "--prompt", PROMPT, "--ablate", f"{W_O}:0")
+
+
 def test_as_a_user_runs_it(saved):
-    """Hosts that talk leave standard output to the one object."""
+    """Bars are on standard error; errors are one line."""
     shown = command("patch", "micro-gpt2", saved, "--task", "ioi", "--prompts", 2, "--sweep", "--sites", W_O, "--json",
                     "--host", "hooked_transformer")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
