@@ -29,7 +29,9 @@ def saved(tmp_path_factory):
     return tlpd.from_factors(model, factors).save(tmp_path_factory.mktemp("saved") / "dec")
 
 
-@pytest.mark.parametrize("name", ["demo", "sites", "decompose", "evaluate", "compare", "patch", "reproduce"])
+@pytest.mark.parametrize(
+    "name", ["demo", "sites", "decompose", "evaluate", "compare", "patch", "attribute", "circuit", "reproduce"]
+)
 def test_help_says_what_a_command_does(name):
     shown = command(name, "--help")
     assert shown.returncode == 0 and "Usage" in shown.stdout and len(shown.stdout) > 300
@@ -127,6 +129,7 @@ def test_compare_draws_curves_and_goes_on(tmp_path):
     (("decompose", "micro-gpt2", "--sites", "embed.*", "--out", "x", "--method", "sdp"), "SettingError"),
     (("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--method", "svd", "--components", "3"), "SettingError"),
     (("compare", "micro-gpt2", "--sites", "*", "--out", "x", "--method", "spd-oracle"), "SettingError"),
+    (("circuit", "micro-gpt2", "nowhere", "--task", "ioi", "--device", "tpus"), "SettingError"),
     (("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--settings", "s.json", "--importance", "1"), "SettingError"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_status_1(arguments, words, tmp_path):

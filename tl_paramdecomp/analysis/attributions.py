@@ -163,7 +163,8 @@ class Attribution(Record):
     def footnotes(self) -> list[str]:
         mean = sum(self.clean) / len(self.clean)
         lines = [
-            f"{IN_WORDS[self.direction]}; one value per {self.granularity}; {len(self.clean)} rows, clean {mean:.4g}"
+            f"{IN_WORDS[self.direction]}; one value per {self.granularity}; {len(self.clean)} row"
+            f"{'' if len(self.clean) == 1 else 's'}, clean {mean:.4g}"
         ]
         if self.corrupt is not None:
             lines[0] += f", corrupt {sum(self.corrupt) / len(self.corrupt):.4g}"

@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.units import Units
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
-from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SiteCall
 
@@ -92,8 +92,11 @@ def baseline_of(
     """Activations that ablated components take.
 
     Raises:
+        SettingError: No such value.
         DataError: The task has no corrupt prompts.
     """
+    if value not in get_args(Value):
+        raise SettingError(f"value is one of {', '.join(get_args(Value))}; given {value!r}.")
     if value == "zero":
         return None
     tokens = task.clean if value == "mean" else task.corrupt

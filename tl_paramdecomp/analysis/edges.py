@@ -154,7 +154,7 @@ class Graph(Record):
             word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on
         ]
         return [
-            f"{len(self.nodes)} nodes, {len(self.edges)} edges, {self.rows} rows; held: "
+            f"{len(self.nodes)} nodes, {len(self.edges)} edges, {self.rows} row{'' if self.rows == 1 else 's'}; held: "
             f"{', '.join(['all other decomposed sites', *held])}."
         ]
 

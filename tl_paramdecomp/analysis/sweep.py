@@ -97,7 +97,7 @@ class Sweep(Record):
         columns = ["site", *self.granularity, "effect"]
         return pandas.DataFrame([{c: getattr(row, c) for c in columns} for row in self.rows()], columns=columns)
 
-    def tables(self) -> "list[Table]":
+    def tables(self, top: int = 10) -> "list[Table]":
         """The strongest patches, and each site's sums, for a terminal."""
         table = plain_table(
             f"Largest effects on {self.metric} ({self.direction}, value {self.value})",
@@ -105,7 +105,7 @@ class Sweep(Record):
             *self.granularity,
             "effect",
         )
-        for row in self.top():
+        for row in self.top(top):
             table.add_row(row.site, *(str(getattr(row, axis)) for axis in self.granularity), f"{row.effect:+.4f}")
         sites = plain_table("By site", "site", "patches", "sum", "largest", "smallest")
         for site in self.effects:

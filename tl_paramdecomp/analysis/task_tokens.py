@@ -118,7 +118,7 @@ def prompt_tokenizer(source: Any, prepend_bos: bool | None = None) -> PromptToke
         n_vocab = min(x for x in (n_vocab, _vocabulary_of(model)) if x is not None)
     assert n_vocab is not None
     return PromptTokenizer(
-        tokenizer, _start(tokenizer, model, prepend_bos), n_vocab, None if model is None else _context_of(model.root)
+        tokenizer, _start(tokenizer, model, prepend_bos), n_vocab, None if model is None else context_of(model.root)
     )
 
 
@@ -167,7 +167,8 @@ def _vocabulary_of(adapter: Any) -> int:
     return found
 
 
-def _context_of(root: Any) -> int | None:
+def context_of(root: Any) -> int | None:
+    """Positions that a host's torch module reads at most; None where its configuration does not say."""
     own = getattr(root, "original_model", root)
     for config, name in (
         (getattr(root, "cfg", None), "n_ctx"),

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tl_paramdecomp.cli.causal import attribute, circuit, patch
+from tl_paramdecomp.cli.options import AsJson, DecompositionFolder, DeviceName, HostName, ModelName, console
 from tl_paramdecomp.errors import SettingError
 
 app = typer.Typer(
@@ -18,17 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
-
-MODEL = typer.Argument(help="[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub.")
-ModelName = Annotated[str, MODEL]
-HostName = Annotated[
-    str,
-    typer.Option(
-        "--host", help="Library that opens it: transformers, transformer_bridge, hooked_transformer, nnsight."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 @app.command()
@@ -112,7 +103,7 @@ def decompose(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the start, the rows and the masks.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceName = "cpu",
     host: HostName = "transformers",
 ) -> None:
     """Learn components of some weights. Run it again to go on after an interruption."""
@@ -125,7 +116,7 @@ def decompose(
     if settings is not None and (components, importance) != (None, None):
         raise SettingError("--settings says everything about the method; leave out --components and --importance.")
     method = method_named(method_name, components, importance) if settings is None else method_in(settings)
-    opened = open_model(model, host).to(device)
+    opened = open_model(model, host, device)
     rows = open_rows(model, opened, text, dataset, length)
     made = fit(opened, site_globs, method, rows.train, steps, batch_size, seed, out)
     if made.importance is None:
@@ -140,7 +131,7 @@ def decompose(
 @app.command()
 def evaluate(
     model: ModelName,
-    decomposition: Annotated[Path, typer.Argument(help="Folder that Decomposition.save (or decompose) wrote.")],
+    decomposition: DecompositionFolder,
     text: Annotated[Path | None, typer.Option(help="Held-out text; left out for micro-gpt2: its own.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Dataset on the hub with a text or tokens column.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
@@ -154,7 +145,7 @@ def evaluate(
     ] = False,
     seconds: Annotated[float | None, typer.Option(help="Begin no further part after so many.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object here.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceName = "cpu",
     host: HostName = "transformers",
     as_json: AsJson = False,
 ) -> None:
@@ -165,14 +156,15 @@ def evaluate(
     from tl_paramdecomp.analysis.evaluate import evaluate as measure
     from tl_paramdecomp.analysis.oracle import Oracle
     from tl_paramdecomp.cli.methods import start_of
-    from tl_paramdecomp.cli.models import open_model
+    from tl_paramdecomp.cli.models import check_device, open_model
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.components.decomposition import Decomposition
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
+    check_device(device)
     loaded = Decomposition.load(decomposition, device)
-    opened = open_model(model, host).to(device)
+    opened = open_model(model, host, device)
     found_rows = open_rows(model, opened, text, dataset, length)
     found = measure(
         opened, loaded, found_rows.held_out[:rows].to(device), importances=None if oracle is None else Oracle(oracle),
@@ -218,7 +210,7 @@ def compare(
     shuffled: Annotated[
         bool, typer.Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceName = "cpu",
     host: HostName = "transformers",
     as_json: AsJson = False,
 ) -> None:
@@ -241,7 +233,7 @@ def compare(
         tuple(site_globs), steps, batch_size, tuple(range(seeds)), tuple(sparsity), capacities=tuple(capacity or ()),
         evaluation=Protocol(ladder=(20,), restarts=restarts, ablated=0, by_site=False),
     )  # fmt: skip
-    opened = open_model(model, host).to(device)
+    opened = open_model(model, host, device)
     found_rows = open_rows(model, opened, text, dataset, length)
     held_out = found_rows.held_out[:rows].to(device)
     with shuffled_weights(opened) if shuffled else contextlib.nullcontext():
@@ -260,43 +252,9 @@ def compare(
         console.print(table)
 
 
-@app.command()
-def patch(
-    model: ModelName,
-    decomposition: Annotated[Path, typer.Argument(help="Folder that Decomposition.save (or decompose) wrote.")],
-    prompt: Annotated[str, typer.Option(help="Text whose next token is looked at.")],
-    ablate: Annotated[
-        list[str] | None, typer.Option(help="SITE:C[,C...] to remove, such as blocks.0.mlp.W_in:3,17.")
-    ] = None,
-    keep_only: Annotated[
-        list[str] | None, typer.Option(help="SITE:C[,C...] to keep, all others of the site removed.")
-    ] = None,
-    position: Annotated[
-        list[int] | None, typer.Option(help="Only at this position; may be given several times.")
-    ] = None,
-    top: Annotated[int, typer.Option(help="Next tokens to show.")] = 5,
-    host: HostName = "transformers",
-    as_json: AsJson = False,
-) -> None:
-    """Ask what a prompt's next token is, before and after removing components."""
-    from tl_paramdecomp.cli.models import open_model, tokenizer_of
-    from tl_paramdecomp.cli.report import next_token_table, print_next_tokens
-    from tl_paramdecomp.components.decomposition import Decomposition
-
-    loaded = Decomposition.load(decomposition)
-    masks = loaded.masks()
-    for spec in ablate or ():
-        masks = masks.ablate(*_site_and_components(spec), positions=position)
-    for spec in keep_only or ():
-        masks = masks.keep_only(*_site_and_components(spec), positions=position)
-    if not masks.changed():
-        raise SettingError("Nothing to patch: give --ablate SITE:C or --keep-only SITE:C.")
-    opened = open_model(model, host)
-    rows = next_token_table(opened, loaded, masks, tokenizer_of(model, opened), prompt, top)
-    if as_json:
-        print(json.dumps({"prompt": prompt, "kl": rows.kl, "before": rows.before, "after": rows.after}))
-    else:
-        print_next_tokens(console, prompt, {"model": rows.before, "patched": rows.after}, rows.kl)
+app.command()(patch)
+app.command()(attribute)
+app.command()(circuit)
 
 
 @app.command()
@@ -329,11 +287,3 @@ def reproduce(
         print(json.dumps(record))
     else:
         console.print(result_table(record))
-
-
-def _site_and_components(spec: str) -> tuple[str, list[int]]:
-    site, _, listed = spec.rpartition(":")
-    try:
-        return site, [int(c) for c in listed.split(",")]
-    except ValueError:
-        raise SettingError(f"{spec!r} is not SITE:C[,C...], such as blocks.0.mlp.W_in:3,17.") from None

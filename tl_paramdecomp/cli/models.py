@@ -1,6 +1,10 @@
 """Opening the model that a user named on the command line."""
 
+import contextlib
+import sys
 from typing import Any, Literal, get_args
+
+import torch
 
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
 from tl_paramdecomp.pretrained import load_micro_gpt2, micro_gpt2_tokenizer
@@ -9,22 +13,28 @@ Host = Literal["transformers", "transformer_bridge", "hooked_transformer", "nnsi
 EMBEDDED = "micro-gpt2"
 
 
-def open_model(name: str, host: str = "transformers") -> Any:
-    """A model by name, with unprocessed weights.
+def open_model(name: str, host: str = "transformers", device: str = "cpu") -> Any:
+    """A model by name, with unprocessed weights; what hosts print about it goes to standard error.
 
     Args:
         name: `micro-gpt2`, a local folder, or a name on the Hugging Face hub.
         host: Which library opens it.
+        device: Where it goes.
 
     Raises:
-        SettingError: No such host.
+        SettingError: No such host, or no such device here.
         UnsupportedModelError: The model cannot be opened.
     """
     if host not in get_args(Host):
         raise SettingError(f"--host {host!r} is none of {', '.join(get_args(Host))}.")
+    check_device(device)
     _quiet()
-    if name == EMBEDDED:
-        return load_micro_gpt2(host)
+    with contextlib.redirect_stdout(sys.stderr):
+        opened = load_micro_gpt2(host) if name == EMBEDDED else _named(name, host)
+        return opened if device == "cpu" else opened.to(device)
+
+
+def _named(name: str, host: str) -> Any:
     try:
         return _open(name, host)
     except (OSError, ValueError, ImportError) as error:
@@ -33,6 +43,18 @@ def open_model(name: str, host: str = "transformers") -> Any:
             f"{name!r} cannot be opened with {host}: {first} Give {EMBEDDED!r}, a folder that holds a transformers model, "
             "or a name on the hub while online."
         ) from error
+
+
+def check_device(name: str) -> None:
+    """See whether tensors can be put on a device.
+
+    Raises:
+        SettingError: They cannot.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def tokenizer_of(name: str, model: Any) -> Any:

@@ -20,9 +20,8 @@ from tl_paramdecomp.analysis.ablation import next_token_probs
 from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.patching.hooks import patched
+from tl_paramdecomp.patching.act_patches import ActPatches, patched_acts
 
 MEANINGS = {
     "unmasked": "all components whole, no delta",
@@ -102,16 +101,16 @@ def write_quality(path: Path, decomposition: Decomposition, found: Evaluation) -
 
 
 def next_token_table(
-    model: Any, decomposition: Decomposition, masks: Masks, tokenizer: Any, prompt: str, top: int
+    model: Any,
+    decomposition: Decomposition,
+    patches: ActPatches,
+    tokenizer: Any,
+    tokens: Int[Tensor, "1 pos"],
+    top: int,
 ) -> BeforeAndAfter:
-    """Likeliest next tokens of a prompt, of the model and with components masked.
-
-    Raises:
-        DataError: There is no tokenizer, or the prompt is empty or not in its vocabulary.
-    """
-    tokens = prompt_tokens(tokenizer, prompt)
+    """Likeliest next tokens of a prompt, of the model and with component activations patched."""
     before = next_token_probs(model, tokens)
-    with patched(model, decomposition, masks):
+    with patched_acts(model, decomposition, patches):
         after = next_token_probs(model, tokens)
     kl = (before * (before.clamp(min=1e-30).log() - after.clamp(min=1e-30).log())).sum().item()
     return BeforeAndAfter(top_tokens(before, tokenizer, top), top_tokens(after, tokenizer, top), kl)

@@ -1,0 +1,243 @@
+"""The sub-commands that ask what components do for an answer: patch, attribute, circuit."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tl_paramdecomp.cli.options import (
+    TASK_HELP,
+    Answer,
+    AsJson,
+    CorruptPrompt,
+    DecompositionFolder,
+    DeviceName,
+    HostName,
+    ModelName,
+    OutFile,
+    Prompts,
+    PromptText,
+    Seed,
+    SiteGlobs,
+    Split,
+    TaskName,
+    Wrong,
+    console,
+)
+from tl_paramdecomp.errors import SettingError
+
+Components = list[str] | None
+
+
+def patch(
+    model: ModelName,
+    decomposition: DecompositionFolder,
+    prompt: PromptText = None,
+    task: TaskName = None,
+    ablate: Annotated[
+        Components, typer.Option(help="SITE:C[,C...] to remove, such as blocks.0.mlp.W_in:3,17,20-25 (* for all).")
+    ] = None,
+    keep_only: Annotated[Components, typer.Option(help="SITE:C[,C...] to keep, all else of the site removed.")] = None,
+    set_to: Annotated[
+        Components, typer.Option("--set", help="SITE:C[,C...]=VALUE that activations are set to (steering).")
+    ] = None,
+    scale: Annotated[Components, typer.Option(help="SITE:C[,C...]=FACTOR that activations are multiplied by.")] = None,
+    mean: Annotated[
+        Components, typer.Option(help="SITE:C[,C...] set to the mean over the task's prompts, or the corrupt prompt.")
+    ] = None,
+    corrupt: Annotated[
+        Components, typer.Option(help="SITE:C[,C...] set to what they are on the corrupt prompt.")
+    ] = None,
+    delta: Annotated[
+        Components, typer.Option(help="SITE=FACTOR that the delta component W - VU is multiplied by.")
+    ] = None,
+    head: Annotated[int | None, typer.Option(help="Only in this attention head.")] = None,
+    position: Annotated[
+        list[int] | None, typer.Option(help="Only at this position; may be given several times.")
+    ] = None,
+    corrupt_prompt: CorruptPrompt = None,
+    answer: Answer = None,
+    wrong: Wrong = None,
+    generate: Annotated[int | None, typer.Option(help="Also continue the prompt by so many tokens.")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Patch every component by itself and rank what that does to the metric.")
+    ] = False,
+    sites: SiteGlobs = None,
+    value: Annotated[
+        str | None, typer.Option(help="What a sweep puts in: zero (the default), mean, resample, corrupt, a number.")
+    ] = None,
+    direction: Annotated[
+        str, typer.Option(help="Of a sweep: noising (the clean run is patched) or denoising (the corrupt one).")
+    ] = "noising",
+    prompts: Prompts = 64,
+    split: Split = None,
+    seed: Seed = 0,
+    top: Annotated[int | None, typer.Option(help="Next tokens to show (5), or effects of a sweep (10).")] = None,
+    out: OutFile = None,
+    device: DeviceName = "cpu",
+    host: HostName = "transformers",
+    as_json: AsJson = False,
+) -> None:
+    """Ask what patching components does to a prompt's next token, its continuation or a task's scores."""
+    from tl_paramdecomp.cli.causal_runs import run_patch, run_sweep
+    from tl_paramdecomp.cli.edits import Edits
+
+    edits = Edits(
+        ablate or (), keep_only or (), set_to or (), scale or (), mean or (), corrupt or (), delta or (), head, position
+    )
+    _check_patch(bool(edits), sweep, head is not None or generate is not None, (sites, value, direction))
+    opened, loaded = _opened(model, decomposition, host, device, out)
+    asked = _question(model, opened, prompt, task, answer, wrong, corrupt_prompt, prompts, seed, split)
+    if sweep:
+        found = run_sweep(asked, loaded, sites, value, direction, position, top or 10)
+    else:
+        found = run_patch(asked, loaded, edits, generate, top or 5)
+    _deliver(found, as_json, out)
+
+
+def attribute(
+    model: ModelName,
+    decomposition: DecompositionFolder,
+    prompt: PromptText = None,
+    task: TaskName = None,
+    answer: Answer = None,
+    wrong: Wrong = None,
+    corrupt_prompt: CorruptPrompt = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gradient (one backward pass), integrated (along a path from the corrupt prompt), ablation (one run for "
+            "each component and position)."
+        ),
+    ] = "gradient",
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            help="noising (the default with a corrupt prompt), denoising, or removal: compare with zero, whatever the "
+            "corrupt prompt."
+        ),
+    ] = None,
+    by_position: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-position/--over-positions",
+            help="Effects of each position, or their sum; left out: of each, where prompts are of one template.",
+        ),
+    ] = None,
+    graph: Annotated[
+        int | None, typer.Option(help="Also direct effects between so many components, the strongest.")
+    ] = None,
+    sites: SiteGlobs = None,
+    prompts: Prompts = 64,
+    split: Split = None,
+    seed: Seed = 0,
+    top: Annotated[int, typer.Option(help="Effects and edges to show.")] = 15,
+    out: OutFile = None,
+    device: DeviceName = "cpu",
+    host: HostName = "transformers",
+    as_json: AsJson = False,
+) -> None:
+    """Ask which components, at which tokens, make up an answer: the strongest effects on the metric."""
+    from tl_paramdecomp.cli.causal_runs import run_attribute
+
+    opened, loaded = _opened(model, decomposition, host, device, out)
+    asked = _question(model, opened, prompt, task, answer, wrong, corrupt_prompt, prompts, seed, split)
+    _deliver(run_attribute(asked, loaded, method, direction, sites, by_position, graph, top), as_json, out)
+
+
+def circuit(
+    model: ModelName,
+    decomposition: DecompositionFolder,
+    task: Annotated[str, typer.Option(help=TASK_HELP)],
+    method: Annotated[
+        str, typer.Option(help="What orders components: gradients (over masks), or masks (learned, slower).")
+    ] = "gradients",
+    faithfulness: Annotated[
+        float, typer.Option(help="Share of the metric to reach with everything outside ablated.")
+    ] = 0.9,
+    stochastic: Annotated[
+        float, typer.Option(help="Share to reach with everything outside masked at random; 0: whatever it is.")
+    ] = 0.8,
+    value: Annotated[str, typer.Option(help="What ablated components become: zero, mean, corrupt.")] = "zero",
+    delta: Annotated[float, typer.Option(help="Mask of the delta component W - VU.")] = 1.0,
+    prompts: Annotated[int, typer.Option(help="Prompts to search on, and as many others to measure on.")] = 64,
+    seed: Seed = 0,
+    out: OutFile = None,
+    device: DeviceName = "cpu",
+    host: HostName = "transformers",
+    as_json: AsJson = False,
+) -> None:
+    """Find the components that keep a task's metric, and measure what that says about the model."""
+    from tl_paramdecomp.cli.causal_runs import run_circuit
+
+    opened, loaded = _opened(model, decomposition, host, device, out)
+    asked = _question(model, opened, None, task, None, None, None, prompts, seed, None)
+    _deliver(run_circuit(asked, loaded, method, faithfulness, stochastic or None, value, delta), as_json, out)
+
+
+def _check_patch(edits: bool, sweep: bool, not_swept: bool, of_sweep: tuple[Any, Any, str]) -> None:
+    """Options of `patch` that go together.
+
+    Raises:
+        SettingError: They do not.
+    """
+    if sweep and (edits or not_swept):
+        raise SettingError("--sweep patches every component by itself; leave other patches, --head and --generate out.")
+    if not sweep and not edits:
+        raise SettingError(
+            "Nothing to patch: give --ablate SITE:C, --keep-only, --set, --scale, --mean, --corrupt, --delta, or --sweep."
+        )
+    if not sweep and of_sweep != (None, None, "noising"):
+        raise SettingError("--sites, --value and --direction are for a --sweep.")
+
+
+def _opened(model: str, decomposition: Path, host: str, device: str, out: Path | None) -> tuple[Any, Any]:
+    """Model and decomposition.
+
+    Raises:
+        SettingError: No such device; or there can be no file where the result is wanted, known before the work is done.
+    """
+    from tl_paramdecomp.cli.models import check_device, open_model
+    from tl_paramdecomp.components.decomposition import Decomposition
+
+    if out is not None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingError(f"--out {out} cannot be written: {error}") from error
+    check_device(device)
+    loaded = Decomposition.load(decomposition, device)
+    return open_model(model, host, device), loaded
+
+
+def _question(
+    model: str,
+    opened: Any,
+    prompt: str | None,
+    task: str | None,
+    answers: list[str] | None,
+    wrong: list[str] | None,
+    corrupt_prompt: str | None,
+    prompts: int,
+    seed: int,
+    split: str | None,
+) -> Any:
+    from tl_paramdecomp.cli.questions import Question
+
+    return Question(model, opened, prompt, task, answers or (), wrong or (), corrupt_prompt, prompts, seed, split)
+
+
+def _deliver(found: Any, as_json: bool, out: Path | None) -> None:
+    """Print an answer and write it where it is wanted."""
+    from tl_paramdecomp.cli.causal_runs import written
+    from tl_paramdecomp.cli.effects import print_shown
+
+    if as_json:
+        print(json.dumps(found.record))
+    else:
+        print_shown(console, found.shown)
+    if out is not None:
+        for path in written(found, out):
+            Console(stderr=True).print(f"Written to {path}", markup=False, highlight=False)
