@@ -26,7 +26,7 @@ from tl_paramdecomp.methods.directions import random_directions, singular_direct
 
 HELD_OUT, INSPECTED = 1024, 48
 """Rows for errors; rows for impacts, moves and top samples."""
-DELTAS = (0.3, 3.0)
+DELTAS = (0.03, 0.3, 3.0)
 LIVE = 0.01
 SHOWN, CONTEXTS = 8, 5
 
@@ -72,6 +72,7 @@ def main() -> None:
                 entries["dictionaries"].append(
                     {"label": label, "n": n, **measured(model, dictionary, held_out, middle, label == "L3D")}
                 )
+            entries["dictionaries"].sort(key=lambda one: one["n"])
             if middle:
                 entries["subnetworks"] = described(model, made, held_out[:INSPECTED], args)
             args.out.mkdir(parents=True, exist_ok=True)
