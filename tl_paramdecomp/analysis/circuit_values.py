@@ -1,6 +1,6 @@
 """A task's metric with some units of a decomposition kept and all others ablated, resampled or set against it.
 
-    y = W x + b - sum_c (1 - m_c) (h_c - a_c) U_c - (1 - d) (x - x V U ...)
+    y = x W + b - sum_c (1 - m_c) (h_c - a_c) U_c - (1 - d) x (W - V U)
 
 m_c is 1 inside the circuit; outside it is 0, or whatever a kind of masks makes it. a_c is what a removed component's activation
 becomes: 0 (its weight is gone), its mean, or that of the corrupt prompt. The bias always stays, and d, the delta component's

@@ -174,7 +174,8 @@ def find_circuit(
 
     Raises:
         SettingError: No such method, or thresholds that no circuit can reach.
-        MetricError: m(model) and m(none) are too close to be told apart.
+        NormalisationError: m(model) and m(none) are too close to be told apart.
+        DataError: `corrupt` without corrupt prompts.
         TargetMismatchError, DeviceError: As `patched`.
     """
     if not 0.0 < faithfulness < 1.0 or (stochastic is not None and not stochastic < 1.0):
@@ -220,25 +221,27 @@ def evaluate_circuit(
     Raises:
         NoMatchingSiteError, ComponentIndexError: There is no such site or component.
         SettingError: Some units are inside in part only, or there is none.
-        MetricError, TargetMismatchError, DeviceError: As `find_circuit`.
+        NormalisationError, TargetMismatchError, DeviceError: As `find_circuit`.
     """
     runs = _runs(model, decomposition, task, metric, units, value, delta)
     chosen: set[int] = set()
+    inside: dict[str, set[int]] = {}
     for site, given in components.items():
         name = resolve_name(decomposition.sites, site)
         indices = component_indices(given, decomposition[name].n_components, name)
+        inside[name] = set(indices)
         chosen |= set(runs.units.owner[name][indices].tolist())
     if not chosen:
         raise SettingError("A circuit needs one component at least.")
     whole = runs.units.members(torch.tensor(sorted(chosen)))
-    inside = {resolve_name(decomposition.sites, site): list(given) for site, given in components.items()}
-    if units is not None and any(set(whole[name]) - set(inside.get(name, ())) for name in whole):
+    if any(set(whole[name]) - inside.get(name, set()) for name in whole):
         raise SettingError(f"Some {runs.units.granularity} are inside in part only; give all components of each.")
     return _measured(runs, torch.tensor(sorted(chosen), device=runs.adapter.device), None, "given", value, seed)
 
 
 def _runs(model, decomposition, task, metric, units, value: Value, delta: float) -> TaskRuns:
     adapter = checked_adapter(model, decomposition)
+    task = task.to(adapter.device)
     return TaskRuns(
         adapter, decomposition, units or component_units(decomposition), task, metric or default_metric(task), delta,
         baseline_of(adapter, decomposition, task, value),
