@@ -349,10 +349,12 @@ SECTIONS = (
     ("l3d_babyllama-tok105", "L3D on babyllama-tok105 (Llama, 936k parameters, characters)", language_model),
     ("l3d_tasks", "L3D subnetworks that serve one task of micro-gpt2", tasks),
     ("circuits_micro-gpt2", "Circuits of micro-gpt2's four tasks", circuits),
+    ("circuits_gpt-nano-sort", "Circuits of gpt-nano-sort, which sorts six digits", circuits),
     ("benchmarks", "What patching costs", benchmarks),
     ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
     ("benchmarks_evaluate", "What an evaluation costs", benchmarks),
     ("benchmarks_l3d", "What a step of L3D costs, against the dense form", benchmarks),
+    ("benchmarks_causal", "What attribution and sweeps cost, against plain forward passes", benchmarks),
 )
 
 
