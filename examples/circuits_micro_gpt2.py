@@ -64,8 +64,10 @@ def main() -> None:
                 progress=args.progress,
             )  # fmt: skip
             print(label, circuit, sep="\n", flush=True)
-            found["circuits"].append({"label": label, **dataclasses.asdict(circuit)})
-            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            values = dataclasses.asdict(circuit)
+            del values["labels"]  # the components say it
+            found["circuits"].append({"label": label, **values})
+            path.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,9 +58,11 @@ def main() -> None:
             progress=args.progress,
         )
         print(label, circuit, sep="\n", flush=True)
-        found["circuits"].append({"label": label, **dataclasses.asdict(circuit)})
+        values = dataclasses.asdict(circuit)
+        del values["labels"]  # the components say it
+        found["circuits"].append({"label": label, **values})
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{Path(args.model).name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (args.out / f"{Path(args.model).name}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def sorting(model, n: int, seed: int) -> tlpd.Task:
