@@ -14,8 +14,9 @@ def circuits(record: Mapping[str, Any]) -> str:
     parts = [
         f"{origin(record)} SPD: {settings['steps']} steps of {settings['batch_size']} rows over all matrices of the "
         f"blocks. Circuits are ordered by {order}, pruned, and must keep {settings['faithfulness']:g} of the metric on "
-        f"{settings['prompts']} prompts with everything else ablated to zero and the delta component kept, and .8 "
-        f"under stochastic masks. Figures are normalised faithfulness on {settings['prompts']} others: median (least to "
+        f"{settings['prompts']} prompts with everything else ablated to zero and the delta component kept, and "
+        f"{settings.get('stochastic', 0.8):g} under stochastic masks. Figures are "
+        f"normalised faithfulness on {settings['prompts']} others: median (least to "
         "most) over seeds."
     ]
     tasks = list(dict.fromkeys(one["task"] for one in record["circuits"]))

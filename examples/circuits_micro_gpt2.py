@@ -4,7 +4,7 @@
 
 1. SPD over all matrices of the blocks, three seeds; singular vectors and the neuron basis are exact and need no training.
 2. For each task the smallest circuit that keeps the metric with all other components ablated to zero and the delta component
-   kept, and eight tenths of it under stochastic masks; found on validation prompts, measured on test prompts.
+   kept, and under stochastic masks; found on validation prompts, measured on test prompts.
 3. Runs are kept in OUT/ and go on where they stopped; what was found goes to OUT/circuits.json.
 """
 
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--faithfulness", type=float, default=0.95, help="wanted where it is searched; less is left elsewhere"
     )
+    parser.add_argument("--stochastic", type=float, default=0.9, help="the same, under stochastic masks")
     parser.add_argument("--method", choices=("gradients", "masks"), default="gradients")
     parser.add_argument("--out", type=Path, default=Path("runs/circuits"))
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
@@ -37,7 +38,7 @@ def main() -> None:
     model, rows = tlpd.load_micro_gpt2("transformers"), tlpd.micro_gpt2_tokens(8192, seed=1)
     bases = {"singular vectors": tlpd.SVD(training=None), "neurons and heads": tlpd.NeuronBasis(training=None)}
     settings = {"steps": args.steps, "batch_size": BATCH, "prompts": args.prompts, "method": args.method,
-                "faithfulness": args.faithfulness}  # fmt: skip
+                "faithfulness": args.faithfulness, "stochastic": args.stochastic}  # fmt: skip
     found: dict = {**record(), "settings": settings, "circuits": []}
     path = args.out / "circuits.json"
     if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
@@ -60,8 +61,8 @@ def main() -> None:
                 tlpd.make_task(task, "micro-gpt2", args.prompts, seed, split) for split in ("validation", "test")
             )
             circuit = tlpd.find_circuit(
-                model, made, search, method=args.method, units=units, faithfulness=args.faithfulness, held_out=test, seed=seed,
-                progress=args.progress,
+                model, made, search, method=args.method, units=units, faithfulness=args.faithfulness,
+                stochastic=args.stochastic, held_out=test, seed=seed, progress=args.progress,
             )  # fmt: skip
             print(label, circuit, sep="\n", flush=True)
             values = dataclasses.asdict(circuit)
