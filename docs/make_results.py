@@ -350,6 +350,7 @@ SECTIONS = (
     ("l3d_tasks", "L3D subnetworks that serve one task of micro-gpt2", tasks),
     ("circuits_micro-gpt2", "Circuits of micro-gpt2's four tasks", circuits),
     ("circuits_gpt-nano-sort", "Circuits of gpt-nano-sort, which sorts six digits", circuits),
+    ("circuits_babyllama-tok105", "Circuits of babyllama-tok105, which goes on with names it has read", circuits),
     ("benchmarks", "What patching costs", benchmarks),
     ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
     ("benchmarks_evaluate", "What an evaluation costs", benchmarks),
