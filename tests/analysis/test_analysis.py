@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.ablation import ablation_effects, answer_log_prob, next_token_probs, strongest
+from tests.support.slow_ablations import ablation_effects
 from tl_paramdecomp.analysis.metrics import kl_by_mask_kind, kl_divergence, masked_kl, sparsity
+from tl_paramdecomp.analysis.next_tokens import answer_log_prob, next_token_probs
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import NoImportanceError, ShapeError
 from tl_paramdecomp.methods.spd import SPD
@@ -80,18 +81,20 @@ def test_sparsity_counts_importances_above_the_threshold(model, dec):
         assert found.alive[name] == (g > 0.2).flatten(0, 1).any(0).sum().item()
 
 
-def test_ablation_effects_are_single_ablations(model, dec):
+def test_effects_of_single_ablations_are_those_of_edited_weights(model, dec):
+    """Of the sweep, and of the slow form that other tests compare with."""
     prompt = tlpd.micro_gpt2_prompts("pronoun", 1)[0]
     tokens, name = prompt.tokens.unsqueeze(0), "blocks.0.mlp.W_out"
     metric = answer_log_prob(prompt.answers)
-    effects = ablation_effects(model, dec, tokens, metric, rows_at_once=100)
+    slow = ablation_effects(model, dec, tokens, metric, rows_at_once=100)[name]
+    found = tlpd.sweep(model, dec, tokens, metric, progress=False)
     base = next_token_probs(model, tokens)[list(prompt.answers)].sum().log()
     for c in (0, 101, 255):
         with tlpd.edited_weights(model, dec, dec.masks().ablate(name, c)):
             alone = next_token_probs(model, tokens)[list(prompt.answers)].sum().log()
-        assert abs(effects[name][c] - (alone - base)) < 1e-4
-    top = strongest(effects)[0]
-    assert top.effect == min(values.min().item() for values in effects.values())
+        assert abs(slow[c] - (alone - base)) < 1e-4 and abs(found.effect(name)[c] - (alone - base)) < 1e-4
+    sizes = torch.cat([found.effect(site) for site in dec]).abs()
+    assert abs(found.top(1)[0].effect) == sizes.max().item()
 
 
 def test_without_importance_function_only_some_masks_exist(model):

@@ -10,8 +10,8 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import tl_paramdecomp as tlpd
+from tests.support.slow_ablations import ablation_effects
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.ablation import ablation_effects
 from tl_paramdecomp.analysis.attribution import attribute
 from tl_paramdecomp.analysis.attributions import Attribution
 from tl_paramdecomp.errors import (

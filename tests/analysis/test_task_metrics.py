@@ -142,7 +142,7 @@ def test_token_loss_is_cross_entropy_by_row() -> None:
 
 
 def test_token_loss_is_a_row_metric_of_ablations() -> None:
-    from tl_paramdecomp.analysis.ablation import ablation_effects
+    from tests.support.slow_ablations import ablation_effects
 
     model = build("gpt2")
     tokens = torch.tensor([[3, 1, 4, 1, 5]])

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import tl_paramdecomp as tlpd
 
 ROOT = Path(__file__).parents[2]
 NEEDS_THE_HUB = "load_dataset("
@@ -41,6 +44,26 @@ def test_readme_blocks_run(heading, tmp_path):
     script.write_text(code, encoding="utf-8")
     shown = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert shown.returncode == 0, shown.stderr
+
+
+def test_the_blocks_of_the_page_on_circuits_run(capsys):
+    """On micro-gpt2, with what the page takes for granted."""
+    model, rows = tlpd.load_micro_gpt2(), tlpd.micro_gpt2_tokens(4)
+    sites = ["blocks.0.mlp.W_in", "blocks.1.attn.W_V", "blocks.1.mlp.W_out", "blocks.2.mlp.W_out"]
+    dec = tlpd.decompose(model, sites, tlpd.SVD(training=None), progress=False)
+    search, test = (tlpd.make_task("ioi", model, 8, split=split) for split in ("validation", "test"))
+    names = {
+        "tlpd": tlpd, "model": model, "dec": dec, "rows": rows, "tokens": rows[:1, :20], "other_prompt": rows[1:2, :20],
+        "vector": torch.ones(64), "metric": tlpd.LogitDifference(), "search_task": search, "test_task": test,
+    }  # fmt: skip
+    page = (ROOT / "docs" / "circuits.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^```\n(.*?)^```", page)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert "adversarial" in capsys.readouterr().out and names["circuit"].prompts == 8
+    for name in re.findall(r"`tlpd\.(\w+)", page):
+        assert hasattr(tlpd, name), name
 
 
 def test_the_results_page_is_what_the_result_files_say():

@@ -20,10 +20,11 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.units import Units
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.patching.frozen import frozen
-from tl_paramdecomp.sites import SiteCall
+from tl_paramdecomp.sites import SiteCall, SiteFn
 
 Value = Literal["zero", "mean", "corrupt"]
 """What an ablated component's activation becomes: 0, its mean over the task's clean prompts by position, or its activation on
@@ -81,7 +82,7 @@ class TaskRuns:
             yield self
 
 
-def _with_baseline(fn, components, m: Tensor, baseline: Tensor, call: SiteCall) -> Tensor:
+def _with_baseline(fn: SiteFn, components: Components, m: Tensor, baseline: Tensor, call: SiteCall) -> Tensor:
     written = ((1.0 - m) * baseline) @ components.U
     return fn(call) + written.to(call.y.dtype)
 

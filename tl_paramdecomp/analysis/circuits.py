@@ -11,7 +11,7 @@ complement, and each unit's own part. Measures: Wang et al. 2022 (arXiv 2211.005
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -239,7 +239,15 @@ def evaluate_circuit(
     return _measured(runs, torch.tensor(sorted(chosen), device=runs.adapter.device), None, "given", value, seed)
 
 
-def _runs(model, decomposition, task, metric, units, value: Value, delta: float) -> TaskRuns:
+def _runs(
+    model: Any,
+    decomposition: Decomposition,
+    task: Task,
+    metric: TaskMetric | None,
+    units: Units | None,
+    value: Value,
+    delta: float,
+) -> TaskRuns:
     adapter = checked_adapter(model, decomposition)
     task = task.to(adapter.device)
     return TaskRuns(
@@ -248,7 +256,9 @@ def _runs(model, decomposition, task, metric, units, value: Value, delta: float)
     )  # fmt: skip
 
 
-def _order(runs: TaskRuns, method, scores, sign: float, seed: int, progress: bool) -> tuple[str, Int[Tensor, " n"]]:
+def _order(
+    runs: TaskRuns, method: Any, scores: Any, sign: float, seed: int, progress: bool
+) -> tuple[str, Int[Tensor, " n"]]:
     """Units, the most needed first, and what ordered them."""
     if scores is not None:
         found = torch.zeros(len(runs.units), device=runs.adapter.device)
@@ -312,7 +322,7 @@ def _measured(
         )  # fmt: skip
 
 
-def _curve(runs: TaskRuns, order: Int[Tensor, " n"], f) -> list[list[float]]:
+def _curve(runs: TaskRuns, order: Int[Tensor, " n"], f: Callable[[float], float]) -> list[list[float]]:
     """f of the first units of an order, at MIB's sizes."""
     n, found = len(order), []
     for share in MIB_SIZES:
@@ -321,7 +331,7 @@ def _curve(runs: TaskRuns, order: Int[Tensor, " n"], f) -> list[list[float]]:
     return found
 
 
-def _area(curve: Sequence[Sequence[float]], of) -> float | None:
+def _area(curve: Sequence[Sequence[float]], of: Callable[[float], float]) -> float | None:
     """Trapezoids over the shares of units, linear axis."""
     if not curve:
         return None

@@ -2,20 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices
-from tl_paramdecomp.errors import DataError, SettingError, ShapeError
+from tl_paramdecomp.errors import ComponentIndexError, DataError, SettingError, ShapeError
 from tl_paramdecomp.methods.base import Batch
 from tl_paramdecomp.sites import check_rows, resolve_name
 
-UNEMBEDDING = "unembed.W_U"
 COLUMNS = ("tokens", "input_ids")
 """Where token rows stand in a dict."""
 
@@ -68,6 +68,21 @@ def chosen_components(
     if not found:
         raise SettingError("No component is chosen; name some by site, or pass None for all of them.")
     return found
+
+
+Own = TypeVar("Own")
+
+
+def own_of(results: Iterable[Own], site: str, component: int) -> Own:
+    """What belongs to one component, among results that name their site and component.
+
+    Raises:
+        ComponentIndexError: It was not looked at.
+    """
+    for own in results:
+        if (own.site, own.component) == (site, component):  # type: ignore[attr-defined]
+            return own
+    raise ComponentIndexError(f"Component {component} of {site!r} was not looked at; choose it by components=.")
 
 
 def token_rows(data: Any, attention_mask: Any, rows_at_once: int) -> Iterator[TokenRows]:

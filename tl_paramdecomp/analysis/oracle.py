@@ -9,7 +9,6 @@ oracle keeps, at each position, the k components of all sites for which it is la
 an importance function does not: for bases that have no function of their own it is the stronger choice.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.analysis.site_writes import SiteWrites, along_writes
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.sites import SiteCall
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,10 @@ def estimated_effects(
         samples: Draws of next tokens.
         seed: Of the draws.
     """
-    inputs: dict[str, Tensor] = {}
-    leaves: dict[str, Tensor] = {}
-    fns = {name: functools.partial(_opened, inputs, leaves, name, len(tokens)) for name in decomposition}
-    with torch.enable_grad(), adapter.intercept(fns):
+    names, writes = list(decomposition), SiteWrites(len(tokens))
+    with torch.enable_grad(), adapter.intercept(writes.fns(names, "open")):
         log_p = torch.log_softmax(adapter.forward(tokens, attention_mask).float(), -1)
+    acts = {name: writes.acts(name, decomposition[name]) for name in names}
     probs = log_p.detach().exp().flatten(0, -2)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     found = {name: torch.zeros((), device=tokens.device) for name in decomposition}
@@ -84,18 +82,8 @@ def estimated_effects(
         with torch.enable_grad():
             chosen = log_p.gather(-1, drawn).squeeze(-1)
             total = chosen.sum() if attention_mask is None else (chosen * attention_mask).sum()
-        names = list(leaves)
-        gradients = torch.autograd.grad(total, [leaves[n] for n in names], retain_graph=i + 1 < samples)
-        for name, gradient in zip(names, gradients, strict=True):
-            components = decomposition[name]
-            with torch.no_grad():
-                change = components.acts(inputs[name]) * (gradient.to(components.U.dtype) @ components.U.T)
-                found[name] = found[name] + change.square_().mul_(0.5 / samples)
+        gradients = writes.gradients(total, names, retain=i + 1 < samples)
+        for name in names:
+            change = along_writes(decomposition[name], acts[name], gradients[name])
+            found[name] = found[name] + change.square_().mul_(0.5 / samples)
     return found
-
-
-def _opened(inputs: dict[str, Tensor], leaves: dict[str, Tensor], name: str, batch: int, call: SiteCall) -> Tensor:
-    """A site's function that leaves its output, and keeps its input and a leaf whose gradient is the output's."""
-    inputs[name] = call.x
-    leaves[name] = torch.zeros_like(call.y).expand(batch, *call.y.shape[1:]).clone().requires_grad_(True)
-    return call.y + leaves[name]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.records import Record, plain_table
-from tl_paramdecomp.analysis.sweep_runs import Inputs, Prompts, Runner, SitePatches, run_group, start_of
+from tl_paramdecomp.analysis.sweep_runs import Inputs, Runner, SitePatches, Unpatched, run_group, start_of
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
@@ -260,7 +260,7 @@ class _Runs(NamedTuple):
 
 
 def _runner(adapter: ModelAdapter, runs: _Runs, tokens: Tensor, rows: int, resumes: bool) -> Runner:
-    prompts = Prompts(adapter, tokens, runs.attention_mask, rows, resumes)
+    prompts = Unpatched(adapter, tokens, runs.attention_mask, rows, resumes)
     return Runner(adapter, prompts, runs.last, runs.scored)
 
 
@@ -280,7 +280,7 @@ def _effects(
     """Effects of every patch, by site; with patches open elsewhere passes begin at the first block."""
     resumes = bool(adapter.blocks) and not adapter.interceptions
     runner = _runner(adapter, runs, base, rows_at_once, resumes)
-    others = None if source is None else Prompts(adapter, source, runs.attention_mask, rows_at_once, resumes)
+    others = None if source is None else Unpatched(adapter, source, runs.attention_mask, rows_at_once, resumes)
     before = runner.scores([], 0)
     groups: dict[int, list[str]] = {}
     for name in made:

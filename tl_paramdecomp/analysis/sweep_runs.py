@@ -76,7 +76,7 @@ class SitePatches:
 
 
 @dataclass(eq=False)
-class Prompts:
+class Unpatched:
     """Rows that are run unpatched once, some at a time, with what later passes need of them."""
 
     adapter: ModelAdapter
@@ -141,7 +141,7 @@ class Runner:
     """
 
     adapter: ModelAdapter
-    prompts: Prompts
+    prompts: Unpatched
     last: Int[Tensor, " n"] | None
     """Answer positions; None where all logits are wanted."""
     score: Callable[[Tensor], Tensor]

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.analysis.component_streams import SeenBatch, chosen_components, seen_batches, token_rows
+from tl_paramdecomp.analysis.component_streams import SeenBatch, chosen_components, own_of, seen_batches, token_rows
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.analysis.token_text import shown_context, token_text, tokenizer_of
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike
-from tl_paramdecomp.errors import ComponentIndexError, NoImportanceError, SettingError
+from tl_paramdecomp.errors import NoImportanceError, SettingError
 from tl_paramdecomp.patching.target import checked_adapter
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ class TopContexts(Record):
         Raises:
             ComponentIndexError: It was not looked at.
         """
-        for own in self.components:
-            if (own.site, own.component) == (site, component):
-                return own.contexts
-        raise ComponentIndexError(f"Component {component} of {site!r} was not looked at; choose it by components=.")
+        return own_of(self.components, site, component).contexts
 
     def tables(self) -> "list[Table]":
         """One table for each component."""

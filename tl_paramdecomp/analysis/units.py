@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import SettingError
 
 Granularity = Literal["components", "neurons and heads"]
@@ -93,7 +94,7 @@ def neuron_and_head_units(decomposition: Decomposition) -> Units:
     return Units("neurons and heads", tuple(labels), owner, parameters)
 
 
-def _heads(name: str, components) -> Int[Tensor, " C"]:
+def _heads(name: str, components: Components) -> Int[Tensor, " C"]:
     """The head that each component lies in.
 
     Raises:

@@ -263,7 +263,7 @@ def reproduce(
         str,
         typer.Argument(
             help="tms-5-2, tms-5-2-id, tms-40-10, tms-40-10-id, resid-mlp-1, -2, -3, induction; l3d-tms, "
-            "l3d-circuits, l3d-high-rank, l3d-squared."
+            "l3d-circuits, l3d-high-rank, l3d-squared, l3d-digits."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for targets, checkpoints, results and figures.")] = Path(

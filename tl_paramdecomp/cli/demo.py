@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tl_paramdecomp.analysis.ablation import ablation_effects, answer_log_prob, next_token_probs, strongest
+from tl_paramdecomp.analysis.next_tokens import answer_log_prob, next_token_probs
+from tl_paramdecomp.analysis.sweep import sweep
 from tl_paramdecomp.cli.models import open_model
 from tl_paramdecomp.cli.report import measure_quality, print_quality, top_tokens, write_quality
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -62,7 +63,8 @@ def run_demo(console: Console, out: Path, steps: int, seed: int) -> None:
 def _ask(console: Console, model: Any, made: Decomposition, prompt: TaskPrompt, generator: torch.Generator) -> None:
     """One prompt's next token: as it is, without the component that matters most, and without a random one."""
     tokens = prompt.tokens.unsqueeze(0)
-    top = strongest(ablation_effects(model, made, tokens, answer_log_prob(prompt.answers)))[0]
+    effects = sweep(model, made, tokens, answer_log_prob(prompt.answers), progress=False)
+    top = min(effects.rows(), key=lambda row: row.effect)
     drawn = int(torch.randint(made[top.site].n_components, (1,), generator=generator))
     probs = {"model": next_token_probs(model, tokens)}
     for label, component in ((f"without {top.component}", top.component), (f"without {drawn} (random)", drawn)):

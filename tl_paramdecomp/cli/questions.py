@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.ablation import next_token_probs
+from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.analysis.task_makers import TASKS, make_task
 from tl_paramdecomp.analysis.task_tokens import prompt_tokenizer
 from tl_paramdecomp.analysis.tasks import Task, load_task
