@@ -101,7 +101,7 @@ def _heads(name: str, components: Components) -> Int[Tensor, " C"]:
         SettingError: A component spans several.
     """
     side = components.V.T if components.site.head_side == "in" else components.U
-    by_head = side.unflatten(-1, (components.site.n_heads, -1)).abs().amax(-1) > 1e-6 * side.abs().max()
+    by_head = side.unflatten(-1, (components.site.n_heads or 1, -1)).abs().amax(-1) > 1e-6 * side.abs().max()
     if not bool((by_head.sum(-1) == 1).all()):
         raise SettingError(f"Components of {name} span several heads; decompose it by NeuronBasis().")
     return by_head.int().argmax(-1).cpu()
