@@ -163,6 +163,8 @@ def _advance(
 
 def _answer(requests: Sequence[Request], peers: Peers) -> dict[str, Tensor]:
     first = requests[0].tensors
+    if len(requests) == peers.world == 1:
+        return first
     if isinstance(requests[0], Total):
         sums = dict(first)
         for request in requests[1:]:
