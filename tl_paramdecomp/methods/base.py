@@ -72,6 +72,8 @@ class LossStep:
     """Where these rows stand, where they are not the whole batch."""
     before: Mapping[str, Tensor] | None = None
     """`memory` as it was when the step began; None: as it is now."""
+    gathered: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    """Gradients at importances that were let go of."""
 
     def __post_init__(self) -> None:
         self.before = dict(self.memory) if self.before is None else self.before
@@ -163,14 +165,19 @@ class LossStep:
         return contextlib.nullcontext() if first == 0 or None in blocks else self.adapter.resumed(self.blocks, first)
 
     def forget(self) -> None:
-        """Let go of what a clean forward pass gave; `recall` brings it back."""
+        """Let go of what a clean forward pass gave, but for the gradients that gathered at importances."""
+        self.gathered = {name: [None if t is None else t.grad for t in g] for name, g in self.importances.items()}
         self.inputs, self.importances, self.blocks = {}, {}, ()
         del self.divergence
 
     def recall(self, step: "LossStep") -> None:
-        """Take what a clean forward pass over the same rows gave."""
+        """Take what another clean forward pass over the same rows gave, and go on gathering gradients there."""
         self.inputs, self.importances, self.blocks = step.inputs, step.importances, step.blocks
         self.divergence = step.divergence
+        for name, g in self.importances.items():
+            for leaf, grad in zip(g, self.gathered[name], strict=True):
+                if leaf is not None:
+                    leaf.grad = grad
 
     def cut(self) -> "LossStep":
         """The same step with importances as leaves, so that each loss's gradient can be taken by itself."""

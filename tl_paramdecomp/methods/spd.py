@@ -326,6 +326,7 @@ class _Seat:
     def __init__(self, make: Callable[[], LossStep], several: bool) -> None:
         self.make, self.several = make, several
         self.whole: LossStep | None = None
+        self.over = False
         self._l0: Tensor | None = None
 
     def work(self, losses: tuple[Loss, ...], leads: bool) -> Work:
@@ -334,6 +335,7 @@ class _Seat:
             if loss.of_rows or leads:
                 self.loss = loss
                 yield from loss.parts(self.step)
+        self.over = True
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
@@ -347,11 +349,13 @@ class _Seat:
         yield
         if self.several:
             self._l0 = _l0(self.step) if self._l0 is None else self._l0
-            self.leave()
+            if self.over:
+                self.leave()
             self.step.forget()
+            self.whole = None
 
     def leave(self) -> None:
-        """Pass gradients on to the importance function."""
+        """Pass gradients on to the importance function: all of them at once, as sigmoids look at the sign of their sum."""
         if self.whole is not None:
             self.whole.join(self.step)
             self.whole = None
