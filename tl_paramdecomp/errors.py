@@ -22,6 +22,7 @@
     ├── NormalisationError (ArithmeticError)    a division by a difference close to zero
     ├── DecompositionFileError (OSError)        a missing, broken or foreign file
     ├── MissingExtraError (ImportError)         an optional library that this needs is not installed
+    ├── PeerLostError (RuntimeError)            another process of the run died or does not answer
     └── DivergedError (ArithmeticError)         a loss that is no longer a number
 
 Each says what was given, what was expected and what to try, and leaves the model and the files as they were.
@@ -114,6 +115,10 @@ class DecompositionFileError(TLParamDecompError, OSError):
 
 class MissingExtraError(TLParamDecompError, ImportError):
     """An optional library is not installed."""
+
+
+class PeerLostError(TLParamDecompError, RuntimeError):
+    """Another process of a run no longer answers."""
 
 
 class DivergedError(TLParamDecompError, ArithmeticError):

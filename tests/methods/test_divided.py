@@ -1,7 +1,6 @@
 """Micro-batches: gradients gathered over several are those of the batch taken whole, for every loss and preset."""
 
 import pytest
-import torch
 
 from tests.support.divided import difference, methods, train
 

@@ -146,8 +146,17 @@ def _gradients(step: LossStep, sources: Sources, routes: Routes | None, delta: D
     leaves = {name: s.detach().requires_grad_(True) for name, s in sources.items()}
     with torch.enable_grad():
         loss = step.divergence.of(step.run_masked(source_masks(step, leaves, routes, delta, detached=True)))
-        found = torch.autograd.grad(step.piece.weight * loss, list(leaves.values()))
-    return dict(zip(leaves, found, strict=True))
+    return _scaled_gradients(step, loss, leaves)
+
+
+def _scaled_gradients(
+    step: LossStep, loss: Float[Tensor, ""], leaves: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, "..."]]:
+    """Gradients of what a piece's loss adds to the batch's."""
+    with torch.enable_grad():
+        scaled = step.piece.weight * step.scale * loss
+    found = torch.autograd.grad(scaled, list(leaves.values()))
+    return {name: g if step.scale == 1.0 else g / step.scale for name, g in zip(leaves, found, strict=True)}
 
 
 # --- persistent -------------------------------------------------------------------------------------------------------
@@ -196,13 +205,12 @@ class PersistentAdversarialReconstruction(Loss):
             leaves, sources = self._leaves(step, kept)
             with torch.enable_grad():
                 loss = step.divergence.of(step.run_masked(source_masks(step, sources, None, self.delta, detached=True)))
-                found = torch.autograd.grad(step.piece.weight * loss, list(leaves.values()))
-            yield from self._ascend(step, kept, dict(zip(leaves, found, strict=True)), moves + i + 1)
+            yield from self._ascend(step, kept, _scaled_gradients(step, loss, leaves), moves + i + 1)
         leaves, sources = self._leaves(step, kept)
         routes = subset_routes(step) if self.sites == "subset" else None
         yield step.divergence.of(step.run_masked(source_masks(step, sources, routes, self.delta)))
         if self.coefficient and all(leaf.grad is not None for leaf in leaves.values()):
-            scale = self.coefficient * step.piece.processes
+            scale = self.coefficient * step.piece.processes * step.scale
             gradients = {name: leaf.grad / scale for name, leaf in leaves.items() if leaf.grad is not None}
             yield from self._ascend(step, kept, gradients, moves + self.ascents + 1)
 

@@ -72,6 +72,8 @@ class LossStep:
     """Where these rows stand, where they are not the whole batch."""
     before: Mapping[str, Tensor] | None = None
     """`memory` as it was when the step began; None: as it is now."""
+    scale: float = 1.0
+    """Factor on losses while gradients are taken, which are divided by it afterwards: float16 has no room for small ones."""
     gathered: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
     """Gradients at importances that were let go of."""
 
@@ -94,6 +96,7 @@ class LossStep:
         importances: Mapping[str, Importance] | None = None,
         piece: Piece = WHOLE,
         before: Mapping[str, Tensor] | None = None,
+        scale: float = 1.0,
     ) -> "LossStep":
         """A batch with the target's output and the importances of a clean forward pass.
 
@@ -111,6 +114,7 @@ class LossStep:
             importances: Taken instead of what the decomposition's own function gives.
             piece: Where these rows stand in their batch.
             before: `memory` as it was when the step began, where other pieces have run since.
+            scale: Factor on losses while gradients are taken.
         """
         scored = None if attention_mask is None else attention_mask.bool()
         in_chunks = kl_chunk is not None and measure == "kl" and _can_chunk(adapter, decomposition)
@@ -125,7 +129,7 @@ class LossStep:
             importances = decomposition.importances(clean.inputs, attention_mask)
         return cls(
             adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, as_draws(generator),
-            progress, {} if memory is None else memory, clean.blocks, piece, before,
+            progress, {} if memory is None else memory, clean.blocks, piece, before, scale,
         )  # fmt: skip
 
     @property
@@ -204,7 +208,7 @@ def _leaves(importance: Importance) -> Importance:
 def _masked_call(
     components: Components, mask: InterpolatedMask, name: str, kept: dict[str, SiteValues] | None, call: SiteCall
 ) -> Tensor:
-    y = interpolated_output(components, mask, call)
+    y = components(interpolated_output, mask, call)
     if kept is not None:
         kept[name] = SiteValues(call.x, y)
     return y
