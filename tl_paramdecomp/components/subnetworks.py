@@ -48,6 +48,7 @@ class SampleGradient(NamedTuple):
 
     def select(self, rows: Tensor | slice) -> "SampleGradient":
         """Gradients of some of the scalars."""
+        rows = rows.to(self.g.device) if isinstance(rows, Tensor) else rows
         return SampleGradient(self.x[rows], self.g[rows])
 
     def dense(self, rows: slice, d_in: int) -> Float[Tensor, "some d_in d_out"]:
