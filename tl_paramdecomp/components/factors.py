@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tl_paramdecomp.errors import DeviceError, DtypeError, ShapeError
 from tl_paramdecomp.sites import WeightSite
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Components(nn.Module):

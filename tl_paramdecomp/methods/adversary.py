@@ -214,13 +214,16 @@ class PersistentAdversarialReconstruction(Loss):
             gradients = {name: leaf.grad / scale for name, leaf in leaves.items() if leaf.grad is not None}
             yield from self._ascend(step, kept, gradients, moves + self.ascents + 1)
 
+    def goes_over_rows(self, key: str) -> bool:
+        return self.scope == OWN and key.startswith(f"{self.name}/") and not key.endswith("/moves")
+
     def _key(self, site: str, what: str) -> str:
         return f"{self.name}/{site}/{what}"
 
     def _remembered(self, step: LossStep) -> dict[str, Tensor]:
         """Sources as stored, [*scope, C+1]; made at the first step. Where rows have their own, those of this piece."""
         local = step.piece.local if self.scope == OWN else None
-        if any(self._key(site, "source") not in step.before for site in step.importances):
+        if any(self._key(site, "source") not in step.known for site in step.importances):
             self._begin(step, local)
         kept = {site: step.memory[self._key(site, "source")] for site in step.importances}
         return {site: _of_piece(source, local) for site, source in kept.items()}
@@ -237,7 +240,7 @@ class PersistentAdversarialReconstruction(Loss):
 
     def _moves(self, step: LossStep) -> int:
         """Moves of the sources before this step."""
-        return int(step.before.get(self._key("", "moves"), 0))
+        return int(step.known.get(self._key("", "moves"), 0))
 
     def _leaves(self, step: LossStep, kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Leaves for gradients, and the sources in [0, 1] that they stand for at this batch's rows."""

@@ -133,6 +133,12 @@ class LossStep:
         )  # fmt: skip
 
     @property
+    def known(self) -> Mapping[str, Tensor]:
+        """What was remembered when the step began."""
+        assert self.before is not None
+        return self.before
+
+    @property
     def scored(self) -> Bool[Tensor, "..."] | None:
         """Positions that count; None where all do."""
         return self.divergence.scored
@@ -229,6 +235,10 @@ class Loss(ABC):
     """Name in logs."""
     of_rows: ClassVar[bool] = True
     """Whether it is a mean over rows; otherwise it is of the weights, whatever the rows."""
+
+    def goes_over_rows(self, key: str) -> bool:
+        """Whether what it remembers under a key has an entry for each row of the batch."""
+        return False
 
     @abstractmethod
     def parts(self, step: LossStep) -> Work:
@@ -391,6 +401,10 @@ class Method(ABC, Generic[Made]):
 
     def after_step(self, step: TrainingStep) -> None:
         """What is to be done to the parameters after the optimiser has moved them."""
+
+    def goes_over_rows(self, key: str) -> bool:
+        """Whether what is remembered under a key has an entry for each row of the batch, so that each process has its own."""
+        return False
 
     def sparser(self, factor: float) -> "Method[Made]":
         """The same method, pressed so many times as hard towards few important components.

@@ -270,6 +270,10 @@ class SPD(Method[Decomposition]):
         total = torch.stack([weights[name] * value.float() for name, value in terms.items()]).sum()
         return LossReport(total, terms, lambda: {"l0": l0()})
 
+    def goes_over_rows(self, key: str) -> bool:
+        losses = self.background_losses if key.startswith("background/") else self.losses
+        return any(loss.goes_over_rows(key.removeprefix("background/")) for loss in losses)
+
     def _take(
         self, run: TrainingStep, batch: Batch, losses: tuple[Loss, ...]
     ) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
