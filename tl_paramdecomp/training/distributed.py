@@ -1,14 +1,14 @@
 """More than one process: `torchrun` starts them, each holds the target and a part of every batch.
 
 By default every process holds all components, and gradients are averaged by `DistributedDataParallel` (`Replicas`). Components
-that outgrow a device are kept in shards by FSDP2's `fully_shard` (`shard`). The engines are torch's own; what rows of a batch
-must know of each other, the methods ask for themselves (`methods.pieces`).
+that outgrow a device are kept in shards by FSDP2 (`shards`). The engines are torch's own; what rows of a batch must know of
+each other, the methods ask for themselves (`methods.pieces`).
 """
 
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.errors import PeerLostError, SettingError
+from tl_paramdecomp.errors import PeerLostError
 from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
 from tl_paramdecomp.methods.pieces import ALONE, Peers
 
@@ -42,14 +41,15 @@ def joined(device: torch.device) -> Iterator[Peers]:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield Peers(dist.group.WORLD) if dist.get_world_size() > 1 else ALONE
+        messages = None if dist.get_backend() == "gloo" else device
+        yield Peers(dist.group.WORLD, messages) if dist.get_world_size() > 1 else ALONE
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def answering(peers: Peers, where: str) -> Iterator[None]:
+def answering(peers: Peers, where: Callable[[], str]) -> Iterator[None]:
     """Turns what torch says of a process that is gone into an error that names it as such.
 
     Raises:
@@ -62,8 +62,8 @@ def answering(peers: Peers, where: str) -> Iterator[None]:
         if peers.world == 1 or not (isinstance(error, dist.DistError) or any(word in told for word in LOST)):
             raise
         raise PeerLostError(
-            f"Process {peers.rank} of {peers.world} no longer hears from another one {where} ({str(error).splitlines()[0]}). "
-            "It died or stopped; see what it printed. Start the run again: it goes on from the last checkpoint."
+            f"Process {peers.rank} of {peers.world} does not hear from another one {where()} The other died or stopped; see "
+            f"what it printed. Start the run again to go on from its last checkpoint. ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -109,32 +109,3 @@ class _Touch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(p.new_zeros(()).expand(p.shape) for p in ctx.saved_tensors)
-
-
-def shard(decomposition: Any, peers: Peers, device: torch.device) -> None:
-    """Keep a decomposition's parameters in shards, one of each on every process; training brings them together site by site.
-
-    Raises:
-        SettingError: It cannot be kept so: subnetworks, or tied sites.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    if not isinstance(decomposition, Decomposition):
-        raise SettingError("shard=True is for components; subnetworks (L3D) are held by every process. Leave it out.")
-    if decomposition.tied:
-        raise SettingError(
-            f"shard=True does not go with tied sites ({', '.join(decomposition.tied)}): they share parameters. Leave one out."
-        )
-    mesh = init_device_mesh(device.type, (peers.world,))
-    for components in decomposition.values():
-        fully_shard(components, mesh=mesh)
-    if decomposition.importance is not None:
-        for network in decomposition.importance.children():
-            for module in network.values() if isinstance(network, nn.ModuleDict) else [network]:
-                fully_shard(module, mesh=mesh)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be kept in shards, brought together; every process must ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
