@@ -157,6 +157,7 @@ def decompose(
             run.prepare(made, seed, source, other, begun)
             with torch.enable_grad():
                 run.train()
+            run.gradients = method.gradients  # DDP must go before its process group does
             made = brought_together(made).requires_grad_(False)
         if run.folder is not None and peers.leads:
             run.folder.save_result(made)
