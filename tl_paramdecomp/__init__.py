@@ -75,6 +75,7 @@ from tl_paramdecomp.sites import WeightSite
 from tl_paramdecomp.training.compare import ComparisonProtocol, compare
 from tl_paramdecomp.training.data import TextRows
 from tl_paramdecomp.training.fit import decompose
+from tl_paramdecomp.training.token_batches import token_batches
 from tl_paramdecomp.training.tuning import tune_along
 
 __all__ = [
@@ -171,6 +172,7 @@ __all__ = [
     "shuffled_weights",
     "site_weight",
     "sweep",
+    "token_batches",
     "token_statistics",
     "top_contexts",
     "top_logits",
