@@ -58,6 +58,8 @@ class Checkpoints:
         self.folder, self.keep, self.best = folder, keep, best
         self.last: Checkpoint | None = None
         """Known to be good: written, or gone on with, by this process."""
+        self._broken: set[Path] = set()
+        """Known to be broken; deleted once there is a newer good one."""
 
     # --- reading ------------------------------------------------------------------------------------------------------
     def newest(self) -> Checkpoint | None:
@@ -72,6 +74,7 @@ class Checkpoints:
                 self.last = read_checkpoint(folder)
             except DecompositionFileError as error:
                 reasons.append(str(error))
+                self._broken.add(folder)
                 continue
             for reason in reasons:
                 say(f"Warning: {reason} Going on from the checkpoint before, of step {self.last.step}.")
@@ -121,8 +124,9 @@ class Checkpoints:
                 "some space or mend the folder, and the same call goes on from there."
             ) from error
         self.last = Checkpoint(final, state.done, written)
+        self._broken.discard(final)
         self._note_best(state.done, figures)
-        self._prune(state.done)
+        self._prune()
         return final
 
     def _write(self, scratch: Path, state: TrainingState, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,8 +183,15 @@ class Checkpoints:
     def _known_best(self) -> dict[str, Any] | None:
         try:
             known = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
-            there = (self.folder / f"step-{known['step']:08d}").is_dir()
-            return known if there and known["figure"] == self.best and math.isfinite(known["value"]) else None
+            folder = self.folder / f"step-{known['step']:08d}"
+            return (
+                known
+                if folder.is_dir()
+                and folder not in self._broken
+                and known["figure"] == self.best
+                and math.isfinite(known["value"])
+                else None
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -189,17 +200,17 @@ class Checkpoints:
         if value is None or not math.isfinite(value):
             return
         known = self._known_best()
-        if known is None or known["step"] >= step or value < known["value"]:
+        if known is None or value < known["value"]:
             replace_file(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
 
-    def _prune(self, step: int) -> None:
-        """Leave the newest, and the best; what is newer than `step` was broken, and is done again."""
+    def _prune(self) -> None:
+        """Leave the newest that are good, and the best."""
         folders = self._folders()
-        kept = [folder for folder in folders if _step_of(folder) <= step][-self.keep :]
-        best = self.best_folder()
+        good = [folder for folder in folders if folder not in self._broken]
+        kept = {*good[-self.keep :], self.best_folder()} - self._broken
         with contextlib.suppress(OSError):  # what cannot be deleted does no harm
             for folder in folders:
-                if _step_of(folder) > step or folder not in (*kept, best):
+                if folder not in kept:
                     _discard(folder)
             self.clear()
 
@@ -254,20 +265,26 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
     _check_target(folder, saved.fingerprints, state.decomposition.fingerprints)
     try:
         state.decomposition.load_state_dict(saved.state_dict())
-        state.load_optimiser_tensors(read_tensors(folder / OPTIMISER))
+        state.load_optimiser_tensors(_own_tensors(folder / OPTIMISER))
     except (KeyError, ValueError, RuntimeError) as error:
         raise _foreign(folder, error) from error
-    memory = read_tensors(folder / MEMORY)
     on_host = set(values["on_host"])
-    state.memory = {key: t if key in on_host else t.to(state.device) for key, t in memory.items()}
+    state.memory = {
+        key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
+    }
     state.source.restore(values["data"])
     if state.background is not None:
         state.background.restore(values["background"] or {})
     try:  # last, as all that comes before may draw
-        set_random(read_tensors(folder / RANDOM), state.generator)
+        set_random(_own_tensors(folder / RANDOM), state.generator)
     except (KeyError, ValueError, RuntimeError) as error:
         raise _foreign(folder, error) from error
     state.done = checkpoint.step
+
+
+def _own_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that will be deleted while they are in use: read, and not mapped from it."""
+    return {key: tensor.clone() for key, tensor in read_tensors(path).items()}
 
 
 def size_of(state: TrainingState) -> int:

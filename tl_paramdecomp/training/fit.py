@@ -56,7 +56,7 @@ def decompose(
     keep_best: str | None = None,
     on_nonfinite: OnNonfinite = "stop",
     max_skips: int = 10,
-    max_seconds: float | None = None,
+    max_seconds: float | int | None = None,
     progress: bool | None = None,
 ) -> Made:
     """Learn components of a model's weights.

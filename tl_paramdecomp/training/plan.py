@@ -25,7 +25,7 @@ class Plan:
     keep_best: str | None = None
     on_nonfinite: OnNonfinite = "stop"
     max_skips: int = 10
-    max_seconds: float | None = None
+    max_seconds: float | int | None = None
 
     def __post_init__(self) -> None:
         if min(self.log_every, self.checkpoint_every, self.keep_checkpoints) < 1 or self.max_skips < 0:
