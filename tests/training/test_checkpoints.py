@@ -15,6 +15,8 @@ import torch
 
 from tl_paramdecomp.components.files import read_tensors
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, DivergedError, SettingError
+from tl_paramdecomp.methods.draws import RandomNumbers, Window
+from tl_paramdecomp.methods.pieces import ALONE
 from tl_paramdecomp.training import checkpoint as room
 from tl_paramdecomp.training.callbacks import STOP
 from tl_paramdecomp.training.checkpoint import Checkpoints, read_checkpoint, size_of
@@ -56,7 +58,7 @@ def test_every_method_goes_on_bit_for_bit(tmp_path, name):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours if not key.startswith("python")), file
 
 
-@pytest.mark.parametrize("source", ["masks", "torch", "numpy", "numpy.gauss"])
+@pytest.mark.parametrize("source", ["masks.0.", "torch", "numpy", "numpy.gauss"])
 def test_every_source_of_random_numbers_matters(tmp_path, source):
     """Without what was saved of it, the rest of the run is another."""
     whole = start("SPD", tmp_path / "whole")
@@ -66,7 +68,7 @@ def test_every_source_of_random_numbers_matters(tmp_path, source):
     if source.endswith("gauss"):  # half of a pair is left over, or not
         tensors[source] = tensors[source] + 1.0
         tensors["numpy"][-1] = 1
-    elif source == "masks":
+    elif source == "masks.0.":
         tensors[source] = torch.Generator().manual_seed(99).get_state()
     elif source == "torch":
         tensors[source] = torch.Generator().manual_seed(98).get_state()
@@ -90,18 +92,19 @@ def test_what_was_drawn_globally_is_drawn_again(tmp_path):
 @pytest.mark.parametrize("odd", [False, True])
 def test_random_numbers_as_tensors_and_back(odd):
     """Of all five sources, with half of a normal pair left over or not."""
-    generator = torch.Generator().manual_seed(3)
+    numbers = RandomNumbers(3)
 
     def draw():
         found = [random.random() for _ in range(3)], [random.gauss(0, 1) for _ in range(2 + odd)]
+        drawn = numbers.of_piece(0, Window(0, 9, 9))
         ours = np.random.rand(700).tolist(), np.random.randn(2 + odd).tolist()
-        return *found, *ours, torch.rand(9).tolist(), torch.rand(9, generator=generator).tolist()
+        return *found, *ours, torch.rand(9).tolist(), drawn.uniform([9], torch.zeros(1)).tolist()
 
     draw()
-    before = random_tensors(generator)
+    before = random_tensors(numbers, ALONE)
     wanted = draw()
     draw()
-    set_random(before, generator)
+    set_random(before, numbers, ALONE, 0)
     assert draw() == wanted
 
 
@@ -281,7 +284,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     stopped("SPD", tmp_path, 4)
     path = newest(tmp_path) / "random.safetensors"
     tensors = read_tensors(path)
-    del tensors["masks"]
+    del tensors["masks.0."]
     room.write_tensors(path, tensors)
     seal(path.parent)
     with pytest.raises(DecompositionFileError, match="does not fit this run"):
@@ -436,7 +439,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
 
 def test_optimiser_and_memory_are_looked_at_too(tmp_path):
     from tl_paramdecomp.training.guards import FiniteGuard
-    from tl_paramdecomp.training.state import TrainingState
+    from tl_paramdecomp.training.state import SavedState
 
     model, states = tiny_gpt2(), []
     seen = room.size_of
@@ -445,11 +448,11 @@ def test_optimiser_and_memory_are_looked_at_too(tmp_path):
         start("VPD", tmp_path, model=model, steps=3)
     finally:
         room.size_of = seen
-    state: TrainingState = states[0]
+    state: SavedState = states[0]
     FiniteGuard().check(state, "")
-    moments = state.optimiser.state[state.groups[1].parameters[0]]
+    key = f"{len(state.parameters[0])}.exp_avg_sq"
     for tensor, words in (
-        (moments["exp_avg_sq"], "optimiser's exp_avg_sq of importance.network"),
+        (state.optimiser[key], "optimiser's exp_avg_sq of importance.network"),
         (state.memory["persistent_adversarial/blocks.0.mlp.W_in/mean"], "remembers as persistent_adversarial/blocks.0"),
     ):
         kept = tensor.clone()
