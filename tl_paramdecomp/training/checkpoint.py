@@ -20,8 +20,9 @@ import safetensors
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.components.files import read_tensors, replace_text, write_tensors, write_text
+from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, SettingError, TargetMismatchError
+from tl_paramdecomp.training.disk import replace_file, sync_folder
 from tl_paramdecomp.training.progress import say
 from tl_paramdecomp.training.random_state import set_random
 from tl_paramdecomp.training.shards import load_whole
@@ -58,6 +59,8 @@ class Checkpoints:
         self.folder, self.keep, self.best = folder, keep, best
         self.last: Checkpoint | None = None
         """Known to be good: written, or gone on with, by this process."""
+        self._broken: set[Path] = set()
+        """Known to be broken; deleted once there is a newer good one."""
 
     # --- reading ------------------------------------------------------------------------------------------------------
     def newest(self) -> Checkpoint | None:
@@ -72,6 +75,7 @@ class Checkpoints:
                 self.last = read_checkpoint(folder)
             except DecompositionFileError as error:
                 reasons.append(str(error))
+                self._broken.add(folder)
                 continue
             for reason in reasons:
                 say(f"Warning: {reason} Going on from the checkpoint before, of step {self.last.step}.")
@@ -104,7 +108,7 @@ class Checkpoints:
         scratch, final = self.folder / SCRATCH, self.folder / f"step-{state.done:08d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._clear()
+            self.clear()
             self._check_space(state)
             scratch.mkdir()
             written = self._write(scratch, state, values)
@@ -121,8 +125,9 @@ class Checkpoints:
                 "some space or mend the folder, and the same call goes on from there."
             ) from error
         self.last = Checkpoint(final, state.done, written)
+        self._broken.discard(final)
         self._note_best(state.done, figures)
-        self._prune(state.done)
+        self._prune()
         return final
 
     def _write(self, scratch: Path, state: SavedState, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,8 +182,15 @@ class Checkpoints:
     def _known_best(self) -> dict[str, Any] | None:
         try:
             known = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
-            there = (self.folder / f"step-{known['step']:08d}").is_dir()
-            return known if there and known["figure"] == self.best and math.isfinite(known["value"]) else None
+            folder = self.folder / f"step-{known['step']:08d}"
+            return (
+                known
+                if folder.is_dir()
+                and folder not in self._broken
+                and known["figure"] == self.best
+                and math.isfinite(known["value"])
+                else None
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -187,22 +199,22 @@ class Checkpoints:
         if value is None or not math.isfinite(value):
             return
         known = self._known_best()
-        if known is None or known["step"] >= step or value < known["value"]:
-            replace_text(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
+        if known is None or value < known["value"]:
+            replace_file(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
 
-    def _prune(self, step: int) -> None:
-        """Leave the newest, and the best; what is newer than `step` was broken, and is done again."""
+    def _prune(self) -> None:
+        """Leave the newest that are good, and the best."""
         folders = self._folders()
-        kept = [folder for folder in folders if _step_of(folder) <= step][-self.keep :]
-        best = self.best_folder()
+        good = [folder for folder in folders if folder not in self._broken]
+        kept = {*good[-self.keep :], self.best_folder()} - self._broken
         with contextlib.suppress(OSError):  # what cannot be deleted does no harm
             for folder in folders:
-                if _step_of(folder) > step or folder not in (*kept, best):
+                if folder not in kept:
                     _discard(folder)
-            self._clear()
+            self.clear()
 
-    def _clear(self) -> None:
-        """Delete what an interrupted save or deletion left."""
+    def clear(self) -> None:
+        """Delete what an interrupted save or deletion left; what was set aside only where there is a good checkpoint."""
         shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
         if self.last is not None:
             for folder in self.folder.glob(f"{ASIDE}*"):
@@ -252,13 +264,14 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
     _check_target(folder, saved.fingerprints, state.decomposition.fingerprints)
     try:
         load_whole(state.decomposition, saved.state_dict())
-        state.load_optimiser_tensors(read_tensors(folder / OPTIMISER))
+        state.load_optimiser_tensors(_own_tensors(folder / OPTIMISER))
     except (KeyError, ValueError, RuntimeError) as error:
         raise _foreign(folder, error) from error
-    memory = read_tensors(folder / MEMORY)
     on_host = set(values["on_host"])
-    state.memory = {key: t if key in on_host else t.to(state.device) for key, t in memory.items()}
-    for key in [key for key in memory if state.peers.world > 1 and state.goes_over_rows(key)]:
+    state.memory = {
+        key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
+    }
+    for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
         state.memory[key] = _own_rows(state.memory[key], state, folder)
     state.source.restore(values["data"])
     if state.background is not None:
@@ -266,10 +279,15 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
     try:  # last, as all that comes before may draw
         division = {"processes": state.peers.world, "accumulate": state.accumulate}
         as_before = all(values[key] == n for key, n in division.items())
-        set_random(read_tensors(folder / RANDOM), state.numbers, state.peers, checkpoint.step, as_before)
+        set_random(_own_tensors(folder / RANDOM), state.numbers, state.peers, checkpoint.step, as_before)
     except (KeyError, ValueError, RuntimeError) as error:
         raise _foreign(folder, error) from error
     state.done = checkpoint.step
+
+
+def _own_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that will be deleted while they are in use: read, and not mapped from it."""
+    return {key: tensor.clone() for key, tensor in read_tensors(path).items()}
 
 
 def size_of(state: SavedState) -> int:
@@ -292,17 +310,6 @@ def state_tensors(state: SavedState) -> Iterator[tuple[str, Tensor]]:
 def readable(name: str) -> str:
     """A parameter's name with the site as its user knows it: `blocks.0.mlp.W_in.V`."""
     return name.removeprefix("_components.").replace("/", ".")
-
-
-def sync_folder(folder: Path) -> None:
-    """See on the disk what a folder holds: names that were made, moved or deleted in it."""
-    if os.name == "nt":  # where folders cannot be opened, and renames are synchronous
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_target(folder: Path, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ def decompose(
     keep_best: str | None = None,
     on_nonfinite: OnNonfinite = "stop",
     max_skips: int = 10,
-    max_seconds: float | None = None,
+    max_seconds: float | int | None = None,
     progress: bool | None = None,
     accumulate: int = 1,
     random_numbers: Scope = "per_rank",
