@@ -72,6 +72,7 @@ from tl_paramdecomp.pretrained import (
     micro_gpt2_tokens,
 )
 from tl_paramdecomp.sites import WeightSite
+from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
 from tl_paramdecomp.training.compare import ComparisonProtocol, compare
 from tl_paramdecomp.training.data import TextRows
 from tl_paramdecomp.training.fit import decompose
@@ -106,11 +107,14 @@ __all__ = [
     "ProbabilityDifference",
     "Protocol",
     "RandomBasis",
+    "RunInfo",
+    "STOP",
     "SPD",
     "SVD",
     "Selectivity",
     "SubnetworkDecomposition",
     "SubnetworkEvaluation",
+    "StepInfo",
     "Sweep",
     "Task",
     "TaskPrompt",
