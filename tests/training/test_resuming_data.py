@@ -136,6 +136,17 @@ def test_streams_of_every_make(kind, own_state, monkeypatch):
     goes_on(lambda: made.source(3, 1), [0, 9, 23, 61], 70)
 
 
+def test_a_state_that_does_not_lead_back_is_found_out(monkeypatch):
+    """The pass is then read again up to the place, and the rows there are those that were."""
+    import datasets
+
+    if not hasattr(datasets.IterableDataset, "load_state_dict"):
+        pytest.skip("these datasets keep no state")
+    monkeypatch.setattr(datasets.IterableDataset, "load_state_dict", lambda self, state: None)
+    made = tlpd.token_batches(streams()["skipped and taken"](), tokenizer(), length=LENGTH, shuffle=12)
+    goes_on(lambda: made.source(3, 1), [0, 9, 23, 61], 70)
+
+
 @pytest.mark.parametrize("kind", ["shuffled by itself", "shuffled inside", "skipped and taken"])
 def test_two_readers_of_one_stream_do_not_move_each_other(kind):
     made = tlpd.token_batches(streams()[kind](), tokenizer(), length=LENGTH, shuffle=5)

@@ -1,5 +1,6 @@
 """`token_batches`: the rows of every form of data are those made by hand, and begin as the model was trained."""
 
+import json
 import tracemalloc
 
 import pytest
@@ -53,6 +54,18 @@ def test_a_stream_is_shuffled_within_windows(forms, form):
             window = one[place : place + 50]
             assert sorted(window) == sorted(wanted[place : place + 50]) and window != wanted[place : place + 50]
     assert found[:n] != found[n:], "each pass has its own order"
+
+
+def test_names_with_signs_of_globs(tmp_path):
+    import datasets
+
+    folder = tmp_path / "some [1] files*"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": documents()}).to_parquet(folder / "x[2].parquet")
+    (folder / "x[2].jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
+    for name in ("x[2].parquet", "x[2].jsonl"):
+        made = tlpd.token_batches(str(folder / name), tokenizer(), length=LENGTH, shuffle=0)
+        assert made.first_rows(50).tokens.tolist() == by_hand()[:50]
 
 
 def test_a_seed_of_its_own_goes_before_the_runs(forms):

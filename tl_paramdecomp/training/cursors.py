@@ -109,7 +109,7 @@ class StreamedItems(Items):
 class _StreamedCursor(Cursor):
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset, self._name = dataset, name
-        self._keeps_place = False if _has_buffer(getattr(dataset, "_ex_iterable", None)) else None
+        self._keeps_place = None if _exact(getattr(dataset, "_ex_iterable", None)) else False
         self._close: Any = None
         self._begin()
 
@@ -230,10 +230,14 @@ def _own_examples(examples: Any) -> Any:
     return made
 
 
-def _has_buffer(examples: Any) -> bool:
-    """Whether a part of the chain shuffles in a buffer, whose contents the dataset's own state leaves out."""
-    parts = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
-    return hasattr(examples, "buffer_size") or any(_has_buffer(part) for part in parts if part is not None)
+def _exact(examples: Any) -> bool:
+    """Whether a chain of parts comes back exactly by its own state.
+
+    A shuffle buffer's contents are not in the state, and parts that mix several datasets have not come back in every version.
+    """
+    if hasattr(examples, "buffer_size") or hasattr(examples, "ex_iterables"):
+        return False
+    return not hasattr(examples, "ex_iterable") or _exact(examples.ex_iterable)
 
 
 def _shallow(thing: Any) -> Any:

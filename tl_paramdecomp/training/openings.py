@@ -212,8 +212,7 @@ def _hub(path: str, name: str | None, split: str, streaming: bool, column: str |
 
 def _why_not(path: str, name: str | None, split: str, error: Exception) -> str:
     """What stood in the way of a dataset, and what to try."""
-    line = told_in_one_line(error)
-    begun = f"The dataset {path!r} cannot be opened: {line}"
+    begun = f"The dataset {path!r} cannot be opened: {told_in_one_line(error).rstrip('.')}."
     words = f"{type(error).__name__} {error}".lower()
     if "split" in words and "notfound" not in words:
         return f"{begun} Asked for split={split!r}."
