@@ -35,6 +35,7 @@ HEX = "[0-9a-f]"
 SCRATCH = ".saving-"
 LARGEST = 1 << 25
 """Bytes of JSON that are written or read at most: 32 MiB, tens of thousands of sites."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEAL = ',\n "checksum": "'
 """What comes before the checksum, at the end of the JSON."""
 
@@ -86,11 +87,12 @@ def load_parts(folder: Path, device: torch.device | str) -> tuple[dict[str, Tens
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise DeviceError(f"Cannot load onto {device}: {error}") from error
+    found = _stamp(folder)
     metadata = read_metadata(folder)
     try:
         tensors = _described_tensors(folder, metadata.get("sha256"))
     except DecompositionFileError:
-        if read_metadata(folder) != metadata:  # saved anew in the meantime
+        if _stamp(folder) != found:  # saved anew in the meantime
             return load_parts(folder, device)
         raise
     values = {key: value for key, value in metadata.items() if key not in ("format", "sha256")}
@@ -178,14 +180,14 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors themselves, which must be of finite floating-point numbers.
+    """The tensors themselves, which must be of finite numbers of a dtype that can be computed with.
 
     Raises:
         ValueError: They are not.
     """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is of {tensor.dtype}, not of floating-point numbers")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is of {tensor.dtype}, and only {', '.join(map(str, DTYPES))} are known")
         if not bool(tensor.detach().cpu().isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity; no decomposition is made of those")
     return tensors
@@ -240,6 +242,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What tells one file of JSON from the next in its place."""
+    try:
+        found = (folder / METADATA).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _described_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
