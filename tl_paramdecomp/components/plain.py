@@ -8,6 +8,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Made = TypeVar("Made")
+LONGEST = 400
+"""Letters of a reason."""
 
 
 def from_plain(kind: type[Made], values: Any) -> Made:
@@ -58,6 +60,11 @@ def as_declared(value: Any, hint: Any) -> Any:
     elif hint is Any or (value is None and hint in (None, NoneType)) or (isinstance(hint, type) and _is(value, hint)):
         return value
     raise TypeError(f"{value!r:.80} is no {getattr(hint, '__name__', hint)}")
+
+
+def in_short(error: Exception) -> str:
+    """What went wrong, in a line; torch may name every tensor, and a dataclass every field."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -6,20 +6,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from tl_paramdecomp.components.plain import as_declared
+from tl_paramdecomp.components.plain import as_declared, in_short
 from tl_paramdecomp.errors import DecompositionFileError
 from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
 
 Site = TypeVar("Site", bound=WeightSite | NormSite)
-LONGEST = 400
-"""Letters of a reason: torch's may name every tensor."""
 
 
 def disagreement(folder: str | Path, what: str, error: Exception) -> DecompositionFileError:
     """What to raise where the parts of a folder do not fit together."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
     return DecompositionFileError(
-        f"{folder} holds {what} whose files do not agree with each other ({reason[:LONGEST]}); it is damaged or was edited. "
+        f"{folder} holds {what} whose files do not agree with each other ({in_short(error)}); it is damaged or was edited. "
         "Copy it again from where it was saved."
     )
 
