@@ -37,7 +37,7 @@ from ..support.saved_folders import (
     values_of,
 )
 
-pytestmark = pytest.mark.timeout(120)  # a pipe that is waited for never ends; the searches marked slow take a minute
+pytestmark = pytest.mark.timeout(300)  # a pipe that is waited for never ends
 FORMAT_1 = Path(__file__).parent / "format_1"
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "components": Decomposition.load,
@@ -290,7 +290,7 @@ def _is_in(known: Any, found: Any) -> bool:
     return known == found
 
 
-@few_and_many(200, 10_000)
+@few_and_many(200, 3000)
 @BOTH_KINDS
 def test_no_value_is_dropped_or_bent(tmp_path: Path, kind: str, examples: int) -> None:
     """Saved again, what loads says all that the file said."""
@@ -431,7 +431,7 @@ DTYPES = ["F64", "F16", "BF16", "I32", "U8", "I64", "BOOL", "C64", "F8_E4M3", "F
 SIZES = st.integers(-2, 200) | st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**30, 1.5, None, "4", []])
 
 
-@few_and_many(200, 10_000)
+@few_and_many(200, 3000)
 @BOTH_KINDS
 def test_headers_of_all_sorts(tmp_path: Path, kind: str, examples: int) -> None:
     """A changed header is refused, or what loads is what it says: as read by hand."""
@@ -555,7 +555,7 @@ def test_a_name_that_no_file_can_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@few_and_many(60, 3000)
+@few_and_many(60, 1500)
 def test_info_is_kept_to_the_letter_or_refused(tmp_path: Path, examples: int) -> None:
     made = small()
 
