@@ -24,6 +24,13 @@ class BatchSource(ABC):
     def batch(self, step: int) -> Batch:
         """The batch of a step; steps are asked for in order."""
 
+    def state(self) -> dict[str, Any]:
+        """Where the source stands after the last batch, as JSON-able values; nothing where batches depend on the step alone."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Put a freshly made source where another stood, so that the next batch is what the other's would have been."""
+
 
 class RowSource(BatchSource):
     """Random access to rows: each pass is a new permutation, drawn from the seed, of groups of `together` neighbours."""
