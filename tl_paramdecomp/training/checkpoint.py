@@ -20,8 +20,9 @@ import safetensors
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.components.files import read_tensors, replace_text, write_tensors, write_text
+from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, SettingError, TargetMismatchError
+from tl_paramdecomp.training.disk import replace_file, sync_folder
 from tl_paramdecomp.training.progress import say
 from tl_paramdecomp.training.random_state import random_tensors, set_random
 from tl_paramdecomp.training.state import TrainingState
@@ -103,7 +104,7 @@ class Checkpoints:
         scratch, final = self.folder / SCRATCH, self.folder / f"step-{state.done:08d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._clear()
+            self.clear()
             self._check_space(state)
             scratch.mkdir()
             written = self._write(scratch, state, values)
@@ -189,7 +190,7 @@ class Checkpoints:
             return
         known = self._known_best()
         if known is None or known["step"] >= step or value < known["value"]:
-            replace_text(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
+            replace_file(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
 
     def _prune(self, step: int) -> None:
         """Leave the newest, and the best; what is newer than `step` was broken, and is done again."""
@@ -200,10 +201,10 @@ class Checkpoints:
             for folder in folders:
                 if _step_of(folder) > step or folder not in (*kept, best):
                     _discard(folder)
-            self._clear()
+            self.clear()
 
-    def _clear(self) -> None:
-        """Delete what an interrupted save or deletion left."""
+    def clear(self) -> None:
+        """Delete what an interrupted save or deletion left; what was set aside only where there is a good checkpoint."""
         shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
         if self.last is not None:
             for folder in self.folder.glob(f"{ASIDE}*"):
@@ -289,17 +290,6 @@ def state_tensors(state: TrainingState) -> Iterator[tuple[str, Tensor]]:
 def readable(name: str) -> str:
     """A parameter's name with the site as its user knows it: `blocks.0.mlp.W_in.V`."""
     return name.removeprefix("_components.").replace("/", ".")
-
-
-def sync_folder(folder: Path) -> None:
-    """See on the disk what a folder holds: names that were made, moved or deleted in it."""
-    if os.name == "nt":  # where folders cannot be opened, and renames are synchronous
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_target(folder: Path, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:

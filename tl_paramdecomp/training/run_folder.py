@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from tl_paramdecomp.components.files import replace_text
 from tl_paramdecomp.errors import DecompositionFileError, SettingError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.training.callbacks import JsonLines
-from tl_paramdecomp.training.checkpoint import Checkpoint, Checkpoints, sync_folder
+from tl_paramdecomp.training.checkpoint import Checkpoint, Checkpoints
+from tl_paramdecomp.training.disk import replace_file, sync_folder
 from tl_paramdecomp.training.lock import RunLock
 
 SETTINGS, LOG, CHECKPOINTS, RESULT, LOCK = "run.json", "metrics.jsonl", "checkpoints", "decomposition", ".lock"
@@ -87,6 +87,7 @@ class RunFolder:
                     f"{self.path} holds a checkpoint of a run with other {', '.join(differing)}; choose another run_dir, or "
                     "pass resume=False to begin anew there."
                 )
+            self.checkpoints.clear()
         self.log.cut(0 if found is None else found.step)
         return found
 
@@ -98,7 +99,7 @@ class RunFolder:
             "versions": versions(),
             "target": {name: asdict(found) for name, found in decomposition.fingerprints.items()},
         }
-        replace_text(self.path / SETTINGS, json.dumps(known, indent=1))
+        replace_file(self.path / SETTINGS, json.dumps(known, indent=1))
 
     # --- the result -------------------------------------------------------------------------------------------------
     def save_result(self, decomposition: Any) -> Path:
