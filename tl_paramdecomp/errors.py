@@ -24,6 +24,7 @@
     │   └── DiskSpaceError                      a file that the disk has no room for
     ├── RunInUseError (OSError)                 a run's directory that another process is writing to
     ├── MissingExtraError (ImportError)         an optional library that this needs is not installed
+    ├── PeerLostError (RuntimeError)            another process of the run died or does not answer
     └── DivergedError (ArithmeticError)         a loss, gradient or parameter that is no longer a number
 
 Each says what was given, what was expected and what to try, and leaves the model and the files as they were.
@@ -128,6 +129,10 @@ class RunInUseError(TLParamDecompError, OSError):
 
 class MissingExtraError(TLParamDecompError, ImportError):
     """An optional library is not installed."""
+
+
+class PeerLostError(TLParamDecompError, RuntimeError):
+    """Another process of a run no longer answers."""
 
 
 class DivergedError(TLParamDecompError, ArithmeticError):

@@ -21,11 +21,16 @@ METHODS = {
 }
 
 
+DRAWS_IN_PYTHON = True
+"""Whether rows also come from the `random` module, from which a type checker of the tests draws too."""
+
+
 def drawn_rows(step):
     """Rows that depend on everything that was drawn before."""
     first = torch.randint(0, 31, (2, 8))
     second = torch.from_numpy(np.random.randint(0, 31, (1, 8)))
-    third = torch.tensor([[random.randrange(31) for _ in range(7)] + [int(30 * abs(random.gauss(0, 1))) % 31]])
+    draw = random if DRAWS_IN_PYTHON else random.Random(step)
+    third = torch.tensor([[draw.randrange(31) for _ in range(7)] + [int(30 * abs(draw.gauss(0, 1))) % 31]])
     return torch.cat([first, second, third, torch.from_numpy(abs(np.random.randn(1, 8)) * 10).long() % 31])
 
 

@@ -24,8 +24,9 @@ from tl_paramdecomp.components.files import read_tensors, write_tensors, write_t
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, SettingError, TargetMismatchError
 from tl_paramdecomp.training.disk import replace_file, sync_folder
 from tl_paramdecomp.training.progress import say
-from tl_paramdecomp.training.random_state import random_tensors, set_random
-from tl_paramdecomp.training.state import TrainingState
+from tl_paramdecomp.training.random_state import set_random
+from tl_paramdecomp.training.shards import load_whole
+from tl_paramdecomp.training.state import SavedState, TrainingState
 
 FORMAT = 1
 METADATA, BEST, DECOMPOSITION = "checkpoint.json", "best.json", "decomposition"
@@ -58,6 +59,8 @@ class Checkpoints:
         self.folder, self.keep, self.best = folder, keep, best
         self.last: Checkpoint | None = None
         """Known to be good: written, or gone on with, by this process."""
+        self._broken: set[Path] = set()
+        """Known to be broken; deleted once there is a newer good one."""
 
     # --- reading ------------------------------------------------------------------------------------------------------
     def newest(self) -> Checkpoint | None:
@@ -72,6 +75,7 @@ class Checkpoints:
                 self.last = read_checkpoint(folder)
             except DecompositionFileError as error:
                 reasons.append(str(error))
+                self._broken.add(folder)
                 continue
             for reason in reasons:
                 say(f"Warning: {reason} Going on from the checkpoint before, of step {self.last.step}.")
@@ -89,7 +93,7 @@ class Checkpoints:
         return sorted(found, key=_step_of)
 
     # --- writing ------------------------------------------------------------------------------------------------------
-    def save(self, state: TrainingState, values: Mapping[str, Any], figures: Mapping[str, float] | None = None) -> Path:
+    def save(self, state: SavedState, values: Mapping[str, Any], figures: Mapping[str, float] | None = None) -> Path:
         """Write the state after its last step; every checkpoint before stays until this one is complete.
 
         Args:
@@ -121,23 +125,22 @@ class Checkpoints:
                 "some space or mend the folder, and the same call goes on from there."
             ) from error
         self.last = Checkpoint(final, state.done, written)
+        self._broken.discard(final)
         self._note_best(state.done, figures)
-        self._prune(state.done)
+        self._prune()
         return final
 
-    def _write(self, scratch: Path, state: TrainingState, values: Mapping[str, Any]) -> dict[str, Any]:
-        device, memory = state.device, state.memory
+    def _write(self, scratch: Path, state: SavedState, values: Mapping[str, Any]) -> dict[str, Any]:
         state.decomposition.save(scratch / DECOMPOSITION)
-        write_tensors(scratch / OPTIMISER, state.optimiser_tensors())
-        write_tensors(scratch / MEMORY, memory)
-        write_tensors(scratch / RANDOM, random_tensors(state.generator))
+        for name, tensors in ((OPTIMISER, state.optimiser), (MEMORY, state.memory), (RANDOM, state.random)):
+            write_tensors(scratch / name, tensors)
         written = {
             "format": FORMAT,
             "step": state.done,
-            "device": device.type,
-            "on_host": [key for key, tensor in memory.items() if tensor.device.type == "cpu"],
-            "data": state.source.state(),
-            "background": None if state.background is None else state.background.state(),
+            "device": state.device.type,
+            "on_host": [key for key, tensor in state.memory.items() if tensor.device.type == "cpu"],
+            **state.places,
+            **state.division,
             **values,
             "files": {p.relative_to(scratch).as_posix(): _digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()},
         }
@@ -147,7 +150,7 @@ class Checkpoints:
             sync_folder(folder)
         return written
 
-    def _check_space(self, state: TrainingState) -> None:
+    def _check_space(self, state: SavedState) -> None:
         needed, free = size_of(state), shutil.disk_usage(self.folder).free
         if needed > free:
             raise DiskSpaceError(
@@ -179,8 +182,15 @@ class Checkpoints:
     def _known_best(self) -> dict[str, Any] | None:
         try:
             known = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
-            there = (self.folder / f"step-{known['step']:08d}").is_dir()
-            return known if there and known["figure"] == self.best and math.isfinite(known["value"]) else None
+            folder = self.folder / f"step-{known['step']:08d}"
+            return (
+                known
+                if folder.is_dir()
+                and folder not in self._broken
+                and known["figure"] == self.best
+                and math.isfinite(known["value"])
+                else None
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -189,17 +199,17 @@ class Checkpoints:
         if value is None or not math.isfinite(value):
             return
         known = self._known_best()
-        if known is None or known["step"] >= step or value < known["value"]:
+        if known is None or value < known["value"]:
             replace_file(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
 
-    def _prune(self, step: int) -> None:
-        """Leave the newest, and the best; what is newer than `step` was broken, and is done again."""
+    def _prune(self) -> None:
+        """Leave the newest that are good, and the best."""
         folders = self._folders()
-        kept = [folder for folder in folders if _step_of(folder) <= step][-self.keep :]
-        best = self.best_folder()
+        good = [folder for folder in folders if folder not in self._broken]
+        kept = {*good[-self.keep :], self.best_folder()} - self._broken
         with contextlib.suppress(OSError):  # what cannot be deleted does no harm
             for folder in folders:
-                if _step_of(folder) > step or folder not in (*kept, best):
+                if folder not in kept:
                     _discard(folder)
             self.clear()
 
@@ -253,35 +263,45 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
     saved = type(state.decomposition).load(folder / DECOMPOSITION)
     _check_target(folder, saved.fingerprints, state.decomposition.fingerprints)
     try:
-        state.decomposition.load_state_dict(saved.state_dict())
-        state.load_optimiser_tensors(read_tensors(folder / OPTIMISER))
+        load_whole(state.decomposition, saved.state_dict())
+        state.load_optimiser_tensors(_own_tensors(folder / OPTIMISER))
     except (KeyError, ValueError, RuntimeError) as error:
         raise _foreign(folder, error) from error
-    memory = read_tensors(folder / MEMORY)
     on_host = set(values["on_host"])
-    state.memory = {key: t if key in on_host else t.to(state.device) for key, t in memory.items()}
+    state.memory = {
+        key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
+    }
+    for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
+        state.memory[key] = _own_rows(state.memory[key], state, folder)
     state.source.restore(values["data"])
     if state.background is not None:
         state.background.restore(values["background"] or {})
     try:  # last, as all that comes before may draw
-        set_random(read_tensors(folder / RANDOM), state.generator)
+        division = {"processes": state.peers.world, "accumulate": state.accumulate}
+        as_before = all(values[key] == n for key, n in division.items())
+        set_random(_own_tensors(folder / RANDOM), state.numbers, state.peers, checkpoint.step, as_before)
     except (KeyError, ValueError, RuntimeError) as error:
         raise _foreign(folder, error) from error
     state.done = checkpoint.step
 
 
-def size_of(state: TrainingState) -> int:
+def _own_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that will be deleted while they are in use: read, and not mapped from it."""
+    return {key: tensor.clone() for key, tensor in read_tensors(path).items()}
+
+
+def size_of(state: SavedState) -> int:
     """Bytes that a checkpoint of this state takes, within a few thousand."""
-    parts = (state.decomposition.state_dict(), state.optimiser_tensors(), state.memory, random_tensors(state.generator))
+    parts = (state.decomposition.state_dict(), state.optimiser, state.memory, state.random)
     return SLACK + sum(t.numel() * t.element_size() for tensors in parts for t in tensors.values())
 
 
-def state_tensors(state: TrainingState) -> Iterator[tuple[str, Tensor]]:
+def state_tensors(state: SavedState) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of numbers that a checkpoint holds, with what it is called in messages."""
     names = {id(p): readable(name) for name, p in state.decomposition.named_parameters()}
     yield from ((readable(name), t) for name, t in state.decomposition.state_dict().items())
-    parameters = [p for group in state.groups for p in group.parameters]
-    for key, tensor in state.optimiser_tensors().items():
+    parameters = [p for group in state.parameters for p in group]
+    for key, tensor in state.optimiser.items():
         index, name = key.split(".", 1)
         yield f"the optimiser's {name} of {names.get(id(parameters[int(index)]), index)}", tensor
     yield from ((f"what the method remembers as {key}", tensor) for key, tensor in state.memory.items())
@@ -300,6 +320,17 @@ def _check_target(folder: Path, known: Mapping[str, Any], found: Mapping[str, An
                 f"The checkpoint {folder} is of a model with other weights ({name}: {difference}); choose another run_dir, or "
                 "pass resume=False to begin anew there."
             )
+
+
+def _own_rows(tensor: Tensor, state: TrainingState, folder: Path) -> Tensor:
+    """Of what has an entry for each row of the batch, those of this process."""
+    rows, rest = divmod(len(tensor), state.peers.world)
+    if rest:
+        raise SettingError(
+            f"{folder} remembers {len(tensor)} rows, which {state.peers.world} processes do not divide; go on with another "
+            "number of processes."
+        )
+    return tensor[state.peers.rank * rows : (state.peers.rank + 1) * rows].clone()
 
 
 def _foreign(folder: Path, error: Exception) -> DecompositionFileError:

@@ -7,8 +7,9 @@
 """
 
 import contextlib
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +19,24 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Made, Method, TrainingStep
+from tl_paramdecomp.methods.base import LossReport, Made, Method, TrainingStep
+from tl_paramdecomp.methods.draws import RandomNumbers, Scope
+from tl_paramdecomp.methods.pieces import Peers
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training.callbacks import STOP, Callback, RunInfo, StepInfo, listening, tell
 from tl_paramdecomp.training.checkpoint import Checkpoint, restore
 from tl_paramdecomp.training.collapse import CollapseWatch
-from tl_paramdecomp.training.data import batch_source
+from tl_paramdecomp.training.data import BatchSource, batch_source
+from tl_paramdecomp.training.distributed import Replicas, answering, joined
 from tl_paramdecomp.training.guards import FiniteGuard, OnNonfinite
 from tl_paramdecomp.training.interrupts import Interrupts
 from tl_paramdecomp.training.plan import Plan, check_place, steps_of
 from tl_paramdecomp.training.progress import Shown, say
 from tl_paramdecomp.training.run_folder import RunFolder
+from tl_paramdecomp.training.shards import brought_together
+from tl_paramdecomp.training.shards import shard as shard_over
 from tl_paramdecomp.training.state import TrainingState, figures_of, optimise, start_state
 
 __all__ = ["STOP", "Callback", "RunInfo", "StepInfo", "decompose", "optimise"]
@@ -56,10 +62,15 @@ def decompose(
     keep_best: str | None = None,
     on_nonfinite: OnNonfinite = "stop",
     max_skips: int = 10,
-    max_seconds: float | None = None,
+    max_seconds: float | int | None = None,
     progress: bool | None = None,
+    accumulate: int = 1,
+    random_numbers: Scope = "per_rank",
+    shard: bool = False,
 ) -> Made:
     """Learn components of a model's weights.
+
+    Started by `torchrun`, every process holds the target and takes its part of every batch; one of them writes and talks.
 
     With a `run_dir`, SIGINT (Ctrl-C) and SIGTERM let the running step end, save a checkpoint and leave with `KeyboardInterrupt`
     or `SystemExit(143)`; a second one leaves at once. The same call then goes on, bit for bit as if it had never stopped.
@@ -69,9 +80,9 @@ def decompose(
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
         data: Token rows [rows, pos], batches, a dataset, or a function from the step's number to a batch; see
-            `training.data.batch_source`. None for a method that looks at none.
+            `training.data.batch_source`. None for a method that looks at none. Every process is given the same.
         steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train.
-        batch_size: Rows per step, where the data comes as rows.
+        batch_size: Rows per step, of all processes together, where the data comes as rows.
         seed: Start, order of the rows and masks.
         run_dir: Where metrics, checkpoints and the result go; None keeps nothing on disk. One process at a time may have it.
         resume: `auto` goes on from the newest good checkpoint where `run_dir` has one; True demands one; False begins anew.
@@ -87,9 +98,16 @@ def decompose(
         max_skips: Steps in a row that may be left out.
         max_seconds: The run saves and returns what there is after the first step that ends later than this after the call.
         progress: Show progress bars; None: where standard error is a terminal, or in a notebook.
+        accumulate: Micro-batches into which each process divides its rows, where a batch has no room; the gradients are those
+            of the whole batch.
+        random_numbers: `per_rank`: each process draws the masks of its own rows. `global`: each draws those of the whole batch,
+            so that a run is the same, to rounding, on any number of processes and micro-batches.
+        shard: Keep components, their gradients and the optimiser's state in shards, one on each process (FSDP2), where they
+            outgrow a device; otherwise every process has all of them (DDP).
 
     Returns:
-        The decomposition, on the model's device: a `Decomposition`, from `L3D` a `SubnetworkDecomposition`. Where `STOP` or
+        The decomposition, where the model is (on the CPU where it was in shards), on every process: a `Decomposition`, from
+        `L3D` a `SubnetworkDecomposition`. Where `STOP` or
         `max_seconds` ended the run early, `info["stopped_after"]` is the number of steps done, and the same call goes on.
 
     Raises:
@@ -98,12 +116,16 @@ def decompose(
         DivergedError: A loss, a gradient or a parameter is not finite; the last checkpoint stays.
         RunInUseError: Another process writes to `run_dir`.
         DecompositionFileError, DiskSpaceError: A checkpoint cannot be read or written; those before stay.
+        PeerLostError: Another process of the run died.
     """
     until = None if max_seconds is None else time.monotonic() + max_seconds
     adapter = adapt(model)
     steps = steps_of(method, steps, data)
     check_place(adapter, device, run_dir, resume)
-    plan = Plan(log_every, checkpoint_every, keep_checkpoints, keep_best, on_nonfinite, max_skips, max_seconds)
+    plan = Plan(
+        log_every, checkpoint_every, keep_checkpoints, keep_best, on_nonfinite, max_skips, max_seconds,
+        accumulate, random_numbers, shard,
+    )  # fmt: skip
     chosen = adapter.select(sites)
     tokenizer = getattr(model, "tokenizer", None)
     source, looked_at = (
@@ -114,26 +136,30 @@ def decompose(
     settings = {
         "method": to_settings(method), "sites": list(chosen), "batch_size": batch_size, "seed": seed, "steps": steps,
     }  # fmt: skip
-    folder = None if run_dir is None else RunFolder(Path(run_dir), settings, keep_checkpoints, keep_best)
-    shown = Shown(progress)
-    with contextlib.nullcontext() if folder is None else folder.opened(), frozen(adapter.root):
-        begun = None if folder is None else folder.begin(resume)
+    with contextlib.ExitStack() as stack:
+        peers = stack.enter_context(joined(adapter.device))
+        run = _Run(adapter, method, settings, plan, steps, tuple(callbacks) if peers.leads else (), peers, until)
+        run.shown = Shown(progress if peers.leads else False)
+        if run_dir is not None:
+            run.folder = RunFolder(Path(run_dir), settings, keep_checkpoints, keep_best, peers.leads)
+            stack.enter_context(run.folder.opened())
+        stack.enter_context(frozen(adapter.root))
+        stack.enter_context(answering(peers, run.told))
+        begun = run.begin(resume)
         made = method.initialise(
-            adapter, chosen, torch.Generator().manual_seed(seed), shown.phase, looked_at and looked_at.batch
+            adapter, chosen, torch.Generator().manual_seed(seed), run.shown.phase, looked_at and looked_at.batch
         )
         made.info["run"] = settings
         made.requires_grad_(False)
-        if folder is not None:
-            folder.describe(made, loop=asdict(plan), model=type(model).__name__, device=str(adapter.device))
+        if run.folder is not None and peers.leads:
+            run.folder.describe(made, loop=asdict(plan), model=type(model).__name__, device=str(adapter.device))
         if source is not None and steps:
-            state = start_state(method, made, adapter.device, seed, source, other)
-            run = _Run(adapter, method, state, folder, settings, plan, steps, tuple(callbacks), shown, until)
-            run.restore(begun)
+            run.prepare(made, seed, source, other, begun)
             with torch.enable_grad():
                 run.train()
-            made.requires_grad_(False)
-        if folder is not None:
-            folder.save_result(made)
+            made = brought_together(made).requires_grad_(False)
+        if run.folder is not None and peers.leads:
+            run.folder.save_result(made)
     return made
 
 
@@ -143,48 +169,73 @@ class _Run:
 
     adapter: ModelAdapter
     method: Method[Any]
-    state: TrainingState
-    folder: RunFolder | None
     settings: dict[str, Any]
     plan: Plan
     steps: int
     callbacks: tuple[Callback, ...]
-    shown: Shown
+    """Of the process that talks; others have none."""
+    peers: Peers
     until: float | None
     """When the budget of time is spent, by the monotonic clock."""
+    folder: RunFolder | None = None
+    shown: Shown = field(init=False)
+    state: TrainingState = field(init=False)
+    gradients: Callable[[TrainingStep], LossReport] = field(init=False)
     finite: FiniteGuard = field(init=False)
     watch: CollapseWatch = field(init=False)
 
-    def __post_init__(self) -> None:
-        made, groups = self.state.decomposition, self.state.groups
-        counts = made.n_components if getattr(made, "importance", None) is not None else None
-        self.finite = FiniteGuard(self.plan.on_nonfinite, self.plan.max_skips)
-        self.watch = CollapseWatch(groups, counts and sum(counts.values()), self.settings["method"], self.steps)
+    def begin(self, resume: Literal["auto"] | bool) -> Checkpoint | None:
+        """The checkpoint to go on from, if any; the process that writes looks first."""
+        begun = None
+        for turn in (True, False):
+            if self.folder is not None and self.peers.leads == turn:
+                begun = self.folder.begin(resume)
+            self.peers.wait()
+        return begun
 
-    def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint, where there is one."""
-        if checkpoint is not None:
-            restore(checkpoint, self.state)
-            self.finite.restore(checkpoint.values["guards"])
-            self.watch.warned |= set(checkpoint.values["warned"])
+    def prepare(
+        self, made: Any, seed: int, source: BatchSource, background: BatchSource | None, begun: Checkpoint | None
+    ) -> None:
+        """All that the first step needs, from a checkpoint where there is one."""
+        plan, peers, device = self.plan, self.peers, self.adapter.device
+        if plan.shard:
+            shard_over(made, peers, device)
+        divided = peers.world * plan.accumulate > 1
+        numbers = RandomNumbers(
+            seed, device, peers.rank, divided or plan.random_numbers == "global", plan.random_numbers
+        )
+        self.state = start_state(self.method, made, numbers, source, background, peers, plan.accumulate)
+        counts = made.n_components if getattr(made, "importance", None) is not None else None
+        self.finite = FiniteGuard(plan.on_nonfinite, plan.max_skips)
+        self.watch = CollapseWatch(
+            self.state.groups, counts and sum(counts.values()), self.settings["method"], self.steps
+        )
+        if begun is not None:
+            restore(begun, self.state)
+            self.finite.restore(begun.values["guards"])
+            self.watch.warned |= set(begun.values["warned"])
+        replicated = peers.world > 1 and not plan.shard
+        self.gradients = Replicas(self.method, made, peers).gradients if replicated else self.method.gradients
 
     def train(self) -> None:
         """The steps that are left."""
         state, path = self.state, None if self.folder is None else self.folder.path
         info = RunInfo(path, self.steps, state.done, self.settings, state.decomposition)
         interrupts, begun, stopped = Interrupts(self.folder is not None), time.perf_counter(), False
-        self.watch.begin()
+        if self.peers.leads:
+            self.watch.begin()
         with interrupts, listening(self.callbacks, info), self.shown.steps(self.steps, state.done) as bar:
             try:
                 while state.done < self.steps and not stopped:
                     figures = self.step(begun)
                     bar.update()
-                    stopped = self.log(figures, bar) | (self.until is not None and time.monotonic() >= self.until)
+                    stopped = self.log(figures, bar, interrupts)
                     if self.due(self.plan.checkpoint_every):
                         self.checkpoint(figures)
-                    stopped |= interrupts.asked is not None
+                    late = self.until is not None and time.monotonic() >= self.until
+                    stopped = self.peers.any_of(stopped | late)[0] | interrupts.agree(self.peers)
             except KeyboardInterrupt:
-                if state.settled and not interrupts.leaving:
+                if state.settled and not interrupts.leaving and self.peers.world == 1:
                     self.stop()
                 raise
             if stopped and (state.done < self.steps or interrupts.asked):
@@ -192,15 +243,18 @@ class _Run:
 
     def step(self, begun: float) -> dict[str, float] | None:
         """One step; its figures, empty where nobody asks, and None where the step was left out."""
-        state, method, done, device = self.state, self.method, self.state.done, self.adapter.device
+        state, method, done, plan = self.state, self.method, self.state.done, self.plan
         state.settled = False
-        batch = state.source.batch(done).to(device)
-        other = None if state.background is None else state.background.batch(done).to(device)
+        batch = state.source.batch(done)
+        other = None if state.background is None else state.background.batch(done)
         self.finite.before_step(state)
         state.optimiser.zero_grad()
         share = done / max(1, self.steps - 1)
-        now = TrainingStep(self.adapter, state.decomposition, batch, state.generator, share, state.memory, other)
-        report = method.gradients(now)
+        now = TrainingStep(
+            self.adapter, state.decomposition, batch, state.numbers, share, state.memory, other,
+            self.peers, plan.accumulate, done,
+        )  # fmt: skip
+        report = self.gradients(now)
         norms = optimise(state.groups, state.optimiser, method.learning_rate_factor(done, self.steps))
         method.after_step(now)
         stands = self.finite.after_step(report, norms, state, self.told_last())
@@ -208,24 +262,28 @@ class _Run:
         if not stands:
             self.note_skip()
             return None
-        if not self.due(self.plan.log_every) and not (self.plan.keep_best and self.due(self.plan.checkpoint_every)):
+        if not self.due(plan.log_every) and not (plan.keep_best and self.due(plan.checkpoint_every)):
             return {}
-        skipped = {"skipped": float(self.finite.skipped)} if self.plan.on_nonfinite == "skip" else {}
+        skipped = {"skipped": float(self.finite.skipped)} if plan.on_nonfinite == "skip" else {}
         return {**figures_of(report, norms, state), **skipped, "seconds": time.perf_counter() - begun}
 
     def due(self, every: int) -> bool:
         """Whether it is time for what is done every so many steps, and after the last."""
         return self.state.done % every == 0 or self.state.done == self.steps
 
-    def log(self, figures: dict[str, float] | None, bar: "tqdm[Any]") -> bool:
+    def log(self, figures: dict[str, float] | None, bar: "tqdm[Any]", interrupts: Interrupts) -> bool:
         """Show, tell and write down a step's figures, where they are due; whether a callback wants the run to stop."""
-        if not figures or not self.due(self.plan.log_every):
+        if not figures or not self.due(self.plan.log_every) or not self.peers.leads:
             return False
-        state = self.state
+        state, stopped = self.state, False
         bar.set_postfix(loss=f"{figures['loss']:.4g}", L0=f"{figures.get('l0', float('nan')):.1f}")
         info = StepInfo(state.done, self.steps, figures, state.decomposition)
         try:
             stopped = tell(self.callbacks, info)
+        except KeyboardInterrupt:
+            if self.peers.world == 1:
+                raise
+            interrupts.asked = signal.SIGINT  # the others must hear of it
         finally:
             if self.folder is not None:
                 self.folder.log(info)
@@ -234,6 +292,8 @@ class _Run:
 
     def note_skip(self) -> None:
         """Write down a step that was left out, and why."""
+        if not self.peers.leads:
+            return
         fault, count = self.finite.fault, self.finite.skipped
         say(f"Step {self.state.done} was left out, {count} so far: {fault}")
         if self.folder is not None:
@@ -243,21 +303,31 @@ class _Run:
         """Save the state; `figures` tell whether it is the best."""
         if self.folder is None:
             return
+        saved = self.state.saved()
+        if not self.peers.leads:
+            return
         best = self.plan.keep_best
         if best is not None and figures and best not in figures and not self.callbacks:
             raise SettingError(f"keep_best={best!r} is no logged figure; there are {', '.join(figures)}.")
-        self.finite.check(self.state, self.told_last())
+        self.finite.check(saved, self.told_last())
         known = {"settings": self.folder.settings, "guards": self.finite.counts(), "warned": sorted(self.watch.warned)}
-        self.folder.checkpoints.save(self.state, known, figures)
+        self.folder.checkpoints.save(saved, known, figures)
 
     def stop(self) -> None:
         """Leave early: save what is not saved, and say so."""
         done, checkpoints = self.state.done, None if self.folder is None else self.folder.checkpoints
         if checkpoints is not None and done:
-            if checkpoints.last is None or checkpoints.last.step != done:
+            unsaved = self.peers.leads and (checkpoints.last is None or checkpoints.last.step != done)
+            if self.peers.any_of(unsaved)[0]:
                 self.checkpoint()
-            say(f"Stopped after step {done} of {self.steps}; the same call goes on from {checkpoints.folder}.")
+            if self.peers.leads:
+                say(f"Stopped after step {done} of {self.steps}; the same call goes on from {checkpoints.folder}.")
         self.state.decomposition.info["stopped_after"] = done
+
+    def told(self) -> str:
+        """Where the run is."""
+        done = f"after step {self.state.done}" if hasattr(self, "state") else "before the first step"
+        return f"{done}. {self.told_last()}"
 
     def told_last(self) -> str:
         """A sentence on the last good checkpoint."""

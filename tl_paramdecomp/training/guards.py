@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tl_paramdecomp.errors import DivergedError
 from tl_paramdecomp.methods.base import LossReport
 from tl_paramdecomp.training.checkpoint import readable, state_tensors
-from tl_paramdecomp.training.state import TrainingState
+from tl_paramdecomp.training.shards import whole
+from tl_paramdecomp.training.state import SavedState, TrainingState
 
 OnNonfinite = Literal["stop", "skip"]
 NAMED = 3
@@ -60,7 +61,7 @@ class FiniteGuard:
             DivergedError: Something is not finite, and steps are not taken back, or too many were, or it was so before.
         """
         before, self._before = self._before, None
-        if bool(finite(report, norms, state)):
+        if not state.peers.any_of(not bool(finite(report, norms, state)))[0]:
             self.in_a_row = 0
             return True
         step, self.fault = state.done + 1, fault_of(report, norms, state)
@@ -80,7 +81,7 @@ class FiniteGuard:
             )
         return False
 
-    def check(self, state: TrainingState, kept: str) -> None:
+    def check(self, state: SavedState, kept: str) -> None:
         """Refuse to save what is not finite.
 
         Raises:
@@ -135,7 +136,7 @@ def finite(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState
         report.total,
         *report.terms.values(),
         *(norm.square() for norm in norms.values()),
-        nn.utils.get_total_norm(parameters, float("inf")),
+        whole(nn.utils.get_total_norm(parameters, float("inf"))),
     ]
     return torch.stack([value.detach().isfinite().reshape(()).to(state.device) for value in values]).all()
 
@@ -143,7 +144,7 @@ def finite(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState
 def fault_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState) -> str:
     """A sentence on what of a step is not finite: the first of losses, gradients and parameters, and where."""
     terms = [name for name, value in report.terms.items() if not bool(value.isfinite().all())]
-    gradients = [name for name, p in _named(state).items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    gradients = [name for name, p in _named(state).items() if p.grad is not None and not _is_finite(p.grad)]
     if terms or not bool(report.total.isfinite()):
         where = f", nor is the gradient of {_listed(gradients)}" if gradients else ""
         return f"the loss is {report.total.item()}: {', '.join(terms) or 'the sum'} is not finite{where}."
@@ -157,7 +158,11 @@ def fault_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingSta
 
 def nonfinite_parameters(state: TrainingState) -> list[str]:
     """Names of parameters that are not finite."""
-    return [name for name, p in _named(state).items() if not bool(p.isfinite().all())]
+    return [name for name, p in _named(state).items() if not _is_finite(p)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(whole(tensor.detach()).isfinite().all())
 
 
 def _named(state: TrainingState) -> dict[str, Tensor]:

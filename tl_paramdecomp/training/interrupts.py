@@ -9,6 +9,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from tl_paramdecomp.methods.pieces import Peers
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 0.1
 """Seconds in which a second signal is the first one's echo: launchers and terminals pass on what their children got too."""
@@ -48,6 +50,13 @@ class Interrupts:
             signal.signal(which, before)
         if kind is None and self.asked is not None:
             raise _meaning(self.asked)
+
+    def agree(self, peers: Peers) -> bool:
+        """Whether a signal came to any process, to all of which it then came."""
+        for which, came in zip(SIGNALS, peers.any_of(*(self.asked == which for which in SIGNALS)), strict=True):
+            if came and self.asked is None:
+                self.asked = which
+        return self.asked is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

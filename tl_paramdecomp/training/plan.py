@@ -8,6 +8,7 @@ import torch
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Method
+from tl_paramdecomp.methods.draws import Scope
 from tl_paramdecomp.training.guards import OnNonfinite
 
 
@@ -25,7 +26,10 @@ class Plan:
     keep_best: str | None = None
     on_nonfinite: OnNonfinite = "stop"
     max_skips: int = 10
-    max_seconds: float | None = None
+    max_seconds: float | int | None = None
+    accumulate: int = 1
+    random_numbers: Scope = "per_rank"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if min(self.log_every, self.checkpoint_every, self.keep_checkpoints) < 1 or self.max_skips < 0:
@@ -33,6 +37,10 @@ class Plan:
                 "log_every, checkpoint_every and keep_checkpoints must be at least 1, max_skips at least 0; given "
                 f"{self.log_every}, {self.checkpoint_every}, {self.keep_checkpoints}, {self.max_skips}."
             )
+        if self.accumulate < 1:
+            raise SettingError(f"accumulate is a number of micro-batches, at least 1; given {self.accumulate}.")
+        if self.random_numbers not in ("per_rank", "global"):
+            raise SettingError(f"random_numbers is 'per_rank' or 'global'; given {self.random_numbers!r}.")
         if self.on_nonfinite not in ("stop", "skip"):
             raise SettingError(f"on_nonfinite is 'stop' or 'skip'; given {self.on_nonfinite!r}.")
         if self.max_seconds is not None and not self.max_seconds > 0:

@@ -34,12 +34,18 @@ class RunFolder:
         settings: What the run depends on, as JSON-able values; only a checkpoint of the same is gone on with.
         keep_checkpoints: How many of the newest checkpoints stay.
         keep_best: A logged figure; the checkpoint where it is lowest stays too.
+        writes: Whether this process writes there; of several, one does, and the others only read.
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], keep_checkpoints: int = 2, keep_best: str | None = None
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        keep_checkpoints: int = 2,
+        keep_best: str | None = None,
+        writes: bool = True,
     ) -> None:
-        self.path = path
+        self.path, self.writes = path, writes
         self.settings = json.loads(json.dumps(settings))
         self.log = JsonLines(path / LOG)
         self.checkpoints = Checkpoints(path / CHECKPOINTS, keep_checkpoints, keep_best)
@@ -52,6 +58,9 @@ class RunFolder:
             RunInUseError: Another process has it.
             DecompositionFileError: It cannot be made or written to.
         """
+        if not self.writes:
+            yield self
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -76,7 +85,8 @@ class RunFolder:
                     f"resume=True, but {self.path} holds no checkpoint; use resume='auto' to begin anew."
                 )
             try:
-                self.checkpoints.set_aside()
+                if self.writes:
+                    self.checkpoints.set_aside()
             except OSError as error:
                 raise DecompositionFileError(f"{self.path} cannot be written to ({error}).") from error
         else:
@@ -87,8 +97,10 @@ class RunFolder:
                     f"{self.path} holds a checkpoint of a run with other {', '.join(differing)}; choose another run_dir, or "
                     "pass resume=False to begin anew there."
                 )
-            self.checkpoints.clear()
-        self.log.cut(0 if found is None else found.step)
+        if self.writes:
+            if found is not None:
+                self.checkpoints.clear()
+            self.log.cut(0 if found is None else found.step)
         return found
 
     def describe(self, decomposition: Any, **others: Any) -> None:

@@ -1,14 +1,18 @@
 """Everything that the next step of a run depends on, and what one step does to it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup
+from tl_paramdecomp.methods.draws import RandomNumbers
+from tl_paramdecomp.methods.pieces import ALONE, Peers
 from tl_paramdecomp.training.data import BatchSource
+from tl_paramdecomp.training.random_state import random_tensors
+from tl_paramdecomp.training.shards import brought_together, clip, like, whole
 
 
 @dataclass
@@ -18,7 +22,7 @@ class TrainingState:
     decomposition: Any
     groups: list[ParameterGroup]
     optimiser: torch.optim.Optimizer
-    generator: torch.Generator
+    numbers: RandomNumbers
     """Draws every mask of the run."""
     source: BatchSource
     background: BatchSource | None = None
@@ -29,6 +33,11 @@ class TrainingState:
     """Steps taken."""
     settled: bool = True
     """False while a step is under way: what is here then belongs to no number of steps."""
+    peers: Peers = ALONE
+    accumulate: int = 1
+    """Micro-batches of every process."""
+    goes_over_rows: Callable[[str], bool] = lambda key: False
+    """Whether what is remembered under a key has an entry for each row, so that each process has its own."""
 
     @property
     def device(self) -> torch.device:
@@ -36,26 +45,62 @@ class TrainingState:
         return next(self.decomposition.parameters()).device
 
     def optimiser_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state as `{number of the parameter}.{name}`."""
+        """The optimiser's state as `{number of the parameter}.{name}`; what is kept in shards is brought together."""
         state = self.optimiser.state_dict()["state"]
-        return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+        return {f"{index}.{key}": whole(value) for index, values in state.items() for key, value in values.items()}
 
     def load_optimiser_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `optimiser_tensors` gave."""
+        parameters = [p for group in self.groups for p in group.parameters]
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
+            state.setdefault(int(index), {})[name] = like(parameters[int(index)], tensor)
         self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+
+    def saved(self) -> "SavedState":
+        """What a checkpoint holds, brought together from all processes, each of which must ask."""
+        memory = {
+            key: torch.cat(self.peers.every(t)) if self.goes_over_rows(key) else t for key, t in self.memory.items()
+        }
+        return SavedState(
+            self.done,
+            self.device,
+            brought_together(self.decomposition),
+            self.optimiser_tensors(),
+            memory,
+            random_tensors(self.numbers, self.peers),
+            {"data": self.source.state(), "background": None if self.background is None else self.background.state()},
+            {"processes": self.peers.world, "accumulate": self.accumulate},
+            [group.parameters for group in self.groups],
+        )
+
+
+class SavedState(NamedTuple):
+    """A run between two steps, as a checkpoint holds it."""
+
+    done: int
+    device: torch.device
+    decomposition: Any
+    optimiser: dict[str, Tensor]
+    memory: dict[str, Tensor]
+    random: dict[str, Tensor]
+    places: dict[str, Any]
+    """Where the data stand."""
+    division: dict[str, int]
+    """Processes, and micro-batches of each."""
+    parameters: list[Sequence[Tensor]]
+    """What is trained, group by group."""
 
 
 def start_state(
     method: Method[Any],
     decomposition: Any,
-    device: torch.device,
-    seed: int,
+    numbers: RandomNumbers,
     source: BatchSource,
     background: BatchSource | None,
+    peers: Peers = ALONE,
+    accumulate: int = 1,
 ) -> TrainingState:
     """A run before its first step; only what the method trains has gradients."""
     groups = method.parameter_groups(decomposition)
@@ -64,8 +109,10 @@ def start_state(
     optimiser = torch.optim.AdamW(
         [{"params": g.parameters, "lr": g.lr} for g in groups], weight_decay=0.0, fused=_can_fuse(groups)
     )
-    generator = torch.Generator(device=device).manual_seed(seed)
-    return TrainingState(decomposition, groups, optimiser, generator, source, background)
+    return TrainingState(
+        decomposition, groups, optimiser, numbers, source, background,
+        peers=peers, accumulate=accumulate, goes_over_rows=method.goes_over_rows,
+    )  # fmt: skip
 
 
 def _can_fuse(groups: Sequence[ParameterGroup]) -> bool:
@@ -80,9 +127,9 @@ def optimise(groups: Sequence[ParameterGroup], optimiser: torch.optim.Optimizer,
     norms = {}
     for group, settings in zip(groups, optimiser.param_groups, strict=True):
         settings["lr"] = group.lr * factor
-        norm = nn.utils.get_total_norm([p.grad for p in group.parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in group.parameters if p.grad is not None]))
         if group.clip is not None:
-            nn.utils.clip_grads_with_norm_(group.parameters, group.clip, norm.nan_to_num(nan=0.0, posinf=0.0))
+            clip(group.parameters, group.clip, norm.nan_to_num(nan=0.0, posinf=0.0))
         norms[group.name] = norm
     optimiser.step()
     return norms
