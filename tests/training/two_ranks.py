@@ -8,7 +8,8 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.support.divided import difference, methods, train
 from tl_paramdecomp.methods.pieces import Peers
-from tl_paramdecomp.training.distributed import Replicas, joined, shard, whole
+from tl_paramdecomp.training.distributed import Replicas, joined
+from tl_paramdecomp.training.shards import shard, whole
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

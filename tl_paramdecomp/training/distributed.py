@@ -7,6 +7,7 @@ each other, the methods ask for themselves (`methods.pieces`).
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +31,7 @@ LOST = ("connection", "gloo", "nccl", "timed out", "timeout", "socket", "broken 
 def joined(device: torch.device) -> Iterator[Peers]:
     """The processes of this run: those of the process group where there is one, those `torchrun` started, or this one alone.
 
-    A process group that is made here is ended here.
+    A process group that is made here is ended here, unless an error ends the run.
     """
     if not dist.is_available() or not (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         yield ALONE
@@ -40,12 +41,11 @@ def joined(device: torch.device) -> Iterator[Peers]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        messages = None if dist.get_backend() == "gloo" else device
-        yield Peers(dist.group.WORLD, messages) if dist.get_world_size() > 1 else ALONE
-    finally:
-        if mine and dist.is_initialized():
-            dist.destroy_process_group()
+    messages = None if dist.get_backend() == "gloo" else device
+    yield Peers(dist.group.WORLD, messages) if dist.get_world_size() > 1 else ALONE
+    if mine:  # after an error it ends with the process: others may wait for what this one no longer sends
+        gc.collect()  # a DDP module that outlives its group can block when it is freed at last
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

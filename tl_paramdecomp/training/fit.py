@@ -79,8 +79,8 @@ def decompose(
         model: The target, on any host. It is frozen and in evaluation mode meanwhile, and afterwards as it was.
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
-        data: Token rows [rows, pos], batches, a dataset, or a function from the step's number to a batch; see
-            `training.data.batch_source`. None for a method that looks at none. Every process is given the same.
+        data: What `token_batches` gives, token rows [rows, pos], batches, a dataset, or a function from the step's number to
+            a batch; see `training.data.batch_source`. None for a method that looks at none. Every process is given the same.
         steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train.
         batch_size: Rows per step, of all processes together, where the data comes as rows.
         seed: Start, order of the rows and masks.
@@ -129,12 +129,16 @@ def decompose(
     chosen = adapter.select(sites)
     tokenizer = getattr(model, "tokenizer", None)
     source, looked_at = (
-        None if data is None else batch_source(data, batch_size, seed, tokenizer, together=method.rows_together)
+        None if data is None else batch_source(data, batch_size, seed, tokenizer, None, method.rows_together, adapter)
         for _ in range(2)
     )
-    other = None if background is None else batch_source(background, batch_size, seed + 1, tokenizer)
+    other = None if background is None else batch_source(background, batch_size, seed + 1, tokenizer, model=adapter)
+    read = {name: used for name, used in (("data", source), ("background", other)) if used is not None and steps}
+    for used in read.values():
+        used.check()
     settings = {
         "method": to_settings(method), "sites": list(chosen), "batch_size": batch_size, "seed": seed, "steps": steps,
+        **{name: used.info for name, used in read.items()},
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         peers = stack.enter_context(joined(adapter.device))
@@ -157,6 +161,7 @@ def decompose(
             run.prepare(made, seed, source, other, begun)
             with torch.enable_grad():
                 run.train()
+            run.gradients = method.gradients  # DDP must go before its process group does
             made = brought_together(made).requires_grad_(False)
         if run.folder is not None and peers.leads:
             run.folder.save_result(made)
