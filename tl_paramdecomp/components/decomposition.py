@@ -131,10 +131,12 @@ class Decomposition(Saved, Mapping[str, Components]):
 
     # --- files --------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
-        """Write `components.safetensors` and `decomposition.json` into a folder, atomically.
+        """Write `components.safetensors` and `decomposition.json` into a folder; whenever that ends, the folder holds what
+        it held before or what is saved now.
 
         Raises:
-            DecompositionFileError: The folder cannot be written, or holds something else.
+            DecompositionFileError: The folder cannot be written, or holds something else; a number is NaN or infinite, or
+                `info` is nothing that JSON has.
         """
         own = {name: components for name, components in self.items() if name not in self.tied}
         tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in own.items() for letter in ("V", "U")}

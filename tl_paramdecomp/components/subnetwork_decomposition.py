@@ -115,10 +115,12 @@ class SubnetworkDecomposition(Saved):
 
     # --- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
-        """Write `components.safetensors` and `decomposition.json` into a folder, atomically.
+        """Write `components.safetensors` and `decomposition.json` into a folder; whenever that ends, the folder holds what
+        it held before or what is saved now.
 
         Raises:
-            DecompositionFileError: The folder cannot be written, or holds something else.
+            DecompositionFileError: The folder cannot be written, or holds something else; a number is NaN or infinite, or
+                `info` is nothing that JSON has.
         """
         tensors = {"threshold": self.threshold}
         for side in SIDES:
