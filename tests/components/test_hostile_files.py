@@ -90,8 +90,8 @@ def test_what_is_tried_here_loads_when_it_is_left_alone(tmp_path: Path, kind: st
 @BOTH_KINDS
 @BOTH_FILES
 def test_every_flipped_bit_is_noticed(tmp_path: Path, kind: str, name: str) -> None:
-    """One in every byte of the JSON and in every fifth of the tensors; all there are among the slow tests."""
-    step = 5 if name == TENSORS else 1
+    """One in every other byte of the JSON and in every ninth of the tensors; all there are among the slow tests."""
+    step = 9 if name == TENSORS else 2
     _flip(saved(kind, tmp_path), kind, name, lambda i: [] if i % step else [i // step % 8])
 
 
@@ -123,7 +123,7 @@ def test_another_digit_of_the_format_does_not_make_it_format_1(tmp_path: Path, k
     refusal(LOADERS[kind], folder)
 
 
-@few_and_many(150, 6000)
+@few_and_many(80, 6000)
 @BOTH_KINDS
 @BOTH_FILES
 def test_no_edited_file_loads(tmp_path: Path, kind: str, name: str, examples: int) -> None:
@@ -290,7 +290,7 @@ def _is_in(known: Any, found: Any) -> bool:
     return known == found
 
 
-@few_and_many(200, 3000)
+@few_and_many(100, 3000)
 @BOTH_KINDS
 def test_no_value_is_dropped_or_bent(tmp_path: Path, kind: str, examples: int) -> None:
     """Saved again, what loads says all that the file said."""
@@ -336,16 +336,16 @@ def test_a_wrong_type_in_every_field(tmp_path: Path, kind: str) -> None:
     values, tried = values_of(folder), 0
     for path in hostile.places(values):
         there = hostile.at(values, path)
-        if path[0] == "checksum" or (path[0] == "info" and len(path) > 1):
-            continue
+        if path[0] == "checksum" or (path[0] == "info" and len(path) > 1) or any(key in path for key in range(1, 9)):
+            continue  # all that is in a list is alike
         name = next(key for key in reversed(path) if isinstance(key, str))
-        for new in (None, True, "x", 1, 1.5, [], {}, [there], {"x": there}, str(there)):
+        for new in (None, True, "x", 1, 1.5, [], {}, [there], {"x": there}):
             if type(new) is type(there) or type(new) in ALSO.get(name, ()):
                 continue
             print(path, new)  # shown where it is not refused
             refusal(LOADERS[kind], forge(folder, hostile.replaced(values, path, new)))
             tried += 1
-    assert tried > 300
+    assert tried > 150
     LOADERS[kind](forge(folder, values))
 
 
@@ -431,7 +431,7 @@ DTYPES = ["F64", "F16", "BF16", "I32", "U8", "I64", "BOOL", "C64", "F8_E4M3", "F
 SIZES = st.integers(-2, 200) | st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**30, 1.5, None, "4", []])
 
 
-@few_and_many(200, 3000)
+@few_and_many(100, 3000)
 @BOTH_KINDS
 def test_headers_of_all_sorts(tmp_path: Path, kind: str, examples: int) -> None:
     """A changed header is refused, or what loads is what it says: as read by hand."""

@@ -22,8 +22,14 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
 from tl_paramdecomp.components.files import LARGEST, parse_json, read_tensors, read_text, write_tensors, write_text
-from tl_paramdecomp.components.plain import as_declared
-from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, SettingError, TargetMismatchError
+from tl_paramdecomp.components.plain import as_declared, in_short
+from tl_paramdecomp.errors import (
+    DecompositionFileError,
+    DiskSpaceError,
+    SettingError,
+    TargetMismatchError,
+    TLParamDecompError,
+)
 from tl_paramdecomp.training.disk import replace_file, sync_folder
 from tl_paramdecomp.training.progress import say
 from tl_paramdecomp.training.random_state import set_random
@@ -281,26 +287,22 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
         )
     saved = type(state.decomposition).load(folder / DECOMPOSITION)
     _check_target(folder, saved.fingerprints, state.decomposition.fingerprints)
-    try:
+    with _fitting(folder):
         load_whole(state.decomposition, saved.state_dict())
         state.load_optimiser_tensors(_own_tensors(folder / OPTIMISER))
-    except UNFIT as error:
-        raise _foreign(folder, error) from error
-    on_host = set(values["on_host"])
-    state.memory = {
-        key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
-    }
-    for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
-        state.memory[key] = _own_rows(state.memory[key], state, folder)
-    state.source.restore(values["data"])
-    if state.background is not None:
-        state.background.restore(values["background"] or {})
-    try:  # last, as all that comes before may draw
+        on_host = set(values["on_host"])
+        state.memory = {
+            key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
+        }
+        for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
+            state.memory[key] = _own_rows(state.memory[key], state, folder)
+        state.source.restore(values["data"])
+        if state.background is not None:
+            state.background.restore(values["background"] or {})
         division = {"processes": state.peers.world, "accumulate": state.accumulate}
         as_before = all(values[key] == n for key, n in division.items())
+        # last, as all that comes before may draw
         set_random(_own_tensors(folder / RANDOM), state.numbers, state.peers, checkpoint.step, as_before)
-    except UNFIT as error:
-        raise _foreign(folder, error) from error
     state.done = checkpoint.step
 
 
@@ -352,10 +354,17 @@ def _own_rows(tensor: Tensor, state: TrainingState, folder: Path) -> Tensor:
     return tensor[state.peers.rank * rows : (state.peers.rank + 1) * rows].clone()
 
 
-def _foreign(folder: Path, error: Exception) -> DecompositionFileError:
-    return DecompositionFileError(
-        f"The checkpoint {folder} does not fit this run ({type(error).__name__}: {error}); pass resume=False to begin anew."
-    )
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Say so where a checkpoint does not fit a run."""
+    try:
+        yield
+    except TLParamDecompError:
+        raise
+    except UNFIT as error:
+        raise DecompositionFileError(
+            f"The checkpoint {folder} does not fit this run ({in_short(error)}); pass resume=False to begin anew."
+        ) from error
 
 
 def _discard(folder: Path) -> None:
