@@ -8,10 +8,10 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,9 @@ from tl_paramdecomp.methods.base import LossReport, Made, Method, ParameterGroup
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
+from tl_paramdecomp.training.callbacks import Callback, StepInfo
 from tl_paramdecomp.training.checkpoint import FOLDER, read_state, restore, save_checkpoint
 from tl_paramdecomp.training.data import BatchSource, batch_source
-
-
-class StepInfo(NamedTuple):
-    """What callbacks are told after a logged step."""
-
-    step: int
-    """Steps done."""
-    steps: int
-    figures: dict[str, float]
-    """Loss, its terms, L0, gradient norms, learning rate, seconds since the start."""
-    decomposition: Any
-
-
-Callback = Callable[[StepInfo], None]
 
 
 def decompose(
