@@ -13,6 +13,7 @@ from tl_paramdecomp.methods.adversary import AdversarialReconstruction, Persiste
 from tl_paramdecomp.methods.base import Batch, LossStep, TrainingStep
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.pieces import run_alone
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
     StochasticReconstruction,
@@ -199,10 +200,12 @@ def test_one_parts_activations_are_gone_when_the_next_is_made(loss):
         held.add(kept := Held(tensor))
         return kept
 
+    def take(part):
+        most.append(len(held))
+        part.backward()
+        left.append(len(held))
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        for part in loss.parts(step):
-            most.append(len(held))
-            part.backward()
-            left.append(len(held))
+        run_alone(loss.parts(step), take)
     print(f"tensors kept for backward, by part: {most}; after it: {left}")
     assert len(most) > 2 and min(most) > 0 and max(left) == 0

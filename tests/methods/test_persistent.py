@@ -6,6 +6,7 @@ import torch
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.adversary import SCOPES, PersistentAdversarialReconstruction
+from tl_paramdecomp.methods.pieces import run_alone
 
 from .forms import case, padded
 from .test_adversary import dense_masks, shape_of
@@ -77,11 +78,14 @@ def stored(memory, plain, name="persistent_adversarial"):
 
 def step_in_training(loss, step):
     """What `SPD` does with a loss: each part's gradient before the next is asked for."""
-    found = None
-    for part in loss.parts(step):
+    found = []
+
+    def take(part):
         (loss.coefficient * part).backward()
-        found = part
-    return found
+        found.append(part)
+
+    run_alone(loss.parts(step), take)
+    return found[-1]
 
 
 def follow(of, loss, n_steps=4, optimiser="adam", parametrisation="clamp", delta="masked"):

@@ -9,9 +9,9 @@ Parameters", 2026).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,12 +20,16 @@ from torch import Tensor
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
+from tl_paramdecomp.methods.draws import Window
+from tl_paramdecomp.methods.pieces import Request, Total, Work, run_alone
 from tl_paramdecomp.methods.reconstruction import DeltaUse, Replaced, check_masks, routed, subset_routes
 
 Scope = Literal["single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position"]
 """What shares a source: everything [C+1]; all rows, each position its own [pos, C+1]; every n-th row [n, pos, C+1]; nothing
 [batch, pos, C+1]."""
-SCOPES = ("single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position")
+OWN: Scope = "per_batch_per_position"
+"""The scope in which rows share nothing."""
+SCOPES = ("single_source", "broadcast_across_batch", "repeat_across_batch", OWN)
 
 Sources = Mapping[str, Float[Tensor, "*scope C_and_delta"]]
 """One source per component of each site, and a last one for its delta component."""
@@ -60,13 +64,13 @@ class AdversarialReconstruction(Loss):
         if self.start not in ("random", "ones", "zeros"):
             raise SettingError(f"The adversary starts from 'random', 'ones' or 'zeros'; given {self.start!r}.")
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part, or one for each site where they are masked one at a time."""
         groups = [(name,) for name in step.importances] if self.sites == "layerwise" else [tuple(step.importances)]
         for names in groups:
             routes = subset_routes(step) if self.sites == "subset" else None
             start = start_sources(step, names, self.scope, self.start)
-            sources = worst_sources(step, start, self.steps, self.step_size, routes, self.delta)
+            sources = yield from _climbed(step, start, self.steps, self.step_size, routes, self.delta, self.scope)
             masks = source_masks(step, sources, routes, self.delta)
             yield step.divergence.of(step.run_masked(masks)) / len(groups)
 
@@ -79,9 +83,24 @@ def worst_sources(
     routes: Routes | None = None,
     delta: DeltaUse = "masked",
 ) -> Sources:
-    """Sources that raise the divergence, from a start by `steps` sign steps."""
+    """Sources that raise the divergence of a whole batch, from a start by `steps` sign steps."""
+    return run_alone(_climbed(step, sources, steps, step_size, routes, delta))
+
+
+def _climbed(
+    step: LossStep,
+    sources: Sources,
+    steps: int,
+    step_size: float,
+    routes: Routes | None = None,
+    delta: DeltaUse = "masked",
+    scope: Scope = "single_source",
+) -> Generator[Request, Any, Sources]:
+    """The same for a piece of a batch: what rows share moves by the gradient of all of them."""
     for _ in range(steps):
         gradients = _gradients(step, sources, routes, delta)
+        if scope != OWN:
+            gradients = yield Total(gradients)
         sources = {name: (s + step_size * gradients[name].sign()).clamp_(0.0, 1.0) for name, s in sources.items()}
     return sources
 
@@ -99,7 +118,7 @@ def start_sources(
         g = step.importances[name].lower
         shape = (*_scope_shape(scope, g.shape[:-1], repeats), g.shape[-1] + 1)
         if start == "random":
-            sources[name] = torch.rand(shape, generator=step.generator, device=g.device, dtype=g.dtype)
+            sources[name] = step.draws.uniform(shape, g, rows=0 if scope == OWN else None)
         else:
             sources[name] = g.new_full(shape, 1.0 if start == "ones" else 0.0)
     return sources
@@ -123,11 +142,12 @@ def source_masks(
 
 
 def _gradients(step: LossStep, sources: Sources, routes: Routes | None, delta: DeltaUse) -> dict[str, Tensor]:
-    """Gradient of the divergence with respect to sources, everything else constant."""
+    """Gradient with respect to sources of what the piece adds to the batch's divergence, everything else constant."""
     leaves = {name: s.detach().requires_grad_(True) for name, s in sources.items()}
     with torch.enable_grad():
         loss = step.divergence.of(step.run_masked(source_masks(step, leaves, routes, delta, detached=True)))
-    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        found = torch.autograd.grad(step.piece.weight * loss, list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
 
 
 # --- persistent -------------------------------------------------------------------------------------------------------
@@ -169,36 +189,47 @@ class PersistentAdversarialReconstruction(Loss):
                 f"{self.parametrisation!r}."
             )
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part; after its gradient is taken the sources move."""
-        kept = self._remembered(step)
-        for _ in range(self.ascents):
+        kept, moves = self._remembered(step), self._moves(step)
+        for i in range(self.ascents):
             leaves, sources = self._leaves(step, kept)
             with torch.enable_grad():
                 loss = step.divergence.of(step.run_masked(source_masks(step, sources, None, self.delta, detached=True)))
-            self._ascend(step, kept, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)))
+                found = torch.autograd.grad(step.piece.weight * loss, list(leaves.values()))
+            yield from self._ascend(step, kept, dict(zip(leaves, found, strict=True)), moves + i + 1)
         leaves, sources = self._leaves(step, kept)
         routes = subset_routes(step) if self.sites == "subset" else None
         yield step.divergence.of(step.run_masked(source_masks(step, sources, routes, self.delta)))
         if self.coefficient and all(leaf.grad is not None for leaf in leaves.values()):
-            found = {name: leaf.grad / self.coefficient for name, leaf in leaves.items() if leaf.grad is not None}
-            self._ascend(step, kept, found)
+            scale = self.coefficient * step.piece.processes
+            gradients = {name: leaf.grad / scale for name, leaf in leaves.items() if leaf.grad is not None}
+            yield from self._ascend(step, kept, gradients, moves + self.ascents + 1)
 
     def _key(self, site: str, what: str) -> str:
         return f"{self.name}/{site}/{what}"
 
     def _remembered(self, step: LossStep) -> dict[str, Tensor]:
-        """Sources as stored, [*scope, C+1]; made at the first step."""
-        fresh = None
-        for site in step.importances:
-            if self._key(site, "source") not in step.memory:
-                fresh = fresh or start_sources(step, None, self.scope, "random", self.repeats)
-                start = torch.logit(fresh[site], 1e-3) if self.parametrisation == "sigmoid" else fresh[site]
-                step.memory[self._key(site, "source")] = start
-                for what in ("mean", "square"):
-                    step.memory[self._key(site, what)] = torch.zeros_like(start)
-        step.memory.setdefault(self._key("", "moves"), torch.zeros((), dtype=torch.int64))
-        return {site: step.memory[self._key(site, "source")] for site in step.importances}
+        """Sources as stored, [*scope, C+1]; made at the first step. Where rows have their own, those of this piece."""
+        local = step.piece.local if self.scope == OWN else None
+        if any(self._key(site, "source") not in step.before for site in step.importances):
+            self._begin(step, local)
+        kept = {site: step.memory[self._key(site, "source")] for site in step.importances}
+        return {site: _of_piece(source, local) for site, source in kept.items()}
+
+    def _begin(self, step: LossStep, local: Window | None) -> None:
+        for site, fresh in start_sources(step, None, self.scope, "random", self.repeats).items():
+            start = torch.logit(fresh, 1e-3) if self.parametrisation == "sigmoid" else fresh
+            if step.piece.leads:
+                rows = start.shape[:1] if local is None else (local.of,)
+                for what in ("source", "mean", "square"):
+                    step.memory[self._key(site, what)] = start.new_zeros((*rows, *start.shape[1:]))
+            if step.piece.leads or local is not None:
+                _of_piece(step.memory[self._key(site, "source")], local).copy_(start)
+
+    def _moves(self, step: LossStep) -> int:
+        """Moves of the sources before this step."""
+        return int(step.before.get(self._key("", "moves"), 0))
 
     def _leaves(self, step: LossStep, kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Leaves for gradients, and the sources in [0, 1] that they stand for at this batch's rows."""
@@ -210,16 +241,24 @@ class PersistentAdversarialReconstruction(Loss):
                 sources[site] = _at_rows(s, self.scope, step.rows_of(site))
         return leaves, sources
 
-    def _ascend(self, step: LossStep, kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        """Move the stored sources uphill, in place."""
-        moves = step.memory[self._key("", "moves")].add_(1).item()
+    def _ascend(
+        self, step: LossStep, kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor], moves: int
+    ) -> Generator[Request, Any, None]:
+        """Move the stored sources uphill, in place; what rows share by the gradient of all of them, and once."""
+        if self.scope != OWN:
+            gradients = yield Total(dict(gradients))
+        if step.piece.leads:
+            step.memory[self._key("", "moves")] = torch.tensor(moves)
+        elif self.scope != OWN:
+            return
         lr = self.lr * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
+        local = step.piece.local if self.scope == OWN else None
         for site, source in kept.items():
             move = gradients[site]
             if self.optimiser == "sign":
                 move = move.sign()
             else:
-                mean, square = (step.memory[self._key(site, what)] for what in ("mean", "square"))
+                mean, square = (_of_piece(step.memory[self._key(site, what)], local) for what in ("mean", "square"))
                 mean.lerp_(move, 1.0 - self.betas[0])
                 square.mul_(self.betas[1]).addcmul_(move, move, value=1.0 - self.betas[1])
                 denominator = (square / (1.0 - self.betas[1] ** moves)).sqrt_().add_(1e-8)
@@ -227,6 +266,11 @@ class PersistentAdversarialReconstruction(Loss):
             source.add_(move, alpha=lr)
             if self.parametrisation == "clamp":
                 source.clamp_(0.0, 1.0)
+
+
+def _of_piece(source: Float[Tensor, "..."], local: Window | None) -> Float[Tensor, "..."]:
+    """Rows of a piece, among those of its process; a view."""
+    return source if local is None else source.narrow(0, local.first, local.rows)
 
 
 def _check_scope(scope: str) -> None:

@@ -8,9 +8,9 @@ adversary's sources, is in `memory`, which the loop keeps and checkpoints.
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -24,6 +24,8 @@ from tl_paramdecomp.components.interpolated import InterpolatedMask, interpolate
 from tl_paramdecomp.components.saved import Saved
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare
+from tl_paramdecomp.methods.draws import AnyGenerator, Draws, RandomNumbers, Window, as_draws
+from tl_paramdecomp.methods.pieces import ALONE, WHOLE, Peers, Piece, Work, run_alone, windows
 from tl_paramdecomp.sites import SiteCall, WeightSite
 
 Progress: TypeAlias = Callable[[str, int], Iterable[int]]
@@ -47,7 +49,7 @@ class SiteValues(NamedTuple):
 
 @dataclass
 class LossStep:
-    """One batch, seen by every loss of a step."""
+    """One batch, or one piece of a batch, seen by every loss of a step."""
 
     adapter: ModelAdapter
     decomposition: Decomposition
@@ -58,7 +60,7 @@ class LossStep:
     importances: Mapping[str, Importance]
     divergence: Divergence
     """Distance of an output from the target's."""
-    generator: torch.Generator
+    draws: Draws
     """Draws every mask of the step."""
     progress: float = 1.0
     """Share of the run that is over, in [0, 1]."""
@@ -66,6 +68,13 @@ class LossStep:
     """Tensors that outlive the step."""
     blocks: Sequence[object] = ()
     """What each block of the target returned, where passes may begin at a later one."""
+    piece: Piece = WHOLE
+    """Where these rows stand, where they are not the whole batch."""
+    before: Mapping[str, Tensor] | None = None
+    """`memory` as it was when the step began; None: as it is now."""
+
+    def __post_init__(self) -> None:
+        self.before = dict(self.memory) if self.before is None else self.before
 
     @classmethod
     def of(
@@ -74,13 +83,15 @@ class LossStep:
         decomposition: Decomposition,
         tokens: Tensor,
         attention_mask: Tensor | None,
-        generator: torch.Generator,
+        generator: AnyGenerator,
         progress: float = 1.0,
         measure: Measure = "kl",
         memory: dict[str, Tensor] | None = None,
         kl_chunk: int | None = None,
         keep_blocks: bool = False,
         importances: Mapping[str, Importance] | None = None,
+        piece: Piece = WHOLE,
+        before: Mapping[str, Tensor] | None = None,
     ) -> "LossStep":
         """A batch with the target's output and the importances of a clean forward pass.
 
@@ -96,6 +107,8 @@ class LossStep:
             kl_chunk: Positions whose logits may exist at once; None: all.
             keep_blocks: Let passes that mask later sites alone begin at their block.
             importances: Taken instead of what the decomposition's own function gives.
+            piece: Where these rows stand in their batch.
+            before: `memory` as it was when the step began, where other pieces have run since.
         """
         scored = None if attention_mask is None else attention_mask.bool()
         in_chunks = kl_chunk is not None and measure == "kl" and _can_chunk(adapter, decomposition)
@@ -109,8 +122,8 @@ class LossStep:
         if importances is None:
             importances = decomposition.importances(clean.inputs, attention_mask)
         return cls(
-            adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, generator, progress,
-            {} if memory is None else memory, clean.blocks,
+            adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, as_draws(generator),
+            progress, {} if memory is None else memory, clean.blocks, piece, before,
         )  # fmt: skip
 
     @property
@@ -148,6 +161,16 @@ class LossStep:
         blocks = [self.adapter.block_of(name) for name in masks] if self.blocks else []
         first = min((b for b in blocks if b is not None), default=0)
         return contextlib.nullcontext() if first == 0 or None in blocks else self.adapter.resumed(self.blocks, first)
+
+    def forget(self) -> None:
+        """Let go of what a clean forward pass gave; `recall` brings it back."""
+        self.inputs, self.importances, self.blocks = {}, {}, ()
+        del self.divergence
+
+    def recall(self, step: "LossStep") -> None:
+        """Take what a clean forward pass over the same rows gave."""
+        self.inputs, self.importances, self.blocks = step.inputs, step.importances, step.blocks
+        self.divergence = step.divergence
 
     def cut(self) -> "LossStep":
         """The same step with importances as leaves, so that each loss's gradient can be taken by itself."""
@@ -193,18 +216,23 @@ class Loss(ABC):
     """Weight of the term in the objective."""
     name: str
     """Name in logs."""
+    of_rows: ClassVar[bool] = True
+    """Whether it is a mean over rows; otherwise it is of the weights, whatever the rows."""
 
     @abstractmethod
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """Terms whose sum is the value.
 
         Who trains takes each part's gradient before asking for the next, so that one part's activations are gone when
-        the next is made. A part may read such a gradient after its `yield`.
+        the next is made. A part may read such a gradient after its `yield`. What must be known of the whole batch is asked
+        for by a request (`pieces`).
         """
 
     def __call__(self, step: LossStep) -> Float[Tensor, ""]:
         """Value of the term, before its coefficient."""
-        return sum(self.parts(step), torch.zeros((), device=step.device))
+        values = [torch.zeros((), device=step.device)]
+        run_alone(self.parts(step), lambda part: values.append(part.to(step.device)))
+        return sum(values[1:], values[0])
 
 
 class LossReport(NamedTuple):
@@ -225,6 +253,10 @@ class Batch(NamedTuple):
     attention_mask: Int[Tensor, "batch pos"] | None
     """1 where a position counts, 0 at padding; None where all count."""
 
+    def rows(self, some: slice) -> "Batch":
+        """Some of the rows."""
+        return Batch(self.tokens[some], None if self.attention_mask is None else self.attention_mask[some])
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
@@ -238,7 +270,8 @@ class TrainingStep:
     adapter: ModelAdapter
     decomposition: Any
     batch: Batch
-    generator: torch.Generator
+    """All rows of the step, on whatever device."""
+    generator: torch.Generator | RandomNumbers
     """Draws every mask of the run."""
     progress: float = 0.0
     """Share of the run that is over, in [0, 1]."""
@@ -246,6 +279,44 @@ class TrainingStep:
     """Tensors that outlive the step; saved with checkpoints."""
     background: Batch | None = None
     """Rows of a second stream, for methods that take one."""
+    peers: Peers = ALONE
+    """The processes among which the rows are divided."""
+    accumulate: int = 1
+    """Micro-batches into which each process divides its rows."""
+    number: int = 0
+    """Steps done before."""
+
+    def pieces(self, batch: Batch, together: int = 1) -> list["BatchPiece"]:
+        """This process's micro-batches, on the model's device; the batch itself where it is not divided.
+
+        Raises:
+            DataError: It cannot be divided evenly.
+        """
+        mine = windows(len(batch.tokens), self.peers, self.accumulate, together)
+        if mine[0].rows == mine[0].of:
+            return [BatchPiece(batch.to(self.adapter.device), WHOLE, self._draws(mine[0]))]
+        counts = None if batch.attention_mask is None else batch.attention_mask.flatten(1).sum(1).double().cpu()
+        found = []
+        for place in mine:
+            rows = slice(place.first, place.first + place.rows)
+            weight = place.rows / place.of if counts is None else float(counts[rows].sum() / counts.sum())
+            local = Window(place.first - mine[0].first, place.rows, place.rows * len(mine))
+            part = batch.rows(rows).to(self.adapter.device)
+            found.append(BatchPiece(part, Piece(place, weight, self.peers.world, local), self._draws(place)))
+        return found
+
+    def _draws(self, window: Window) -> Draws:
+        if isinstance(self.generator, RandomNumbers):
+            return self.generator.of_piece(self.number, window)
+        return as_draws(self.generator)
+
+
+class BatchPiece(NamedTuple):
+    """Some rows of a batch, where they stand in it, and their random numbers."""
+
+    batch: Batch
+    piece: Piece
+    draws: Draws
 
 
 @dataclass(frozen=True)

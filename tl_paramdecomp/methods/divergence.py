@@ -38,8 +38,10 @@ class MeanSquare(Divergence):
     """Mean square over all elements."""
 
     def of(self, output: Float[Tensor, "*rows width"]) -> Float[Tensor, ""]:
-        wide = torch.promote_types(output.dtype, torch.float32)
-        return torch.nn.functional.mse_loss(self.rows(output).to(wide), self.target.to(wide))
+        wide, rows = torch.promote_types(output.dtype, torch.float32), self.rows(output)
+        if rows.numel() == 0:
+            return rows.to(wide).sum()  # a piece of a batch that is padding alone: 0, and not 0 / 0
+        return torch.nn.functional.mse_loss(rows.to(wide), self.target.to(wide))
 
 
 class KL(Divergence):
@@ -52,7 +54,7 @@ class KL(Divergence):
         self.probs = self.target.exp()
 
     def of(self, output: Float[Tensor, "*rows vocab"]) -> Float[Tensor, ""]:
-        return _KLFromLogits.apply(self.rows(output), self.target, self.probs) / len(self.target)
+        return _KLFromLogits.apply(self.rows(output), self.target, self.probs) / max(1, len(self.target))
 
 
 class ChunkedKL(Divergence):
@@ -65,7 +67,7 @@ class ChunkedKL(Divergence):
         self.unembed, self.chunk = unembed, chunk
 
     def of(self, output: Float[Tensor, "*rows d_model"]) -> Float[Tensor, ""]:
-        return _KLInChunks.apply(self.rows(output), self.target, self.unembed, self.chunk) / len(self.target)
+        return _KLInChunks.apply(self.rows(output), self.target, self.unembed, self.chunk) / max(1, len(self.target))
 
 
 def _kl_and_gradient(

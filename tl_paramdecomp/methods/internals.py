@@ -4,7 +4,6 @@ Outputs can be right for the wrong reasons. These terms ask whether the activati
 attends, survive masking too; as metrics they show it, as auxiliary losses they make runs agree more across seeds.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks, SiteValues
+from tl_paramdecomp.methods.pieces import WHOLE, Total, Work
 from tl_paramdecomp.methods.reconstruction import importance_masks_of, stochastic_masks
 
 Masking = Literal["stochastic", "importance"]
@@ -41,22 +41,41 @@ class HiddenActsReconstruction(Loss):
         """Name in logs."""
         return f"hidden_acts_{self.masks}_{self.at}"
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part."""
+        # an embedding reads indices, which no mask changes
+        names = [n for n in step.inputs if self.at == "outputs" or step.inputs[n].is_floating_point()]
+        if not names:
+            raise SettingError("None of the sites reads activations; compare at='outputs'.")
+        sizes = {}
+        if self.relative and step.piece is not WHOLE:  # relative to the whole batch's activations
+            own = {name: step.piece.weight * _mean(self._clean(step, name).square()) for name in names}
+            sizes = yield Total(own)
         kept: dict[str, SiteValues] = {}
         step.run_masked(_masks(step, self.masks), kept)
         errors = []
-        for name, values in kept.items():
-            if self.at == "inputs" and not step.inputs[name].is_floating_point():
-                continue  # an embedding reads indices, which no mask changes
-            clean = step.inputs[name] if self.at == "inputs" else clean_output(step, name)
-            masked = values.x if self.at == "inputs" else values.y
-            rows = [_wide(step.divergence.rows(t.expand_as(masked) if t is clean else t)) for t in (clean, masked)]
-            error = (rows[1] - rows[0]).square().mean()
-            errors.append(error / rows[0].square().mean().clamp(min=1e-30) if self.relative else error)
-        if not errors:
-            raise SettingError("None of the sites reads activations; compare at='outputs'.")
+        for name in names:
+            masked = kept[name].x if self.at == "inputs" else kept[name].y
+            clean = self._clean(step, name, masked)
+            error = _mean((_rows(step, masked) - clean).square())
+            if self.relative:
+                error = error / (sizes[name] if sizes else _mean(clean.square())).clamp(min=1e-30)
+            errors.append(error.to(step.device))
         yield torch.stack(errors).mean()
+
+    def _clean(self, step: LossStep, name: str, like: Tensor | None = None) -> Float[Tensor, "n d"]:
+        """The target's own activations at the positions that count."""
+        clean = step.inputs[name] if self.at == "inputs" else clean_output(step, name)
+        return _rows(step, clean if like is None else clean.expand_as(like))
+
+
+def _rows(step: LossStep, values: Float[Tensor, "*rows d"]) -> Float[Tensor, "n d"]:
+    return _wide(step.divergence.rows(values))
+
+
+def _mean(values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """The mean, or 0 where a piece of a batch is padding alone."""
+    return values.mean() if values.numel() else values.sum()
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,7 @@ class AttentionPatternReconstruction(Loss):
         """Name in logs."""
         return f"attention_patterns_{self.masks}"
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part."""
         with torch.no_grad(), step.adapter.patterns() as clean:
             step.adapter.forward(step.tokens, step.attention_mask)
@@ -82,7 +101,7 @@ class AttentionPatternReconstruction(Loss):
             step.run_masked(_masks(step, self.masks))
         # a layer that the masked pass left out, as nothing before it changes, has the target's own pattern
         errors = [_pattern_kl(step, p, masked[layer]) for layer, p in clean.items() if layer in masked]
-        yield sum(errors, torch.zeros((), device=step.device)) / len(clean)
+        yield sum((e.to(step.device) for e in errors), torch.zeros((), device=step.device)) / len(clean)
 
 
 def clean_output(step: LossStep, name: str) -> Float[Tensor, "batch ... d_out"]:
@@ -97,7 +116,7 @@ def _pattern_kl(
 ) -> Float[Tensor, ""]:
     p, q = (_wide(t).transpose(1, 2) for t in (clean, masked))
     kl = (torch.xlogy(p, p) - torch.xlogy(p, q.clamp(min=1e-30))).sum(-1)
-    return step.divergence.rows(kl).mean()
+    return _mean(step.divergence.rows(kl))
 
 
 def _wide(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

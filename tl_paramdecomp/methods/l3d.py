@@ -13,12 +13,13 @@ What is decomposed is the local loss landscape, not the weights: subnetworks do 
 """
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
@@ -26,14 +27,17 @@ from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import Backend, Gradients, SampleGradient, random_subnetworks
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
-from tl_paramdecomp.methods.base import Batch, LossReport, Method, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.methods.base import Batch, BatchPiece, LossReport, Method, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.methods.draws import Draws
 from tl_paramdecomp.methods.from_factors import origin_of
+from tl_paramdecomp.methods.pieces import ALONE, WHOLE, Every, Peers, Work, run_alone, run_together
 from tl_paramdecomp.methods.sample_gradients import (
     Divergence,
     GradientPass,
+    Outputs,
     Positions,
     Reference,
-    all_gradients,
+    piece_gradients,
 )
 from tl_paramdecomp.sites import NormSite, WeightSite, select_norms
 
@@ -175,37 +179,63 @@ class L3D(Method[SubnetworkDecomposition]):
 
     def gradients(self, step: TrainingStep) -> LossReport:
         made: SubnetworkDecomposition = step.decomposition
-        run = GradientPass(step.adapter, list(made.decoder), step.batch.tokens, step.batch.attention_mask)
-        places = run.places(self.positions, step.generator)
-        groups = list(all_gradients(run, places, self.reference, self.divergence, step.generator))
-        warm = step.progress < self.warm_start
-        found = reconstruction(made, groups, 1.0 if warm else self.active, self.backend)
-        found.loss.backward()
+        pieces = step.pieces(step.batch, self.rows_together)
+
+        def take(_: int, part: Tensor) -> None:
+            (step.peers.world * part).backward()
+
+        work = [self._work(step, piece, len(pieces) > 1) for piece in pieces]
+        found = joined(run_together(work, step.peers, take))
         with torch.no_grad():
-            if not warm:
+            if step.progress >= self.warm_start:
                 kept = self.threshold_memory if made.threshold > 0 else 0.0
                 made.threshold.lerp_(found.threshold, 1.0 - kept)
-            self._count(step, found)
-        mask, loss = found.mask, found.loss.detach()
-        figures = {"l0": mask.sum(1).float().mean(), "unused_in_batch": (~mask.any(0)).float().sum()}
-        return LossReport(loss, {"reconstruction": loss}, lambda: figures)
+            sums = {"loss": found.loss, "active": found.mask.sum(0), "rows": torch.tensor(len(found.mask))}
+            sums = step.peers.total(sums)
+            self._count(step, found, sums["active"], pieces[0].draws)
+        figures = {"l0": sums["active"].sum() / sums["rows"], "unused_in_batch": (sums["active"] == 0).float().sum()}
+        return LossReport(sums["loss"], {"reconstruction": sums["loss"]}, lambda: figures)
+
+    def _work(self, step: TrainingStep, place: BatchPiece, several: bool) -> Work:
+        """Reconstruction of one piece's gradients."""
+        made: SubnetworkDecomposition = step.decomposition
+        tokens, mask = place.batch
+        opened = functools.partial(GradientPass, step.adapter, list(made.decoder), tokens, mask)
+        if several:  # of several micro-batches only one at a time keeps what a backward pass needs
+            with torch.no_grad():
+                seen = Outputs(step.adapter.forward(tokens, mask), mask)
+        else:
+            seen = opened()
+            opened = functools.partial(_given, seen)
+        places = seen.places(self.positions, place.draws, every=place.piece is not WHOLE)
+        groups = yield from piece_gradients(
+            opened, seen, places, self.reference, self.divergence, place.draws, place.piece
+        )
+        active = 1.0 if step.progress < self.warm_start else self.active
+        found = yield from piece_reconstruction(made, groups, active, self.backend)
+        yield found.loss
+        return found._replace(loss=found.loss.detach())
 
     def after_step(self, step: TrainingStep) -> None:
         made: SubnetworkDecomposition = step.decomposition
         made.decoder.normalise(self.norm)
 
-    def _count(self, step: TrainingStep, found: "Reconstruction") -> None:
+    def _count(self, step: TrainingStep, found: "Reconstruction", active: Int[Tensor, " K"], draws: Draws) -> None:
         """Note which subnetworks were active; those that never were begin anew when it is time."""
         if not self.revive_every:
             return
         device = found.mask.device
         counts = step.memory.setdefault(COUNTS, torch.zeros(found.mask.shape[1], dtype=torch.int64, device=device))
         seen = step.memory.setdefault(SEEN, torch.zeros((), dtype=torch.int64))
-        counts += found.mask.sum(0)
+        counts += active
         seen += 1
         if int(seen) % self.revive_every == 0:
-            revive(step.decomposition, found, counts == 0, step.generator)
+            revive(step.decomposition, found, counts == 0, draws.shared.on(device), step.peers)
             counts.zero_()
+
+
+def _given(run: GradientPass) -> GradientPass:
+    return run
 
 
 class Reconstruction(NamedTuple):
@@ -239,44 +269,81 @@ def reconstruction(
             threshold.
         backend: How inner products are taken.
     """
+    return run_alone(piece_reconstruction(made, groups, active, backend))
+
+
+def piece_reconstruction(
+    made: SubnetworkDecomposition, groups: Sequence[Gradients], active: float | None, backend: Backend
+) -> Work:
+    """The same for a piece of a batch: kept are the largest of the whole batch, and losses of pieces add up to the batch's."""
     a = torch.cat([made.encoder.inner(group, backend) for group in groups])
     c = torch.cat([made.decoder.inner(group, backend) for group in groups])
     norms = torch.cat([made.decoder.squared_norm(group) for group in groups])
     size = a.detach().abs()
+    every = yield Every({"size": size, "norms": norms.detach()})
     if active is None:
         threshold = made.threshold.to(size.dtype)
     else:
-        threshold = size.flatten().kthvalue(size.numel() - max(1, round(active * size.numel())) + 1).values
+        flat = every["size"].flatten()
+        threshold = flat.kthvalue(flat.numel() - max(1, round(active * flat.numel())) + 1).values
     mask = (size >= threshold) & (size > 0)
     # in float64: differences of large numbers lose their digits in float32
     kept, gram, norms = (a * mask).double(), made.decoder.gram().double(), norms.double()
     residuals = norms - 2.0 * (kept * c.double()).sum(1) + ((kept @ gram) * kept).sum(1)
-    loss = (residuals.sum() / norms.sum().clamp(min=1e-30)).to(a.dtype)
+    loss = (residuals.sum() / every["norms"].double().sum().clamp(min=1e-30)).to(a.dtype)
     return Reconstruction(loss, a.detach(), mask, threshold, norms, residuals.detach(), list(groups))
+
+
+def joined(pieces: Sequence[Reconstruction]) -> Reconstruction:
+    """What the pieces of one process found, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    a, mask, norms, residuals = (
+        torch.cat([getattr(piece, name) for piece in pieces])
+        for name in ("coefficients", "mask", "squared_norms", "residuals")
+    )
+    loss = torch.stack([piece.loss for piece in pieces]).sum()
+    groups = [group for piece in pieces for group in piece.groups]
+    return Reconstruction(loss, a, mask, pieces[0].threshold, norms, residuals, groups)
 
 
 @torch.no_grad()
 def revive(
-    made: SubnetworkDecomposition, found: Reconstruction, dead: Bool[Tensor, " K"], generator: torch.Generator
+    made: SubnetworkDecomposition,
+    found: Reconstruction,
+    dead: Bool[Tensor, " K"],
+    generator: torch.Generator,
+    peers: Peers = ALONE,
 ) -> None:
     """Let dead subnetworks begin anew, each as the best low-rank form of a sample's gradient, in both dictionaries.
 
-    Samples are drawn in proportion to what is left of them.
+    Samples are drawn in proportion to what is left of them, from those of all processes.
     """
     places = dead.nonzero().flatten()
     if not len(places):
         return
-    weights = found.residuals.clamp(min=0.0)
+    residuals = peers.every(found.residuals)
+    weights = torch.cat(residuals).clamp(min=0.0)
     if not bool(weights.sum() > 0):
         return
+    first = sum(len(t) for t in residuals[: peers.rank])
     drawn = torch.multinomial(weights.float(), len(places), replacement=True, generator=generator)
     sizes = [len(next(iter(group.values()))[1]) for group in found.groups]
-    for k, n in zip(places.tolist(), drawn.tolist(), strict=True):
+    for side in (made.decoder, made.encoder):
+        for parameter in side.parameters():
+            parameter[places] = 0.0
+    for k, n in zip(places.tolist(), (drawn - first).tolist(), strict=True):
+        if not 0 <= n < sum(sizes):
+            continue  # another process has that sample
         group = 0
         while n >= sizes[group]:
             n, group = n - sizes[group], group + 1
         for name, part in made.decoder.items():
             _begin_anew([part, made.encoder[name]], k, found.groups[group][name], n)
+    if peers.world > 1:
+        for side in (made.decoder, made.encoder):
+            for parameter in side.parameters():
+                parameter[places] = peers.total({"": parameter[places]})[""]
     norms = made.decoder.norms().clamp(min=1e-30)
     factors = torch.where(dead, 1.0 / norms, torch.ones_like(norms))
     for side in (made.decoder, made.encoder):

@@ -5,9 +5,8 @@ sites and components without dividing by their number.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep
+from tl_paramdecomp.methods.pieces import WHOLE, Total, Work
 
 EPSILON = 1e-12
 """Added to importances before a power is taken."""
@@ -32,12 +32,13 @@ class Faithfulness(Loss):
     rows: int | None = None
     """Compare only so many rows of each W, drawn anew at every step; its mean is the exact value. None: all of them."""
     name: str = "faithfulness"
+    of_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
             raise SettingError(f"Faithfulness needs at least one row of each weight; given rows={self.rows}.")
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part for each large site, small ones together."""
         sizes = {name: c.site.d_in * c.site.d_out for name, c in step.decomposition.items()}
         gathered, entries = torch.zeros((), device=step.device), 0
@@ -50,10 +51,10 @@ class Faithfulness(Loss):
                 scale = 1.0 / sum(sizes.values())
             V, d_in = components.V, components.site.d_in
             if self.rows is not None and self.rows < d_in:
-                draw = torch.randperm(d_in, generator=step.generator, device=step.device)[: self.rows]
+                draw = step.draws.permutation(d_in, V.device)[: self.rows]
                 V, weight, scale = V[draw], weight[draw], scale * d_in / self.rows
-            with torch.autocast(step.device.type, enabled=False):
-                gathered = gathered + _SquaredRest.apply(V, components.U, weight, scale)
+            with torch.autocast(V.device.type, enabled=False):
+                gathered = gathered + _SquaredRest.apply(V, components.U, weight, scale).to(step.device)
             entries += sizes[name]
             if entries >= PART:
                 yield gathered
@@ -127,22 +128,45 @@ class ImportanceMinimality(Loss):
         share = (progress - self.begin) / (self.end - self.begin)
         return start + (end - start) * share
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part."""
         sharpness, total = self.sharpness(step.progress), torch.zeros((), device=step.device)
-        for importance in step.importances.values():
-            g = importance.upper.flatten(0, -2)
-            if step.scored is not None:
-                g = g[step.scored.flatten()]
-            total = total + _Penalty.apply(g, self, sharpness)
+        sums: dict[str, Tensor] = {}
+        if self.frequency and step.piece is not WHOLE:  # it asks how much each component is used in the whole batch
+            own = {name: self._sums(_scored(step, name), sharpness) for name in step.importances}
+            sums = yield Total(own)
+        for name in step.importances:
+            g = _scored(step, name)
+            value = _Penalty.apply(g, self, sharpness, sums.get(name), round(len(g) / (step.piece.weight or 1.0)))
+            total = total + value.to(total.device)
         yield total
+
+    def _sums(self, g: Float[Tensor, "n C"], sharpness: float) -> Float[Tensor, " C"]:
+        """Penalties summed over positions."""
+        wide = g.detach().to(torch.promote_types(g.dtype, torch.float32))
+        if self.penalty == "power":
+            return (wide + EPSILON).log().mul_(sharpness).exp_().sum(0)
+        square, gamma = wide.square(), sharpness * sharpness
+        return (square / (square + gamma)).mul_(1.0 + gamma).sum(0)
+
+
+def _scored(step: LossStep, name: str) -> Float[Tensor, "n C"]:
+    """Upper importances at the positions that count."""
+    g = step.importances[name].upper.flatten(0, -2)
+    return g if step.scored is None else g[step.scored.flatten().to(g.device)]
 
 
 class _Penalty(torch.autograd.Function):
-    """Sum over components of mean_c + beta mean_c log2(1 + sum_c), with its gradient worked out beside it."""
+    """Sum over components of mean_c + beta mean_c log2(1 + sum_c), with its gradient worked out beside it.
+
+    Of a piece of a batch, mean_c is the piece's own and sum_c that of all `n_all` positions of the batch, so that values and
+    gradients of the pieces, each times its weight, add up to the batch's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, loss: ImportanceMinimality, sharpness: float) -> Tensor:
+    def forward(
+        ctx: Any, g: Tensor, loss: ImportanceMinimality, sharpness: float, sum_all: Tensor | None, n_all: int
+    ) -> Tensor:
         wide = g.to(torch.promote_types(g.dtype, torch.float32))
         shifted = wide + EPSILON if loss.penalty == "power" else wide.square()
         if loss.penalty == "power":
@@ -157,14 +181,15 @@ class _Penalty(torch.autograd.Function):
         sums = values.sum(0)
         total, factor = sums.sum() / n, torch.full_like(sums, 1.0 / n)
         if loss.frequency:
-            reach = 1.0 if loss.frequency_reference is None else loss.frequency_reference / n
-            logs = torch.log2(1.0 + reach * sums)
+            reach = 1.0 if loss.frequency_reference is None else loss.frequency_reference / max(n_all, 1)
+            used = reach * (sums if sum_all is None else sum_all)
+            logs = torch.log2(1.0 + used)
             total = total + loss.frequency * torch.dot(sums, logs) / n
-            factor = factor * (1.0 + loss.frequency * (logs + reach * sums / ((1.0 + reach * sums) * math.log(2.0))))
+            factor = factor * (1.0 + loss.frequency * (logs + used / ((1.0 + used) * math.log(2.0))))
         ctx.save_for_backward(slopes.mul_(factor).to(g.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slopes,) = ctx.saved_tensors
-        return slopes * grad.to(slopes.dtype), None, None
+        return slopes * grad.to(slopes.dtype), None, None, None, None

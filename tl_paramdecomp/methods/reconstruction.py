@@ -5,18 +5,19 @@ Masks are m = g + (1 - g) r: what is important stays whole, the rest in any amou
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.components.sigmoids import binomial_lower
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
+from tl_paramdecomp.methods.pieces import Work
 
 Replaced = Literal["all", "layerwise", "subset"]
 """Which sites are masked at once: all; one at a time, averaged; or at each position a random subset of random size."""
@@ -36,7 +37,7 @@ class Reconstruction(Loss):
     def draw(self, step: LossStep) -> SiteMasks:
         """Masks of every site, drawn anew."""
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part for each forward pass, divided by their number."""
         passes = self.samples * (len(step.importances) if self.sites == "layerwise" else 1)
         for _ in range(self.samples):
@@ -121,7 +122,7 @@ class UnmaskedReconstruction(Loss):
     coefficient: float = 1.0
     name: str = "unmasked"
 
-    def parts(self, step: LossStep) -> Iterator[Float[Tensor, ""]]:
+    def parts(self, step: LossStep) -> Work:
         """One part."""
         masks = {}
         for name, importance in step.importances.items():
@@ -136,14 +137,13 @@ def stochastic_masks(step: LossStep, delta: DeltaUse = "masked", sampling: Sampl
     masks = {}
     for name, importance in step.importances.items():
         g = importance.lower
-        like = {"device": g.device, "dtype": g.dtype, "generator": step.generator}
-        q = torch.rand(g.shape, **like)
+        q = step.draws.uniform(g.shape, g)
         if sampling == "binomial":
             assert importance.raw is not None and step.decomposition.importance is not None
             sigmoid = step.decomposition.importance.config.sigmoid
-            g = binomial_lower(importance.raw, torch.rand(g.shape, **like), sigmoid)
+            g = binomial_lower(importance.raw, step.draws.uniform(g.shape, g), sigmoid)
             q = q.round_()
-        a = torch.rand(g.shape[:-1], **like) if delta == "masked" else float(delta == "absent")
+        a = step.draws.uniform(g.shape[:-1], g) if delta == "masked" else float(delta == "absent")
         masks[name] = InterpolatedMask(g, q, a)
     return masks
 
@@ -155,7 +155,7 @@ def importance_masks_of(step: LossStep) -> SiteMasks:
 
 def routed(masks: SiteMasks, routes: dict[str, Bool[Tensor, "..."]]) -> SiteMasks:
     """Masks that leave the target's own output, bit for bit, at positions routed past a site."""
-    there = {name: routes[name].to(mask.g.dtype) for name, mask in masks.items()}
+    there = {name: routes[name].to(mask.g) for name, mask in masks.items()}
     return {
         name: InterpolatedMask(mask.g, mask.q * there[name].unsqueeze(-1), mask.a * there[name])
         for name, mask in masks.items()
@@ -171,8 +171,9 @@ def subset_routes(step: LossStep) -> dict[str, Bool[Tensor, "..."]]:
     rows, device = step.rows_of(names[0]), step.device
     alike = all(step.rows_of(name) == rows for name in names)
     rows = rows if alike else rows[:1]
-    noise = torch.rand((len(names), *rows), generator=step.generator, device=device)
-    chosen = torch.randint(1, len(names) + 1, rows, generator=step.generator, device=device)
+    like = torch.empty(0, device=device)
+    noise = step.draws.uniform((len(names), *rows), like, rows=1)
+    chosen = step.draws.integers(1, len(names) + 1, rows, device)
     ranks = noise.argsort(0).argsort(0)
     routes = {name: ranks[i] < chosen for i, name in enumerate(names)}
     return routes if alike else {name: _spread(route, step.rows_of(name)) for name, route in routes.items()}

@@ -7,8 +7,8 @@ output with the divergence's own gradient, which is known in closed form; no gra
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,8 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetworks import Gradients, SampleGradient
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedSiteError
+from tl_paramdecomp.methods.draws import AnyGenerator, as_draws
+from tl_paramdecomp.methods.pieces import WHOLE, Every, Piece, Work, run_alone
 from tl_paramdecomp.sites import SiteCall
 
 Divergence = Literal["kl", "mse", "paper_code"]
@@ -30,7 +32,69 @@ Positions = Literal["one", "all", "last"] | int
 """Where the divergence is taken: at a random position of each row, at all of them, at the last, or at a given one."""
 
 
-class GradientPass:
+class Outputs:
+    """What one forward pass gave, and where divergences may be taken.
+
+    Args:
+        output: [row, pos, width], or [row, width].
+        attention_mask: 1 where a position counts.
+    """
+
+    def __init__(self, output: Tensor, attention_mask: Tensor | None = None) -> None:
+        self.by_position = output.ndim == 3
+        """Whether outputs are [row, pos, width]; else [row, width]."""
+        self.output = output
+        n, length = output.shape[0], output.shape[1] if self.by_position else 1
+        scored = torch.ones(n, length, dtype=torch.bool, device=output.device)
+        self.scored = scored if attention_mask is None or not self.by_position else attention_mask.bool()
+        """[row, pos]: where a divergence may be taken."""
+
+    def places(self, positions: Positions, generator: AnyGenerator, every: bool = False) -> list[Int[Tensor, " n"]]:
+        """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`.
+
+        Args:
+            positions: Which.
+            generator: Draws them.
+            every: For `all`, also positions that no row has, as other pieces of the batch may.
+
+        Raises:
+            SettingError: The output has no positions, or not so many.
+            DataError: A row has no position that counts, or the given one does not.
+        """
+        n, length = self.scored.shape
+        if not self.by_position or length == 1:
+            return [torch.zeros(n, dtype=torch.int64, device=self.output.device)]
+        if not bool(self.scored.any(1).all()):
+            raise DataError("A row has no position that counts; leave such rows out.")
+        if positions == "all":
+            order = torch.arange(length, device=self.output.device)
+            places = torch.where(self.scored, order, -1)
+            return [place for place in places.T if every or bool((place >= 0).any())]
+        if positions == "one":
+            like = torch.empty(0, device=self.output.device)
+            drawn = as_draws(generator).uniform((n, length), like)
+            return [(drawn * self.scored).argmax(1)]
+        if positions == "last":
+            order = torch.arange(length, device=self.output.device)
+            return [(order * self.scored).argmax(1)]
+        if not -length <= positions < length:
+            raise SettingError(f"positions={positions} lies outside of rows of {length}.")
+        if not bool(self.scored[:, positions].all()):
+            raise DataError(
+                f"Position {positions} is padding in some row; leave such rows out, or use positions='last'."
+            )
+        return [torch.full((n,), positions % length, device=self.output.device)]
+
+    def at(self, places: Int[Tensor, " n"]) -> Float[Tensor, "some width"]:
+        """Outputs at one position of each row that has one, with their graph."""
+        if not self.by_position:
+            return self.output
+        rows = (places >= 0).nonzero().flatten()
+        with torch.enable_grad():
+            return self.output[rows, places[rows]]
+
+
+class GradientPass(Outputs):
     """One forward pass, from which gradients at several positions can be taken.
 
     Args:
@@ -55,51 +119,7 @@ class GradientPass:
         }
         with torch.enable_grad(), adapter.intercept(fns):
             output = adapter.forward(tokens, attention_mask)
-        self.by_position = output.ndim == 3
-        """Whether outputs are [row, pos, width]; else [row, width]."""
-        self.output = output
-        n, length = output.shape[0], output.shape[1] if self.by_position else 1
-        scored = torch.ones(n, length, dtype=torch.bool, device=output.device)
-        self.scored = scored if attention_mask is None or not self.by_position else attention_mask.bool()
-        """[row, pos]: where a divergence may be taken."""
-
-    def places(self, positions: Positions, generator: torch.Generator) -> list[Int[Tensor, " n"]]:
-        """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`.
-
-        Raises:
-            SettingError: The output has no positions, or not so many.
-            DataError: A row has no position that counts, or the given one does not.
-        """
-        n, length = self.scored.shape
-        if not self.by_position or length == 1:
-            return [torch.zeros(n, dtype=torch.int64, device=self.output.device)]
-        if not bool(self.scored.any(1).all()):
-            raise DataError("A row has no position that counts; leave such rows out.")
-        if positions == "all":
-            order = torch.arange(length, device=self.output.device)
-            places = torch.where(self.scored, order, -1)
-            return [place for place in places.T if bool((place >= 0).any())]
-        if positions == "one":
-            drawn = torch.rand(n, length, generator=generator, device=self.output.device)
-            return [(drawn * self.scored).argmax(1)]
-        if positions == "last":
-            order = torch.arange(length, device=self.output.device)
-            return [(order * self.scored).argmax(1)]
-        if not -length <= positions < length:
-            raise SettingError(f"positions={positions} lies outside of rows of {length}.")
-        if not bool(self.scored[:, positions].all()):
-            raise DataError(
-                f"Position {positions} is padding in some row; leave such rows out, or use positions='last'."
-            )
-        return [torch.full((n,), positions % length, device=self.output.device)]
-
-    def at(self, places: Int[Tensor, " n"]) -> Float[Tensor, "some width"]:
-        """Outputs at one position of each row that has one, with their graph."""
-        if not self.by_position:
-            return self.output
-        rows = (places >= 0).nonzero().flatten()
-        with torch.enable_grad():
-            return self.output[rows, places[rows]]
+        super().__init__(output, attention_mask)
 
     def gradients(
         self,
@@ -145,34 +165,65 @@ def output_gradient(
 
 
 def references(
-    output: Float[Tensor, "n width"], kind: Reference, divergence: Divergence, generator: torch.Generator
+    output: Float[Tensor, "n width"],
+    kind: Reference,
+    divergence: Divergence,
+    generator: AnyGenerator,
+    among: "Among | None" = None,
 ) -> Float[Tensor, "n width"]:
     """What each row's output is compared with, detached; probabilities for `kl`.
+
+    Args:
+        output: Of the rows.
+        kind: Which.
+        divergence: Of which divergence.
+        generator: Draws other samples.
+        among: The samples of the whole batch; None: these are all.
 
     Raises:
         SettingError: Uniform outputs where outputs are no distribution.
         DataError: Fewer than two rows, or an odd number of them for `pairs`.
     """
-    n, output = len(output), _wide(output.detach())
-    values = torch.softmax(output, -1) if divergence == "kl" else output
+    values = _values(output, divergence)
     if kind == "uniform":
         if divergence != "kl":
             raise SettingError(
                 "reference='uniform' needs divergence='kl'; outputs that are no distribution have no such."
             )
         return torch.full_like(values, 1.0 / values.shape[-1])
+    if kind == "pairs":
+        if len(values) % 2:
+            raise DataError(f"reference='pairs' takes rows two by two, sample and reference; given {len(values)} rows.")
+        return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    if among is None:
+        order = torch.arange(len(values), device=output.device)
+        among = Among(output, order, order, len(values))
+    others, device = _values(among.outputs, divergence), output.device
+    n = len(others)
     if n < 2:
         raise DataError(f"reference={kind!r} compares samples of a batch with each other; given {n} row.")
     if kind == "mean":
-        return values.mean(0, keepdim=True).expand_as(values)
-    if kind == "pairs":
-        if n % 2:
-            raise DataError(f"reference='pairs' takes rows two by two, sample and reference; given {n} rows.")
-        return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    if kind == "paper_code":
-        return values[torch.randint(0, n, (n,), generator=generator, device=output.device)]
-    away = torch.randint(1, n, (n,), generator=generator, device=output.device)
-    return values[(torch.arange(n, device=output.device) + away) % n]
+        return others.mean(0, keepdim=True).expand_as(values)
+    itself = kind == "paper_code"
+    drawn = as_draws(generator).integers(0 if itself else 1, n, (among.rows,), device)[among.drawn]
+    return others[drawn if itself else (among.places + drawn) % n]
+
+
+class Among(NamedTuple):
+    """The samples of a whole batch, and where those of a piece are among them."""
+
+    outputs: Float[Tensor, "all width"]
+    places: Int[Tensor, " n"]
+    """Of the piece's samples among all."""
+    drawn: Int[Tensor, " n"]
+    """Of the piece's samples among its rows, for each of which a number is drawn."""
+    rows: int
+    """Rows of the piece."""
+
+
+def _values(output: Float[Tensor, "n width"], divergence: Divergence) -> Float[Tensor, "n width"]:
+    output = _wide(output.detach())
+    return torch.softmax(output, -1) if divergence == "kl" else output
 
 
 def all_gradients(
@@ -180,18 +231,54 @@ def all_gradients(
     places: Sequence[Int[Tensor, " n"]],
     reference: Reference,
     divergence: Divergence,
-    generator: torch.Generator,
+    generator: AnyGenerator,
 ) -> Iterator[Gradients]:
     """Gradients of the samples at each of the places, one group after the other; references are drawn from all of them."""
-    outputs = [run.at(place) for place in places]
-    sizes = [len(output) for output in outputs]
-    together = torch.cat([output.detach() for output in outputs])
-    against = references(together, reference, divergence, generator).split(sizes)
-    for i, (place, output) in enumerate(zip(places, outputs, strict=True)):
+    yield from run_alone(piece_gradients(lambda: run, run, places, reference, divergence, generator))
+
+
+def piece_gradients(
+    opened: Callable[[], GradientPass],
+    seen: Outputs,
+    places: Sequence[Int[Tensor, " n"]],
+    reference: Reference,
+    divergence: Divergence,
+    generator: AnyGenerator,
+    piece: Piece = WHOLE,
+) -> Work:
+    """The same for a piece of a batch, whose references come from the whole batch.
+
+    Args:
+        opened: Gives the pass to take gradients from, once the references are known.
+        seen: What a pass over the same rows gave.
+        places: Of the samples.
+        reference: Which.
+        divergence: Of which divergence.
+        generator: Draws other samples.
+        piece: Where the rows stand in their batch.
+    """
+    every = torch.arange(len(seen.output), device=seen.output.device)
+    rows = [every[place >= 0] if seen.by_position else every for place in places]
+    outputs = {f"output {i}": seen.at(place).detach() for i, place in enumerate(places)}
+    numbers = {f"row {i}": some + piece.window.first for i, some in enumerate(rows)}
+    whole = outputs | numbers
+    if reference in ("sample", "mean", "paper_code"):  # what the others are compared with does not leave the piece
+        whole = yield Every(whole)
+    together = torch.cat([whole[name] for name in outputs])
+    against, before = [], 0
+    for i, some in enumerate(rows):
+        own = before + torch.searchsorted(whole[f"row {i}"], numbers[f"row {i}"])
+        before += len(whole[f"row {i}"])
+        among = Among(together, own, some, len(every))
+        against.append(references(outputs[f"output {i}"], reference, divergence, generator, among))
+    run, groups = opened(), []
+    for i, place in enumerate(places):
+        output = run.at(place)
         cotangent = output_gradient(_wide(output.detach()), against[i], divergence)
-        rows = (place >= 0).nonzero().flatten() if run.by_position and bool((place < 0).any()) else None
-        found = run.gradients(output, cotangent, rows, keep=i + 1 < len(places))
-        yield _firsts(found) if reference == "pairs" else found
+        some = rows[i] if run.by_position and bool((place < 0).any()) else None
+        found = run.gradients(output, cotangent, some, keep=i + 1 < len(places))
+        groups.append(_firsts(found) if reference == "pairs" else found)
+    return groups
 
 
 def _firsts(found: Gradients) -> Gradients:

@@ -1,0 +1,194 @@
+"""Batches in pieces: the rows of one process, and its micro-batches.
+
+What one piece needs to know of the others (the gradient of what all rows share, how often a component fired in the whole
+batch) it asks for by yielding a request; all pieces of a process run side by side up to the same request, the processes add
+theirs, and each piece goes on with the answer. A batch that is whole is answered at once with what it asked about.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.methods.draws import Window
+
+
+@dataclass(frozen=True)
+class Total:
+    """Asks for the sums of tensors over all pieces of the batch."""
+
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Every:
+    """Asks for the tensors of all pieces, one after the other in the order of the batch's rows; each [n, ...]."""
+
+    tensors: dict[str, Tensor]
+
+
+Request: TypeAlias = Total | Every
+Work: TypeAlias = Generator[Tensor | Request, Any, Any]
+"""One piece's work: yields terms, whose gradients are taken at once, and requests, whose answers it is sent."""
+
+
+class Piece(NamedTuple):
+    """Where a piece stands in its batch."""
+
+    window: Window = Window(0, 1, 1)
+    weight: float = 1.0
+    """Share of its positions that count among those of the whole batch: a mean over the batch is the sum of the pieces' means,
+    each times its weight."""
+    processes: int = 1
+    """Among which gradients are averaged."""
+    local: Window | None = None
+    """Its rows among those of its own process; None where it is the whole batch."""
+
+    @property
+    def share(self) -> float:
+        """Factor on a mean over the piece, so that gradients averaged over processes are those of the batch's mean."""
+        return self.weight * self.processes
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first of its process, which does what is to be done once."""
+        return self.local is None or self.local.first == 0
+
+
+WHOLE = Piece()
+
+
+class Peers:
+    """The processes that a batch is divided among; by itself, one."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+    def total(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over processes, in one message for each dtype and device."""
+        if self.world == 1:
+            return tensors
+        found: dict[str, Tensor] = {}
+        kinds = dict.fromkeys((t.dtype, t.device) for t in tensors.values())
+        for dtype, device in kinds:
+            some = {name: t for name, t in tensors.items() if (t.dtype, t.device) == (dtype, device)}
+            flat = torch.cat([t.reshape(-1) for t in some.values()])
+            dist.all_reduce(flat, group=self.group)
+            parts = flat.split([t.numel() for t in some.values()])
+            found |= {name: part.view(t.shape) for (name, t), part in zip(some.items(), parts, strict=True)}
+        return {name: found[name] for name in tensors}
+
+    def every(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, in their order; they may differ in their first dimension."""
+        if self.world == 1:
+            return [tensor]
+        n = torch.tensor([len(tensor)], device=tensor.device)
+        counts = [torch.zeros_like(n) for _ in range(self.world)]
+        dist.all_gather(counts, n, group=self.group)
+        sizes = [int(count) for count in counts]
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded, group=self.group)
+        return [t[:size] for t, size in zip(found, sizes, strict=True)]
+
+
+ALONE = Peers()
+
+
+def run_together(
+    pieces: Sequence[Work],
+    peers: Peers = ALONE,
+    on_term: Callable[[int, Tensor], None] | None = None,
+    around: Callable[[int], AbstractContextManager[Any]] | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[Any]:
+    """Run the pieces of a batch side by side; returns what each returns.
+
+    Args:
+        pieces: Their work, all asking for the same things in the same order.
+        peers: The processes that hold the other pieces.
+        on_term: Given a piece's number and each term it yields.
+        around: Makes a context for a piece's number, entered from one request to the next.
+        within: Makes a context for the work itself, without what `on_term` does.
+    """
+    results: list[Any] = [None] * len(pieces)
+    answers: list[Any] = [None] * len(pieces)
+    while True:
+        requests: list[Request] = []
+        for i, piece in enumerate(pieces):
+            with nullcontext() if around is None else around(i):
+                asked, results[i] = _advance(piece, answers[i], i, on_term, within)
+            if asked is not None:
+                requests.append(asked)
+        if not requests:
+            return results
+        if len(requests) < len(pieces):
+            raise RuntimeError("Pieces of one batch asked for different things; this is a fault of the loss.")
+        answers = [_answer(requests, peers)] * len(pieces)
+
+
+def run_alone(work: Work, on_term: Callable[[Tensor], None] | None = None) -> Any:
+    """Run the work of a batch that is whole; returns what it returns."""
+    return run_together([work], on_term=None if on_term is None else lambda _, term: on_term(term))[0]
+
+
+def _advance(
+    piece: Work,
+    answer: Any,
+    number: int,
+    on_term: Callable[[int, Tensor], None] | None,
+    within: Callable[[], AbstractContextManager[Any]],
+) -> tuple[Request | None, Any]:
+    """Run a piece to its next request, or to its end."""
+    while True:
+        try:
+            with within():
+                item = piece.send(answer)
+        except StopIteration as done:
+            return None, done.value
+        if isinstance(item, Total | Every):
+            return item, None
+        if on_term is not None:
+            on_term(number, item)
+        del item
+        answer = None
+
+
+def _answer(requests: Sequence[Request], peers: Peers) -> dict[str, Tensor]:
+    first = requests[0].tensors
+    if len(requests) == peers.world == 1:
+        return first
+    if isinstance(requests[0], Total):
+        sums = dict(first)
+        for request in requests[1:]:
+            sums = {name: value + request.tensors[name] for name, value in sums.items()}
+        return peers.total(sums)
+    own = {name: torch.cat([request.tensors[name] for request in requests]) for name in first}
+    return {name: torch.cat(peers.every(t)) for name, t in own.items()}
+
+
+def windows(rows: int, peers: Peers, accumulate: int, together: int = 1) -> list[Window]:
+    """Rows of this process's micro-batches, of a batch of so many rows.
+
+    Raises:
+        DataError: The batch cannot be divided evenly; rows that belong together stay together.
+    """
+    parts = peers.world * accumulate
+    if rows % (parts * together):
+        among = (
+            f"{peers.world} processes x {accumulate} micro-batches"
+            if peers.world > 1
+            else f"{accumulate} micro-batches"
+        )
+        pairs = f", {together} rows together" if together > 1 else ""
+        raise DataError(f"A batch of {rows} rows cannot be divided among {among}{pairs}; choose another batch_size.")
+    each = rows // parts
+    first = peers.rank * accumulate * each
+    return [Window(first + i * each, each, rows) for i in range(accumulate)]
