@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from tl_paramdecomp.analysis.evaluate import Protocol
-from tl_paramdecomp.cli.methods import method_named
+from tl_paramdecomp.cli.methods import ALL_PRESETS, method_named
 from tl_paramdecomp.cli.models import Host
 from tl_paramdecomp.cli.settings_paths import merge, put
 from tl_paramdecomp.errors import SettingError
@@ -61,7 +61,7 @@ class WandBSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """One run of `decompose`."""
+    """One run of `decompose`; what is not explained here is an argument of it."""
 
     model: str
     """micro-gpt2, a folder with a transformers model, or a name on the hub."""
@@ -80,8 +80,17 @@ class RunSettings:
     seed: int = 0
     run_dir: str = "runs/decompose"
     resume: Literal["auto"] | bool = "auto"
+    """auto: go on from a checkpoint in `run_dir`, where there is one."""
     log_every: int = 10
     checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    keep_best: str | None = None
+    """A logged figure; the checkpoint where it is lowest is kept as well."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skips: int = 10
+    """Steps in a row that may be skipped."""
+    max_seconds: float | None = None
+    """After so many the run is saved and ends; the same command goes on with it."""
     evaluate: EvaluationSettings | None = None
     tensorboard: bool | str = False
     """Also log for TensorBoard, into `run_dir/tensorboard` or the folder given."""
@@ -106,7 +115,7 @@ def resolve(tree: Mapping[str, Any], changes: Sequence[Change] = ()) -> RunSetti
     for path in (*((key,) for key in tree), *(path for path, _ in changes)):
         if path[0] not in known:
             raise unknown(path[0], known, "", "a setting of a run")
-    whole = [change for change in changes if tuple(change[0]) in ((METHOD,), (METHOD, PRESET))]
+    whole = [change for change in changes if tuple(change[0]) in ((METHOD,), (METHOD, PRESET), (METHOD, TYPE))]
     for path, value in whole:
         tree = put(tree, path, value)
     tree = spelt_out({METHOD: {}, **tree})
@@ -145,20 +154,16 @@ def method_tree(given: Any, path: str = METHOD) -> Any:
     if TYPE in given:
         base = from_settings({TYPE: given[TYPE]}, path)
     else:
-        base = method_named(given.get(PRESET, "spd"))
+        base = method_named(given.get(PRESET, "spd"), f"{path}.{PRESET}", ALL_PRESETS)
     return merge(to_settings(base, complete=True), differing, path)
 
 
-def tree_of(settings: RunSettings) -> dict[str, Any]:
+def tree_of(settings: Any) -> Any:
     """Every setting as plain values, which `resolve` takes back."""
-    return {field.name: _plain(getattr(settings, field.name)) for field in fields(settings)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Method):
-        return to_settings(value, complete=True)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(settings, Method):
+        return to_settings(settings, complete=True)
+    if is_dataclass(settings) and not isinstance(settings, type):
+        return {field.name: tree_of(getattr(settings, field.name)) for field in fields(settings)}
+    if isinstance(settings, Mapping):
+        return {key: tree_of(item) for key, item in settings.items()}
+    return [tree_of(item) for item in settings] if isinstance(settings, list | tuple) else settings

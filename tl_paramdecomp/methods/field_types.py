@@ -84,7 +84,7 @@ def build(cls: type, values: Mapping[str, Any], path: str, classes: Classes) -> 
     hints = hints_of(cls)
     for key in given:
         if key not in hints:
-            raise unknown(key, hints, path, f"a setting of {cls.__name__}")
+            raise unknown(key, hints, path, f"a setting of {cls.__name__}" if cls.__name__ in classes else "a setting")
     for field in fields(cls):
         if field.name not in given and field.default is MISSING and field.default_factory is MISSING:
             raise SettingError(f"{joined(path, field.name)} is missing: {described(hints[field.name], classes)}.")
@@ -147,8 +147,8 @@ def _described_member(kind: Any, classes: Classes) -> str:
     if origin in (tuple, list, collections.abc.Sequence):
         return f"a list ({described(inner[0], classes)} each)" if inner[0] is not Any else "a list"
     if inspect.isabstract(kind):
-        return f"a mapping with a type ({', '.join(_kinds_of(kind, classes))})"
-    return f"a mapping of {kind.__name__}'s settings"
+        return f"a mapping whose type is one of {', '.join(_kinds_of(kind, classes))}"
+    return f"a mapping of settings ({', '.join(hints_of(kind))})"
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
