@@ -72,9 +72,11 @@ from tl_paramdecomp.pretrained import (
     micro_gpt2_tokens,
 )
 from tl_paramdecomp.sites import WeightSite
+from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
 from tl_paramdecomp.training.compare import ComparisonProtocol, compare
 from tl_paramdecomp.training.data import TextRows
 from tl_paramdecomp.training.fit import decompose
+from tl_paramdecomp.training.token_batches import token_batches
 from tl_paramdecomp.training.tuning import tune_along
 
 __all__ = [
@@ -105,11 +107,14 @@ __all__ = [
     "ProbabilityDifference",
     "Protocol",
     "RandomBasis",
+    "RunInfo",
+    "STOP",
     "SPD",
     "SVD",
     "Selectivity",
     "SubnetworkDecomposition",
     "SubnetworkEvaluation",
+    "StepInfo",
     "Sweep",
     "Task",
     "TaskPrompt",
@@ -171,6 +176,7 @@ __all__ = [
     "shuffled_weights",
     "site_weight",
     "sweep",
+    "token_batches",
     "token_statistics",
     "top_contexts",
     "top_logits",

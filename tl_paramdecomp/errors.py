@@ -21,10 +21,17 @@
     │   └── TokenizerTaskError                  a task that cannot be written with this tokenizer
     ├── NormalisationError (ArithmeticError)    a division by a difference close to zero
     ├── DecompositionFileError (OSError)        a missing, broken or foreign file
+    │   └── DiskSpaceError                      a file that the disk has no room for
+    ├── RunInUseError (OSError)                 a run's directory that another process is writing to
     ├── MissingExtraError (ImportError)         an optional library that this needs is not installed
-    └── DivergedError (ArithmeticError)         a loss that is no longer a number
+    ├── PeerLostError (RuntimeError)            another process of the run died or does not answer
+    └── DivergedError (ArithmeticError)         a loss, gradient or parameter that is no longer a number
 
 Each says what was given, what was expected and what to try, and leaves the model and the files as they were.
+
+The package's warnings:
+
+    CollapseWarning (UserWarning)               a training run that has gone where nothing more is learned, or is about to
 """
 
 
@@ -112,9 +119,25 @@ class DecompositionFileError(TLParamDecompError, OSError):
     """A decomposition's files are missing, broken or foreign."""
 
 
+class DiskSpaceError(DecompositionFileError):
+    """There is no room on the disk for what is to be written."""
+
+
+class RunInUseError(TLParamDecompError, OSError):
+    """Another process writes to the run's directory."""
+
+
 class MissingExtraError(TLParamDecompError, ImportError):
     """An optional library is not installed."""
 
 
+class PeerLostError(TLParamDecompError, RuntimeError):
+    """Another process of a run no longer answers."""
+
+
 class DivergedError(TLParamDecompError, ArithmeticError):
-    """A loss is no longer a finite number."""
+    """A loss, a gradient or a parameter is no longer a finite number."""
+
+
+class CollapseWarning(UserWarning):
+    """A run's importances say nothing any more, or its settings let them get there."""

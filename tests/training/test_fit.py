@@ -94,8 +94,14 @@ def test_other_settings_do_not_resume(tmp_path):
 
 def test_what_a_run_leaves_on_disk(tmp_path):
     made = fit(tiny_gpt2(), run_dir=tmp_path)
-    names = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {".safetensors", ".json", ".jsonl"}
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert suffixes == {".safetensors", ".json", ".jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.json", "metrics.jsonl", "checkpoints", "decomposition", ".lock",
+    }  # fmt: skip
+    known = json.loads((tmp_path / "run.json").read_text())
+    assert known["settings"]["steps"] == 6 and known["versions"]["torch"] == torch.__version__
+    assert set(known["target"]) == set(made) and known["loop"]["checkpoint_every"] == 1000
     loaded = tlpd.Decomposition.load(tmp_path / "decomposition")
     assert same(loaded, made) and loaded.info["run"]["steps"] == 6
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -111,10 +117,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_pat
             with torch.no_grad():
                 info.decomposition["blocks.0.mlp.W_in"].V.fill_(float("nan"))
 
-    with pytest.raises(DivergedError, match="step 4") as caught:
-        fit(model, run_dir=tmp_path, callbacks=[spoil], checkpoint_every=2)
-    assert "faithfulness" in str(caught.value)
-    assert (tmp_path / "checkpoint" / "run.json").exists()
+    with pytest.raises(DivergedError, match="At step 5") as caught:
+        fit(model, run_dir=tmp_path, callbacks=[spoil], checkpoint_every=3)
+    assert "faithfulness" in str(caught.value) and "of step 3" in str(caught.value)
+    assert (tmp_path / "checkpoints" / "step-00000003" / "checkpoint.json").exists()
 
 
 @pytest.mark.parametrize("changes, error", [

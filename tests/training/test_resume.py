@@ -15,6 +15,7 @@ from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.settings import from_settings
 
+from .checkpoints import metadata, newest, seal
 from .test_fit import fit, same, tiny_gpt2, tokens
 
 SMALL = ImportanceConfig("global_transformer", hidden=8, heads=2, layers=1)
@@ -40,9 +41,9 @@ def cut_and_whole(tmp_path, at=3, steps=6, **changes):
         if name == "cut":
             with pytest.raises(KeyboardInterrupt):
                 fit(model, callbacks=[stop_once(at)], **settings)
-            assert json.loads((tmp_path / "cut" / "checkpoint" / "run.json").read_text())["step"] == at
+            assert metadata(newest(tmp_path / "cut"))["step"] == at
         made.append(fit(model, **settings))
-        memories.append(read_tensors(tmp_path / name / "checkpoint" / "memory.safetensors"))
+        memories.append(read_tensors(newest(tmp_path / name) / "memory.safetensors"))
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("cut", "whole")
@@ -78,8 +79,9 @@ def test_without_its_sources_a_run_would_go_on_otherwise(tmp_path):
     settings = {"steps": 6, "method": method, "run_dir": tmp_path, "log_every": 1}
     with pytest.raises(KeyboardInterrupt):
         fit(model, callbacks=[stop_once(3)], **settings)
-    path = tmp_path / "checkpoint" / "memory.safetensors"
+    path = newest(tmp_path) / "memory.safetensors"
     write_tensors(path, {key: torch.zeros_like(t) for key, t in read_tensors(path).items()})
+    seal(path.parent)
     assert not same(fit(model, **settings), fit(model, **(settings | {"run_dir": tmp_path / "other"})))
 
 
@@ -143,7 +145,7 @@ def test_other_methods(tmp_path, method):
 def test_the_settings_of_a_run_make_its_method_again(tmp_path):
     method = tlpd.VPD(n_components=12, importance=SMALL)
     fit(tiny_gpt2(), steps=1, run_dir=tmp_path, method=method)
-    settings = json.loads((tmp_path / "checkpoint" / "run.json").read_text())["settings"]
+    settings = metadata(newest(tmp_path))["settings"]
     assert from_settings(settings["method"]) == method
     assert from_settings(settings["method"]) != replace(method, lr=1.0)
 

@@ -34,7 +34,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
-from tl_paramdecomp.methods.base import LossStep
+from tl_paramdecomp.methods.base import Batch, LossStep
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
@@ -94,6 +94,7 @@ def evaluate(
     data: Any,
     *,
     attention_mask: Int[Tensor, "rows pos"] | None = None,
+    rows: int = 64,
     importances: Oracle | None = None,
     untrained: Decomposition | None = None,
     protocol: Protocol | None = None,
@@ -105,8 +106,9 @@ def evaluate(
     Args:
         model: Its target, on any host.
         decomposition: Any.
-        data: Token rows [rows, pos] that it was not trained on.
-        attention_mask: 1 where a position counts; padding is left out of every figure.
+        data: Token rows [rows, pos] that it was not trained on, or batches of such rows, as `token_batches` gives them.
+        attention_mask: 1 where a position counts; padding is left out of every figure. Batches bring their own.
+        rows: How many of the first rows of batches are taken.
         importances: Taken instead of the decomposition's own importance function; needed where it has none.
         untrained: A control: the same method's start, `decompose(..., steps=0)`.
         protocol: Everything that can be set.
@@ -118,8 +120,11 @@ def evaluate(
         DataError: There are no rows, or no position of them counts.
         TargetMismatchError, DeviceError, DtypeError, ShapeError: As `patched`.
     """
-    check_rows(data, attention_mask)
-    if not len(data) or (attention_mask is not None and not attention_mask.any()):
+    tokens: Any = data
+    if not isinstance(data, Tensor) and isinstance(data, Iterable) and attention_mask is None:
+        tokens, attention_mask = _first_rows(data, rows)
+    check_rows(tokens, attention_mask)
+    if not len(tokens) or (attention_mask is not None and not attention_mask.any()):
         raise DataError("There are no rows to evaluate on, or the attention mask leaves no position of them.")
     for dec in (decomposition, untrained):
         if dec is not None and dec.importance is None and importances is None:
@@ -137,8 +142,32 @@ def evaluate(
         for module in (adapter.root, *every):
             stack.enter_context(frozen(module))
         bar = stack.enter_context(tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass"))
-        run = _Run(adapter, decomposition, data, attention_mask, importances, protocol, seconds, bar)
+        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, bar)
         return run.all(untrained)
+
+
+def _first_rows(batches: Iterable[Any], n: int) -> tuple[Any, Tensor | None]:
+    """Rows of the first batches, all padded to the longest, and what of them counts."""
+    if n < 1:
+        raise SettingError(f"rows must be at least 1; given {n}.")
+    rows: list[Tensor] = []
+    counts: list[Tensor] = []
+    for batch in batches:
+        if not isinstance(batch, Batch):
+            return batches, None
+        mask = (
+            torch.ones(batch.tokens.shape[:2], dtype=torch.long)
+            if batch.attention_mask is None
+            else batch.attention_mask
+        )
+        rows += batch.tokens
+        counts += mask
+        if len(rows) >= n:
+            break
+    if not rows:
+        raise DataError("There are no rows to evaluate on: the data gives no batch.")
+    tokens, scored = (torch.nn.utils.rnn.pad_sequence(part[:n], batch_first=True) for part in (rows, counts))
+    return tokens, None if bool(scored.all()) else scored
 
 
 class _Run:

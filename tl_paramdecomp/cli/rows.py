@@ -1,17 +1,15 @@
-"""Token rows for the command: from the embedded model's grammar, a text file, or a hub dataset."""
+"""Token rows for the command: from the embedded model's grammar, files, or a dataset."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_paramdecomp.cli.models import EMBEDDED, tokenizer_of
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.pretrained import micro_gpt2_tokens
-from tl_paramdecomp.training.data import TextRows
+from tl_paramdecomp.training.token_batches import token_batches
 
 HELD_OUT = 32
 
@@ -23,27 +21,48 @@ class Rows(NamedTuple):
     held_out: Int[Tensor, "row pos"]
 
 
-def open_rows(name: str, model: Any, text: Path | None, dataset: str | None, length: int) -> Rows:
-    """Rows as the options ask.
+def open_rows(
+    name: str,
+    model: Any,
+    text: str | Path | None,
+    dataset: str | None,
+    length: int,
+    *,
+    column: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    separator: str | None = None,
+    shuffle: int = 1000,
+    seed: int | None = None,
+) -> Rows:
+    """Rows as the options ask: the first 32 are held out, the others are to train on.
+
+    Args:
+        name: The model's, as the command was given it.
+        model: Opened.
+        text: File or glob: text, JSON lines or parquet, by its suffix.
+        dataset: Name of a dataset on the hub, or a folder with one.
+        length: Tokens per row.
+        column: Where records hold text or tokens; None: one of the usual names.
+        config: Configuration of the dataset.
+        split: Its split.
+        separator: What parts the documents of a text file; None: a file is one document.
+        shuffle: Rows that are shuffled with each other; 0: as they come.
+        seed: Their order; None: the run's.
 
     Raises:
-        DataError: No source was named, or it gives too few rows.
+        DataError: No source was named, it cannot be read, or it gives too few rows.
     """
+    if text is not None and dataset is not None:
+        raise DataError("Name one source: --text FILE or --dataset NAME; given both.")
     if text is None and dataset is None:
         if name != EMBEDDED:
             raise DataError("Name what to train on: --text FILE or --dataset NAME.")
         return Rows(micro_gpt2_tokens(4096, seed=1), micro_gpt2_tokens(HELD_OUT, seed=2))
-    tokenizer = tokenizer_of(name, model)
-    if text is not None:
-        try:
-            rows = list(TextRows([text.read_text(encoding="utf-8")], tokenizer, length))
-        except OSError as error:
-            raise DataError(f"{text} cannot be read: {error}") from error
-        if len(rows) < 2 * HELD_OUT:
-            raise DataError(f"{text} gives {len(rows)} rows of {length} tokens; at least {2 * HELD_OUT} are needed.")
-        return Rows(torch.stack(rows[HELD_OUT:]), torch.stack(rows[:HELD_OUT]))
-    from datasets import load_dataset
-
-    stream = load_dataset(str(dataset), split="train", streaming=True)
-    held_out = list(islice(TextRows(stream, tokenizer, length), HELD_OUT))
-    return Rows(TextRows(stream.skip(HELD_OUT * 4), tokenizer, length), torch.stack(held_out))
+    source = str(dataset) if text is None else Path(text)
+    train = token_batches(
+        source, model, tokenizer=tokenizer_of(name, model), length=length, column=column, name=config, split=split,
+        separator=separator, shuffle=shuffle, seed=seed, skip=HELD_OUT,
+    )  # fmt: skip
+    first = train.first_rows(2 * HELD_OUT)
+    return Rows(train, first.tokens[:HELD_OUT])

@@ -3,7 +3,8 @@
 `h = x V` are the component activations. For an embedding site x is a tensor of indices and h their rows of V.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.errors import DeviceError, DtypeError, ShapeError
 from tl_paramdecomp.sites import WeightSite
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Components(nn.Module):
@@ -33,6 +37,11 @@ class Components(nn.Module):
     def parameter_pair(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The parameters that hold V and U (those of another site where this one is tied)."""
         return self.V, self.U  # type: ignore[return-value]
+
+    def forward(self, use: "Callable[Concatenate[Components, P], R]", *args: P.args, **kwargs: P.kwargs) -> R:
+        """What a function makes of the components: training reads V and U within such calls, to each of which
+        `torch.distributed.fsdp` brings them whole where they are kept in shards."""
+        return use(self, *args, **kwargs)
 
     @property
     def n_components(self) -> int:

@@ -28,6 +28,7 @@ class GainGradient(NamedTuple):
 
     def select(self, rows: Tensor | slice) -> "GainGradient":
         """Gradients of some of the scalars."""
+        rows = rows.to(self.gain.device) if isinstance(rows, Tensor) else rows
         return GainGradient(self.gain[rows], self.bias[rows])
 
 

@@ -128,14 +128,15 @@ class ImportanceFunction(nn.Module):
             ShapeError: The attention mask does not have the shape of the inputs' rows.
         """
         if self.config.is_global:
-            raw = self.network(inputs, attention_mask)
+            found = self.network(inputs, attention_mask)
+            raw = {name: values.to(components[name].V.device) for name, values in found.items()}
         else:
             raw = {name: self._raw(name, x, components[name]) for name, x in inputs.items()}
         return {name: SIGMOIDS[self.config.sigmoid](values) for name, values in raw.items()}
 
     def _raw(self, name: str, x: Tensor, components: Components) -> Tensor:
         network: Any = self.networks[module_key(name)]
-        return network(components.acts(x) if network.reads == "acts" else x)
+        return network(components(type(components).acts, x) if network.reads == "acts" else x)
 
     def settings(self) -> dict[str, Any]:
         """The configuration as JSON-able values."""

@@ -136,12 +136,13 @@ class _Global(nn.Module):
                 f"This importance function reads the inputs of all {len(self.sizes)} sites at once; "
                 f"missing: {', '.join(missing)}. Capture the inputs of every site of the decomposition."
             )
-        raw = _affine(self.middle(self._read(inputs), attention_mask), self.w_out, self.b_out)
+        mask = None if attention_mask is None else attention_mask.to(self.b_in.device)
+        raw = _affine(self.middle(self._read(inputs), mask), self.w_out, self.b_out)
         return dict(zip(self.sizes, raw.split(list(self.sizes.values()), -1), strict=True))
 
     def _read(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "... width"]:
         parts = [inputs[name] for name in self.sizes if name not in self.tables]
-        looked_up = [embedding(inputs[name], self.rows[key]) for name, key in self.tables.items()]
+        looked_up = [embedding(inputs[name].to(self.b_in.device), self.rows[key]) for name, key in self.tables.items()]
         shapes = [t.shape[:-1] for t in (*parts, *looked_up)]
         try:
             leading = torch.broadcast_shapes(*shapes)
@@ -152,7 +153,7 @@ class _Global(nn.Module):
             ) from error
         out = self.b_in
         if parts:
-            parts = [rms_normed(x.to(self.w_in.dtype), self.normalise).expand(*leading, -1) for x in parts]
+            parts = [rms_normed(x.to(self.w_in), self.normalise).expand(*leading, -1) for x in parts]
             out = _affine(torch.cat(parts, -1), self.w_in, self.b_in)
         for rows in looked_up:
             out = out + rows

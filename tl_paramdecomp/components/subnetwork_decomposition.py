@@ -71,6 +71,10 @@ class SubnetworkDecomposition(Saved):
         parameter = next(encoder.parameters())
         self.register_buffer("threshold", torch.tensor(threshold, dtype=parameter.dtype, device=parameter.device))
 
+    def device_of(self, site: str) -> torch.device:
+        """Where a site's subnetworks are."""
+        return next(self.decoder[site].parameters()).device
+
     def __iter__(self):
         return iter(self.sites)
 

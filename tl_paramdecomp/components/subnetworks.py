@@ -10,7 +10,7 @@ Local Loss Landscape Decomposition (Chrisman, Bushnaq and Sharkey 2025, arXiv 25
 these are the same numbers. What subnetworks are at normalisation gains is in `gain_subnetworks`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class SampleGradient(NamedTuple):
 
     def select(self, rows: Tensor | slice) -> "SampleGradient":
         """Gradients of some of the scalars."""
+        rows = rows.to(self.g.device) if isinstance(rows, Tensor) else rows
         return SampleGradient(self.x[rows], self.g[rows])
 
     def dense(self, rows: slice, d_in: int) -> Float[Tensor, "some d_in d_out"]:
@@ -211,25 +212,30 @@ class Subnetworks(nn.Module, Mapping[str, Any]):
 
     def inner(self, gradients: Gradients, backend: Backend = "auto") -> Float[Tensor, "n K"]:
         """<G_n, subnetwork k>, summed over sites and norms."""
-        return torch.stack([part.inner(gradients[name], backend) for name, part in self.items()]).sum(0)
+        return self._summed(part.inner(gradients[name], backend) for name, part in self.items())
 
     def squared_norm(self, gradients: Gradients) -> Float[Tensor, " n"]:
         """Squared norm of each gradient over the tensors that the subnetworks reach."""
-        return torch.stack([gradients[n].squared_norm(p.bias is not None) for n, p in self.items()]).sum(0)
+        return self._summed(gradients[n].squared_norm(p.bias is not None) for n, p in self.items())
 
     def gram(self) -> Float[Tensor, "K K"]:
         """Inner products of all pairs."""
-        return torch.stack([part.gram() for part in self.values()]).sum(0)
+        return self._summed(part.gram() for part in self.values())
 
     def norms(self) -> Float[Tensor, " K"]:
         """Norm of each subnetwork over all its tensors together."""
-        return torch.stack([part.squared_norms() for part in self.values()]).sum(0).sqrt()
+        return self._summed(part.squared_norms() for part in self.values()).sqrt()
+
+    def _summed(self, values: Iterable[Tensor]) -> Tensor:
+        """The sum over parts, on the first one's device; parts live where their site does."""
+        device = next(self.parameters()).device
+        return torch.stack([value.to(device) for value in values]).sum(0)
 
     @torch.no_grad()
     def rescale(self, factors: Float[Tensor, " K"]) -> None:
         """Multiply each subnetwork, in place."""
         for part in self.values():
-            part.rescale(factors)
+            part.rescale(factors.to(next(part.parameters()).device))
 
     @torch.no_grad()
     def normalise(self, kind: Literal["l2", "paper_code"] = "l2") -> None:
@@ -245,7 +251,7 @@ class Subnetworks(nn.Module, Mapping[str, Any]):
         total = torch.zeros(self.K, dtype=next(self.parameters()).dtype, device=next(self.parameters()).device)
         for part in self.values():
             for norms in part.tensor_norms():
-                total += norms
+                total += norms.to(total.device)
         self.rescale(1.0 / total.sqrt().clamp(min=1e-30))
 
 

@@ -146,8 +146,17 @@ def _gradients(step: LossStep, sources: Sources, routes: Routes | None, delta: D
     leaves = {name: s.detach().requires_grad_(True) for name, s in sources.items()}
     with torch.enable_grad():
         loss = step.divergence.of(step.run_masked(source_masks(step, leaves, routes, delta, detached=True)))
-        found = torch.autograd.grad(step.piece.weight * loss, list(leaves.values()))
-    return dict(zip(leaves, found, strict=True))
+    return _scaled_gradients(step, loss, leaves)
+
+
+def _scaled_gradients(
+    step: LossStep, loss: Float[Tensor, ""], leaves: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, "..."]]:
+    """Gradients of what a piece's loss adds to the batch's."""
+    with torch.enable_grad():
+        scaled = step.piece.weight * step.scale * loss
+    found = torch.autograd.grad(scaled, list(leaves.values()))
+    return {name: g if step.scale == 1.0 else g / step.scale for name, g in zip(leaves, found, strict=True)}
 
 
 # --- persistent -------------------------------------------------------------------------------------------------------
@@ -196,15 +205,17 @@ class PersistentAdversarialReconstruction(Loss):
             leaves, sources = self._leaves(step, kept)
             with torch.enable_grad():
                 loss = step.divergence.of(step.run_masked(source_masks(step, sources, None, self.delta, detached=True)))
-                found = torch.autograd.grad(step.piece.weight * loss, list(leaves.values()))
-            yield from self._ascend(step, kept, dict(zip(leaves, found, strict=True)), moves + i + 1)
+            yield from self._ascend(step, kept, _scaled_gradients(step, loss, leaves), moves + i + 1)
         leaves, sources = self._leaves(step, kept)
         routes = subset_routes(step) if self.sites == "subset" else None
         yield step.divergence.of(step.run_masked(source_masks(step, sources, routes, self.delta)))
         if self.coefficient and all(leaf.grad is not None for leaf in leaves.values()):
-            scale = self.coefficient * step.piece.processes
+            scale = self.coefficient * step.piece.processes * step.scale
             gradients = {name: leaf.grad / scale for name, leaf in leaves.items() if leaf.grad is not None}
             yield from self._ascend(step, kept, gradients, moves + self.ascents + 1)
+
+    def goes_over_rows(self, key: str) -> bool:
+        return self.scope == OWN and key.startswith(f"{self.name}/") and not key.endswith("/moves")
 
     def _key(self, site: str, what: str) -> str:
         return f"{self.name}/{site}/{what}"
@@ -212,7 +223,7 @@ class PersistentAdversarialReconstruction(Loss):
     def _remembered(self, step: LossStep) -> dict[str, Tensor]:
         """Sources as stored, [*scope, C+1]; made at the first step. Where rows have their own, those of this piece."""
         local = step.piece.local if self.scope == OWN else None
-        if any(self._key(site, "source") not in step.before for site in step.importances):
+        if any(self._key(site, "source") not in step.known for site in step.importances):
             self._begin(step, local)
         kept = {site: step.memory[self._key(site, "source")] for site in step.importances}
         return {site: _of_piece(source, local) for site, source in kept.items()}
@@ -229,7 +240,7 @@ class PersistentAdversarialReconstruction(Loss):
 
     def _moves(self, step: LossStep) -> int:
         """Moves of the sources before this step."""
-        return int(step.before.get(self._key("", "moves"), 0))
+        return int(step.known.get(self._key("", "moves"), 0))
 
     def _leaves(self, step: LossStep, kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Leaves for gradients, and the sources in [0, 1] that they stand for at this batch's rows."""

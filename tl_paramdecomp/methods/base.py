@@ -72,6 +72,10 @@ class LossStep:
     """Where these rows stand, where they are not the whole batch."""
     before: Mapping[str, Tensor] | None = None
     """`memory` as it was when the step began; None: as it is now."""
+    scale: float = 1.0
+    """Factor on losses while gradients are taken, which are divided by it afterwards: float16 has no room for small ones."""
+    gathered: Mapping[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    """Gradients at importances that were let go of."""
 
     def __post_init__(self) -> None:
         self.before = dict(self.memory) if self.before is None else self.before
@@ -92,6 +96,7 @@ class LossStep:
         importances: Mapping[str, Importance] | None = None,
         piece: Piece = WHOLE,
         before: Mapping[str, Tensor] | None = None,
+        scale: float = 1.0,
     ) -> "LossStep":
         """A batch with the target's output and the importances of a clean forward pass.
 
@@ -109,6 +114,7 @@ class LossStep:
             importances: Taken instead of what the decomposition's own function gives.
             piece: Where these rows stand in their batch.
             before: `memory` as it was when the step began, where other pieces have run since.
+            scale: Factor on losses while gradients are taken.
         """
         scored = None if attention_mask is None else attention_mask.bool()
         in_chunks = kl_chunk is not None and measure == "kl" and _can_chunk(adapter, decomposition)
@@ -123,8 +129,14 @@ class LossStep:
             importances = decomposition.importances(clean.inputs, attention_mask)
         return cls(
             adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, as_draws(generator),
-            progress, {} if memory is None else memory, clean.blocks, piece, before,
+            progress, {} if memory is None else memory, clean.blocks, piece, before, scale,
         )  # fmt: skip
+
+    @property
+    def known(self) -> Mapping[str, Tensor]:
+        """What was remembered when the step began."""
+        assert self.before is not None
+        return self.before
 
     @property
     def scored(self) -> Bool[Tensor, "..."] | None:
@@ -163,14 +175,19 @@ class LossStep:
         return contextlib.nullcontext() if first == 0 or None in blocks else self.adapter.resumed(self.blocks, first)
 
     def forget(self) -> None:
-        """Let go of what a clean forward pass gave; `recall` brings it back."""
+        """Let go of what a clean forward pass gave, but for the gradients that gathered at importances."""
+        self.gathered = {name: [None if t is None else t.grad for t in g] for name, g in self.importances.items()}
         self.inputs, self.importances, self.blocks = {}, {}, ()
         del self.divergence
 
     def recall(self, step: "LossStep") -> None:
-        """Take what a clean forward pass over the same rows gave."""
+        """Take what another clean forward pass over the same rows gave, and go on gathering gradients there."""
         self.inputs, self.importances, self.blocks = step.inputs, step.importances, step.blocks
         self.divergence = step.divergence
+        for name, g in self.importances.items():
+            for leaf, grad in zip(g, self.gathered[name], strict=True):
+                if leaf is not None:
+                    leaf.grad = grad
 
     def cut(self) -> "LossStep":
         """The same step with importances as leaves, so that each loss's gradient can be taken by itself."""
@@ -197,7 +214,7 @@ def _leaves(importance: Importance) -> Importance:
 def _masked_call(
     components: Components, mask: InterpolatedMask, name: str, kept: dict[str, SiteValues] | None, call: SiteCall
 ) -> Tensor:
-    y = interpolated_output(components, mask, call)
+    y = components(interpolated_output, mask, call)
     if kept is not None:
         kept[name] = SiteValues(call.x, y)
     return y
@@ -218,6 +235,10 @@ class Loss(ABC):
     """Name in logs."""
     of_rows: ClassVar[bool] = True
     """Whether it is a mean over rows; otherwise it is of the weights, whatever the rows."""
+
+    def goes_over_rows(self, key: str) -> bool:
+        """Whether what it remembers under a key has an entry for each row of the batch."""
+        return False
 
     @abstractmethod
     def parts(self, step: LossStep) -> Work:
@@ -380,6 +401,10 @@ class Method(ABC, Generic[Made]):
 
     def after_step(self, step: TrainingStep) -> None:
         """What is to be done to the parameters after the optimiser has moved them."""
+
+    def goes_over_rows(self, key: str) -> bool:
+        """Whether what is remembered under a key has an entry for each row of the batch, so that each process has its own."""
+        return False
 
     def sparser(self, factor: float) -> "Method[Made]":
         """The same method, pressed so many times as hard towards few important components.

@@ -99,6 +99,9 @@ class ExactBasis(Method[Decomposition]):
     def gradients(self, step: TrainingStep) -> LossReport:
         return self._trainer().gradients(step)
 
+    def goes_over_rows(self, key: str) -> bool:
+        return self._trainer().goes_over_rows(key)
+
     def _trainer(self) -> SPD:
         if self.training is None:
             raise SettingError(f"{type(self).__name__}(training=None) has nothing to train.")

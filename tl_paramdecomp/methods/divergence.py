@@ -27,7 +27,7 @@ class Divergence(ABC):
     def rows(self, output: Float[Tensor, "*rows width"]) -> Float[Tensor, "n width"]:
         """The positions that count, one after the other."""
         flat = output.flatten(0, -2)
-        return flat if self.scored is None else flat[self.scored.flatten()]
+        return flat if self.scored is None else flat[self.scored.flatten().to(flat.device)]
 
     @abstractmethod
     def of(self, output: Float[Tensor, "*rows width"]) -> Float[Tensor, ""]:

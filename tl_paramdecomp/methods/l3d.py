@@ -169,7 +169,13 @@ class L3D(Method[SubnetworkDecomposition]):
         encoder.load_state_dict(decoder.state_dict())
         fingerprints = {name: adapter.fingerprint(name) for name in (*sites, *norms)}
         made = SubnetworkDecomposition(encoder, decoder, sites, fingerprints, info=origin_of(adapter), norms=norms)
-        return made.to(adapter.device)
+        made.to(adapter.device)
+        for side in (made.encoder, made.decoder):
+            for name in sites:
+                side[name].to(adapter.weight(name).device)
+            for name in norms:
+                side[name].to(adapter.gain(name).device)
+        return made
 
     def parameter_groups(self, decomposition: SubnetworkDecomposition) -> list[ParameterGroup]:
         return [ParameterGroup("subnetworks", list(decomposition.parameters()), self.lr, None)]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep
 from tl_paramdecomp.methods.pieces import WHOLE, Total, Work
@@ -49,17 +50,27 @@ class Faithfulness(Loss):
                 scale = 1.0 / (max(norm * norm, 1e-30) * len(sizes))
             else:
                 scale = 1.0 / sum(sizes.values())
-            V, d_in = components.V, components.site.d_in
-            if self.rows is not None and self.rows < d_in:
-                draw = step.draws.permutation(d_in, V.device)[: self.rows]
-                V, weight, scale = V[draw], weight[draw], scale * d_in / self.rows
-            with torch.autocast(V.device.type, enabled=False):
-                gathered = gathered + _SquaredRest.apply(V, components.U, weight, scale).to(step.device)
+            draw = None
+            if self.rows is not None and self.rows < components.site.d_in:
+                draw = step.draws.permutation(components.site.d_in, weight.device)[: self.rows]
+                scale = scale * components.site.d_in / self.rows
+            gathered = gathered + components(_squared_rest, weight, scale, draw).to(step.device)
             entries += sizes[name]
             if entries >= PART:
                 yield gathered
                 gathered, entries = torch.zeros((), device=step.device), 0
         yield gathered
+
+
+def _squared_rest(
+    components: Components, weight: Float[Tensor, "d_in d_out"], scale: float, draw: Int[Tensor, " rows"] | None
+) -> Float[Tensor, ""]:
+    """scale ||W - V U||^2, of some rows or all."""
+    V = components.V
+    if draw is not None:
+        V, weight = V[draw], weight[draw]
+    with torch.autocast(V.device.type, enabled=False):
+        return _SquaredRest.apply(V, components.U, weight, scale)
 
 
 class _SquaredRest(torch.autograd.Function):

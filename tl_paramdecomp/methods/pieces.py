@@ -64,11 +64,21 @@ WHOLE = Piece()
 
 
 class Peers:
-    """The processes that a batch is divided among; by itself, one."""
+    """The processes that a batch is divided among; by itself, one.
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
+    Args:
+        group: Their process group.
+        device: Where its messages must be; None: anywhere.
+    """
+
+    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
+        self.group, self.device = group, device
         self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
 
     def total(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over processes, in one message for each dtype and device."""
@@ -78,9 +88,9 @@ class Peers:
         kinds = dict.fromkeys((t.dtype, t.device) for t in tensors.values())
         for dtype, device in kinds:
             some = {name: t for name, t in tensors.items() if (t.dtype, t.device) == (dtype, device)}
-            flat = torch.cat([t.reshape(-1) for t in some.values()])
+            flat = torch.cat([t.reshape(-1) for t in some.values()]).to(self.device)
             dist.all_reduce(flat, group=self.group)
-            parts = flat.split([t.numel() for t in some.values()])
+            parts = flat.to(device).split([t.numel() for t in some.values()])
             found |= {name: part.view(t.shape) for (name, t), part in zip(some.items(), parts, strict=True)}
         return {name: found[name] for name in tensors}
 
@@ -88,15 +98,24 @@ class Peers:
         """The tensors of all processes, in their order; they may differ in their first dimension."""
         if self.world == 1:
             return [tensor]
-        n = torch.tensor([len(tensor)], device=tensor.device)
-        counts = [torch.zeros_like(n) for _ in range(self.world)]
-        dist.all_gather(counts, n, group=self.group)
-        sizes = [int(count) for count in counts]
-        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        sizes = [0] * self.world
+        sizes[self.rank] = len(tensor)
+        sizes = self.total({"": torch.tensor(sizes)})[""].tolist()
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:])).to(self.device)
         padded[: len(tensor)] = tensor
         found = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(found, padded, group=self.group)
-        return [t[:size] for t, size in zip(found, sizes, strict=True)]
+        return [t[:size].to(tensor.device) for t, size in zip(found, sizes, strict=True)]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Each of some flags, whether it is set on any process."""
+        if self.world == 1:
+            return list(flags)
+        return [bool(n) for n in self.total({"": torch.tensor([int(flag) for flag in flags])})[""].tolist()]
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        self.any_of(False)
 
 
 ALONE = Peers()

@@ -46,7 +46,9 @@ class Outputs:
         self.output = output
         n, length = output.shape[0], output.shape[1] if self.by_position else 1
         scored = torch.ones(n, length, dtype=torch.bool, device=output.device)
-        self.scored = scored if attention_mask is None or not self.by_position else attention_mask.bool()
+        self.scored = (
+            scored if attention_mask is None or not self.by_position else attention_mask.bool().to(output.device)
+        )
         """[row, pos]: where a divergence may be taken."""
 
     def places(self, positions: Positions, generator: AnyGenerator, every: bool = False) -> list[Int[Tensor, " n"]]:

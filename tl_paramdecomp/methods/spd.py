@@ -52,6 +52,10 @@ ALIVE = 0.1
 """Importance above which a component counts as active in L0."""
 
 
+FLOAT16_SCALE = 256.0
+"""A power of two, so that it changes no digit of what float16 holds anyway."""
+
+
 @dataclass(frozen=True)
 class SPD(Method[Decomposition]):
     """Hyperparameters of Stochastic Parameter Decomposition; the object is the method."""
@@ -259,8 +263,16 @@ class SPD(Method[Decomposition]):
             step.memory |= {f"background/{key}": t for key, t in own.items()}
             terms |= {f"background_{name}": value for name, value in others.items()}
             weights |= {f"background_{loss.name}": loss.coefficient for loss in self.background_losses}
+        if _scale(step) != 1.0:
+            for parameter in step.decomposition.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= _scale(step)
         total = torch.stack([weights[name] * value.float() for name, value in terms.items()]).sum()
         return LossReport(total, terms, lambda: {"l0": l0()})
+
+    def goes_over_rows(self, key: str) -> bool:
+        losses = self.background_losses if key.startswith("background/") else self.losses
+        return any(loss.goes_over_rows(key.removeprefix("background/")) for loss in losses)
 
     def _take(
         self, run: TrainingStep, batch: Batch, losses: tuple[Loss, ...]
@@ -283,7 +295,7 @@ class SPD(Method[Decomposition]):
             seat, place = seats[number], pieces[number].piece
             share, weight = (place.share, place.weight) if seat.loss.of_rows else (1.0, 1.0 / place.processes)
             if part.requires_grad:
-                (seat.loss.coefficient * share * part).backward()
+                (seat.loss.coefficient * share * _scale(run) * part).backward()
             values[seat.loss.name] = values[seat.loss.name] + weight * part.detach().to(run.adapter.device)
 
         work = [seat.work(losses, piece.piece.leads) for seat, piece in zip(seats, pieces, strict=True)]
@@ -312,7 +324,7 @@ class SPD(Method[Decomposition]):
             return LossStep.of(
                 run.adapter, run.decomposition, *piece.batch, piece.draws, run.progress, self.measure, run.memory,
                 self.kl_chunk, keep_blocks=any(getattr(loss, "sites", None) == "layerwise" for loss in losses),
-                piece=piece.piece, before=before,
+                piece=piece.piece, before=before, scale=_scale(run),
             )  # fmt: skip
 
 
@@ -326,6 +338,7 @@ class _Seat:
     def __init__(self, make: Callable[[], LossStep], several: bool) -> None:
         self.make, self.several = make, several
         self.whole: LossStep | None = None
+        self.over = False
         self._l0: Tensor | None = None
 
     def work(self, losses: tuple[Loss, ...], leads: bool) -> Work:
@@ -334,6 +347,7 @@ class _Seat:
             if loss.of_rows or leads:
                 self.loss = loss
                 yield from loss.parts(self.step)
+        self.over = True
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
@@ -347,11 +361,13 @@ class _Seat:
         yield
         if self.several:
             self._l0 = _l0(self.step) if self._l0 is None else self._l0
-            self.leave()
+            if self.over:
+                self.leave()
             self.step.forget()
+            self.whole = None
 
     def leave(self) -> None:
-        """Pass gradients on to the importance function."""
+        """Pass gradients on to the importance function: all of them at once, as sigmoids look at the sign of their sum."""
         if self.whole is not None:
             self.whole.join(self.step)
             self.whole = None
@@ -376,6 +392,12 @@ class VPD(SPD):
         ImportanceMinimality(1.5e-3, frequency=0.1),
     )
     importance: ImportanceConfig = field(default_factory=lambda: ImportanceConfig("global_transformer"))
+
+
+def _scale(step: TrainingStep) -> float:
+    """Factor on losses of a target in float16, whose smallest number is 6e-8: means over positions have small gradients."""
+    weight = step.adapter.weight(next(iter(step.decomposition)))
+    return FLOAT16_SCALE if weight.dtype == torch.float16 else 1.0
 
 
 def _default_count(site: WeightSite) -> int:

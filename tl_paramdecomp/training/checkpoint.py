@@ -1,102 +1,367 @@
-"""Checkpoints: everything a run needs to go on bit for bit, as safetensors and JSON, written whole or not at all."""
+"""Checkpoints: everything a run needs to go on bit for bit, as safetensors and JSON, written whole or not at all.
 
+1. A checkpoint is a folder `step-00001000` with the decomposition, the optimiser, what the method remembers, every source of
+   random numbers, and `checkpoint.json`: the step, the settings, where the data stands, and the checksums of all files.
+2. It is written into a scratch folder beside, seen on the disk, and renamed. Whatever goes wrong before leaves the one before.
+3. The newest one whose checksums hold is gone on with. The last few are kept, and the best by a logged figure.
+"""
+
+import contextlib
+import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import safetensors
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
 from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
-from tl_paramdecomp.errors import DecompositionFileError, TargetMismatchError
+from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, SettingError, TargetMismatchError
+from tl_paramdecomp.training.disk import replace_file, sync_folder
+from tl_paramdecomp.training.progress import say
+from tl_paramdecomp.training.random_state import set_random
+from tl_paramdecomp.training.shards import load_whole
+from tl_paramdecomp.training.state import SavedState, TrainingState
 
-FOLDER, STATE = "checkpoint", "run.json"
-OPTIMISER, MEMORY = "optimiser.safetensors", "memory.safetensors"
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    decomposition: Any,
-    optimiser: torch.optim.Optimizer,
-    generator: torch.Generator,
-    memory: Mapping[str, Tensor],
-    settings: dict[str, Any],
-) -> Path:
-    """Write the state after `step` steps; the checkpoint before stays until this one is complete."""
-    scratch, final, old = (run_dir / name for name in (f".{FOLDER}-new", FOLDER, f".{FOLDER}-old"))
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    decomposition.save(scratch / "decomposition")
-    state = optimiser.state_dict()["state"]
-    tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-    tensors["rng.masks"] = generator.get_state()
-    tensors["rng.torch"] = torch.get_rng_state()
-    write_tensors(scratch / OPTIMISER, tensors)
-    write_tensors(scratch / MEMORY, memory)
-    write_text(scratch / STATE, json.dumps({"step": step, "settings": settings}, indent=1))
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)
-    os.rename(scratch, final)
-    shutil.rmtree(old, ignore_errors=True)
-    return final
+FORMAT = 1
+METADATA, BEST, DECOMPOSITION = "checkpoint.json", "best.json", "decomposition"
+OPTIMISER, MEMORY, RANDOM = "optimiser.safetensors", "memory.safetensors", "random.safetensors"
+SCRATCH, ASIDE = ".writing", ".discarded-"
+SLACK = 1 << 16
+"""Bytes of everything in a checkpoint that is no tensor, and more."""
 
 
-def read_state(run_dir: Path) -> dict[str, Any] | None:
-    """Step and settings of a run's checkpoint; None where there is none.
+class Checkpoint(NamedTuple):
+    """A checkpoint whose checksums hold."""
 
-    Raises:
-        DecompositionFileError: It is there and cannot be read.
+    folder: Path
+    step: int
+    """Steps done."""
+    values: dict[str, Any]
+    """What `checkpoint.json` says: settings, data positions, the guards' counts."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they are.
+        keep: How many of the newest stay.
+        best: A logged figure; the checkpoint where it is lowest stays too.
     """
-    old = run_dir / f".{FOLDER}-old"
-    if old.exists() and not (run_dir / FOLDER).exists():
-        os.rename(old, run_dir / FOLDER)  # the run ended between the two renames of a save
-    path = run_dir / FOLDER / STATE
-    if not path.is_file():
+
+    def __init__(self, folder: Path, keep: int = 2, best: str | None = None) -> None:
+        self.folder, self.keep, self.best = folder, keep, best
+        self.last: Checkpoint | None = None
+        """Known to be good: written, or gone on with, by this process."""
+        self._broken: set[Path] = set()
+        """Known to be broken; deleted once there is a newer good one."""
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose checksums hold; None where there is no checkpoint at all.
+
+        Raises:
+            DecompositionFileError: There are checkpoints, and every one is broken.
+        """
+        reasons = []
+        for folder in reversed(self._folders()):
+            try:
+                self.last = read_checkpoint(folder)
+            except DecompositionFileError as error:
+                reasons.append(str(error))
+                self._broken.add(folder)
+                continue
+            for reason in reasons:
+                say(f"Warning: {reason} Going on from the checkpoint before, of step {self.last.step}.")
+            return self.last
+        if reasons:
+            raise DecompositionFileError(
+                f"None of the {len(reasons)} checkpoints in {self.folder} can be gone on with. {reasons[0]} Copy one back from "
+                "where it was saved, or pass resume=False to begin anew there."
+            )
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DecompositionFileError(
-            f"{path} cannot be read ({error}); delete {run_dir / FOLDER} to begin anew."
-        ) from error
+
+    def _folders(self) -> list[Path]:
+        """Oldest first."""
+        found = [p for p in self.folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=_step_of)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+    def save(self, state: SavedState, values: Mapping[str, Any], figures: Mapping[str, float] | None = None) -> Path:
+        """Write the state after its last step; every checkpoint before stays until this one is complete.
+
+        Args:
+            state: Between two steps.
+            values: What `checkpoint.json` says besides: settings, the guards' counts.
+            figures: Of this step, where they are known; the best checkpoint is told by them.
+
+        Raises:
+            DiskSpaceError: The disk has not enough room.
+            DecompositionFileError: Something could not be written.
+        """
+        scratch, final = self.folder / SCRATCH, self.folder / f"step-{state.done:08d}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.clear()
+            self._check_space(state)
+            scratch.mkdir()
+            written = self._write(scratch, state, values)
+            if final.exists():  # one of this step that is broken
+                _discard(final)
+            os.rename(scratch, final)
+            sync_folder(self.folder)
+        except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, DiskSpaceError):
+                raise
+            raise DecompositionFileError(
+                f"Could not write the checkpoint of step {state.done} into {self.folder}: {error}. {self.told_last()} Free "
+                "some space or mend the folder, and the same call goes on from there."
+            ) from error
+        self.last = Checkpoint(final, state.done, written)
+        self._broken.discard(final)
+        self._note_best(state.done, figures)
+        self._prune()
+        return final
+
+    def _write(self, scratch: Path, state: SavedState, values: Mapping[str, Any]) -> dict[str, Any]:
+        state.decomposition.save(scratch / DECOMPOSITION)
+        for name, tensors in ((OPTIMISER, state.optimiser), (MEMORY, state.memory), (RANDOM, state.random)):
+            write_tensors(scratch / name, tensors)
+        written = {
+            "format": FORMAT,
+            "step": state.done,
+            "device": state.device.type,
+            "on_host": [key for key, tensor in state.memory.items() if tensor.device.type == "cpu"],
+            **state.places,
+            **state.division,
+            **values,
+            "files": {p.relative_to(scratch).as_posix(): _digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()},
+        }
+        written = json.loads(json.dumps(written))
+        write_text(scratch / METADATA, json.dumps({**written, "checksum": _checksum(written)}, indent=1))
+        for folder in (*(p for p in scratch.rglob("*") if p.is_dir()), scratch):
+            sync_folder(folder)
+        return written
+
+    def _check_space(self, state: SavedState) -> None:
+        needed, free = size_of(state), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise DiskSpaceError(
+                f"The checkpoint of step {state.done} takes {_mega(needed)}, but the disk of {self.folder} has {_mega(free)} "
+                f"free. {self.told_last()} Free some space, keep fewer checkpoints (keep_checkpoints={self.keep} now), or move "
+                "the run's folder to another disk, and the same call goes on from there."
+            )
+
+    def told_last(self) -> str:
+        """A sentence on what is there to go on from."""
+        if self.last is None:
+            return "There is no checkpoint."
+        return f"The last good checkpoint, of step {self.last.step}, stays in {self.last.folder}."
+
+    # --- what stays ---------------------------------------------------------------------------------------------------
+    def set_aside(self) -> None:
+        """A run begins anew here: checkpoints of another are forgotten, and deleted once this one has one."""
+        for folder in self._folders():  # oldest first: cut short, the newest is still there to go on from
+            aside = self.folder / f"{ASIDE}{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+        (self.folder / BEST).unlink(missing_ok=True)
+
+    def best_folder(self) -> Path | None:
+        """The best checkpoint, where it is there."""
+        known = self._known_best()
+        return None if known is None else self.folder / f"step-{known['step']:08d}"
+
+    def _known_best(self) -> dict[str, Any] | None:
+        try:
+            known = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
+            folder = self.folder / f"step-{known['step']:08d}"
+            return (
+                known
+                if folder.is_dir()
+                and folder not in self._broken
+                and known["figure"] == self.best
+                and math.isfinite(known["value"])
+                else None
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _note_best(self, step: int, figures: Mapping[str, float] | None) -> None:
+        value = None if figures is None or self.best is None else figures.get(self.best)
+        if value is None or not math.isfinite(value):
+            return
+        known = self._known_best()
+        if known is None or value < known["value"]:
+            replace_file(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
+
+    def _prune(self) -> None:
+        """Leave the newest that are good, and the best."""
+        folders = self._folders()
+        good = [folder for folder in folders if folder not in self._broken]
+        kept = {*good[-self.keep :], self.best_folder()} - self._broken
+        with contextlib.suppress(OSError):  # what cannot be deleted does no harm
+            for folder in folders:
+                if folder not in kept:
+                    _discard(folder)
+            self.clear()
+
+    def clear(self) -> None:
+        """Delete what an interrupted save or deletion left; what was set aside only where there is a good checkpoint."""
+        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
+        if self.last is not None:
+            for folder in self.folder.glob(f"{ASIDE}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def restore(
-    run_dir: Path, decomposition: Any, optimiser: torch.optim.Optimizer, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Put a checkpoint's state into a freshly made decomposition, optimiser and generator; returns the method's memory.
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, its files compared with their checksums.
 
     Raises:
-        DecompositionFileError: The checkpoint does not fit them.
-        TargetMismatchError: It is of a model with other weights.
+        DecompositionFileError: Something is missing, damaged, or of a newer format.
     """
-    saved = type(decomposition).load(run_dir / FOLDER / "decomposition")
-    for name, known in saved.fingerprints.items():
-        found = decomposition.fingerprints.get(name)
-        difference = None if found is None else differs(known, found)
+    path = folder / METADATA
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        claimed = values.pop("checksum")
+        if claimed != _checksum(values):
+            raise ValueError(f"{METADATA} is not as it was written")
+        if values["format"] != FORMAT:
+            raise ValueError(f"it is of format {values['format']}, this version reads format {FORMAT}")
+        for name, digest in values["files"].items():
+            if _digest(folder / name) != digest:
+                raise ValueError(f"{name} is not as it was written")
+        if values["step"] != _step_of(folder):
+            raise ValueError(f"it is of step {values['step']}")
+        return Checkpoint(folder, values["step"], values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DecompositionFileError(f"The checkpoint {folder} is broken ({error}).") from error
+
+
+def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
+    """Put a checkpoint's state into that of a run before its first step.
+
+    Raises:
+        DecompositionFileError: The checkpoint does not fit the run.
+        TargetMismatchError: It is of a model with other weights.
+        SettingError: It is of a run on a device of another kind.
+        DataError: It is of a run on other data.
+    """
+    folder, values = checkpoint.folder, checkpoint.values
+    if values["device"] != state.device.type:
+        raise SettingError(
+            f"{folder} is of a run on {values['device']}, and this one is on {state.device.type}, where random numbers are "
+            f"others; move the model to {values['device']}, or pass resume=False to begin anew."
+        )
+    saved = type(state.decomposition).load(folder / DECOMPOSITION)
+    _check_target(folder, saved.fingerprints, state.decomposition.fingerprints)
+    try:
+        load_whole(state.decomposition, saved.state_dict())
+        state.load_optimiser_tensors(_own_tensors(folder / OPTIMISER))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _foreign(folder, error) from error
+    on_host = set(values["on_host"])
+    state.memory = {
+        key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
+    }
+    for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
+        state.memory[key] = _own_rows(state.memory[key], state, folder)
+    state.source.restore(values["data"])
+    if state.background is not None:
+        state.background.restore(values["background"] or {})
+    try:  # last, as all that comes before may draw
+        division = {"processes": state.peers.world, "accumulate": state.accumulate}
+        as_before = all(values[key] == n for key, n in division.items())
+        set_random(_own_tensors(folder / RANDOM), state.numbers, state.peers, checkpoint.step, as_before)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _foreign(folder, error) from error
+    state.done = checkpoint.step
+
+
+def _own_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file that will be deleted while they are in use: read, and not mapped from it."""
+    return {key: tensor.clone() for key, tensor in read_tensors(path).items()}
+
+
+def size_of(state: SavedState) -> int:
+    """Bytes that a checkpoint of this state takes, within a few thousand."""
+    parts = (state.decomposition.state_dict(), state.optimiser, state.memory, state.random)
+    return SLACK + sum(t.numel() * t.element_size() for tensors in parts for t in tensors.values())
+
+
+def state_tensors(state: SavedState) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of numbers that a checkpoint holds, with what it is called in messages."""
+    names = {id(p): readable(name) for name, p in state.decomposition.named_parameters()}
+    yield from ((readable(name), t) for name, t in state.decomposition.state_dict().items())
+    parameters = [p for group in state.parameters for p in group]
+    for key, tensor in state.optimiser.items():
+        index, name = key.split(".", 1)
+        yield f"the optimiser's {name} of {names.get(id(parameters[int(index)]), index)}", tensor
+    yield from ((f"what the method remembers as {key}", tensor) for key, tensor in state.memory.items())
+
+
+def readable(name: str) -> str:
+    """A parameter's name with the site as its user knows it: `blocks.0.mlp.W_in.V`."""
+    return name.removeprefix("_components.").replace("/", ".")
+
+
+def _check_target(folder: Path, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for name, fingerprint in known.items():
+        difference = None if name not in found else differs(fingerprint, found[name])
         if difference:
             raise TargetMismatchError(
-                f"The checkpoint in {run_dir / FOLDER} is of a model with other weights ({name}: {difference}); choose another "
-                "run_dir, or pass resume=False to begin anew there."
+                f"The checkpoint {folder} is of a model with other weights ({name}: {difference}); choose another run_dir, or "
+                "pass resume=False to begin anew there."
             )
-    tensors = read_tensors(run_dir / FOLDER / OPTIMISER)
-    try:
-        decomposition.load_state_dict(saved.state_dict())
-        generator.set_state(tensors.pop("rng.masks"))
-        torch.set_rng_state(tensors.pop("rng.torch"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise DecompositionFileError(
-            f"The checkpoint in {run_dir / FOLDER} does not fit this run ({error}); delete it to begin anew."
-        ) from error
-    return read_tensors(run_dir / FOLDER / MEMORY, next(decomposition.parameters()).device)
+
+
+def _own_rows(tensor: Tensor, state: TrainingState, folder: Path) -> Tensor:
+    """Of what has an entry for each row of the batch, those of this process."""
+    rows, rest = divmod(len(tensor), state.peers.world)
+    if rest:
+        raise SettingError(
+            f"{folder} remembers {len(tensor)} rows, which {state.peers.world} processes do not divide; go on with another "
+            "number of processes."
+        )
+    return tensor[state.peers.rank * rows : (state.peers.rank + 1) * rows].clone()
+
+
+def _foreign(folder: Path, error: Exception) -> DecompositionFileError:
+    return DecompositionFileError(
+        f"The checkpoint {folder} does not fit this run ({type(error).__name__}: {error}); pass resume=False to begin anew."
+    )
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint; it stops being one at once."""
+    aside = folder.parent / f"{ASIDE}{folder.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _mega(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -37,6 +37,7 @@ from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.sites import check_rows
 from tl_paramdecomp.training.fit import StepInfo, decompose
+from tl_paramdecomp.training.token_batches import TokenBatches
 
 PROTOCOL, POINT = "protocol.json", "point.json"
 OTHER = "{what} is of {label} with other settings; give the method another label, or choose another run_dir."
@@ -361,7 +362,7 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(data: Any) -> str | None:
-    """What says whether data is the same: a hash of tensors and lists of them, else only the type."""
+    """What says whether data is the same: a hash of tensors, lists of them and `token_batches`, else only the type."""
     if data is None:
         return None
     if isinstance(data, Tensor):
@@ -369,6 +370,8 @@ def _digest(data: Any) -> str | None:
         return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + raw).hexdigest()[:16]
     if isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):
         return hashlib.sha256(" ".join(str(_digest(part)) for part in data).encode()).hexdigest()[:16]
+    if isinstance(data, TokenBatches):
+        return hashlib.sha256(json.dumps(data.info).encode()).hexdigest()[:16]
     return type(data).__name__
 
 

@@ -1,36 +1,97 @@
 """Token batches from whatever users have: a tensor, batches, a `datasets` dataset, a text column.
 
-Batches are a function of the seed and the step, so that a run resumed at a step sees what it would have seen.
+Batches are a function of the seed and the step, so that a run resumed at a step sees what it would have seen. Every process
+of a run sees the same batches and takes its own rows of them.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.methods.base import Batch
+from tl_paramdecomp.training.cursors import Items, items_of
+from tl_paramdecomp.training.text import TOKEN_COLUMNS, TextRows
+from tl_paramdecomp.training.vocabulary import RowRules, refuse_foreign_tokens, refuse_other_tokenizer, vocabulary_of
 
-TOKEN_COLUMNS = ("tokens", "input_ids")
+__all__ = [
+    "Batch", "BatchMaker", "BatchSource", "MadeSource", "RowSource", "StreamSource", "TextRows", "as_batch", "batch_source",
+    "rows_of_rank", "stack_rows",
+]  # fmt: skip
 
 
 class BatchSource(ABC):
     """Where batches come from."""
 
+    n_vocab: int | None = None
+    """Tokens that the model has; others are refused. None: whatever comes is taken."""
+
     @abstractmethod
     def batch(self, step: int) -> Batch:
-        """The batch of a step; steps are asked for in order."""
+        """The batch of a step, of all processes together; steps are asked for in order."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What tells this data from other data, as values that JSON can hold; the same in every process."""
+        return {"form": type(self).__name__}
+
+    def check(self) -> None:  # noqa: B027
+        """See that there is a first batch and that the model can read it, and stand as before.
+
+        Raises:
+            DataError: There is none, or it cannot.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Where the source stands after the last batch, as values that JSON can hold."""
+        return {"data": self.info}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where another source of the same data stood, so that the next batch is bit for bit what it would have given.
+
+        Raises:
+            DataError: It was of other data.
+        """
+        self._refuse_other(state)
+
+    def _refuse_other(self, state: Mapping[str, Any]) -> None:
+        known, own = state.get("data", self.info), self.info
+        differing = [key for key in {**known, **own} if known.get(key) != own.get(key)]
+        if differing:
+            told = "; ".join(f"{key} was {known.get(key)!r} and is {own.get(key)!r}" for key in differing)
+            raise DataError(f"The run was begun with other data ({told}); give the same, or begin a new run.")
+
+
+class BatchMaker(ABC):
+    """Data that makes its own sources, as `token_batches` gives it."""
+
+    @abstractmethod
+    def source(
+        self, batch_size: int | None = None, seed: int = 0, model: Any = None, tokenizer: Any = None, together: int = 1
+    ) -> BatchSource:
+        """A new source that stands at the beginning.
+
+        Args:
+            batch_size: Rows of a batch; None: as the data was made.
+            seed: Order of the rows, where the data was made without one.
+            model: Who reads the rows, on any host, or its adapter.
+            tokenizer: The model's, where neither it nor the data has one.
+            together: Neighbouring rows that stay neighbours in a shuffle.
+        """
 
 
 class RowSource(BatchSource):
     """Random access to rows: each pass is a new permutation, drawn from the seed, of groups of `together` neighbours."""
 
     def __init__(
-        self, rows: Any, batch_size: int, seed: int, attention_mask: Tensor | None = None, together: int = 1
-    ) -> None:
+        self, rows: Any, batch_size: int, seed: int, attention_mask: Tensor | None = None, together: int = 1,
+        shuffled: bool = True, n_vocab: int | None = None, info: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         if len(rows) == 0:
             raise DataError("The data has no rows.")
         if len(rows) % together or batch_size % together:
@@ -38,20 +99,47 @@ class RowSource(BatchSource):
                 f"Rows belong together by {together}; given {len(rows)} rows and a batch size of {batch_size}, which must both "
                 "be multiples of that."
             )
-        self.together = together
+        self.together, self.shuffled, self.n_vocab = together, shuffled, n_vocab
         self.rows, self.batch_size, self.seed, self.attention_mask = rows, batch_size, seed, attention_mask
         self._epoch: tuple[int, list[int]] = (-1, [])
+        self._info = None if info is None else dict(info)
 
     def batch(self, step: int) -> Batch:
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return self._picked(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Batches of every row once; the last may be smaller."""
+        for begin in range(0, len(self.rows), self.batch_size):
+            yield self._picked(range(begin, min(begin + self.batch_size, len(self.rows))))
+
+    def _picked(self, places: Iterable[int]) -> Batch:
         picked = [self._row(place) for place in places]
         if isinstance(self.rows, Tensor):
             index = torch.tensor(picked)
             return Batch(self.rows[index], None if self.attention_mask is None else self.attention_mask[index])
-        return stack_rows([self.rows[i] for i in picked])
+        batch = stack_rows([self.rows[i] for i in picked])
+        refuse_foreign_tokens(batch.tokens, self.n_vocab, "The data")
+        return batch
+
+    @property
+    def info(self) -> dict[str, Any]:
+        if self._info is None:
+            self._info = {
+                "form": "rows", "rows": len(self.rows), "digest": digest_of_rows(self.rows), "batch_size": self.batch_size,
+                "seed": self.seed, "shuffled": self.shuffled, "together": self.together,
+            }  # fmt: skip
+        return self._info
+
+    def check(self) -> None:
+        if isinstance(self.rows, Tensor):
+            refuse_foreign_tokens(self.rows, self.n_vocab, "The tensor of token rows")
+        else:
+            self.batch(0)
 
     def _row(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.rows))
+        if not self.shuffled:
+            return offset
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             groups = torch.randperm(len(self.rows) // self.together, generator=generator) * self.together
@@ -60,43 +148,86 @@ class RowSource(BatchSource):
 
 
 class MadeSource(BatchSource):
-    """Batches made by a function of the step's number."""
+    """Batches made by a function of the step's number, which is asked for each step once."""
 
-    def __init__(self, make: Callable[[int], Any]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[int], Any], n_vocab: int | None = None) -> None:
+        self.make, self.n_vocab = make, n_vocab
 
     def batch(self, step: int) -> Batch:
-        return as_batch(self.make(step))
+        batch = as_batch(self.make(step))
+        refuse_foreign_tokens(batch.tokens, self.n_vocab, f"The batch made for step {step}")
+        return batch
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"form": "function of the step"}
 
 
 class StreamSource(BatchSource):
     """Batches in the order an iterable gives them; begun again at its end where it can be."""
 
-    def __init__(self, batches: Iterable[Any], batch_size: int) -> None:
-        self.batches, self.batch_size = batches, batch_size
-        self._iterator: Iterator[Any] = iter(batches)
+    def __init__(self, batches: Iterable[Any], batch_size: int, n_vocab: int | None = None) -> None:
+        self.items: Items = items_of(batches)
+        self.batches, self.batch_size, self.n_vocab = batches, batch_size, n_vocab
+        self._cursor = self.items.open()
+        self._pass = 0
         self._next_step = 0
+        self._first: tuple[Batch, dict[str, Any]] | None = None
 
     def batch(self, step: int) -> Batch:
-        while self._next_step < step:  # a resumed run skips what was used
+        while self._next_step < step:  # where no state was restored, what was used is read again
             self._read()
         return self._read()
 
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"form": "stream", "batch_size": self.batch_size, "items": self.items.describe()}
+
+    def check(self) -> None:
+        if self._next_step == 0 and self._first is None:
+            before = self.state()
+            self._first = (self._read(), before)
+            self._next_step = 0
+
+    def state(self) -> dict[str, Any]:
+        if self._first is not None:
+            return self._first[1]
+        return {"data": self.info, "step": self._next_step, "pass": self._pass, "place": self._cursor.place()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._refuse_other(state)
+        if "place" not in state:
+            return
+        while self._pass < state["pass"] and self.items.replayed:
+            for _ in self._cursor:
+                pass
+            self._pass, self._cursor = self._pass + 1, self.items.open()
+        if self._pass != state["pass"]:
+            self._pass, self._cursor = state["pass"], self.items.open()
+        self._cursor.go_to(state["place"])
+        self._next_step, self._first = state["step"], None
+
     def _read(self) -> Batch:
         self._next_step += 1
+        if self._first is not None:
+            batch, self._first = self._first[0], None
+            return batch
         rows = [self._item()]
         if _is_row(rows[0]):
             rows += [self._item() for _ in range(self.batch_size - 1)]
-            return stack_rows(rows)
-        return as_batch(rows[0])
+            batch = stack_rows(rows)
+        else:
+            batch = as_batch(rows[0])
+        refuse_foreign_tokens(batch.tokens, self.n_vocab, f"The batch of step {self._next_step - 1}")
+        return batch
 
     def _item(self) -> Any:
         try:
-            return next(self._iterator)
+            return next(self._cursor)
         except StopIteration:
-            self._iterator = iter(self.batches)
+            self._pass, self._cursor = self._pass + 1, self.items.open()
         try:
-            return next(self._iterator)
+            return next(self._cursor)
         except StopIteration:
             raise DataError(
                 "The data ran out before the steps did, and it cannot be read again: it is a one-time iterator. Give a list, "
@@ -105,78 +236,99 @@ class StreamSource(BatchSource):
 
 
 def batch_source(
-    data: Any, batch_size: int, seed: int, tokenizer: Any = None, length: int | None = None, together: int = 1
+    data: Any,
+    batch_size: int,
+    seed: int,
+    tokenizer: Any = None,
+    length: int | None = None,
+    together: int = 1,
+    model: Any = None,
 ) -> BatchSource:
     """Batches from data in any of the forms users have.
 
     Args:
-        data: A tensor [rows, pos]; an iterable of batches ([batch, pos] tensors, or dicts with `tokens` or `input_ids` and
-            perhaps `attention_mask`) or of rows; a function from the step's number to such a batch; a `datasets` Dataset
-            or IterableDataset with such a column, or with a text column and a tokenizer.
+        data: What `token_batches` gives; a tensor [rows, pos]; an iterable of batches ([batch, pos] tensors, or dicts with
+            `tokens` or `input_ids` and perhaps `attention_mask`) or of rows; a function from the step's number to such a
+            batch; a `datasets` Dataset or IterableDataset with such a column, or with a text column and a tokenizer.
         batch_size: Rows per batch, where the data comes as rows.
         seed: Order of the rows.
         tokenizer: For text.
         length: Row length for text; None: the tokenizer's own limit, at most 1024.
         together: Neighbouring rows that stay neighbours in a shuffle.
+        model: Who reads the rows, on any host, or its adapter: tokens that it has not are refused. None: nobody is asked.
 
     Raises:
         DataError: The data is empty or of no such form.
     """
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1; given {batch_size}.")
+    if isinstance(data, BatchSource):
+        return data
+    if isinstance(data, BatchMaker):
+        return data.source(batch_size, seed, model, tokenizer, together)
+    n_vocab = None if model is None else vocabulary_of(model if isinstance(model, ModelAdapter) else adapt(model))
     if isinstance(data, Tensor):
         if data.ndim < 2:
             raise DataError(f"A tensor of token rows is [rows, pos]; given {list(data.shape)}.")
-        return RowSource(data, batch_size, seed, together=together)
+        return RowSource(data, batch_size, seed, together=together, n_vocab=n_vocab)
     if isinstance(data, Mapping):
         batch = as_batch(data)
-        return RowSource(batch.tokens, batch_size, seed, batch.attention_mask, together)
+        return RowSource(batch.tokens, batch_size, seed, batch.attention_mask, together, n_vocab=n_vocab)
     if callable(data) and not isinstance(data, Iterable):
-        return MadeSource(data)
+        return MadeSource(data, n_vocab)
     columns = getattr(data, "column_names", None)
     if columns is not None:
         column = next((c for c in (*TOKEN_COLUMNS, "text") if c in columns), None)
         if column is None:
-            raise DataError(f"The dataset has columns {columns}; one must be 'tokens', 'input_ids' or 'text'.")
+            raise DataError(
+                f"The dataset has columns {columns}; one must be 'tokens', 'input_ids' or 'text'. Name another with "
+                "token_batches(dataset, model, column=...)."
+            )
         if column == "text":
-            return StreamSource(TextRows(data, tokenizer, length), batch_size)
+            return StreamSource(_text_rows(data, tokenizer, length, n_vocab), batch_size, n_vocab)
         if hasattr(data, "__len__"):
-            return RowSource(data, batch_size, seed, together=together)
-        return StreamSource(data, batch_size)
+            return RowSource(data, batch_size, seed, together=together, n_vocab=n_vocab)
+        return StreamSource(data, batch_size, n_vocab)
     if isinstance(data, str) or not isinstance(data, Iterable):
-        raise DataError(f"Data must be a tensor of token rows, batches, or a dataset; given {type(data).__name__}.")
+        raise DataError(
+            f"Data must be a tensor of token rows, batches, or a dataset; given {type(data).__name__}. Files and datasets on "
+            "the hub are opened with token_batches(name, model)."
+        )
     if not isinstance(data, Iterator):  # a stream need not know its columns before it is read
         first = next(iter(data), None)
         if isinstance(first, str) or (
             isinstance(first, Mapping) and "text" in first and not set(TOKEN_COLUMNS) & set(first)
         ):
-            return StreamSource(TextRows(data, tokenizer, length), batch_size)
-    return StreamSource(data, batch_size)
+            return StreamSource(_text_rows(data, tokenizer, length, n_vocab), batch_size, n_vocab)
+    return StreamSource(data, batch_size, n_vocab)
 
 
-class TextRows:
-    """Texts joined by the end-of-text token and cut into rows, each beginning with the beginning-of-text token."""
+def _text_rows(texts: Any, tokenizer: Any, length: int | None, n_vocab: int | None) -> TextRows:
+    rows = TextRows(texts, tokenizer, length)
+    refuse_other_tokenizer(RowRules(tokenizer, eos=tokenizer.eos_token_id, n_vocab=n_vocab))
+    return rows
 
-    def __init__(self, texts: Iterable[Any], tokenizer: Any, length: int | None) -> None:
-        if tokenizer is None:
-            raise DataError(
-                "Text needs a tokenizer: give a model that has one (model.tokenizer), or token rows instead of text."
-            )
-        self.texts, self.tokenizer = texts, tokenizer
-        limit = getattr(tokenizer, "model_max_length", 1024)
-        self.length = length if length is not None else int(min(limit, 1024))
 
-    def __iter__(self) -> Iterator[Int[Tensor, " pos"]]:
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        start = [bos] if bos is not None else []
-        kept: list[int] = []
-        for item in self.texts:
-            text = item["text"] if isinstance(item, Mapping) else item
-            kept += self.tokenizer(text, add_special_tokens=False)["input_ids"] + ([eos] if eos is not None else [])
-            body = self.length - len(start)
-            while len(kept) >= body:
-                yield torch.tensor(start + kept[:body])
-                kept = kept[body:]
+def rows_of_rank(batch: Batch, rank: int, world: int) -> Batch:
+    """The rows of one process, of a batch that is the same in all.
+
+    Args:
+        batch: Of all processes together.
+        rank: This process's number, from 0 on.
+        world: How many there are.
+
+    Raises:
+        DataError: The rows cannot be divided so, or there is no such process.
+    """
+    rows = len(batch.tokens)
+    if not 0 <= rank < world:
+        raise DataError(f"Processes are numbered 0 to {world - 1}; given {rank}.")
+    if rows % world:
+        raise DataError(
+            f"A batch of {rows} rows cannot be divided evenly among {world} processes; choose a multiple of {world}."
+        )
+    own = slice(rank * (rows // world), (rank + 1) * (rows // world))
+    return Batch(batch.tokens[own], None if batch.attention_mask is None else batch.attention_mask[own])
 
 
 def as_batch(item: Any) -> Batch:
@@ -219,3 +371,18 @@ def _is_row(item: Any) -> bool:
     if isinstance(item, Batch) or (isinstance(item, list | tuple) and item and isinstance(item[0], Tensor)):
         return False
     return not isinstance(item, Mapping) and torch.as_tensor(item).ndim == 1
+
+
+def digest_of_rows(rows: Any, most: int = 256) -> str:
+    """A hash of evenly spaced rows, and of the shape: cheap, also for rows that fill the memory."""
+    picked = sorted({round(i * (len(rows) - 1) / max(1, most - 1)) for i in range(most)})
+    found = hashlib.sha256(f"{getattr(rows, 'dtype', None)} {list(getattr(rows, 'shape', ()))}".encode())
+    for i in picked if isinstance(rows, Tensor) else picked[:1] + picked[-1:]:
+        row = rows[i]
+        row = (
+            row.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            if isinstance(row, Tensor)
+            else row
+        )
+        found.update(row if isinstance(row, bytes) else repr(row).encode())
+    return found.hexdigest()[:16]

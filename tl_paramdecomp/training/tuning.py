@@ -66,7 +66,8 @@ def tune_along(
         raise SettingError(f"Give at least one subnetwork, each once; given {chosen}.")
     if steps < 1 or lr <= 0:
         raise SettingError(f"steps and lr must be positive; given {steps} and {lr}.")
-    source = batch_source(data, batch_size, seed, getattr(model, "tokenizer", None))
+    source = batch_source(data, batch_size, seed, getattr(model, "tokenizer", None), model=adapter)
+    source.check()
     dtype = next(decomposition.parameters()).dtype
     deltas = {k: torch.zeros((), dtype=dtype, device=adapter.device, requires_grad=True) for k in chosen}
     optimiser = torch.optim.Adam(list(deltas.values()), lr=lr)

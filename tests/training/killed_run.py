@@ -1,0 +1,136 @@
+"""A run that is killed again and again, and one that is not, as JSON: whether they are the same, and what each kill left.
+
+Every run is a process of its own, forked from this one. Half of the kills come at a random moment of the training; the others
+between two operations on files, or in the middle of writing one.
+
+    python -m tests.training.killed_run METHOD KILLS SEED FOLDER
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import tl_paramdecomp as tlpd
+from tests.training.runs import lines, start
+from tests.training.test_fit import same, tiny_gpt2
+from tl_paramdecomp.training.checkpoint import Checkpoints
+
+POINTS = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "rmdir"), (os, "unlink")]
+
+
+def forked(work):
+    """Process that does some work and nothing else."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_at(n):
+    """Die before or after the n-th operation on files, or within it where it writes tensors."""
+    left = [n]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                die()
+            found = function(*args, **kwargs)
+            left[0] -= 1
+            if left[0] == 0:
+                die()
+            return found
+
+        return call
+
+    def torn(tensors, path):
+        left[0] -= 1
+        if left[0] <= 0:
+            data = safetensors.torch.save(tensors)
+            Path(path).write_bytes(data[: len(data) // 2])
+            die()
+        whole(tensors, path)
+
+    whole = safetensors.torch.save_file
+    for module, name in POINTS:
+        setattr(module, name, counted(getattr(module, name)))
+    safetensors.torch.save_file = torn
+
+
+def look(folder):
+    """Step of the newest checkpoint, after everything that is there was opened."""
+    found = Checkpoints(folder / "checkpoints").newest()
+    places = [folder / "decomposition", *([] if found is None else [found.folder / "decomposition"])]
+    for place in places:
+        if place.exists():
+            kind = json.loads((place / "decomposition.json").read_text()).get("kind")
+            (tlpd.Decomposition if kind is None else tlpd.SubnetworkDecomposition).load(place)
+    return -1 if found is None else found.step
+
+
+class DyingAfter:
+    """A callback that kills the process some seconds after training has begun, whatever it does then."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def begin(self, run):
+        threading.Timer(self.seconds, die).start()
+
+    def __call__(self, info):
+        pass
+
+
+def main(method, kills, seed, folder):
+    """The whole comparison."""
+    torch.set_num_threads(1)
+    draw, model, folder = random.Random(seed), tiny_gpt2(), Path(folder)
+    settings = {"model": model, "steps": 2 * kills + 6}
+    begun = time.monotonic()
+    _, code = os.waitpid(forked(lambda: start(method, folder / "whole", **settings)), 0)
+    assert code == 0
+    of_a_step, left, newest = (time.monotonic() - begun) / settings["steps"], [], -1
+
+    def cut(aimed, chosen):
+        if aimed:
+            dying_at(1 + int(chosen * (100 if newest < settings["steps"] else 30)))
+            start(method, folder / "cut", **settings)
+        else:
+            start(method, folder / "cut", callbacks=[DyingAfter(10 * of_a_step * chosen)], **settings)
+
+    for i in range(kills):
+        chosen = draw.random()
+        _, code = os.waitpid(forked(lambda aimed=i % 2 == 1, chosen=chosen: cut(aimed, chosen)), 0)
+        newest = look(folder / "cut")
+        left.append({"killed": os.WIFSIGNALED(code), "code": code, "step": newest})
+    made = start(method, folder / "cut", **settings)
+    whole = type(made).load(folder / "whole" / "decomposition")
+    loaded = type(made).load(folder / "cut" / "decomposition")
+    report = {
+        "same": same(made, whole) and same(loaded, whole),
+        "log": lines(folder / "cut") == lines(folder / "whole"),
+        "kills": left,
+        "left_over": sorted(p.name for p in (folder / "cut").rglob(".*") if p.name != ".lock"),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

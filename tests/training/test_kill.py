@@ -1,0 +1,34 @@
+"""Runs that are killed: every kill leaves something whole to go on from, and the end is that of a run never killed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .runs import METHODS
+
+
+def check(method, kills, seed, folder):
+    command = [sys.executable, "-m", "tests.training.killed_run", method, str(kills), str(seed), str(folder)]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    steps = [kill["step"] for kill in found["kills"]]
+    print(f"{method}: {sum(kill['killed'] for kill in found['kills'])} of {kills} killed, newest checkpoints {steps}")
+    assert found["same"], "the parameters differ from those of a run that was not killed"
+    assert found["log"], "the log differs from that of a run that was not killed"
+    assert steps == sorted(steps), "a checkpoint was lost"
+    assert sum(kill["killed"] for kill in found["kills"]) >= 0.6 * kills
+    assert all(kill["killed"] or kill["code"] == 0 for kill in found["kills"]), shown.stderr
+    assert "broken" not in shown.stderr and found["left_over"] == []
+
+
+def test_a_run_killed_five_times(tmp_path):
+    check("VPD", 5, 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_killed_thirty_times(tmp_path, method):
+    check(method, 30, 2, tmp_path)

@@ -1,0 +1,174 @@
+"""What stops a run that goes wrong: numbers that are none, and the warnings of collapses.
+
+1. After every step one check, on the device, of all losses, gradient norms and parameters; only its answer is read back.
+2. Where it fails, what is at fault is looked for: terms, gradients by parameter, parameters.
+3. The run stops there (`stop`), or the step is taken back as if it had not been, and the run goes on (`skip`).
+4. Nothing that is not finite goes into a checkpoint.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_paramdecomp.errors import DivergedError
+from tl_paramdecomp.methods.base import LossReport
+from tl_paramdecomp.training.checkpoint import readable, state_tensors
+from tl_paramdecomp.training.shards import whole
+from tl_paramdecomp.training.state import SavedState, TrainingState
+
+OnNonfinite = Literal["stop", "skip"]
+NAMED = 3
+"""Parameters that a message names before it counts."""
+ADVICE = (
+    "Lower the learning rates or clip gradients, in a new run_dir; or let the same call go on with on_nonfinite='skip', which "
+    "leaves such steps out."
+)
+
+
+class FiniteGuard:
+    """Sees that every step leaves finite numbers.
+
+    Args:
+        on_nonfinite: `stop` raises; `skip` takes the step back, for which it keeps a copy of all that a step changes.
+        max_skips: Steps in a row that may be taken back.
+    """
+
+    def __init__(self, on_nonfinite: OnNonfinite = "stop", max_skips: int = 10) -> None:
+        self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
+        self.skipped, self.in_a_row = 0, 0
+        self.fault = ""
+        """What was wrong with the step that was last taken back."""
+        self._before: Snapshot | None = None
+
+    def before_step(self, state: TrainingState) -> None:
+        """Note what the step may have to be taken back to."""
+        if self.on_nonfinite == "skip":
+            self._before = Snapshot(state)
+
+    def after_step(self, report: LossReport, norms: Mapping[str, Tensor], state: TrainingState, kept: str) -> bool:
+        """Whether the step stands; otherwise the state is as before it.
+
+        Args:
+            report: The step's losses.
+            norms: Gradient norms before clipping, by group.
+            state: After the step; `done` is still that before.
+            kept: A sentence on the last good checkpoint.
+
+        Raises:
+            DivergedError: Something is not finite, and steps are not taken back, or too many were, or it was so before.
+        """
+        before, self._before = self._before, None
+        if not state.peers.any_of(not bool(finite(report, norms, state)))[0]:
+            self.in_a_row = 0
+            return True
+        step, self.fault = state.done + 1, fault_of(report, norms, state)
+        if before is None:
+            raise DivergedError(f"At step {step}, {self.fault} {kept} {ADVICE}")
+        before.put_back(state)
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        bad = nonfinite_parameters(state)
+        if bad:
+            raise DivergedError(
+                f"Before step {step}, {_listed(bad)} was not finite, which no step changes. {kept} {ADVICE}"
+            )
+        if self.in_a_row > self.max_skips:
+            raise DivergedError(
+                f"{self.in_a_row} steps in a row were not finite (max_skips={self.max_skips}). At step {step}, {self.fault} "
+                f"{kept} Lower the learning rates or clip gradients, in a new run_dir."
+            )
+        return False
+
+    def check(self, state: SavedState, kept: str) -> None:
+        """Refuse to save what is not finite.
+
+        Raises:
+            DivergedError: As said.
+        """
+        numbers = {name: t for name, t in state_tensors(state) if t.is_floating_point() and t.numel()}
+        if bool(torch.stack([t.isfinite().all().to(state.device) for t in numbers.values()]).all()):
+            return
+        bad = [name for name, t in numbers.items() if not bool(t.isfinite().all())]
+        raise DivergedError(f"After step {state.done}, {_listed(bad)} is not finite, and is not saved. {kept} {ADVICE}")
+
+    def counts(self) -> dict[str, int]:
+        """What a resumed run must know."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def restore(self, counts: Mapping[str, Any]) -> None:
+        """Take over another's counts."""
+        self.skipped, self.in_a_row = int(counts.get("skipped", 0)), int(counts.get("in_a_row", 0))
+
+
+class Snapshot:
+    """Copies of everything a step changes, besides random numbers and the data's position."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self.decomposition = _copies(state.decomposition.state_dict())
+        self.optimiser = {p: _copies(values) for p, values in state.optimiser.state.items()}
+        self.memory = _copies(state.memory)
+
+    @torch.no_grad()
+    def put_back(self, state: TrainingState) -> None:
+        """Make the state what it was."""
+        for name, tensor in state.decomposition.state_dict().items():
+            tensor.copy_(self.decomposition[name])
+        state.optimiser.state.clear()
+        for parameter, values in self.optimiser.items():
+            state.optimiser.state[parameter] = values
+        state.memory.clear()
+        state.memory.update(self.memory)
+
+
+def _copies(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in tensors.items()}
+
+
+def finite(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState) -> Bool[Tensor, ""]:
+    """Whether all losses, gradients and parameters of a step are finite; nothing is read back from the device.
+
+    Squares of gradients are what the optimiser keeps: gradients whose squares overflow are counted as infinite.
+    """
+    parameters = [p.detach() for group in state.groups for p in group.parameters if p.numel()]
+    values: list[Float[Tensor, ""]] = [
+        report.total,
+        *report.terms.values(),
+        *(norm.square() for norm in norms.values()),
+        whole(nn.utils.get_total_norm(parameters, float("inf"))),
+    ]
+    return torch.stack([value.detach().isfinite().reshape(()).to(state.device) for value in values]).all()
+
+
+def fault_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState) -> str:
+    """A sentence on what of a step is not finite: the first of losses, gradients and parameters, and where."""
+    terms = [name for name, value in report.terms.items() if not bool(value.isfinite().all())]
+    gradients = [name for name, p in _named(state).items() if p.grad is not None and not _is_finite(p.grad)]
+    if terms or not bool(report.total.isfinite()):
+        where = f", nor is the gradient of {_listed(gradients)}" if gradients else ""
+        return f"the loss is {report.total.item()}: {', '.join(terms) or 'the sum'} is not finite{where}."
+    if gradients:
+        return f"the gradient of {_listed(gradients)} is not finite, though all losses are."
+    large = [f"{name} ({norm.item():.3g})" for name, norm in norms.items() if not bool(norm.square().isfinite())]
+    if large:
+        return f"the gradient norm of {', '.join(large)} is too large for the optimiser."
+    return f"{_listed(nonfinite_parameters(state))} is not finite after the step, though losses and gradients are."
+
+
+def nonfinite_parameters(state: TrainingState) -> list[str]:
+    """Names of parameters that are not finite."""
+    return [name for name, p in _named(state).items() if not _is_finite(p)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(whole(tensor.detach()).isfinite().all())
+
+
+def _named(state: TrainingState) -> dict[str, Tensor]:
+    return {readable(name): p for name, p in state.decomposition.named_parameters()}
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
