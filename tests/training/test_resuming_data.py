@@ -260,7 +260,7 @@ def test_texts_are_not_tokenised_again_to_get_to_a_place():
 
 # --- other data ---------------------------------------------------------------------------------------------------------
 def test_a_state_of_other_data_is_refused(forms):
-    data, arguments = forms["json lines"]
+    data, _ = forms["json lines"]
     source = tlpd.token_batches(data, tokenizer(), length=LENGTH).source(4)
     source.batch(0)
     state = written(source)
