@@ -15,6 +15,8 @@ from tl_paramdecomp.components.sigmoids import Importance, binomial_lower, clamp
 from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.sites import Fingerprint, WeightSite
 
+from ..support.saved_folders import forge_format_1, values_of
+
 TABLE = WeightSite("embed.W_E", 7, 5, "embedding")
 FIRST = WeightSite("blocks.0.mlp.W_in", 4, 6)
 SECOND = WeightSite("blocks.0.mlp.W_out", 6, 5)
@@ -415,10 +417,8 @@ def test_files_keep_every_kind(kind: str, sigmoid: str, tmp_path: object) -> Non
 def test_files_from_before_the_newer_settings(kind: str, tmp_path: object) -> None:
     made = make(ImportanceConfig(kind, HIDDEN))  # type: ignore[arg-type]
     folder = made.save(tmp_path / "d")  # type: ignore[operator]
-    path = folder / "decomposition.json"
-    content = path.read_text(encoding="utf-8")
     settings = json.dumps(made.importance.settings())  # type: ignore[union-attr]
-    metadata = json.loads(content)
+    metadata = values_of(folder)
 
     def strip(node: object) -> object:
         if isinstance(node, dict):
@@ -429,8 +429,7 @@ def test_files_from_before_the_newer_settings(kind: str, tmp_path: object) -> No
 
     older = strip(metadata)
     assert older != metadata
-    path.write_text(json.dumps(older), encoding="utf-8")
-    again = Decomposition.load(folder)
+    again = Decomposition.load(forge_format_1(folder, older))  # type: ignore[arg-type]
     inputs = make_inputs(2, 5)
     expected = made.importances(inputs)
     assert all(torch.equal(g.lower, expected[name].lower) for name, g in again.importances(inputs).items())

@@ -1,7 +1,6 @@
 """Tied sites: one pair of parameters for two weights that are each other's transpose."""
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tl_paramdecomp.methods.starts import warm_up
 from tl_paramdecomp.methods.ties import resolved_ties
 
 from ..support.models import gpt2
+from ..support.saved_folders import forge, forge_format_1, values_of
 
 FIRST, SECOND = "0.weight", "2.weight"
 TIED = {SECOND: FIRST}
@@ -202,19 +202,18 @@ def test_save_and_load_keep_the_tie(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[n].V, dec[n].V) and torch.equal(loaded[n].U, dec[n].U) for n in dec)
     assert loaded[SECOND].V.untyped_storage().data_ptr() == loaded[FIRST].U.untyped_storage().data_ptr()
     tlpd.check_target(toy(), loaded)
-    path = folder / "decomposition.json"
-    whole = json.loads(path.read_text())
+    whole = values_of(folder)
     for broken in ({SECOND: SECOND}, {SECOND: "no site"}, {FIRST: SECOND, SECOND: FIRST}, {}):
-        path.write_text(json.dumps(whole | {"tied": broken}))
-        with pytest.raises(DecompositionFileError):
-            tlpd.Decomposition.load(folder)
+        with pytest.raises(DecompositionFileError, match="agree"):
+            tlpd.Decomposition.load(forge(folder, whole | {"tied": broken}))
+    assert tlpd.Decomposition.load(forge(folder, whole)).tied == TIED
 
 
 def test_files_from_before_there_were_ties_open(tmp_path: Path) -> None:
     dec = tlpd.from_factors(toy(), {FIRST: (double(5, N), double(N, 2))})
-    path = dec.save(tmp_path / "saved") / "decomposition.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tied"}))
-    assert tlpd.Decomposition.load(tmp_path / "saved").tied == {}
+    folder = dec.save(tmp_path / "saved")
+    forge_format_1(folder, {k: v for k, v in values_of(folder).items() if k != "tied"})
+    assert tlpd.Decomposition.load(folder).tied == {}
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.files import replace_text
-from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError, SettingError
+from tl_paramdecomp.components.plain import from_plain
+from tl_paramdecomp.errors import MissingExtraError, SettingError
 
 if TYPE_CHECKING:
     import pandas
@@ -191,19 +192,14 @@ class Attribution(Record):
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> "Attribution":
-        """Read what `save` wrote.
+    def from_json(cls, kept: dict[str, Any]) -> "Attribution":
+        """With its tensors made anew.
 
         Raises:
-            DecompositionFileError: The file is missing, damaged or something else.
+            TypeError, ValueError: The fields are not what they should be.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            for name in TENSORS:
-                values[name] = {site: _as_tensor(kept) for site, kept in values[name].items()}
-            return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DecompositionFileError(f"{path} holds no {cls.what} ({error}); write one with save().") from error
+        tensors = {name: {site: _as_tensor(values) for site, values in kept[name].items()} for name in TENSORS}
+        return from_plain(cls, kept | tensors)
 
 
 TENSORS = ("values", "delta", "bias", "embeddings")

@@ -64,11 +64,6 @@ class LogitLens(Record):
     bottom: list[LensToken]
     """Smallest values first."""
 
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "LogitLens":
-        """With its tokens made anew."""
-        return cls(**{**kept, **{end: [LensToken(**t) for t in kept[end]] for end in ("top", "bottom")}})
-
     def tables(self) -> "list[Table]":
         """Both ends side by side."""
         from rich.text import Text

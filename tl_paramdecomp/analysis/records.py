@@ -7,7 +7,8 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.components.files import parse_json, read_text, replace_text
+from tl_paramdecomp.components.plain import from_plain, in_short
 from tl_paramdecomp.errors import DecompositionFileError
 
 if TYPE_CHECKING:
@@ -51,14 +52,20 @@ class Record:
             DecompositionFileError: The file is missing, damaged or something else.
         """
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DecompositionFileError(f"{path} holds no {cls.what} ({error}); write one with save().") from error
+            return cls.from_json(parse_json(Path(path), read_text(Path(path)), finite=False))
+        except Exception as error:  # a damaged file may go wrong anywhere
+            raise DecompositionFileError(
+                f"{path} holds no {cls.what} ({in_short(error)}); write one with save()."
+            ) from error
 
     @classmethod
     def from_json(cls: type[Kept], kept: dict[str, Any]) -> Kept:
-        """One from its fields as JSON has them; a record of records makes those too."""
-        return cls(**kept)
+        """One from its fields as JSON has them.
+
+        Raises:
+            TypeError: They are not of the types that it declares.
+        """
+        return from_plain(cls, kept)
 
     def __str__(self) -> str:
         from rich.console import Console

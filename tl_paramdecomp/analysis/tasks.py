@@ -17,8 +17,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.analysis.task_tokens import PromptTokenizer, prompt_tokenizer
-from tl_paramdecomp.components.files import replace_text
-from tl_paramdecomp.errors import DecompositionFileError, DtypeError, ShapeError, TaskError, TokenizerTaskError
+from tl_paramdecomp.components.files import read_text, replace_text
+from tl_paramdecomp.errors import DtypeError, ShapeError, TaskError, TokenizerTaskError
 from tl_paramdecomp.sites import check_rows
 
 FIELDS = ("clean", "answer", "corrupt", "wrong", "text", "group", "task")
@@ -340,18 +340,14 @@ def _ids(name: str, what: str, given: Any) -> tuple[int, ...]:
 # --- files ------------------------------------------------------------------------------------------------------------
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Lines that are not blank, each with where it is."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DecompositionFileError(f"{path} cannot be read as a task's JSON lines ({error}).") from error
     lines = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path.name}, line {number}"
         try:
             read = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TaskError(
                 f"{where} is not JSON ({error}); a task's file holds one JSON object on each line."
             ) from error
@@ -363,6 +359,8 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 f"{where} {f'lacks {missing}' if missing else f'has unknown fields {unknown}'}; a line holds "
                 f"{', '.join(FIELDS[:2])} and perhaps {', '.join(FIELDS[2:])}."
             )
+        if not isinstance(read.get("task", ""), str):
+            raise TaskError(f"{where}: 'task' is the task's name, a text; given {read['task']!r:.80}.")
         lines.append((where, read))
     if not lines:
         raise TaskError(f"{path} is empty; give one line of JSON for each prompt, with 'clean' and 'answer'.")

@@ -74,12 +74,6 @@ class TokenStatistics(Record):
     """How many counted."""
     components: list[ComponentTokens] = field(repr=False)
 
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "TokenStatistics":
-        """With its components and their tokens made anew."""
-        own = [{**c, **{kind: [TokenCount(**t) for t in c[kind]] for kind in KINDS}} for c in kept["components"]]
-        return cls(**{**kept, "components": [ComponentTokens(**c) for c in own]})
-
     def of(self, site: str, component: int) -> ComponentTokens:
         """Tokens of one component.
 

@@ -74,12 +74,6 @@ class TopContexts(Record):
     """How many counted."""
     components: list[ComponentContexts] = field(repr=False)
 
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "TopContexts":
-        """With its components and their contexts made anew."""
-        own = [{**c, "contexts": [Context(**context) for context in c["contexts"]]} for c in kept["components"]]
-        return cls(**{**kept, "components": [ComponentContexts(**c) for c in own]})
-
     def of(self, site: str, component: int) -> list[Context]:
         """Contexts of one component, largest first.
 

@@ -12,10 +12,12 @@ from tl_paramdecomp.components import files
 from tl_paramdecomp.components.factors import Components, make_components, tied_components
 from tl_paramdecomp.components.importance import ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.components.plain import as_declared
 from tl_paramdecomp.components.saved import Saved
+from tl_paramdecomp.components.saved_sites import check_keys, disagreement, fingerprints_of, named_sites
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.components.ties import check_ties
-from tl_paramdecomp.errors import DecompositionFileError, NoImportanceError, ShapeError
+from tl_paramdecomp.errors import DecompositionFileError, NoImportanceError, SettingError, ShapeError
 from tl_paramdecomp.sites import Fingerprint, WeightSite, resolve_name
 
 IMPORTANCE = "importance:"
@@ -36,7 +38,7 @@ class Decomposition(Saved, Mapping[str, Components]):
 
     Raises:
         ShapeError, DtypeError: Factors do not fit their site.
-        SettingError: A tie that cannot be.
+        SettingError: A tie that cannot be, or names that torch cannot tell apart.
     """
 
     # Mapping compares by content and so cannot be hashed; a module must be
@@ -63,6 +65,8 @@ class Decomposition(Saved, Mapping[str, Components]):
         made |= {name: tied_components(sites[name], made[source]) for name, source in self.tied.items()}
         order = [name for name in sites if name in made] if self.tied else list(made)
         self._components = nn.ModuleDict({module_key(name): made[name] for name in order})
+        if len(self._components) < len(made):
+            raise SettingError(f"Names of sites must differ in more than . and /; given {', '.join(order)}.")
         self.fingerprints = {name: fingerprints[name] for name in self}
         self.info = dict(info or {})
         self.importance = None if importance is None else ImportanceFunction(self, importance, generator)
@@ -127,10 +131,12 @@ class Decomposition(Saved, Mapping[str, Components]):
 
     # --- files --------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
-        """Write `components.safetensors` and `decomposition.json` into a folder, atomically.
+        """Write `components.safetensors` and `decomposition.json` into a folder; whenever that ends, the folder holds what
+        it held before or what is saved now.
 
         Raises:
-            DecompositionFileError: The folder cannot be written, or holds something else.
+            DecompositionFileError: The folder cannot be written, or holds something else; a number is NaN or infinite, or
+                `info` is nothing that JSON has.
         """
         own = {name: components for name, components in self.items() if name not in self.tied}
         tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in own.items() for letter in ("V", "U")}
@@ -159,24 +165,31 @@ class Decomposition(Saved, Mapping[str, Components]):
                 f"{folder} holds {metadata['kind']}, not components; open it with SubnetworkDecomposition.load."
             )
         try:
-            sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
-            fingerprints = {name: fingerprint_of(values) for name, values in metadata["fingerprints"].items()}
-            tied = metadata.get("tied", {})  # files from before there were ties have none
-            factors = {name: (tensors[f"{name}.V"], tensors[f"{name}.U"]) for name in sites if name not in tied}
-            config = None if metadata["importance"] is None else ImportanceConfig(**metadata["importance"])
-            made = cls(factors, sites, fingerprints, config, metadata["info"], tied=tied)
-            if made.importance is not None:
-                state = {k.removeprefix(IMPORTANCE): t for k, t in tensors.items() if k.startswith(IMPORTANCE)}
-                made.importance.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise DecompositionFileError(
-                f"{folder} holds a decomposition whose files do not agree with each other ({type(error).__name__}: "
-                f"{error}); it is damaged or was edited. Copy it again from where it was saved."
-            ) from error
+            return cls._assembled(tensors, metadata)
+        except Exception as error:  # a damaged file may go wrong anywhere
+            raise disagreement(folder, "a decomposition", error) from error
+
+    @classmethod
+    def _assembled(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "Decomposition":
+        """From what `save` wrote; made without numbers, which then are put in, so that nothing is as large as a wrong
+        setting says before the file is seen to hold it."""
+        check_keys(metadata, {"sites", "fingerprints", "importance", "info"}, {"tied"})
+        sites = named_sites(WeightSite, metadata["sites"])
+        fingerprints = fingerprints_of(sites, metadata["fingerprints"])
+        tied = as_declared(metadata.get("tied", {}), dict[str, str])  # files from before there were ties have none
+        config = as_declared(metadata["importance"], ImportanceConfig | None)
+        info = as_declared(metadata["info"], dict[str, Any])
+        own = [name for name in sites if name not in tied]
+        state = {f"_components.{module_key(n)}.{key}": tensors[f"{n}.{key}"] for n in own for key in ("V", "U")}
+        network = {k.removeprefix(IMPORTANCE): t for k, t in tensors.items() if k.startswith(IMPORTANCE)}
+        if len(state) + len(network) != len(tensors):
+            raise ValueError(f"there are {len(tensors)} tensors for {len(own)} sites and {len(network)} of importances")
+        if len({tensor.dtype for tensor in network.values()}) > 1:
+            raise TypeError("the importance function's tensors are of several dtypes")
+        if config is not None and config.kind == "global_transformer" and config.layers > len(network):
+            raise ValueError(f"{config.layers} layers cannot be of {len(network)} tensors")
+        with torch.device("meta"):
+            factors = {name: (tensors[f"{name}.V"].to("meta"), tensors[f"{name}.U"].to("meta")) for name in own}
+            made = cls(factors, sites, fingerprints, config, info, tied=tied)
+        made.load_state_dict(state | {f"importance.{key}": tensor for key, tensor in network.items()}, assign=True)
         return made
-
-
-def fingerprint_of(values: Mapping[str, Any]) -> Fingerprint:
-    """A fingerprint from JSON, which has lists for tuples."""
-    plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Fingerprint(**plain)

@@ -340,4 +340,8 @@ def _rotated(x: Float[Tensor, "... pos d"], rotations: Sequence[Tensor]) -> Floa
 
 
 def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, generator=generator) * std)
+    """Normal numbers; none where there are shapes alone, under `torch.device("meta")`."""
+    made = torch.empty(shape)
+    if not made.is_meta:
+        torch.randn(shape, generator=generator, out=made).mul_(std)
+    return nn.Parameter(made)

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.components import files
-from tl_paramdecomp.components.decomposition import fingerprint_of
 from tl_paramdecomp.components.gain_subnetworks import GainSubnetworks
+from tl_paramdecomp.components.plain import as_declared
 from tl_paramdecomp.components.saved import Saved
+from tl_paramdecomp.components.saved_sites import check_keys, disagreement, fingerprints_of, named_sites
 from tl_paramdecomp.components.subnetworks import Part, SiteSubnetworks, Subnetworks
 from tl_paramdecomp.errors import ComponentIndexError, DecompositionFileError
 from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
@@ -114,10 +115,12 @@ class SubnetworkDecomposition(Saved):
 
     # --- files ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
-        """Write `components.safetensors` and `decomposition.json` into a folder, atomically.
+        """Write `components.safetensors` and `decomposition.json` into a folder; whenever that ends, the folder holds what
+        it held before or what is saved now.
 
         Raises:
-            DecompositionFileError: The folder cannot be written, or holds something else.
+            DecompositionFileError: The folder cannot be written, or holds something else; a number is NaN or infinite, or
+                `info` is nothing that JSON has.
         """
         tensors = {"threshold": self.threshold}
         for side in SIDES:
@@ -146,22 +149,33 @@ class SubnetworkDecomposition(Saved):
                 f"{folder} holds components, not subnetworks; open it with Decomposition.load."
             )
         try:
-            sites = {s["name"]: WeightSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata["sites"]}
-            norms = {s["name"]: NormSite(**{**s, "aliases": tuple(s["aliases"])}) for s in metadata.get("norms", [])}
-            sides = []
-            for side in SIDES:
-                parts: dict[str, Part] = {}
-                for name, site in sites.items():
-                    A, B = (tensors[f"{side}:{name}.{letter}"] for letter in ("A", "B"))
-                    parts[name] = SiteSubnetworks(site, A, B, tensors.get(f"{side}:{name}.bias"))
-                for name, norm in norms.items():
-                    key = f"{side}:{name}"
-                    parts[name] = GainSubnetworks(norm, tensors[f"{key}.gain"], tensors.get(f"{key}.bias"))
-                sides.append(Subnetworks(parts))
-            fingerprints = {name: fingerprint_of(values) for name, values in metadata["fingerprints"].items()}
-            return cls(sides[0], sides[1], sites, fingerprints, float(tensors["threshold"]), metadata["info"], norms)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise DecompositionFileError(
-                f"{folder} holds subnetworks whose files do not agree with each other ({type(error).__name__}: {error}); it is "
-                "damaged or was edited. Copy it again from where it was saved."
-            ) from error
+            return cls._assembled(tensors, metadata)
+        except Exception as error:  # a damaged file may go wrong anywhere
+            raise disagreement(folder, "subnetworks", error) from error
+
+    @classmethod
+    def _assembled(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "SubnetworkDecomposition":
+        """From what `save` wrote."""
+        check_keys(metadata, {"kind", "sites", "fingerprints", "info"}, {"norms"})
+        sites, norms = named_sites(WeightSite, metadata["sites"]), named_sites(NormSite, metadata.get("norms", []))
+        fingerprints = fingerprints_of([*sites, *norms], metadata["fingerprints"])
+        if len({tensor.dtype for tensor in tensors.values()}) > 1 or not all(t.numel() for t in tensors.values()):
+            raise ValueError("a tensor is empty, or they are of several dtypes")
+        left, sides = dict(tensors), []
+        for side in SIDES:
+            parts: dict[str, Part] = {}
+            for name, site in sites.items():
+                A, B = (left.pop(f"{side}:{name}.{letter}") for letter in ("A", "B"))
+                parts[name] = SiteSubnetworks(site, A, B, left.pop(f"{side}:{name}.bias", None))
+            for name, norm in norms.items():
+                key = f"{side}:{name}"
+                parts[name] = GainSubnetworks(norm, left.pop(f"{key}.gain"), left.pop(f"{key}.bias", None))
+            sides.append(Subnetworks(parts))
+        threshold = left.pop("threshold")
+        if left or threshold.ndim or list(sides[0]) != [*sites, *norms]:
+            raise ValueError(f"there are too many tensors ({', '.join(left)}), several thresholds or too few names")
+        shapes = [{name: tensor.shape for name, tensor in side.state_dict().items()} for side in sides]
+        if shapes[0] != shapes[1]:
+            raise ValueError("encoder and decoder are of different shapes")
+        info = as_declared(metadata["info"], dict[str, Any])
+        return cls(sides[0], sides[1], sites, fingerprints, float(threshold), info, norms)

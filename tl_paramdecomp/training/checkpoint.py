@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +21,15 @@ import safetensors
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.components.files import read_tensors, write_tensors, write_text
-from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, SettingError, TargetMismatchError
+from tl_paramdecomp.components.files import LARGEST, parse_json, read_tensors, read_text, write_tensors, write_text
+from tl_paramdecomp.components.plain import as_declared, in_short
+from tl_paramdecomp.errors import (
+    DecompositionFileError,
+    DiskSpaceError,
+    SettingError,
+    TargetMismatchError,
+    TLParamDecompError,
+)
 from tl_paramdecomp.training.disk import replace_file, sync_folder
 from tl_paramdecomp.training.progress import say
 from tl_paramdecomp.training.random_state import set_random
@@ -32,6 +40,21 @@ FORMAT = 1
 METADATA, BEST, DECOMPOSITION = "checkpoint.json", "best.json", "decomposition"
 OPTIMISER, MEMORY, RANDOM = "optimiser.safetensors", "memory.safetensors", "random.safetensors"
 SCRATCH, ASIDE = ".writing", ".discarded-"
+FIELDS = {
+    "format": int,
+    "step": int,
+    "device": str,
+    "on_host": list[str],
+    "files": dict[str, str],
+    "guards": dict[str, int],
+    "warned": list[str],
+    "settings": dict[str, Any],
+    "data": dict[str, Any],
+    "background": dict[str, Any] | None,
+}
+"""What `checkpoint.json` says, besides numbers of processes and pieces."""
+UNFIT = (LookupError, ValueError, RuntimeError, TypeError, ArithmeticError, AttributeError)
+"""What goes wrong where tensors are of another run, or none that a run leaves."""
 SLACK = 1 << 16
 """Bytes of everything in a checkpoint that is no tensor, and more."""
 
@@ -89,7 +112,7 @@ class Checkpoints:
 
     def _folders(self) -> list[Path]:
         """Oldest first."""
-        found = [p for p in self.folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+        found = [p for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]+", p.name) and p.is_dir()]
         return sorted(found, key=_step_of)
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -229,14 +252,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     path = folder / METADATA
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path, read_text(path, LARGEST), finite=False)
         claimed = values.pop("checksum")
         if claimed != _checksum(values):
             raise ValueError(f"{METADATA} is not as it was written")
         if values["format"] != FORMAT:
             raise ValueError(f"it is of format {values['format']}, this version reads format {FORMAT}")
+        for field, kind in FIELDS.items():  # the checksum says that it is as it was written, not by whom
+            as_declared(values[field], kind)
         for name, digest in values["files"].items():
-            if _digest(folder / name) != digest:
+            if not (folder / name).is_file() or _digest(folder / name) != digest:
                 raise ValueError(f"{name} is not as it was written")
         if values["step"] != _step_of(folder):
             raise ValueError(f"it is of step {values['step']}")
@@ -262,26 +287,22 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
         )
     saved = type(state.decomposition).load(folder / DECOMPOSITION)
     _check_target(folder, saved.fingerprints, state.decomposition.fingerprints)
-    try:
+    with _fitting(folder):
         load_whole(state.decomposition, saved.state_dict())
         state.load_optimiser_tensors(_own_tensors(folder / OPTIMISER))
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise _foreign(folder, error) from error
-    on_host = set(values["on_host"])
-    state.memory = {
-        key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
-    }
-    for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
-        state.memory[key] = _own_rows(state.memory[key], state, folder)
-    state.source.restore(values["data"])
-    if state.background is not None:
-        state.background.restore(values["background"] or {})
-    try:  # last, as all that comes before may draw
+        on_host = set(values["on_host"])
+        state.memory = {
+            key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
+        }
+        for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
+            state.memory[key] = _own_rows(state.memory[key], state, folder)
+        state.source.restore(values["data"])
+        if state.background is not None:
+            state.background.restore(values["background"] or {})
         division = {"processes": state.peers.world, "accumulate": state.accumulate}
         as_before = all(values[key] == n for key, n in division.items())
+        # last, as all that comes before may draw
         set_random(_own_tensors(folder / RANDOM), state.numbers, state.peers, checkpoint.step, as_before)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise _foreign(folder, error) from error
     state.done = checkpoint.step
 
 
@@ -333,10 +354,17 @@ def _own_rows(tensor: Tensor, state: TrainingState, folder: Path) -> Tensor:
     return tensor[state.peers.rank * rows : (state.peers.rank + 1) * rows].clone()
 
 
-def _foreign(folder: Path, error: Exception) -> DecompositionFileError:
-    return DecompositionFileError(
-        f"The checkpoint {folder} does not fit this run ({type(error).__name__}: {error}); pass resume=False to begin anew."
-    )
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Say so where a checkpoint does not fit a run."""
+    try:
+        yield
+    except TLParamDecompError:
+        raise
+    except UNFIT as error:
+        raise DecompositionFileError(
+            f"The checkpoint {folder} does not fit this run ({in_short(error)}); pass resume=False to begin anew."
+        ) from error
 
 
 def _discard(folder: Path) -> None:

@@ -1,0 +1,73 @@
+"""Dataclasses from JSON values: every field of the type that it is declared with, none missing, none unknown.
+
+JSON has lists for tuples and objects for dataclasses; all else must be what the annotation says. A truth value is no number.
+"""
+
+import dataclasses
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Made = TypeVar("Made")
+LONGEST = 400
+"""Letters of a reason."""
+
+
+def from_plain(kind: type[Made], values: Any) -> Made:
+    """A dataclass from the JSON object that its `asdict` gives.
+
+    Raises:
+        TypeError: It is no object, or a field is missing, unknown or of another type.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{values!r:.80} is no {kind.__name__}")
+    hints, fields = get_type_hints(kind), {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not values.keys() <= fields:
+        raise TypeError(f"{kind.__name__} has no {', '.join(sorted(values.keys() - fields))}")
+    made = {}
+    for name, value in values.items():
+        try:
+            made[name] = as_declared(value, hints[name])
+        except TypeError as error:
+            raise TypeError(f"{name} of {kind.__name__}: {error}") from error
+    return kind(**made)
+
+
+def as_declared(value: Any, hint: Any) -> Any:
+    """A JSON value as what an annotation says it is.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for part in parts:
+            try:
+                return as_declared(value, part)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if any(type(value) is type(part) and value == part for part in parts):
+            return value
+    elif origin in (list, tuple) and isinstance(value, list):
+        if origin is list or parts[-1] is Ellipsis:
+            return origin(as_declared(item, parts[0]) for item in value)
+        if len(value) == len(parts):
+            return tuple(map(as_declared, value, parts))
+    elif origin is dict and isinstance(value, dict):
+        return {key: as_declared(item, parts[1]) for key, item in value.items()}
+    elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value)
+    elif hint is Any or (value is None and hint in (None, NoneType)) or (isinstance(hint, type) and _is(value, hint)):
+        return value
+    raise TypeError(f"{value!r:.80} is no {getattr(hint, '__name__', hint)}")
+
+
+def in_short(error: Exception) -> str:
+    """What went wrong, in a line; torch may name every tensor, and a dataclass every field."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
