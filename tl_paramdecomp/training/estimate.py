@@ -21,7 +21,9 @@ from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training.data import batch_source
+from tl_paramdecomp.training.guards import OnNonfinite
 from tl_paramdecomp.training.memory import available, held, peak_resident, size_of
+from tl_paramdecomp.training.plan import Plan, steps_of
 from tl_paramdecomp.training.trial import Trial, outline
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ def estimate_run(
     checkpoint_every: int = 1000,
     keep_checkpoints: int = 2,
     keep_best: bool = False,
+    on_nonfinite: OnNonfinite = "stop",
+    accumulate: int = 1,
     trial: bool = True,
 ) -> Estimate:
     """What `decompose` with the same arguments will need. It writes no file, and leaves the model as it was.
@@ -104,6 +108,8 @@ def estimate_run(
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: How many are kept.
         keep_best: Whether the best is kept as well.
+        on_nonfinite: As for `decompose`.
+        accumulate: Micro-batches of a step.
         trial: Begin the run to measure; False: count only.
 
     Raises:
@@ -111,24 +117,25 @@ def estimate_run(
     """
     adapter = adapt(model)
     chosen, tokenizer = adapter.select(sites), getattr(model, "tokenizer", None)
+    Plan(checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, accumulate=accumulate)
     source, other = (
-        None if rows is None else batch_source(rows, batch_size, seed + i, tokenizer, together=method.rows_together)
+        None if rows is None else batch_source(rows, batch_size, seed + i, tokenizer, None, method.rows_together, adapter)
         for i, rows in enumerate((data, background))
     )
-    steps = (steps or 0) if method.trains and source is not None else 0
+    steps = steps_of(method, steps, data)
     now = _Now.of(adapter)
     devices = [adapter.device] if adapter.device.type == "cuda" else []
     with frozen(adapter.root), torch.random.fork_rng(devices):
         made = outline(adapter, chosen, method)
-        refused = None if made is None else _too_large(made, method, steps, now)
-        taken = Trial(adapter, chosen, method, source, other, steps, seed)
+        refused = None if made is None else _too_large(_throughout(made, method, steps, on_nonfinite), now)
+        taken = Trial(adapter, chosen, method, source, other, steps, seed, accumulate, on_nonfinite)
         if trial and refused is None:
             made = taken.run().made
         if made is None:
             raise SettingError(
                 f"What {type(method).__name__} starts from here depends on the weights; leave trial=True to count it."
             )
-        held_throughout = _throughout(made, method, steps)
+        held_throughout = _throughout(made, method, steps, on_nonfinite)
     kept = _checkpoints(steps, checkpoint_every, keep_checkpoints, keep_best)
     return Estimate(
         run=_run(method, made, adapter, steps, batch_size, taken),
@@ -172,19 +179,21 @@ def _bytes_of(tensors: list[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-def _throughout(made: Any, method: Method[Any], steps: int) -> Row:
+def _throughout(made: Any, method: Method[Any], steps: int, on_nonfinite: OnNonfinite) -> Row:
     """Bytes held throughout, besides the process and the model."""
     trained, importance = _bytes_of(_trained(made, method, steps)), _bytes_of(_importance(made))
+    every = _bytes_of(list(made.parameters()))
     return {
-        "components": _bytes_of(list(made.parameters())) - importance,
+        "components": every - importance,
         "importance": importance,
         "gradients": trained,
         "optimiser": 2 * trained,
+        "copy": every + 2 * trained if on_nonfinite == "skip" and steps else 0,
     }
 
 
-def _too_large(made: Any, method: Method[Any], steps: int, now: _Now) -> str | None:
-    needed = sum(_throughout(made, method, steps).values())
+def _too_large(throughout: Row, now: _Now) -> str | None:
+    needed = sum(throughout.values())
     if now.available is None or needed <= now.available:
         return None
     return (
@@ -291,9 +300,11 @@ def _memory(found: Estimate) -> "Table":
         "importance": "importance function",
         "gradients": "gradients",
         "optimiser": "Adam's two averages",
+        "copy": "copy to take a step back to",
     }
     for key, text in words.items():
-        table.add_row(text, in_bytes(memory[key]))
+        if memory[key] or key != "copy":
+            table.add_row(text, in_bytes(memory[key]))
     table.add_section()
     table.add_row("held throughout", in_bytes(sum(memory[key] for key in words)))
     if memory["step"] is not None:

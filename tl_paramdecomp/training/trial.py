@@ -13,10 +13,12 @@ from torch.overrides import TorchFunctionMode
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.base import Captured
 from tl_paramdecomp.methods.base import Batch, Method, TrainingStep
+from tl_paramdecomp.methods.draws import RandomNumbers
 from tl_paramdecomp.sites import Fingerprint, WeightSite
 from tl_paramdecomp.training.data import BatchSource
+from tl_paramdecomp.training.guards import FiniteGuard, OnNonfinite
 from tl_paramdecomp.training.memory import LiveBytes, Peak, available, continued, size_of
-from tl_paramdecomp.training.state import TrainingState, optimise, start_state
+from tl_paramdecomp.training.state import TrainingState, figures_of, optimise, start_state
 
 META = torch.device("meta")
 TURNS = 3
@@ -104,6 +106,9 @@ class Trial:
     steps: int
     """Of the whole run; 0: its start is all there is."""
     seed: int
+    accumulate: int = 1
+    """Micro-batches of a step."""
+    on_nonfinite: OnNonfinite = "stop"
     made: Any = None
     start_seconds: float = 0.0
     start_peak: int = 0
@@ -130,7 +135,7 @@ class Trial:
             return self
         self._batches = first, None if self.background is None else self.background.batch(0)
         self.rows, self.shape = len(first.tokens), tuple(first.tokens.shape[1:])
-        unit = unit_of(self.method)
+        unit = unit_of(self.method) * self.accumulate
         rows = [n * unit for n in FEW] if self.rows > FEW[1] * unit else [self.rows]
         with torch.enable_grad():
             self.few, self.more = (self._take(n, device) for n in (rows[0], rows[-1]))
@@ -177,8 +182,10 @@ class Trial:
         return self._take(rows, device, traced=False) if rows > more.rows else more
 
     def _take(self, rows: int, device: torch.device, traced: bool = True) -> Steps:
+        assert self.source is not None
+        numbers = RandomNumbers(self.seed, device, 0, self.accumulate > 1, "per_rank")
         state = start_state(
-            self.method, self.made, device, self.seed, self.source, self.background  # type: ignore[arg-type]
+            self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate
         )
         live, peak, seconds = [0], Peak(device), []
         for number in range(1 + traced + TIMED):
@@ -197,16 +204,21 @@ class Trial:
 
     def _step(self, state: TrainingState, rows: int, number: int) -> None:
         """One step as the loop takes it."""
-        batch, other = (None if b is None else b.rows(slice(0, rows)).to(self.adapter.device) for b in self._batches)
+        batch, other = (None if b is None else b.rows(slice(0, rows)) for b in self._batches)
         assert batch is not None
+        guard = FiniteGuard(self.on_nonfinite, max_skips=self.steps)
+        guard.before_step(state)
+        state.optimiser.zero_grad()
         now = TrainingStep(
-            self.adapter, self.made, batch, state.generator, number / max(1, self.steps - 1), state.memory, other
-        )
+            self.adapter, self.made, batch, state.numbers, number / max(1, self.steps - 1), state.memory, other,
+            accumulate=self.accumulate, number=number,
+        )  # fmt: skip
         report = self.method.gradients(now)
-        optimise(state.groups, state.optimiser, self.method.learning_rate_factor(number, self.steps))
+        norms = optimise(state.groups, state.optimiser, self.method.learning_rate_factor(number, self.steps))
         self.method.after_step(now)
-        float(report.total)
-        report.figures()
+        guard.after_step(report, norms, state, "")
+        state.done = number + 1
+        figures_of(report, norms, state)
 
 
 class _Phases:
