@@ -22,12 +22,14 @@ from tl_paramdecomp.cli.report import measure_quality, print_quality, write_qual
 from tl_paramdecomp.cli.rows import Rows, open_rows
 from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve, tree_of
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
-from tl_paramdecomp.components.decomposition import Decomposition, fingerprint_of
+from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.components.saved_sites import fingerprints_of
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.training.callbacks import Callback, RunInfo
+from tl_paramdecomp.training.distributed import leads, own_device
 from tl_paramdecomp.training.estimate import estimate_run
 from tl_paramdecomp.training.fit import decompose
 from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
@@ -76,7 +78,7 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         TargetMismatchError: The model's weights are not those of a resolved file.
         TLParamDecompError: As `open_model`, `open_rows`, `decompose` and `estimate_run`.
     """
-    model = open_model(settings.model, settings.host, settings.device, settings.dtype)
+    model = open_model(settings.model, settings.host, own_device(settings.device), settings.dtype)
     _check_target(settings, model)
     rows, background = _rows(settings, model, settings.data), None
     if settings.background is not None:
@@ -88,6 +90,8 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         model, settings.sites, settings.method, rows.train, background=background,
         callbacks=_callbacks(settings, model, rows), **_arguments(settings),
     )  # fmt: skip
+    if not leads():
+        return  # one process writes and talks
     folder = Path(settings.run_dir)
     _write_resolved(settings, made)
     _report(settings, model, made, rows, console)
@@ -98,14 +102,16 @@ def _arguments(settings: RunSettings) -> dict[str, Any]:
     """Arguments of `decompose` that are settings by the same name."""
     names = (
         "steps", "batch_size", "seed", "run_dir", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best",
-        "on_nonfinite", "max_skips", "max_seconds",
+        "on_nonfinite", "max_skips", "max_seconds", "accumulate", "random_numbers", "shard",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names}
 
 
 def _rows(settings: RunSettings, model: Any, data: DataSettings) -> Rows:
-    text = None if data.text is None else Path(data.text)
-    return open_rows(settings.model, model, text, data.dataset, data.length)
+    return open_rows(
+        settings.model, model, data.text, data.dataset, data.length, column=data.column, config=data.config,
+        split=data.split, separator=data.separator, shuffle=data.shuffle, seed=data.shuffle_seed, bos=data.bos,
+    )  # fmt: skip
 
 
 def _callbacks(settings: RunSettings, model: Any, rows: Rows) -> list[Callback]:
@@ -149,11 +155,13 @@ def _check_target(settings: RunSettings, model: Any) -> None:
     if settings.target is None:
         return
     adapter = adapt(model)
-    for name, values in settings.target.items():
-        try:
-            known = fingerprint_of(values)
-        except (TypeError, ValueError) as error:
-            raise SettingError(f"target.{name} is no fingerprint ({error}); leave target out, or copy the file again.") from error
+    try:
+        target = fingerprints_of(settings.target.keys(), settings.target)
+    except (TypeError, ValueError, KeyError) as error:
+        raise SettingError(
+            f"target holds no fingerprints ({error}); leave target out, or copy the file again."
+        ) from error
+    for name, known in target.items():
         try:
             difference = differs(known, adapter.fingerprint(name))
         except KeyError:

@@ -32,11 +32,28 @@ class DataSettings:
     """Which rows a run sees; nothing given: the embedded model's own text."""
 
     text: str | None = None
-    """A text file."""
+    """A file, or a glob of them: JSON lines (.jsonl), parquet, or else plain text in UTF-8."""
     dataset: str | None = None
-    """A dataset on the hub, streamed."""
+    """A dataset on the hub, or a folder with one, read while training."""
     length: int = 64
-    """Tokens per row, for text."""
+    """Tokens per row."""
+    column: str | None = None
+    """Where records hold text or tokens; null: one of the usual names."""
+    config: str | None = None
+    """Configuration of the dataset."""
+    split: str = "train"
+    separator: str | None = None
+    """What parts the documents of a text file; null: a file is one document."""
+    shuffle: int = 1000
+    """Rows that are shuffled with each other; 0: as they come."""
+    shuffle_seed: int | None = None
+    """Their order; null: by the run's seed."""
+    bos: bool | Literal["auto"] = "auto"
+    """Whether each row begins with the beginning-of-sequence token; auto: as the model was trained."""
+
+
+SHORT = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+"""Of evaluations during a run."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class EvaluationSettings:
     """Steps between evaluations."""
     rows: int = 32
     """Held-out rows, 32 at most."""
-    protocol: Protocol = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+    protocol: Protocol = SHORT
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,12 @@ class RunSettings:
     """Steps in a row that may be skipped."""
     max_seconds: float | None = None
     """After so many the run is saved and ends; the same command goes on with it."""
+    accumulate: int = 1
+    """Micro-batches of each process."""
+    random_numbers: Literal["per_rank", "global"] = "per_rank"
+    """global: the run is the same, to rounding, on any number of processes and micro-batches."""
+    shard: bool = False
+    """Keep components in shards, one on each process."""
     evaluate: EvaluationSettings | None = None
     tensorboard: bool | str = False
     """Also log for TensorBoard, into `run_dir/tensorboard` or the folder given."""

@@ -1,8 +1,8 @@
-"""The first steps of a run, taken to see what it needs: its start on torch's meta device, and a few real steps with few rows."""
+"""The first steps of a run, taken to see what it needs: its start on torch's meta device, and real steps with few rows."""
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ META = torch.device("meta")
 TURNS = 3
 """Turns of a phase of the start, such as a warm-up, that a trial takes; the rest take as long each."""
 FEW = (2, 3)
-"""Rows of a trial's steps, times the smallest number that the method takes. A single row is a special case to many operations."""
+"""Rows of a trial's steps, times the smallest number that the method takes; a single row is a special case to operations."""
 TIMED = 2
 """Steps that are timed, after one that is not."""
 AFFORDABLE = 10.0
@@ -125,8 +125,7 @@ class Trial:
         """Take the start and the steps. The target must be frozen."""
         device, peak, begun, phases = self.adapter.device, Peak(self.adapter.device), time.perf_counter(), _Phases()
         first = None if self.source is None else self.source.batch(0)
-        later = {0: first}
-        batches = None if self.source is None else (lambda i: later[i] if i in later else self.source.batch(i))  # type: ignore
+        batches = None if self.source is None or first is None else _kept(self.source, first)
         generator = torch.Generator().manual_seed(self.seed)
         self.made = self.method.initialise(self.adapter, self.sites, generator, phases, batches)
         self.made.requires_grad_(False)
@@ -184,9 +183,7 @@ class Trial:
     def _take(self, rows: int, device: torch.device, traced: bool = True) -> Steps:
         assert self.source is not None
         numbers = RandomNumbers(self.seed, device, 0, self.accumulate > 1, "per_rank")
-        state = start_state(
-            self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate
-        )
+        state = start_state(self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate)
         live, peak, seconds = [0], Peak(device), []
         for number in range(1 + traced + TIMED):
             state.optimiser.zero_grad()
@@ -219,6 +216,11 @@ class Trial:
         guard.after_step(report, norms, state, "")
         state.done = number + 1
         figures_of(report, norms, state)
+
+
+def _kept(source: BatchSource, first: Batch) -> Callable[[int], Batch]:
+    """Batches by number, of which the first was read."""
+    return lambda i: first if i == 0 else source.batch(i)
 
 
 class _Phases:
