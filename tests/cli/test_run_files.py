@@ -60,7 +60,8 @@ def test_every_argument_of_a_run_is_a_key():
     ("method.preset=vpd", lambda s: isinstance(s.method, tlpd.VPD)),
     ("steps=7", lambda s: s.steps == 7), ("keep_best=loss", lambda s: s.keep_best == "loss"),
     ("sites=[blocks.0.*, unembed.W_U]", lambda s: s.sites == ("blocks.0.*", "unembed.W_U")),
-    ("data.shuffle=0", lambda s: s.data.shuffle == 0), ("evaluate=50", lambda s: s.evaluate is not None and s.evaluate.every == 50),
+    ("data.shuffle=0", lambda s: s.data.shuffle == 0),
+    ("evaluate=50", lambda s: s.evaluate is not None and s.evaluate.every == 50),
     ("accumulate=2", lambda s: s.accumulate == 2), ("max_seconds=1e2", lambda s: s.max_seconds == 100.0),
 ])  # fmt: skip
 def test_set_changes_one_setting(text, found):
