@@ -20,6 +20,7 @@ sys.path.insert(0, str(HERE))
 from rendering import Row, origin, table  # noqa: E402
 from results_circuits import circuits  # noqa: E402
 from results_l3d import digits, language_model, subnetworks, sweeps, tasks  # noqa: E402
+from results_training import endurance, memory  # noqa: E402
 
 RESULTS, PAGE, BELIEVE = HERE / "results", HERE / "results.md", HERE / "how_much_to_believe.md"
 MARKS = "<!-- controls: written by make_results.py -->", "<!-- end -->"
@@ -355,6 +356,8 @@ SECTIONS = (
     ("benchmarks_step", "What a training step costs, against the textbook step", benchmarks),
     ("benchmarks_evaluate", "What an evaluation costs", benchmarks),
     ("benchmarks_l3d", "What a step of L3D costs, against the dense form", benchmarks),
+    ("endurance", "Memory over a long run with streaming data, stories260K", endurance),
+    ("run_memory", "Memory of a run, foretold and measured", memory),
     ("benchmarks_causal", "What attribution and sweeps cost, against plain forward passes", benchmarks),
 )
 

@@ -14,9 +14,9 @@ from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.l3d import reconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.objective import ALIVE, _l0
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, subset_routes
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, references
-from tl_paramdecomp.methods.spd import ALIVE, _l0
 
 K = 5
 

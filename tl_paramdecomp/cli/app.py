@@ -9,7 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_paramdecomp.cli.causal import attribute, circuit, patch
-from tl_paramdecomp.cli.options import AsJson, DecompositionFolder, DeviceName, HostName, ModelName, console
+from tl_paramdecomp.cli.options import (
+    MODEL_OR_FILE,
+    AsJson,
+    DecompositionFolder,
+    DeviceName,
+    HostName,
+    ModelName,
+    console,
+)
 from tl_paramdecomp.errors import SettingError
 
 app = typer.Typer(
@@ -72,9 +80,23 @@ def sites(
 
 @app.command()
 def decompose(
-    model: ModelName,
-    site_globs: Annotated[list[str], typer.Option("--sites", help="Glob over site names; may be given several times.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics, checkpoints and the result.")],
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL|RUN.yaml", help=MODEL_OR_FILE)],
+    site_globs: Annotated[
+        list[str] | None, typer.Option("--sites", help="Glob over site names; may be given several times.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics, checkpoints and the result.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Another value for any setting: method.lr=1e-3; may be given several times.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what the run needs: memory, time, disk. Touches no file.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Token rows per step.")] = 8,
     components: Annotated[
@@ -87,9 +109,9 @@ def decompose(
         str,
         typer.Option(
             "--method",
-            help="spd (modern form), paper (SPD as published), vpd (persistent adversary); or exact components whose "
-            "importances alone are trained, as spd trains its own: svd, whitened-svd, neurons, random; none are with "
-            "-oracle after the name.",
+            help="spd (modern form), paper (SPD as published), vpd (persistent adversary), l3d (subnetworks); or exact "
+            "components whose importances alone are trained, as spd trains its own: svd, whitened-svd, neurons, random; none "
+            "are with -oracle after the name.",
         ),
     ] = "spd",
     settings: Annotated[
@@ -106,26 +128,47 @@ def decompose(
     device: DeviceName = "cpu",
     host: HostName = "transformers",
 ) -> None:
-    """Learn components of some weights. Run it again to go on after an interruption."""
-    from tl_paramdecomp.cli.methods import method_in, method_named
-    from tl_paramdecomp.cli.models import open_model
-    from tl_paramdecomp.cli.report import measure_quality, print_quality, write_quality
-    from tl_paramdecomp.cli.rows import open_rows
-    from tl_paramdecomp.training.fit import decompose as fit
+    """Learn components of some weights. Run it again to go on after an interruption.
 
+    Everything can also be said in a run file, a YAML or JSON file with every setting of a run and of its method: see
+    docs/training.md. Each run writes one, resolved.yaml.
+    """
+    from tl_paramdecomp.cli.methods import ALL_PRESETS, changed, method_in, method_named
+    from tl_paramdecomp.cli.run_files import is_run_file, run, settings_of, settings_of_file
+    from tl_paramdecomp.methods.settings import to_settings
+
+    if is_run_file(model):
+        _refuse_options(context, {"model", "out", "changes", "dry_run"})
+        run(settings_of_file(Path(model), changes or [], out), console, dry_run)
+        return
+    if not site_globs or (out is None and not dry_run):
+        raise typer.BadParameter(
+            "missing; or give a run file instead of a model.", context, param_hint="--sites and --out"
+        )
     if settings is not None and (components, importance) != (None, None):
         raise SettingError("--settings says everything about the method; leave out --components and --importance.")
-    method = method_named(method_name, components, importance) if settings is None else method_in(settings)
-    opened = open_model(model, host, device)
-    rows = open_rows(model, opened, text, dataset, length)
-    made = fit(opened, site_globs, method, rows.train, steps, batch_size, seed, out)
-    if made.importance is None:
-        console.print("No importances to measure by: see [bold]tl-paramdecomp evaluate --oracle K[/].", highlight=False)
+    if settings is not None:
+        method = method_in(settings)
     else:
-        quality = measure_quality(opened, made, rows.held_out.to(device))
-        print_quality(console, quality)
-        write_quality(out / "quality.json", made, quality)
-    console.print(f"Saved to [bold]{out / 'decomposition'}[/].", highlight=False)
+        method = changed(method_named(method_name, presets=ALL_PRESETS), components, importance)
+    tree = {
+        "model": model, "sites": site_globs, "method": to_settings(method, complete=True), "host": host, "device": device,
+        "data": {"text": None if text is None else str(text), "dataset": dataset, "length": length}, "steps": steps,
+        "batch_size": batch_size, "seed": seed,
+    }  # fmt: skip
+    run(settings_of(tree, changes or [], out), console, dry_run)
+
+
+def _refuse_options(context: typer.Context, allowed: set[str]) -> None:
+    """Refuse options of the other form of a command.
+
+    Raises:
+        SettingError: One was given.
+    """
+    for parameter in context.command.params:
+        given = parameter.name is not None and context.get_parameter_source(parameter.name)
+        if given and given.name == "COMMANDLINE" and parameter.name not in allowed:
+            raise SettingError(f"{parameter.opts[0]} is for models; with a run file give --set KEY=VALUE instead.")
 
 
 @app.command()

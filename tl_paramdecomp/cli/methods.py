@@ -1,5 +1,6 @@
 """Methods by the names that the command takes, or from a settings file."""
 
+import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
+from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.methods.spd import SPD, VPD
 from tl_paramdecomp.training.fit import decompose
@@ -23,28 +25,58 @@ PRESETS: Mapping[str, Callable[[], Any]] = {
     "neurons": NeuronBasis,
     "random": RandomBasis,
 }
+"""Methods whose components every token has importances for."""
+ALL_PRESETS: Mapping[str, Callable[[], Any]] = {
+    **PRESETS,
+    "targeted": SPD.targeted,
+    "l3d": L3D,
+    "l3d-paper-code": L3D.paper_code,
+}
+"""Also those that need a second stream of rows, or make something else."""
 ORACLE = "-oracle"
 
 
-def method_named(name: str, components: int | None = None, importance: float | None = None) -> Any:
-    """A preset, with another number of components or coefficient of importance minimality where they are given.
+def method_named(name: str, path: str = "--method", presets: Mapping[str, Callable[[], Any]] = PRESETS) -> Any:
+    """A preset.
+
+    Args:
+        name: Its name, with `-oracle` after it for exact components without an importance function.
+        path: Where the name was given, for messages.
+        presets: Those there are.
 
     Raises:
-        SettingError: There is no such preset, or it has no such thing.
+        SettingError: There is no such preset, or it has an importance function of its own.
     """
-    plain = name.removesuffix(ORACLE)
-    if plain not in PRESETS:
-        raise SettingError(f"--method {name!r} is none of {', '.join(PRESETS)}.")
-    method = PRESETS[plain]()
-    if name != plain:
-        if not isinstance(method, ExactBasis):
-            raise SettingError(f"{plain} trains an importance function of its own; give --method {plain}.")
-        method = replace(method, training=None)
+    plain = str(name).removesuffix(ORACLE)
+    if plain not in presets:
+        near = difflib.get_close_matches(plain, presets, n=1)
+        hint = f" Nearest: {near[0]}." if near else ""
+        raise SettingError(f"{path}: {name!r} is none of {', '.join(presets)}.{hint}")
+    method = presets[plain]()
+    if name == plain:
+        return method
+    if not isinstance(method, ExactBasis):
+        raise SettingError(f"{path}: {plain} has an importance function of its own; give {plain}.")
+    return replace(method, training=None)
+
+
+def changed(method: Any, components: int | None = None, importance: float | None = None) -> Any:
+    """A method with another number of components or coefficient of importance minimality, where they are given.
+
+    Raises:
+        SettingError: It has no such thing.
+    """
+    name = type(method).__name__
     if components is not None:
         if isinstance(method, ExactBasis):
             raise SettingError(f"--components is not for {name}: the weight's shape says how many it has.")
-        method = replace(method, n_components=components)
-    return method if importance is None else method.pressed(importance)
+        key = "n_subnetworks" if isinstance(method, L3D) else "n_components"
+        method = replace(method, **{key: components})
+    if importance is None:
+        return method
+    if isinstance(method, L3D):
+        raise SettingError(f"--importance is not for {name}: a share of its coefficients is kept, its setting active.")
+    return method.pressed(importance)
 
 
 def method_in(path: Path) -> Any:

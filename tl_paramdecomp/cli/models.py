@@ -13,13 +13,14 @@ Host = Literal["transformers", "transformer_bridge", "hooked_transformer", "nnsi
 EMBEDDED = "micro-gpt2"
 
 
-def open_model(name: str, host: str = "transformers", device: str = "cpu") -> Any:
+def open_model(name: str, host: str = "transformers", device: str = "cpu", dtype: str | None = None) -> Any:
     """A model by name, with unprocessed weights; what hosts print about it goes to standard error.
 
     Args:
         name: `micro-gpt2`, a local folder, or a name on the Hugging Face hub.
         host: Which library opens it.
         device: Where it goes.
+        dtype: Number type that it is brought to, such as float32; None: as it comes.
 
     Raises:
         SettingError: No such host, or no such device here.
@@ -31,7 +32,8 @@ def open_model(name: str, host: str = "transformers", device: str = "cpu") -> An
     _quiet()
     with contextlib.redirect_stdout(sys.stderr):
         opened = load_micro_gpt2(host) if name == EMBEDDED else _named(name, host)
-        return opened if device == "cpu" else opened.to(device)
+        opened = opened if device == "cpu" else opened.to(device)
+        return opened if dtype is None else opened.to(getattr(torch, dtype))
 
 
 def _named(name: str, host: str) -> Any:

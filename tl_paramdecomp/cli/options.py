@@ -10,6 +10,10 @@ console = Console()
 
 MODEL = typer.Argument(help="[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub.")
 ModelName = Annotated[str, MODEL]
+MODEL_OR_FILE = (
+    "[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub; or a run file "
+    "(.yaml, .yml, .json), which says everything."
+)
 DecompositionFolder = Annotated[Path, typer.Argument(help="Folder that Decomposition.save (or decompose) wrote.")]
 HostName = Annotated[
     str,

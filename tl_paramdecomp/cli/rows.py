@@ -1,7 +1,7 @@
 """Token rows for the command: from the embedded model's grammar, files, or a dataset."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
@@ -34,6 +34,7 @@ def open_rows(
     separator: str | None = None,
     shuffle: int = 1000,
     seed: int | None = None,
+    bos: bool | Literal["auto"] = "auto",
 ) -> Rows:
     """Rows as the options ask: the first 32 are held out, the others are to train on.
 
@@ -49,6 +50,7 @@ def open_rows(
         separator: What parts the documents of a text file; None: a file is one document.
         shuffle: Rows that are shuffled with each other; 0: as they come.
         seed: Their order; None: the run's.
+        bos: Whether each row begins with the beginning-of-sequence token.
 
     Raises:
         DataError: No source was named, it cannot be read, or it gives too few rows.
@@ -62,7 +64,7 @@ def open_rows(
     source = str(dataset) if text is None else Path(text)
     train = token_batches(
         source, model, tokenizer=tokenizer_of(name, model), length=length, column=column, name=config, split=split,
-        separator=separator, shuffle=shuffle, seed=seed, skip=HELD_OUT,
+        separator=separator, bos=bos, shuffle=shuffle, seed=seed, skip=HELD_OUT,
     )  # fmt: skip
     first = train.first_rows(2 * HELD_OUT)
     return Rows(train, first.tokens[:HELD_OUT])

@@ -11,17 +11,13 @@
 Parameters", 2026) has a persistent adversary and one importance function, a transformer, for all sites.
 """
 
-import contextlib
 import fnmatch
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -30,10 +26,8 @@ from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.base import (
     Batch,
-    BatchPiece,
     Loss,
     LossReport,
-    LossStep,
     Measure,
     Method,
     ParameterGroup,
@@ -42,18 +36,11 @@ from tl_paramdecomp.methods.base import (
 )
 from tl_paramdecomp.methods.from_factors import describe
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.methods.pieces import Work, run_together
+from tl_paramdecomp.methods.objective import Objective, unscale
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.starts import Start, initial_factors, warm_up
 from tl_paramdecomp.methods.ties import resolved_ties
 from tl_paramdecomp.sites import WeightSite
-
-ALIVE = 0.1
-"""Importance above which a component counts as active in L0."""
-
-
-FLOAT16_SCALE = 256.0
-"""A power of two, so that it changes no digit of what float16 holds anyway."""
 
 
 @dataclass(frozen=True)
@@ -252,129 +239,25 @@ class SPD(Method[Decomposition]):
                 "A second stream of rows (decompose(..., background=rows)) and background_losses belong together; give both, "
                 "as SPD.targeted() has them, or neither."
             )
-        terms, l0 = self._take(step, step.batch, self.losses)
+        objective = Objective(self.measure, self.kl_chunk, self.autocast is not None)
+        terms, l0 = objective.take(step, step.batch, self.losses)
         weights = {loss.name: loss.coefficient for loss in self.losses}
         if step.background is not None:
             # a persistent adversary has sources of its own on each stream
             own = {
                 key.removeprefix("background/"): t for key, t in step.memory.items() if key.startswith("background/")
             }
-            others, _ = self._take(replace(step, memory=own), step.background, self.background_losses)
+            others, _ = objective.take(replace(step, memory=own), step.background, self.background_losses)
             step.memory |= {f"background/{key}": t for key, t in own.items()}
             terms |= {f"background_{name}": value for name, value in others.items()}
             weights |= {f"background_{loss.name}": loss.coefficient for loss in self.background_losses}
-        if _scale(step) != 1.0:
-            for parameter in step.decomposition.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= _scale(step)
+        unscale(step)
         total = torch.stack([weights[name] * value.float() for name, value in terms.items()]).sum()
         return LossReport(total, terms, lambda: {"l0": l0()})
 
     def goes_over_rows(self, key: str) -> bool:
         losses = self.background_losses if key.startswith("background/") else self.losses
         return any(loss.goes_over_rows(key.removeprefix("background/")) for loss in losses)
-
-    def _take(
-        self, run: TrainingStep, batch: Batch, losses: tuple[Loss, ...]
-    ) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-        """All terms on one batch, and L0 when asked; gradients are added to the parameters', part by part.
-
-        The loss functions run under autocast where it is asked for, gradients are taken outside it, as torch wants.
-        """
-        autocast = functools.partial(
-            torch.autocast, run.adapter.device.type, torch.bfloat16, enabled=self.autocast is not None
-        )
-        pieces, before = run.pieces(batch), dict(run.memory)
-        several = len(pieces) > 1
-        seats = [
-            _Seat(functools.partial(self._step, run, piece, before, losses, autocast), several) for piece in pieces
-        ]
-        values = {loss.name: torch.zeros((), device=run.adapter.device) for loss in losses}
-
-        def take(number: int, part: Tensor) -> None:
-            seat, place = seats[number], pieces[number].piece
-            share, weight = (place.share, place.weight) if seat.loss.of_rows else (1.0, 1.0 / place.processes)
-            if part.requires_grad:
-                (seat.loss.coefficient * share * _scale(run) * part).backward()
-            values[seat.loss.name] = values[seat.loss.name] + weight * part.detach().to(run.adapter.device)
-
-        work = [seat.work(losses, piece.piece.leads) for seat, piece in zip(seats, pieces, strict=True)]
-        run_together(work, run.peers, take, lambda i: seats[i].taken(), autocast)
-        for seat in seats:
-            seat.leave()
-        weights = [piece.piece.weight for piece in pieces]
-
-        def l0() -> Tensor:
-            return run.peers.total(
-                {"": torch.stack([w * seat.l0() for w, seat in zip(weights, seats, strict=True)]).sum()}
-            )[""]
-
-        return run.peers.total(values), l0
-
-    def _step(
-        self,
-        run: TrainingStep,
-        piece: BatchPiece,
-        before: Mapping[str, Tensor],
-        losses: tuple[Loss, ...],
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> LossStep:
-        """The clean forward pass over a piece."""
-        with autocast():
-            return LossStep.of(
-                run.adapter, run.decomposition, *piece.batch, piece.draws, run.progress, self.measure, run.memory,
-                self.kl_chunk, keep_blocks=any(getattr(loss, "sites", None) == "layerwise" for loss in losses),
-                piece=piece.piece, before=before, scale=_scale(run),
-            )  # fmt: skip
-
-
-class _Seat:
-    """One micro-batch of a step; of several, only the one whose turn it is holds what its clean forward pass gave."""
-
-    loss: Loss
-    """Whose parts are being taken."""
-    step: LossStep
-
-    def __init__(self, make: Callable[[], LossStep], several: bool) -> None:
-        self.make, self.several = make, several
-        self.whole: LossStep | None = None
-        self.over = False
-        self._l0: Tensor | None = None
-
-    def work(self, losses: tuple[Loss, ...], leads: bool) -> Work:
-        """All losses one after the other; those that rows do not matter to by one piece of a process."""
-        for loss in losses:
-            if loss.of_rows or leads:
-                self.loss = loss
-                yield from loss.parts(self.step)
-        self.over = True
-
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """It is this piece's turn."""
-        if self.whole is None:
-            self.whole = self.make()
-            if hasattr(self, "step"):
-                self.step.recall(self.whole.cut())
-            else:
-                self.step = self.whole.cut()
-        yield
-        if self.several:
-            self._l0 = _l0(self.step) if self._l0 is None else self._l0
-            if self.over:
-                self.leave()
-            self.step.forget()
-            self.whole = None
-
-    def leave(self) -> None:
-        """Pass gradients on to the importance function: all of them at once, as sigmoids look at the sign of their sum."""
-        if self.whole is not None:
-            self.whole.join(self.step)
-            self.whole = None
-
-    def l0(self) -> Tensor:
-        """Active components of this piece."""
-        return _l0(self.step) if self._l0 is None else self._l0
 
 
 @dataclass(frozen=True)
@@ -394,22 +277,5 @@ class VPD(SPD):
     importance: ImportanceConfig = field(default_factory=lambda: ImportanceConfig("global_transformer"))
 
 
-def _scale(step: TrainingStep) -> float:
-    """Factor on losses of a target in float16, whose smallest number is 6e-8: means over positions have small gradients."""
-    weight = step.adapter.weight(next(iter(step.decomposition)))
-    return FLOAT16_SCALE if weight.dtype == torch.float16 else 1.0
-
-
 def _default_count(site: WeightSite) -> int:
     return min(max(site.d_in, site.d_out), 4 * min(site.d_in, site.d_out))
-
-
-def _l0(step: LossStep) -> Tensor:
-    """Active components over all sites, each site's a mean over its scored positions."""
-    means = []
-    for importance in step.importances.values():
-        counts = (importance.lower.detach() > ALIVE).sum(-1).float()
-        scored = step.scored is not None and step.scored.shape == counts.shape
-        counted = counts[step.scored.to(counts.device)] if scored and step.scored is not None else counts
-        means.append((counted.sum() / max(1, counted.numel())).to(step.device))
-    return torch.stack(means).sum()

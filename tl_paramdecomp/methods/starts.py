@@ -74,6 +74,8 @@ def warm_up(
 
     The learning rate falls linearly to 0. Only the sites whose relative squared error is above `enough` take part.
     """
+    if steps == 0:
+        return
     pairs = []
     for name, components in decomposition.items():
         weight = adapter.weight(name).detach().to(components.V.dtype)
@@ -81,7 +83,7 @@ def warm_up(
             error = (weight - components.product()).square().sum() / weight.square().sum().clamp(min=1e-30)
         if error > enough:
             pairs.append((components, weight))
-    if not pairs or steps == 0:
+    if not pairs:
         return
     parameters = list(dict.fromkeys(p for components, _ in pairs for p in components.parameter_pair))  # once where tied
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)

@@ -42,6 +42,8 @@ class RunInfo(NamedTuple):
     settings: dict[str, Any]
     """Method, sites, batch size, seed and steps, as JSON-able values."""
     decomposition: Any
+    model: Any = None
+    """The target, frozen and in evaluation mode."""
 
 
 Callback = Callable[[StepInfo], Any]

@@ -1,8 +1,8 @@
 """Reading data item by item, from a place that can be written down and gone back to.
 
 `Items` are data that can be read from their beginning; a `Cursor` is one pass over them. Its place is a small JSON-able value:
-a number where items can be picked by number, the dataset's own `state_dict` where it has one, and otherwise how many items
-were read, which are then read again and skipped.
+a number where items can be picked by number, the dataset's own `state_dict` where it has one that is exact, and otherwise how
+many items were read, which are then read again and skipped.
 """
 
 import json
@@ -109,7 +109,7 @@ class StreamedItems(Items):
 class _StreamedCursor(Cursor):
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset, self._name = dataset, name
-        self._keeps_place: bool | None = None
+        self._keeps_place = None if _exact(getattr(dataset, "_ex_iterable", None)) else False
         self._close: Any = None
         self._begin()
 
@@ -117,6 +117,7 @@ class _StreamedCursor(Cursor):
         if self._close is not None:
             self._close()
         self._copy, self._read = own_copy(self._dataset), 0
+        self._state = state  # a dataset takes a state over when it is read, and tells another until then
         if state is not None:
             self._copy.load_state_dict(state)
         self._iterator = iter(self._copy)
@@ -133,13 +134,13 @@ class _StreamedCursor(Cursor):
                 f"Reading {self._name} failed after {self._read} items ({told_in_one_line(error)}). If the network broke down, "
                 "try again later: a run with a run_dir goes on from its checkpoint."
             ) from error
-        self._read += 1
+        self._read, self._state = self._read + 1, None
         return item
 
     def place(self) -> Place:
-        state = (
-            self._copy.state_dict() if self._keeps_place is not False and hasattr(self._copy, "state_dict") else None
-        )
+        state = self._state
+        if state is None and self._keeps_place is not False and hasattr(self._copy, "state_dict"):
+            state = self._copy.state_dict()
         if self._keeps_place is None:
             self._keeps_place = state is not None and _survives_json(state)
         return {"read": self._read, "dataset": state if self._keeps_place else None}
@@ -227,6 +228,16 @@ def _own_examples(examples: Any) -> Any:
     if hasattr(examples, "ex_iterables"):
         made.ex_iterables = [_own_examples(part) for part in examples.ex_iterables]
     return made
+
+
+def _exact(examples: Any) -> bool:
+    """Whether a chain of parts comes back exactly by its own state.
+
+    A shuffle buffer's contents are not in the state, and parts that mix several datasets have not come back in every version.
+    """
+    if hasattr(examples, "buffer_size") or hasattr(examples, "ex_iterables"):
+        return False
+    return not hasattr(examples, "ex_iterable") or _exact(examples.ex_iterable)
 
 
 def _shallow(thing: Any) -> Any:

@@ -225,7 +225,7 @@ class _Run:
     def train(self) -> None:
         """The steps that are left."""
         state, path = self.state, None if self.folder is None else self.folder.path
-        info = RunInfo(path, self.steps, state.done, self.settings, state.decomposition)
+        info = RunInfo(path, self.steps, state.done, self.settings, state.decomposition, self.adapter.model)
         interrupts, begun, stopped = Interrupts(self.folder is not None), time.perf_counter(), False
         if self.peers.leads:
             self.watch.begin()

@@ -14,7 +14,14 @@ from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.training.cursors import Items, items_of, told_in_one_line
 from tl_paramdecomp.training.data import digest_of_rows
 from tl_paramdecomp.training.text import text_column, unknown_column
-from tl_paramdecomp.training.text_files import JsonLines, TextFiles, find_files, refuse_bad_bytes, refuse_empty
+from tl_paramdecomp.training.text_files import (
+    JsonLines,
+    TextFiles,
+    find_files,
+    names_and_sizes,
+    refuse_bad_bytes,
+    refuse_empty,
+)
 
 JSON, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
 TEXT = (".txt", ".text", ".md")
@@ -121,7 +128,7 @@ def _records(items: Items, name: str, column: str | None, by_number: Any, origin
                 f"{name} holds {type(item).__name__}, no records with columns; leave out column={column!r}."
             )
         value = item if found is None else item[found]
-        if isinstance(value, str) or (hasattr(value, "__len__") and len(value)):
+        if hasattr(value, "__len__") and len(value):
             return Opened(name, items, isinstance(value, str), found, by_number, origin)
         if value is not None and not hasattr(value, "__len__"):
             raise DataError(f"{name} holds {type(value).__name__} where text or a list of token ids should be.")
@@ -188,7 +195,7 @@ def _by_datasets(builder: str, files: Sequence[Path], name: str, column: str | N
         stream = load_dataset(builder, data_files=paths, split="train", streaming=True)
     except Exception as error:
         raise DataError(f"{name} cannot be read as {builder} ({told_in_one_line(error)}).") from error
-    return _dataset(stream, name, column, {"kind": builder, "files": [[f.name, f.stat().st_size] for f in files]})
+    return _dataset(stream, name, column, {"kind": builder, **names_and_sizes(files)})
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------
@@ -212,8 +219,7 @@ def _hub(path: str, name: str | None, split: str, streaming: bool, column: str |
 
 def _why_not(path: str, name: str | None, split: str, error: Exception) -> str:
     """What stood in the way of a dataset, and what to try."""
-    line = told_in_one_line(error)
-    begun = f"The dataset {path!r} cannot be opened: {line}"
+    begun = f"The dataset {path!r} cannot be opened: {told_in_one_line(error).rstrip('.')}."
     words = f"{type(error).__name__} {error}".lower()
     if "split" in words and "notfound" not in words:
         return f"{begun} Asked for split={split!r}."

@@ -6,6 +6,7 @@ lines, so these two are read here.
 
 import codecs
 import glob
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ class TextFiles(Items):
 
     def describe(self) -> dict[str, Any]:
         """Names and sizes of the files, and what parts their documents."""
-        return {"kind": "text", "files": _names_and_sizes(self.files), "separator": self.separator}
+        return {"kind": "text", **names_and_sizes(self.files), "separator": self.separator}
 
 
 class JsonLines(Items):
@@ -112,7 +113,7 @@ class JsonLines(Items):
 
     def describe(self) -> dict[str, Any]:
         """Names and sizes of the files."""
-        return {"kind": "json lines", "files": _names_and_sizes(self.files)}
+        return {"kind": "json lines", **names_and_sizes(self.files)}
 
 
 class _FileCursor(Cursor):
@@ -224,9 +225,7 @@ class _TextCursor(_FileCursor):
             self._fill(file, PIECE + len(self._mark))
             found = self._ahead.find(self._mark, self._from)
         found -= self._from
-        return (
-            found if 0 <= found <= PIECE else None
-        )  # beyond a piece, however much of the file happens to be read ahead
+        return found if 0 <= found <= PIECE else None  # no further, however much of the file happens to be read ahead
 
     def _fill(self, file: BinaryIO, wanted: int) -> None:
         """Read ahead until there are so many bytes, or the file is at its end."""
@@ -265,8 +264,11 @@ class _TextCursor(_FileCursor):
         return Piece(text, ends, begins)
 
 
-def _names_and_sizes(files: Sequence[Path]) -> list[list[Any]]:
-    return [[file.name, file.stat().st_size] for file in files]
+def names_and_sizes(files: Sequence[Path]) -> dict[str, Any]:
+    """What tells files from others, however many they are, and wherever they lie."""
+    told = [[file.name, file.stat().st_size] for file in files]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return {"first": files[0].name, "files": len(files), "bytes": sum(size for _, size in told), "digest": digest}
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -3,8 +3,8 @@
 1. Read the next `size` rows; their place in the data is that of the first.
 2. Deal them out in an order drawn from the seed, the pass and the window's number.
 3. A saved state is the window's place, how many rows of it are dealt out, and a digest of the rows, which says on the way back
-   whether they are the same. Where they are not, as after the shuffle buffer of a `datasets` stream, whose contents its own
-   state leaves out, the pass is read again from its beginning.
+   whether they are the same. Where they are not, as a `datasets` stream's own state does not always lead back exactly, the
+   pass is read again from its beginning.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ class WindowSource(BatchSource):
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"data": self.info, "step": self._next_step, "pass": self._pass}
         window = self._window
-        if window is not None:
+        if window is not None and (self._pass, window.number, window.dealt) != (0, 0, 0):
             state["window"] = {
                 "number": window.number, "place": window.place, "dealt": window.dealt, "digest": window.digest(),
             }  # fmt: skip

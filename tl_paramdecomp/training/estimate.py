@@ -1,0 +1,363 @@
+"""What a run will need before it is begun: components, memory, time and disk.
+
+1. The method's start is made on torch's meta device, where tensors have shapes and no memory: that gives the counts, and what
+   is held throughout. Where not even that fits there is no trial.
+2. Otherwise the run is really begun (`trial`): its start, then a few steps with two and three rows (times the smallest number
+   that the method takes), optimiser and all.
+3. Memory and time are continued to the batch's rows. What is live after each operation of a step is affine in the rows, so that
+   the peak is found even where it is another operation's with more rows (`memory.LiveBytes`); what the process holds beside
+   tensors is what it held in the trial.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.analysis.records import Record, Row, plain_table
+from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.methods.base import Method
+from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.sites import SitePattern
+from tl_paramdecomp.training.data import batch_source
+from tl_paramdecomp.training.guards import OnNonfinite
+from tl_paramdecomp.training.memory import available, held, peak_resident, size_of
+from tl_paramdecomp.training.plan import Plan, steps_of
+from tl_paramdecomp.training.trial import Trial, outline
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """What a run needs, in bytes and seconds."""
+
+    what: ClassVar[str] = "estimate"
+
+    run: Row
+    """Method, importance function, steps, rows and their shape, device."""
+    sites: list[Row]
+    """By site: d_in, d_out, components, parameters."""
+    counts: Row
+    """Components; parameters of components, of the importance function, of all that is trained; numbers the optimiser keeps."""
+    memory: Row
+    """What is held throughout, by what it is for; what a `step` adds to it; the `peak`, in the start or in a step; what is
+    `available` besides what is in use now. On a CPU it is the resident memory of the process."""
+    seconds: Row
+    """Of the `start`, a `step`, and the `run` without checkpoints and evaluations; None without a trial."""
+    disk: Row
+    """Of a `checkpoint` and of the `result`; how many checkpoints are `kept`, and the `total`."""
+    refused: str | None = None
+    """Why no trial was made."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the run fits into memory; None where that is not known."""
+        peak, left = self.memory["peak"], self.memory["available"]
+        if self.refused is not None:
+            return False
+        return None if peak is None or left is None else peak <= left + self.memory["in_use"]
+
+    def tables(self) -> "list[Table]":
+        """Sites, memory, and what else it takes."""
+        return [_sites(self), _memory(self), _costs(self)]
+
+    def footnotes(self) -> list[str]:
+        """Why there was no trial, or that the run does not fit."""
+        if self.refused is not None:
+            return [self.refused]
+        if self.fits is False:
+            room = self.memory["available"] + self.memory["in_use"]
+            return [f"This does not fit: {in_bytes(self.memory['peak'])} are needed, and there are {in_bytes(room)}."]
+        return []
+
+
+def estimate_run(
+    model: Any,
+    sites: SitePattern,
+    method: Method[Any],
+    data: Any = None,
+    steps: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    *,
+    background: Any = None,
+    checkpoint_every: int = 1000,
+    keep_checkpoints: int = 2,
+    keep_best: bool = False,
+    on_nonfinite: OnNonfinite = "stop",
+    accumulate: int = 1,
+    trial: bool = True,
+) -> Estimate:
+    """What `decompose` with the same arguments will need. It writes no file, and leaves the model as it was.
+
+    A trial takes as long as the start of the run and about ten steps of few rows. Some of what it frees stays with the
+    process; `tl-paramdecomp decompose ... --dry-run` has one of its own.
+
+    Args:
+        model: The target, on any host.
+        sites: Which weights.
+        method: The method.
+        data: As for `decompose`; its first batch is read.
+        steps: Optimiser steps.
+        batch_size: Rows per step.
+        seed: Of the run.
+        background: As for `decompose`.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: How many are kept.
+        keep_best: Whether the best is kept as well.
+        on_nonfinite: As for `decompose`.
+        accumulate: Micro-batches of a step.
+        trial: Begin the run to measure; False: count only.
+
+    Raises:
+        NoMatchingSiteError, UnsupportedModelError, DataError, SettingError: As `decompose`.
+    """
+    adapter = adapt(model)
+    chosen, tokenizer = adapter.select(sites), getattr(model, "tokenizer", None)
+    Plan(checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, accumulate=accumulate)
+    source, other = (
+        None
+        if rows is None
+        else batch_source(rows, batch_size, seed + i, tokenizer, None, method.rows_together, adapter)
+        for i, rows in enumerate((data, background))
+    )
+    steps = steps_of(method, steps, data)
+    now = _Now.of(adapter)
+    devices = [adapter.device] if adapter.device.type == "cuda" else []
+    with frozen(adapter.root), torch.random.fork_rng(devices):
+        made = outline(adapter, chosen, method)
+        refused = None if made is None else _too_large(_throughout(made, method, steps, on_nonfinite), now)
+        taken = Trial(adapter, chosen, method, source, other, steps, seed, accumulate, on_nonfinite)
+        if trial and refused is None:
+            made = taken.run().made
+        if made is None:
+            raise SettingError(
+                f"What {type(method).__name__} starts from here depends on the weights; leave trial=True to count it."
+            )
+        held_throughout = _throughout(made, method, steps, on_nonfinite)
+    kept = _checkpoints(steps, checkpoint_every, keep_checkpoints, keep_best)
+    return Estimate(
+        run=_run(method, made, adapter, steps, batch_size, taken),
+        sites=_rows_of_sites(made),
+        counts=_counts(made, method, steps),
+        memory=_memory_of(held_throughout, now, taken),
+        seconds=_seconds(taken),
+        disk=_disk(made, held_throughout, taken, kept),
+        refused=refused,
+    )
+
+
+@dataclass(frozen=True)
+class _Now:
+    """What is held before a trial."""
+
+    in_use: int
+    peak: int
+    model: int
+    available: int | None
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter) -> "_Now":
+        tensors = [*adapter.root.parameters(), *adapter.root.buffers()]
+        in_use = held(adapter.device)
+        peak = in_use if adapter.device.type == "cuda" else peak_resident()
+        return cls(in_use, peak, size_of(tensors), available(adapter.device))
+
+
+def _trained(made: Any, method: Method[Any], steps: int) -> list[torch.Tensor]:
+    return [p for group in method.parameter_groups(made) for p in group.parameters] if steps else []
+
+
+def _importance(made: Any) -> list[torch.Tensor]:
+    network = getattr(made, "importance", None)
+    return [] if network is None else list(network.parameters())
+
+
+def _bytes_of(tensors: list[torch.Tensor]) -> int:
+    """Also of tensors on the meta device, whose storages cannot be told apart."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def _throughout(made: Any, method: Method[Any], steps: int, on_nonfinite: OnNonfinite) -> Row:
+    """Bytes held throughout, besides the process and the model."""
+    trained, importance = _bytes_of(_trained(made, method, steps)), _bytes_of(_importance(made))
+    every = _bytes_of(list(made.parameters()))
+    return {
+        "components": every - importance,
+        "importance": importance,
+        "gradients": trained,
+        "optimiser": 2 * trained,
+        "copy": every + 2 * trained if on_nonfinite == "skip" and steps else 0,
+    }
+
+
+def _too_large(throughout: Row, now: _Now) -> str | None:
+    needed = sum(throughout.values())
+    if now.available is None or needed <= now.available:
+        return None
+    return (
+        f"No trial: {in_bytes(needed)} are held throughout, and {in_bytes(now.available)} are free. Take fewer sites or "
+        "components, or a machine with more memory."
+    )
+
+
+def _rows_of_sites(made: Any) -> list[Row]:
+    """Sites, and norms where they take part."""
+    rows, dictionaries = [], [made] if hasattr(made, "n_components") else [made.decoder, made.encoder]
+    for name, part in dictionaries[0].items():
+        site = part.site
+        rows.append({
+            "site": name,
+            "d_in": getattr(site, "d_in", None),
+            "d_out": getattr(site, "d_out", getattr(site, "width", None)),
+            "components": made.n_components[name] if hasattr(made, "n_components") else made.n_subnetworks,
+            "parameters": sum(p.numel() for parts in dictionaries for p in parts[name].parameters()),
+        })  # fmt: skip
+    return rows
+
+
+def _counts(made: Any, method: Method[Any], steps: int) -> Row:
+    importance, trained = (sum(p.numel() for p in some) for some in (_importance(made), _trained(made, method, steps)))
+    every = sum(p.numel() for p in made.parameters())
+    components = sum(made.n_components.values()) if hasattr(made, "n_components") else made.n_subnetworks
+    return {
+        "components": components,
+        "parameters": every - importance,
+        "importance": importance,
+        "trained": trained,
+        "optimiser": 2 * trained,
+    }
+
+
+def _run(method: Method[Any], made: Any, adapter: ModelAdapter, steps: int, batch_size: int, taken: Trial) -> Row:
+    function = getattr(made, "importance", None)
+    return {
+        "method": type(method).__name__,
+        "importance": None if function is None else function.config.kind,
+        "steps": steps,
+        "rows": taken.rows or batch_size,
+        "shape": list(taken.shape),
+        "device": str(adapter.device),
+    }
+
+
+def _memory_of(throughout: Row, now: _Now, taken: Trial) -> Row:
+    fixed = {"process": max(0, now.in_use - now.model), "model": now.model, **throughout}
+    start = step = peak = None
+    if taken.made is not None:
+        start = max(now.peak, taken.start_peak)
+        step = taken.step_peak(taken.rows) if taken.few is not None else None
+        peak = max(start, step or 0)
+    added = None if step is None else max(0, step - sum(fixed.values()))
+    row = None if step is None or taken.rows < 2 else step - taken.step_peak(taken.rows - 1)
+    return {
+        **fixed, "step": added, "row": row, "start": start, "peak": peak, "in_use": now.in_use, "available": now.available,
+    }  # fmt: skip
+
+
+def _seconds(taken: Trial) -> Row:
+    if taken.made is None:
+        return {"start": None, "step": None, "run": None}
+    step = None if taken.few is None else taken.step_seconds(taken.rows)
+    return {"start": taken.start_seconds, "step": step, "run": taken.start_seconds + taken.steps * (step or 0.0)}
+
+
+def _checkpoints(steps: int, every: int, keep: int, best: bool) -> int:
+    """Checkpoints that stay on the disk."""
+    return min(keep + best, -(-steps // every))
+
+
+def _disk(made: Any, throughout: Row, taken: Trial, kept: int) -> Row:
+    result = throughout["components"] + throughout["importance"]
+    checkpoint = result + throughout["optimiser"] + taken.remembered(taken.rows)
+    return {"checkpoint": checkpoint, "kept": kept, "result": result, "total": kept * checkpoint + result}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+def _sites(found: Estimate) -> "Table":
+    run, counts = found.run, found.counts
+    table = plain_table(f"Sites of {run['method']}", "site", "d_in", "d_out", "components", "parameters")
+    for row in found.sites:
+        table.add_row(row["site"], *(_number(row[key]) for key in ("d_in", "d_out", "components", "parameters")))
+    table.add_section()
+    table.add_row("all", "", "", _number(counts["components"]), _number(counts["parameters"]))
+    if run["importance"] is not None:
+        table.add_row(f"importance function ({run['importance']})", "", "", "", _number(counts["importance"]))
+    table.add_row("trained", "", "", "", _number(counts["trained"]))
+    table.add_row("numbers the optimiser keeps", "", "", "", _number(counts["optimiser"]))
+    return table
+
+
+def _memory(found: Estimate) -> "Table":
+    memory, run = found.memory, found.run
+    kind = "resident memory" if run["device"] == "cpu" else f"allocated on {run['device']}"
+    table = plain_table(f"Memory ({kind})", "what", "bytes")
+    words = {
+        "process": "process: libraries, rows, and what is loaded",
+        "model": "target model",
+        "components": "components",
+        "importance": "importance function",
+        "gradients": "gradients",
+        "optimiser": "Adam's two averages",
+        "copy": "copy to take a step back to",
+    }
+    for key, text in words.items():
+        if memory[key] or key != "copy":
+            table.add_row(text, in_bytes(memory[key]))
+    table.add_section()
+    table.add_row("held throughout", in_bytes(sum(memory[key] for key in words)))
+    if memory["step"] is not None:
+        rows = " x ".join(str(n) for n in [run["rows"], *run["shape"]])
+        table.add_row(f"added by a step of {rows}", in_bytes(memory["step"]))
+        table.add_row("of that, by its last row", in_bytes(memory["row"] or 0), style="dim")
+    if memory["peak"] is not None:
+        table.add_section()
+        table.add_row("peak at the start", in_bytes(memory["start"]))
+        table.add_row("peak of the run", in_bytes(memory["peak"]), style="bold")
+    if memory["available"] is not None:
+        table.add_row("there is", in_bytes(memory["available"] + memory["in_use"]))
+    return table
+
+
+def _costs(found: Estimate) -> "Table":
+    seconds, disk, run = found.seconds, found.disk, found.run
+    table = plain_table("Time and disk", "what", "")
+    if seconds["run"] is not None:
+        table.add_row("start", in_seconds(seconds["start"]))
+        if seconds["step"] is not None:
+            table.add_row("a step", in_seconds(seconds["step"]))
+        table.add_row(
+            f"{run['steps']:,} steps, without checkpoints and evaluations", in_seconds(seconds["run"]), style="bold"
+        )
+        table.add_section()
+    table.add_row("a checkpoint", in_bytes(disk["checkpoint"]))
+    table.add_row("the result", in_bytes(disk["result"]))
+    table.add_row(f"in all, with {disk['kept']} checkpoints kept", in_bytes(disk["total"]), style="bold")
+    return table
+
+
+def in_bytes(n: float) -> str:
+    """A number of bytes to read, in powers of 1000."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:,.2f} {unit}" if unit == "GB" else f"{n / size:,.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+def in_seconds(s: float) -> str:
+    """A time to read."""
+    if s < 60:
+        return f"{s:.2g} s" if s < 10 else f"{s:.0f} s"
+    minutes, seconds = divmod(round(s), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _number(n: int | None) -> str:
+    return "" if n is None else f"{n:,}"

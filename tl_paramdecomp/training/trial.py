@@ -1,0 +1,243 @@
+"""The first steps of a run, taken to see what it needs: its start on torch's meta device, and real steps with few rows."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.base import Captured
+from tl_paramdecomp.methods.base import Batch, Method, TrainingStep
+from tl_paramdecomp.methods.draws import RandomNumbers
+from tl_paramdecomp.sites import Fingerprint, WeightSite
+from tl_paramdecomp.training.data import BatchSource
+from tl_paramdecomp.training.guards import FiniteGuard, OnNonfinite
+from tl_paramdecomp.training.memory import LiveBytes, Peak, available, continued, size_of
+from tl_paramdecomp.training.state import TrainingState, figures_of, optimise, start_state
+
+META = torch.device("meta")
+TURNS = 3
+"""Turns of a phase of the start, such as a warm-up, that a trial takes; the rest take as long each."""
+FEW = (2, 3)
+"""Rows of a trial's steps, times the smallest number that the method takes; a single row is a special case to operations."""
+TIMED = 2
+"""Steps that are timed, after one that is not."""
+AFFORDABLE = 10.0
+"""Seconds that a step with more rows may take, where time is to be measured better."""
+
+
+# --- without memory ---------------------------------------------------------------------------------------------------
+def outline(adapter: ModelAdapter, sites: Mapping[str, WeightSite], method: Method[Any]) -> Any:
+    """What the method starts from, with every tensor on torch's meta device; None where the start depends on numbers."""
+    if any(f.name == "warm_up_steps" for f in fields(method)):  # type: ignore[arg-type]
+        method = replace(method, warm_up_steps=0)  # type: ignore[type-var]
+    if getattr(method, "gains", False):
+        _ = adapter.norms  # tried out, and remembered, with numbers
+    shadow: Any = object.__new__(type("Outline", (_Outline, type(adapter)), {}))
+    shadow.__dict__ |= vars(adapter) | {"real": adapter}
+    nothing = Batch(torch.empty(1, 1, dtype=torch.int64, device=META), None)
+    try:
+        with META, _Undrawn():
+            return method.initialise(shadow, sites, torch.Generator(), lambda _, n: range(min(n, 1)), lambda _: nothing)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+class _Outline:
+    """What an adapter gives, without its numbers."""
+
+    real: ModelAdapter
+
+    @property
+    def device(self) -> torch.device:
+        return META
+
+    def weight(self, name: str) -> Tensor:
+        return torch.empty_like(self.real.weight(name), device=META)
+
+    def fingerprint(self, name: str, fresh: bool = False) -> Fingerprint:
+        return Fingerprint((0, 0), "float32", 0.0, 0.0, (), (0.0, 0.0))
+
+    def capture(self, tokens: Tensor, names: list[str], *rest: Any, **changes: Any) -> Captured:
+        sites = {name: self.real.site(name) for name in names}
+        indices = torch.empty(1, 1, dtype=torch.int64, device=META)
+        inputs = {
+            name: indices if s.kind == "embedding" else torch.empty(1, 1, s.d_in, device=META)
+            for name, s in sites.items()
+        }
+        return Captured(torch.empty(1, 1, 1, device=META), inputs)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Nothing is drawn from a generator: the meta device has none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*args, **{key: value for key, value in (kwargs or {}).items() if key != "generator"})
+
+
+# --- with memory ------------------------------------------------------------------------------------------------------
+class Steps(NamedTuple):
+    """What steps with so many rows took."""
+
+    rows: int
+    live: list[int]
+    """Bytes of the tensors that a step had made, after each of its operations."""
+    peak: int
+    """The most that the device held in a step."""
+    remembered: int
+    """Bytes of what the method keeps between steps."""
+    seconds: float
+
+
+@dataclass
+class Trial:
+    """The beginning of a run."""
+
+    adapter: ModelAdapter
+    sites: Mapping[str, WeightSite]
+    method: Method[Any]
+    source: BatchSource | None
+    background: BatchSource | None
+    steps: int
+    """Of the whole run; 0: its start is all there is."""
+    seed: int
+    accumulate: int = 1
+    """Micro-batches of a step."""
+    on_nonfinite: OnNonfinite = "stop"
+    made: Any = None
+    start_seconds: float = 0.0
+    start_peak: int = 0
+    few: Steps | None = None
+    more: Steps | None = None
+    timed: Steps | None = None
+    rows: int = 0
+    """Of the whole batch."""
+    shape: tuple[int, ...] = ()
+    """Of a row."""
+    _batches: tuple[Batch, Batch | None] = field(default=(None, None), repr=False)  # type: ignore[assignment]
+
+    def run(self) -> "Trial":
+        """Take the start and the steps. The target must be frozen."""
+        device, peak, begun, phases = self.adapter.device, Peak(self.adapter.device), time.perf_counter(), _Phases()
+        first = None if self.source is None else self.source.batch(0)
+        batches = None if self.source is None or first is None else _kept(self.source, first)
+        generator = torch.Generator().manual_seed(self.seed)
+        self.made = self.method.initialise(self.adapter, self.sites, generator, phases, batches)
+        self.made.requires_grad_(False)
+        self.start_seconds, self.start_peak = time.perf_counter() - begun + phases.left, peak.bytes()
+        if first is None or not self.steps:
+            return self
+        self._batches = first, None if self.background is None else self.background.batch(0)
+        self.rows, self.shape = len(first.tokens), tuple(first.tokens.shape[1:])
+        unit = unit_of(self.method) * self.accumulate
+        rows = [n * unit for n in FEW] if self.rows > FEW[1] * unit else [self.rows]
+        with torch.enable_grad():
+            self.few, self.more = (self._take(n, device) for n in (rows[0], rows[-1]))
+            self.timed = self._timed_with_more(unit, device)
+        return self
+
+    def step_peak(self, rows: int) -> int:
+        """The most that the device holds in a step of so many rows."""
+        assert self.few is not None and self.more is not None
+        few, more = self.few, self.more
+        if few.rows == more.rows:
+            return more.peak
+        if self.adapter.device.type == "cuda":  # traces do not see what CUDA's backward passes make
+            return continued([few.peak], [more.peak], (few.rows, more.rows), rows)
+        grown = continued(few.live, more.live, (few.rows, more.rows), rows) - max(more.live)
+        return more.peak + grown + self.remembered(rows) - more.remembered
+
+    def step_seconds(self, rows: int) -> float:
+        """Time of a step of so many rows."""
+        assert self.few is not None and self.timed is not None
+        few, more = self.few, self.timed
+        if more.rows in (rows, few.rows):
+            return more.seconds
+        slope = max(0.0, more.seconds - few.seconds) / (more.rows - few.rows)
+        return more.seconds + (rows - more.rows) * slope
+
+    def remembered(self, rows: int) -> int:
+        """Bytes of what the method keeps between steps of so many rows."""
+        if self.few is None or self.more is None:
+            return 0
+        if self.few.rows == self.more.rows:
+            return self.more.remembered
+        both = self.few.rows, self.more.rows
+        return continued([self.few.remembered], [self.more.remembered], both, rows)
+
+    def _timed_with_more(self, unit: int, device: torch.device) -> Steps:
+        """Steps of as many rows as time and memory allow, up to the whole batch."""
+        assert self.more is not None
+        more, left = self.more, available(device)
+        rows = min(self.rows, int(more.rows * AFFORDABLE / max(more.seconds, 1e-9)))
+        while rows > more.rows and left is not None and self.step_peak(rows) - more.peak > 0.8 * left:
+            rows //= 2
+        rows -= rows % unit
+        return self._take(rows, device, traced=False) if rows > more.rows else more
+
+    def _take(self, rows: int, device: torch.device, traced: bool = True) -> Steps:
+        assert self.source is not None
+        numbers = RandomNumbers(self.seed, device, 0, self.accumulate > 1, "per_rank")
+        state = start_state(self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate)
+        live, peak, seconds = [0], Peak(device), []
+        for number in range(1 + traced + TIMED):
+            state.optimiser.zero_grad()
+            if traced and number == 1 and device.type != "cuda":
+                with LiveBytes(device) as counted:
+                    self._step(state, rows, number)
+                live = counted.trace
+                continue
+            peak, begun = (Peak(device), time.perf_counter()) if number < 1 + traced else (peak, time.perf_counter())
+            self._step(state, rows, number)
+            seconds.append(time.perf_counter() - begun)
+        state.optimiser.zero_grad()
+        self.made.requires_grad_(False)
+        return Steps(rows, live, peak.bytes(), size_of(state.memory.values()), min(seconds[1:]))
+
+    def _step(self, state: TrainingState, rows: int, number: int) -> None:
+        """One step as the loop takes it."""
+        batch, other = (None if b is None else b.rows(slice(0, rows)) for b in self._batches)
+        assert batch is not None
+        guard = FiniteGuard(self.on_nonfinite, max_skips=self.steps)
+        guard.before_step(state)
+        state.optimiser.zero_grad()
+        now = TrainingStep(
+            self.adapter, self.made, batch, state.numbers, number / max(1, self.steps - 1), state.memory, other,
+            accumulate=self.accumulate, number=number,
+        )  # fmt: skip
+        report = self.method.gradients(now)
+        norms = optimise(state.groups, state.optimiser, self.method.learning_rate_factor(number, self.steps))
+        self.method.after_step(now)
+        guard.after_step(report, norms, state, "")
+        state.done = number + 1
+        figures_of(report, norms, state)
+
+
+def _kept(source: BatchSource, first: Batch) -> Callable[[int], Batch]:
+    """Batches by number, of which the first was read."""
+    return lambda i: first if i == 0 else source.batch(i)
+
+
+class _Phases:
+    """Takes the first turns of each phase of a start, and keeps what the others would take."""
+
+    def __init__(self) -> None:
+        self.left = 0.0
+
+    def __call__(self, what: str, total: int) -> Iterator[int]:
+        taken, begun = min(total, TURNS), time.perf_counter()
+        yield from range(taken)
+        self.left += (total - taken) * (time.perf_counter() - begun) / max(1, taken)
+
+
+def unit_of(method: Method[Any]) -> int:
+    """The smallest number of rows that a method takes."""
+    owner: Any = getattr(method, "training", None) or method
+    losses = (*getattr(owner, "losses", ()), *getattr(owner, "background_losses", ()))
+    shared = [loss.repeats for loss in losses if getattr(loss, "scope", None) == "repeat_across_batch"]
+    return math.lcm(method.rows_together, *shared)
