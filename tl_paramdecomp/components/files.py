@@ -258,11 +258,8 @@ def _described_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
     if not isinstance(digest, str) or not re.fullmatch(HEX + "{64}", digest):
         raise DecompositionFileError(f"{folder / METADATA} holds no sha256 of its tensors; it is damaged.")
     errors = []
-    for name in (
-        TENSORS,
-        BESIDE.format(digest),
-        TENSORS,
-    ):  # in the end they may move from the second place to the first
+    # while it is looked for, the file may move from the second place to the first
+    for name in (TENSORS, BESIDE.format(digest), TENSORS):
         try:
             return _tensors_of(folder / name, digest)
         except DecompositionFileError as error:
