@@ -190,7 +190,9 @@ def test_evaluation_takes_the_first_rows_of_batches_and_their_padding():
     mask = torch.ones(9, 12, dtype=torch.long)
     mask[::2, 7:] = 0
     data = datasets.Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": mask.tolist()})
-    short = datasets.Dataset.from_dict({"input_ids": [row[keep == 1].tolist() for row, keep in zip(rows, mask, strict=True)]})
+    short = datasets.Dataset.from_dict(
+        {"input_ids": [row[keep == 1].tolist() for row, keep in zip(rows, mask, strict=True)]}
+    )
     protocol = tlpd.Protocol(restarts=1, ladder=(1,), ablated=0, by_site=False)
     wanted = tlpd.evaluate(model, dec, rows[:7], attention_mask=mask[:7], protocol=protocol, progress=False).headline
     for one in (data, short):
@@ -206,7 +208,9 @@ def test_evaluation_takes_the_first_rows_of_batches_and_their_padding():
 def test_a_comparison_knows_its_rows_again(forms):
     from tl_paramdecomp.training.compare import _digest
 
-    made = [tlpd.token_batches(forms[form][0], tokenizer(), length=LENGTH) for form in ("parquet", "parquet", "dataset")]
+    made = [
+        tlpd.token_batches(forms[form][0], tokenizer(), length=LENGTH) for form in ("parquet", "parquet", "dataset")
+    ]
     assert _digest(made[0]) == _digest(made[1]) != _digest(made[2])
 
 
