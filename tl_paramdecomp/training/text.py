@@ -1,7 +1,7 @@
 """Documents joined into one line of tokens, which is cut into rows.
 
-Where a row begins can be written down in a few numbers: the documents' own place before the one under way, how many of its
-tokens are used, and the tokens of finished documents that have not filled a row.
+Where a row begins can be written down in a few numbers: the documents' own place before the one under way, and how many of its
+tokens are used.
 """
 
 import difflib
@@ -84,7 +84,6 @@ class JoinedCursor(Cursor):
         self, documents: Cursor, encode: Callable[[Any], list[int]], length: int, start: Sequence[int] = ()
     ) -> None:
         self._documents, self._encode, self._start, self._body = documents, encode, list(start), length - len(start)
-        self._carried: list[int] = []
         self._before = documents.place()
         self._tokens: list[int] = []
         self._used = 0
@@ -92,23 +91,24 @@ class JoinedCursor(Cursor):
         """Tokens read, used or not."""
 
     def __next__(self) -> Int[Tensor, " pos"]:
-        while len(self._carried) + len(self._tokens) - self._used < self._body:
-            self._carried += self._tokens[self._used :]
+        carried: list[int] = []
+        while len(carried) + len(self._tokens) - self._used < self._body:
+            carried += self._tokens[self._used :]
             self._tokens, self._used = [], 0
             self._before = self._documents.place()
             self._tokens = self._encode(next(self._documents))
             self.read += len(self._tokens)
-        taken = self._used + self._body - len(self._carried)
-        row = self._start + self._carried + self._tokens[self._used : taken]
-        self._carried, self._used = [], taken
+        taken = self._used + self._body - len(carried)
+        row = self._start + carried + self._tokens[self._used : taken]
+        self._used = taken
         return torch.tensor(row)
 
     def place(self) -> Place:
-        return {"documents": self._before, "used": self._used, "carried": list(self._carried)}
+        return {"documents": self._before, "used": self._used}
 
     def go_to(self, place: Mapping[str, Any], reread: bool = False) -> None:
         self._documents.go_to(place["documents"], reread)
-        self._before, self._carried, self._used = place["documents"], list(place["carried"]), place["used"]
+        self._before, self._used = place["documents"], place["used"]
         self._tokens = self._encode(self._under_way()) if self._used else []
 
     def _under_way(self) -> Any:
