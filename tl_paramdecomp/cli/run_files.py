@@ -6,9 +6,10 @@
    versions and fingerprints, so that the same run can be done again.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tl_paramdecomp.cli.report import measure_quality, print_quality, write_qual
 from tl_paramdecomp.cli.rows import Rows, open_rows
 from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve, tree_of
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
-from tl_paramdecomp.components.decomposition import Decomposition, fingerprint_of
+from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
@@ -89,23 +90,32 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         callbacks=_callbacks(settings, model, rows), **_arguments(settings),
     )  # fmt: skip
     folder = Path(settings.run_dir)
+    if not leads():
+        return
     _write_resolved(settings, made)
+    if "stopped_after" in made.info:
+        done = made.info["stopped_after"]
+        console.print(f"Stopped after step {done} of {settings.steps}; the same command goes on.", highlight=False)
     _report(settings, model, made, rows, console)
     console.print(f"Saved to [bold]{folder / 'decomposition'}[/].", highlight=False)
+
+
+def leads() -> bool:
+    """Whether this process, of those that `torchrun` started, is the one that writes and talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _arguments(settings: RunSettings) -> dict[str, Any]:
     """Arguments of `decompose` that are settings by the same name."""
     names = (
         "steps", "batch_size", "seed", "run_dir", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best",
-        "on_nonfinite", "max_skips", "max_seconds",
+        "on_nonfinite", "max_skips", "max_seconds", "accumulate", "random_numbers", "shard",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names}
 
 
 def _rows(settings: RunSettings, model: Any, data: DataSettings) -> Rows:
-    text = None if data.text is None else Path(data.text)
-    return open_rows(settings.model, model, text, data.dataset, data.length)
+    return open_rows(settings.model, model, **{field.name: getattr(data, field.name) for field in fields(data)})
 
 
 def _callbacks(settings: RunSettings, model: Any, rows: Rows) -> list[Callback]:
@@ -135,8 +145,7 @@ class _Resolved:
 
 def _write_resolved(settings: RunSettings, made: Any) -> None:
     """Every setting, with versions and the fingerprints of the weights."""
-    target = {name: asdict(found) for name, found in made.fingerprints.items()}
-    tree = tree_of(replace(settings, versions=versions(), target=target))
+    tree = tree_of(replace(settings, versions=versions(), target=made.fingerprints))
     replace_text(Path(settings.run_dir) / RESOLVED, HEADER.format(name=RESOLVED) + write_tree(tree))
 
 
@@ -149,15 +158,13 @@ def _check_target(settings: RunSettings, model: Any) -> None:
     if settings.target is None:
         return
     adapter = adapt(model)
-    for name, values in settings.target.items():
-        try:
-            known = fingerprint_of(values)
-        except (TypeError, ValueError) as error:
-            raise SettingError(f"target.{name} is no fingerprint ({error}); leave target out, or copy the file again.") from error
+    for name, known in settings.target.items():
         try:
             difference = differs(known, adapter.fingerprint(name))
         except KeyError:
             difference = "it has no such site"
+        except AttributeError as error:
+            raise SettingError(f"target.{name}.dtype: {known.dtype!r} is no number type; copy the file again.") from error
         if difference:
             raise TargetMismatchError(
                 f"{settings.model} has other weights than this run was of ({name}: {difference}); open the model it was of, or "
@@ -169,7 +176,7 @@ def _print_estimate(settings: RunSettings, model: Any, rows: Rows, background: A
     found = estimate_run(
         model, settings.sites, settings.method, rows.train, settings.steps, settings.batch_size, settings.seed,
         background=background, checkpoint_every=settings.checkpoint_every, keep_checkpoints=settings.keep_checkpoints,
-        keep_best=settings.keep_best is not None,
+        keep_best=settings.keep_best is not None, on_nonfinite=settings.on_nonfinite, accumulate=settings.accumulate,
     )  # fmt: skip
     for table in found.tables():
         console.print(table)

@@ -18,6 +18,7 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.field_types import TYPE, build, unknown
 from tl_paramdecomp.methods.settings import TABLE, from_settings, to_settings
+from tl_paramdecomp.sites import Fingerprint
 
 PRESET = "preset"
 """Key of a method whose other fields are laid over a method by name."""
@@ -31,12 +32,27 @@ Change = tuple[Sequence[str], Any]
 class DataSettings:
     """Which rows a run sees; nothing given: the embedded model's own text."""
 
-    text: str | None = None
-    """A text file."""
+    text: str | tuple[str, ...] | None = None
+    """File, glob or several: text, JSON lines or parquet, by its suffix."""
     dataset: str | None = None
-    """A dataset on the hub, streamed."""
-    length: int = 64
-    """Tokens per row, for text."""
+    """Name of a dataset on the hub, or a folder with one."""
+    config: str | None = None
+    """Configuration of the dataset."""
+    split: str = "train"
+    column: str | None = None
+    """Where records hold text or tokens; null: one of the usual names."""
+    length: int | None = 64
+    """Tokens per row; null: as many as model and tokenizer take, at most 1024."""
+    separator: str | None = None
+    """What parts the documents of a text file; null: a file is one document."""
+    join: bool | None = None
+    """Whether documents are joined and cut into rows; null: texts are."""
+    bos: Literal["auto"] | bool = "auto"
+    """Whether each row begins with the beginning-of-sequence token; auto: as the model was trained."""
+    shuffle: int = 1000
+    """Rows of a stream that are shuffled with each other; 0: as they come."""
+    seed: int | None = None
+    """Order of the rows; null: the run's."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +107,16 @@ class RunSettings:
     """Steps in a row that may be skipped."""
     max_seconds: float | None = None
     """After so many the run is saved and ends; the same command goes on with it."""
+    accumulate: int = 1
+    random_numbers: Literal["per_rank", "global"] = "per_rank"
+    shard: bool = False
     evaluate: EvaluationSettings | None = None
     tensorboard: bool | str = False
     """Also log for TensorBoard, into `run_dir/tensorboard` or the folder given."""
     wandb: WandBSettings | None = None
     versions: Mapping[str, str] | None = None
     """Of the libraries, in a resolved file."""
-    target: Mapping[str, Any] | None = None
+    target: Mapping[str, Fingerprint] | None = None
     """Fingerprints of the sites' weights, in a resolved file; a model with other weights is refused."""
 
 
