@@ -75,7 +75,9 @@ from tl_paramdecomp.sites import WeightSite
 from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
 from tl_paramdecomp.training.compare import ComparisonProtocol, compare
 from tl_paramdecomp.training.data import TextRows
+from tl_paramdecomp.training.estimate import Estimate, estimate_run
 from tl_paramdecomp.training.fit import decompose
+from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
 from tl_paramdecomp.training.token_batches import token_batches
 from tl_paramdecomp.training.tuning import tune_along
 
@@ -91,6 +93,8 @@ __all__ = [
     "ComparisonProtocol",
     "ComponentHeads",
     "Decomposition",
+    "Estimate",
+    "EvaluateEvery",
     "Evaluation",
     "Graph",
     "IncomingEdges",
@@ -118,11 +122,13 @@ __all__ = [
     "Sweep",
     "Task",
     "TaskPrompt",
+    "TensorBoard",
     "TextRows",
     "TokenLoss",
     "TokenStatistics",
     "TopContexts",
     "VPD",
+    "WandB",
     "WeightSite",
     "WhitenedSVD",
     "act_patches",
@@ -146,6 +152,7 @@ __all__ = [
     "edited_model",
     "edited_weights",
     "errors",
+    "estimate_run",
     "evaluate",
     "evaluate_circuit",
     "evaluate_subnetworks",

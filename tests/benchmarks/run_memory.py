@@ -1,6 +1,6 @@
 """Peak memory of a run, predicted or measured, in a process of its own; prints one JSON object.
 
-    python -m tests.benchmarks.run_memory predict|measure gpt2|middling [METHOD [ROWS]]
+python -m tests.benchmarks.run_memory predict|measure gpt2|middling [METHOD [ROWS]]
 """
 
 import json

@@ -4,11 +4,13 @@ Every run is a process of its own, forked from this one. Half of the kills come 
 between two operations on files, or in the middle of writing one.
 
     python -m tests.training.killed_run METHOD KILLS SEED FOLDER
+    python -m tests.training.killed_run METHOD everywhere FOLDER
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -23,7 +25,18 @@ from tests.training.runs import lines, start
 from tests.training.test_fit import same, tiny_gpt2
 from tl_paramdecomp.training.checkpoint import Checkpoints
 
-POINTS = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "rmdir"), (os, "unlink")]
+OPERATIONS = {
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.remove",
+    "os.truncate",
+    "os.scandir",
+    "os.chmod",
+    "os.utime",
+}
+"""What Python tells its audit hooks of; `os.replace` is a rename there."""
 
 
 def forked(work):
@@ -43,35 +56,26 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dying_at(n):
-    """Die before or after the n-th operation on files, or within it where it writes tensors."""
+def dying_at(n, folder):
+    """Die right before the n-th operation on files of a folder, or within it where it writes tensors."""
     left = [n]
 
-    def counted(function):
-        def call(*args, **kwargs):
+    def about_to(event, args):
+        if event in OPERATIONS and any(str(folder) in str(arg) for arg in args):
             left[0] -= 1
             if left[0] == 0:
                 die()
-            found = function(*args, **kwargs)
-            left[0] -= 1
-            if left[0] == 0:
-                die()
-            return found
-
-        return call
 
     def torn(tensors, path):
         left[0] -= 1
-        if left[0] <= 0:
+        if left[0] == 0:
             data = safetensors.torch.save(tensors)
             Path(path).write_bytes(data[: len(data) // 2])
             die()
         whole(tensors, path)
 
-    whole = safetensors.torch.save_file
-    for module, name in POINTS:
-        setattr(module, name, counted(getattr(module, name)))
-    safetensors.torch.save_file = torn
+    whole, safetensors.torch.save_file = safetensors.torch.save_file, torn
+    sys.addaudithook(about_to)
 
 
 def look(folder):
@@ -110,7 +114,7 @@ def main(method, kills, seed, folder):
 
     def cut(aimed, chosen):
         if aimed:
-            dying_at(1 + int(chosen * (100 if newest < settings["steps"] else 30)))
+            dying_at(1 + int(chosen * (150 if newest < settings["steps"] else 60)), folder)
             start(method, folder / "cut", **settings)
         else:
             start(method, folder / "cut", callbacks=[DyingAfter(10 * of_a_step * chosen)], **settings)
@@ -132,5 +136,33 @@ def main(method, kills, seed, folder):
     print(json.dumps(report))
 
 
+def everywhere(method, folder):
+    """Runs of five steps killed at their first operation on files, their second, ...; a list of what each left."""
+    torch.set_num_threads(1)
+    model, folder, left = tiny_gpt2(), Path(folder), []
+    settings = {"model": model, "steps": 5, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": "loss"}
+    whole = start(method, folder / "whole", **settings)
+    while not left or left[-1]["killed"]:
+        n = len(left) + 1
+        place = folder / str(n)
+
+        def cut(n=n, place=place):
+            dying_at(n, place)
+            start(method, place, **settings)
+
+        _, code = os.waitpid(forked(cut), 0)
+        step = look(place)
+        _, again = os.waitpid(forked(lambda place=place: start(method, place, **settings)), 0)
+        made = type(whole).load(place / "decomposition")
+        over = sorted(p.name for p in place.rglob(".*") if p.name != ".lock")
+        alike = again == 0 and same(made, whole) and lines(place) == lines(folder / "whole") and not over
+        left.append({"killed": os.WIFSIGNALED(code), "step": step, "same": alike})
+        shutil.rmtree(place)
+    print(json.dumps(left))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    if sys.argv[2] == "everywhere":
+        everywhere(sys.argv[1], sys.argv[3])
+    else:
+        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +148,14 @@ def test_data_is_put_where_it_stood(tmp_path, monkeypatch, name):
         [],
         *([[{"asked": 5}]] if name == "targeted" else []),
     ]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
+def test_nothing_is_mapped_from_files_that_will_be_deleted(tmp_path):
+    stopped("VPD", tmp_path, 4)
+    maps = []
+    start("VPD", tmp_path, callbacks=[lambda info: maps.append(Path("/proc/self/maps").read_text())])
+    assert len(maps) == 4 and not any("/checkpoints/" in text for text in maps)
 
 
 # --- which stay -------------------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ def lines(*records):
 
 # --- what there is not ----------------------------------------------------------------------------------------------------
 def test_a_dataset_that_cannot_be_reached():
-    refused(["'roneneldan/TinyStories'", "network", "HF_HUB_OFFLINE", "local files"], "roneneldan/TinyStories", tokenizer())
+    refused(
+        ["'roneneldan/TinyStories'", "network", "HF_HUB_OFFLINE", "local files"], "roneneldan/TinyStories", tokenizer()
+    )
 
 
 def test_the_network_that_breaks_down_on_the_way(monkeypatch):
@@ -104,7 +106,9 @@ def test_datasets_without_rows():
     refused("is empty", datasets.IterableDataset.from_generator(lambda: iter([])), tokenizer())
     refused("empty", torch.zeros(0, 8, dtype=torch.long))
     refused("empty", torch.zeros(0, dtype=torch.long))
-    refused(["splits 'train', 'test'", "data['train']"], datasets.DatasetDict({"train": empty, "test": empty}), tokenizer())
+    refused(
+        ["splits 'train', 'test'", "data['train']"], datasets.DatasetDict({"train": empty, "test": empty}), tokenizer()
+    )
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------------
@@ -131,7 +135,11 @@ def test_a_column_that_is_missing_further_on(tmp_path):
 
 
 def test_lines_that_are_no_objects(tmp_path):
-    refused(["x.jsonl", "line that begins at byte 15", "no JSON"], file(tmp_path, '{"text": "w3"}\n{"te', "x.jsonl"), tokenizer())
+    refused(
+        ["x.jsonl", "line that begins at byte 15", "no JSON"],
+        file(tmp_path, '{"text": "w3"}\n{"te', "x.jsonl"),
+        tokenizer(),
+    )
     refused(["holds int", "byte 15"], file(tmp_path, '{"text": "w3"}\n3\n', "x.jsonl"), tokenizer())
 
 
@@ -144,6 +152,12 @@ def test_bytes_that_are_no_utf_8(tmp_path, name, before):
     start = (good * (before // len(good) + 1))[: before - before % len(good)]
     path = file(tmp_path, start + b"caf\xe9 noir\n" + good * 5, name)
     refused([name, f"byte {len(start) + 3} (0xe9)", "UTF-8"], path, tokenizer())
+
+
+def test_bytes_behind_a_character_that_two_reads_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE", 16)
+    for before in range(14, 20):
+        refused(f"byte {2 * before + 1} (0xff)", file(tmp_path, b"w" + "é".encode() * before + b"\xff"), tokenizer())
 
 
 def test_a_file_that_ends_within_a_character(tmp_path):
@@ -163,7 +177,9 @@ def test_text_without_a_tokenizer(tmp_path):
     refused(["x.txt is text", "tokenizer=..."], file(tmp_path, WORDS))
     refused("needs a tokenizer", file(tmp_path, WORDS), gpt2())
     with pytest.raises(DataError, match="needs a tokenizer"):
-        tlpd.decompose(gpt2(), "blocks.0.mlp.W_in", tlpd.SPD(n_components=2), tlpd.token_batches(file(tmp_path, WORDS)), 1)
+        tlpd.decompose(
+            gpt2(), "blocks.0.mlp.W_in", tlpd.SPD(n_components=2), tlpd.token_batches(file(tmp_path, WORDS)), 1
+        )
     from tokenizers import Tokenizer, models
 
     refused("PreTrainedTokenizerFast", file(tmp_path, WORDS), tokenizer=Tokenizer(models.BPE()))
@@ -188,7 +204,9 @@ def test_real_tokenizers_that_do_not_belong():
 
     folder, text = assets() / "models", assets() / "text" / "tinystories_sample.txt"
     model = AutoModelForCausalLM.from_pretrained(folder / "babyllama-tok105")
-    refused(["tokens up to 511", "embeds 105"], text, model, tokenizer=AutoTokenizer.from_pretrained(folder / "stories260K"))
+    refused(
+        ["tokens up to 511", "embeds 105"], text, model, tokenizer=AutoTokenizer.from_pretrained(folder / "stories260K")
+    )
 
 
 def test_tokens_added_for_padding_may_lie_beyond_the_embedding(tmp_path):
@@ -213,7 +231,13 @@ def test_tokens_that_the_model_has_not(form):
         rows = torch.full((20, 8), 5)
         rows[0, 3] = bad
         data = datasets.Dataset.from_dict({"tokens": rows.tolist()})
-        forms = {"rows": rows, "line": rows.flatten(), "dataset": data, "stream": data.to_iterable_dataset(), "joined": data}
+        forms = {
+            "rows": rows,
+            "line": rows.flatten(),
+            "dataset": data,
+            "stream": data.to_iterable_dataset(),
+            "joined": data,
+        }
         one = tlpd.token_batches(forms[form], length=8, shuffle=0, batch_size=20, **joined)
         with pytest.raises(DataError, match=f"token {bad}, and the model has tokens 0 to 60"):
             tlpd.decompose(model, "blocks.0.mlp.W_in", tlpd.SPD(n_components=2), one, 1, 20, progress=False)
@@ -231,7 +255,14 @@ def test_other_forms_with_tokens_that_the_model_has_not(form, tmp_path):
              "dataset": data, "stream": data.to_iterable_dataset()}  # fmt: skip
     with pytest.raises(DataError, match="token 61, and the model has tokens 0 to 60"):
         tlpd.decompose(
-            gpt2(), "blocks.0.mlp.W_in", tlpd.SPD(n_components=2), forms[form], 1, 8, run_dir=tmp_path / "run", progress=False
+            gpt2(),
+            "blocks.0.mlp.W_in",
+            tlpd.SPD(n_components=2),
+            forms[form],
+            1,
+            8,
+            run_dir=tmp_path / "run",
+            progress=False,
         )
     assert (tmp_path / "run").exists() == (form == "function")
 

@@ -111,7 +111,9 @@ def test_rows_of_a_token_column_and_their_padding(streamed):
     mask = torch.ones(9, 6, dtype=torch.long)
     mask[::2, 3:] = 0
     rows = torch.randint(3, 60, (9, 6), generator=torch.Generator().manual_seed(1))
-    data = datasets.Dataset.from_dict({"n": list(range(9)), "input_ids": rows.tolist(), "attention_mask": mask.tolist()})
+    data = datasets.Dataset.from_dict(
+        {"n": list(range(9)), "input_ids": rows.tolist(), "attention_mask": mask.tolist()}
+    )
     data = data.to_iterable_dataset() if streamed else data
     tokens, found = tlpd.token_batches(data, shuffle=0).source(3).batch(1)
     assert torch.equal(tokens, rows[3:6]) and torch.equal(found, mask[3:6])
@@ -179,9 +181,44 @@ def test_decompose_evaluate_and_tuning_take_it(forms, tmp_path):
     assert found[0] == found[1]
 
 
+def test_evaluation_takes_the_first_rows_of_batches_and_their_padding():
+    import datasets
+
+    model = gpt2(dtype=torch.float32)
+    dec = tlpd.decompose(model, "blocks.0.mlp.W_in", tlpd.SPD(n_components=4), None, 0, progress=False)
+    rows = torch.randint(3, 60, (9, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(9, 12, dtype=torch.long)
+    mask[::2, 7:] = 0
+    data = datasets.Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": mask.tolist()})
+    short = datasets.Dataset.from_dict(
+        {"input_ids": [row[keep == 1].tolist() for row, keep in zip(rows, mask, strict=True)]}
+    )
+    protocol = tlpd.Protocol(restarts=1, ladder=(1,), ablated=0, by_site=False)
+    wanted = tlpd.evaluate(model, dec, rows[:7], attention_mask=mask[:7], protocol=protocol, progress=False).headline
+    for one in (data, short):
+        made = tlpd.token_batches(one, shuffle=0, batch_size=4)
+        found = tlpd.evaluate(model, dec, made, rows=7, protocol=protocol, progress=False)
+        assert found.rows == 7 and found.headline == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    with pytest.raises(SettingError, match="rows must be at least 1"):
+        tlpd.evaluate(model, dec, made, rows=0)
+    with pytest.raises(DataError, match="gives no batch"):
+        tlpd.evaluate(model, dec, [])
+
+
+def test_a_comparison_knows_its_rows_again(forms):
+    from tl_paramdecomp.training.compare import _digest
+
+    made = [
+        tlpd.token_batches(forms[form][0], tokenizer(), length=LENGTH) for form in ("parquet", "parquet", "dataset")
+    ]
+    assert _digest(made[0]) == _digest(made[1]) != _digest(made[2])
+
+
 def test_neighbours_stay_neighbours(forms):
     wanted = by_hand()
-    source = batch_source(tlpd.token_batches(forms["records"][0], tokenizer(), length=LENGTH, shuffle=21), 4, 0, together=2)
+    source = batch_source(
+        tlpd.token_batches(forms["records"][0], tokenizer(), length=LENGTH, shuffle=21), 4, 0, together=2
+    )
     found = batches(source, 0, len(wanted) // 4 * 2).flatten(0, 1).tolist()
     places = [wanted.index(row) for row in found]
     assert all(b == a + 1 and a % 2 == 0 for a, b in zip(places[::2], places[1::2], strict=True))

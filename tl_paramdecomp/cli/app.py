@@ -89,7 +89,9 @@ def decompose(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Another value for any setting: method.lr=1e-3; may be given several times."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Another value for any setting: method.lr=1e-3; may be given several times.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -140,7 +142,9 @@ def decompose(
         run(settings_of_file(Path(model), changes or [], out), console, dry_run)
         return
     if not site_globs or (out is None and not dry_run):
-        raise typer.BadParameter("missing; or give a run file instead of a model.", context, param_hint="--sites and --out")
+        raise typer.BadParameter(
+            "missing; or give a run file instead of a model.", context, param_hint="--sites and --out"
+        )
     if settings is not None and (components, importance) != (None, None):
         raise SettingError("--settings says everything about the method; leave out --components and --importance.")
     if settings is not None:

@@ -22,6 +22,7 @@ from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.patching.act_patches import ActPatches, patched_acts
+from tl_paramdecomp.training.progress import is_watched
 
 MEANINGS = {
     "unmasked": "all components whole, no delta",
@@ -49,7 +50,7 @@ class BeforeAndAfter(NamedTuple):
 
 def measure_quality(model: Any, decomposition: Decomposition, tokens: Int[Tensor, "row pos"]) -> Evaluation:
     """The short evaluation that a run ends with; `tl-paramdecomp evaluate` is the whole one."""
-    return evaluate(model, decomposition, tokens, protocol=SHORT)
+    return evaluate(model, decomposition, tokens, protocol=SHORT, progress=is_watched())
 
 
 def kl_by_kind(found: Evaluation) -> dict[str, float]:

@@ -6,10 +6,9 @@
    versions and fingerprints, so that the same run can be done again.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecompo
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.training.callbacks import Callback, RunInfo
+from tl_paramdecomp.training.distributed import leads, own_device
 from tl_paramdecomp.training.estimate import estimate_run
 from tl_paramdecomp.training.fit import decompose
 from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
@@ -77,7 +77,7 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         TargetMismatchError: The model's weights are not those of a resolved file.
         TLParamDecompError: As `open_model`, `open_rows`, `decompose` and `estimate_run`.
     """
-    model = open_model(settings.model, settings.host, settings.device, settings.dtype)
+    model = open_model(settings.model, settings.host, own_device(settings.device), settings.dtype)
     _check_target(settings, model)
     rows, background = _rows(settings, model, settings.data), None
     if settings.background is not None:
@@ -89,20 +89,15 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         model, settings.sites, settings.method, rows.train, background=background,
         callbacks=_callbacks(settings, model, rows), **_arguments(settings),
     )  # fmt: skip
-    folder = Path(settings.run_dir)
     if not leads():
-        return
+        return  # one process writes and talks
+    folder = Path(settings.run_dir)
     _write_resolved(settings, made)
     if "stopped_after" in made.info:
         done = made.info["stopped_after"]
         console.print(f"Stopped after step {done} of {settings.steps}; the same command goes on.", highlight=False)
     _report(settings, model, made, rows, console)
     console.print(f"Saved to [bold]{folder / 'decomposition'}[/].", highlight=False)
-
-
-def leads() -> bool:
-    """Whether this process, of those that `torchrun` started, is the one that writes and talks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _arguments(settings: RunSettings) -> dict[str, Any]:
@@ -115,7 +110,11 @@ def _arguments(settings: RunSettings) -> dict[str, Any]:
 
 
 def _rows(settings: RunSettings, model: Any, data: DataSettings) -> Rows:
-    return open_rows(settings.model, model, **{field.name: getattr(data, field.name) for field in fields(data)})
+    return open_rows(
+        settings.model, model, data.text, data.dataset, data.length, column=data.column, config=data.config,
+        split=data.split, separator=data.separator, join=data.join, bos=data.bos, shuffle=data.shuffle,
+        seed=data.shuffle_seed,
+    )  # fmt: skip
 
 
 def _callbacks(settings: RunSettings, model: Any, rows: Rows) -> list[Callback]:
@@ -164,7 +163,9 @@ def _check_target(settings: RunSettings, model: Any) -> None:
         except KeyError:
             difference = "it has no such site"
         except AttributeError as error:
-            raise SettingError(f"target.{name}.dtype: {known.dtype!r} is no number type; copy the file again.") from error
+            raise SettingError(
+                f"target.{name}.dtype: {known.dtype!r} is no number type; copy the file again."
+            ) from error
         if difference:
             raise TargetMismatchError(
                 f"{settings.model} has other weights than this run was of ({name}: {difference}); open the model it was of, or "

@@ -33,26 +33,30 @@ class DataSettings:
     """Which rows a run sees; nothing given: the embedded model's own text."""
 
     text: str | tuple[str, ...] | None = None
-    """File, glob or several: text, JSON lines or parquet, by its suffix."""
+    """A file, a glob of them, or several: JSON lines (.jsonl), parquet, or else plain text in UTF-8."""
     dataset: str | None = None
-    """Name of a dataset on the hub, or a folder with one."""
+    """A dataset on the hub, or a folder with one, read while training."""
+    length: int | None = 64
+    """Tokens per row; null: as many as model and tokenizer take, at most 1024."""
+    column: str | None = None
+    """Where records hold text or tokens; null: one of the usual names."""
     config: str | None = None
     """Configuration of the dataset."""
     split: str = "train"
-    column: str | None = None
-    """Where records hold text or tokens; null: one of the usual names."""
-    length: int | None = 64
-    """Tokens per row; null: as many as model and tokenizer take, at most 1024."""
     separator: str | None = None
     """What parts the documents of a text file; null: a file is one document."""
     join: bool | None = None
     """Whether documents are joined and cut into rows; null: texts are."""
-    bos: Literal["auto"] | bool = "auto"
-    """Whether each row begins with the beginning-of-sequence token; auto: as the model was trained."""
     shuffle: int = 1000
-    """Rows of a stream that are shuffled with each other; 0: as they come."""
-    seed: int | None = None
-    """Order of the rows; null: the run's."""
+    """Rows that are shuffled with each other; 0: as they come."""
+    shuffle_seed: int | None = None
+    """Their order; null: by the run's seed."""
+    bos: bool | Literal["auto"] = "auto"
+    """Whether each row begins with the beginning-of-sequence token; auto: as the model was trained."""
+
+
+SHORT = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+"""Of evaluations during a run."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class EvaluationSettings:
     """Steps between evaluations."""
     rows: int = 32
     """Held-out rows, 32 at most."""
-    protocol: Protocol = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+    protocol: Protocol = SHORT
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,11 @@ class RunSettings:
     max_seconds: float | None = None
     """After so many the run is saved and ends; the same command goes on with it."""
     accumulate: int = 1
+    """Micro-batches of each process."""
     random_numbers: Literal["per_rank", "global"] = "per_rank"
+    """global: the run is the same, to rounding, on any number of processes and micro-batches."""
     shard: bool = False
+    """Keep components in shards, one on each process."""
     evaluate: EvaluationSettings | None = None
     tensorboard: bool | str = False
     """Also log for TensorBoard, into `run_dir/tensorboard` or the folder given."""

@@ -36,7 +36,9 @@ class Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in pairs if key.tag != "tag:yaml.org,2002:merge"]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.value[i][0].start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", node.value[i][0].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 

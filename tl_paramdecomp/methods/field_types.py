@@ -52,7 +52,9 @@ def fit(value: Any, kind: Any, path: str, classes: Classes) -> Any:
         return value
     member = next((m for m in _members(kind) if _looks_like(value, m, classes)), None)
     if member is None:
-        raise SettingError(f"{path}: expected {described(kind, classes)}; given {shown(value)}.{_near_choice(value, kind)}")
+        raise SettingError(
+            f"{path}: expected {described(kind, classes)}; given {shown(value)}.{_near_choice(value, kind)}"
+        )
     if value is None or member is Any or get_origin(member) is Literal:
         return value
     origin = get_origin(member)
@@ -176,7 +178,7 @@ def _looks_like(value: Any, kind: Any, classes: Classes) -> bool:
     if origin in (tuple, list, collections.abc.Sequence):
         return isinstance(value, list | tuple)
     if _is_settings(kind):
-        return isinstance(value, kind) or isinstance(value, Mapping)
+        return isinstance(value, (kind, Mapping))
     return isinstance(value, kind)
 
 

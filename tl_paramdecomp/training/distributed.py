@@ -48,6 +48,16 @@ def joined(device: torch.device) -> Iterator[Peers]:
         dist.destroy_process_group()
 
 
+def leads() -> bool:
+    """Whether this process writes and talks: the first of those that `torchrun` started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def own_device(name: str) -> str:
+    """A device as a process of its own should take it: of several GPUs, each process on a machine has one."""
+    return f"{name}:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+
+
 @contextlib.contextmanager
 def answering(peers: Peers, where: Callable[[], str]) -> Iterator[None]:
     """Turns what torch says of a process that is gone into an error that names it as such.

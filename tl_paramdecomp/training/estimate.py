@@ -1,7 +1,7 @@
 """What a run will need before it is begun: components, memory, time and disk.
 
-1. The method's start is made on torch's meta device, where tensors have shapes and no memory: that gives the counts, and what is
-   held throughout. Where not even that fits there is no trial.
+1. The method's start is made on torch's meta device, where tensors have shapes and no memory: that gives the counts, and what
+   is held throughout. Where not even that fits there is no trial.
 2. Otherwise the run is really begun (`trial`): its start, then a few steps with two and three rows (times the smallest number
    that the method takes), optimiser and all.
 3. Memory and time are continued to the batch's rows. What is live after each operation of a step is affine in the rows, so that
@@ -119,7 +119,9 @@ def estimate_run(
     chosen, tokenizer = adapter.select(sites), getattr(model, "tokenizer", None)
     Plan(checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, accumulate=accumulate)
     source, other = (
-        None if rows is None else batch_source(rows, batch_size, seed + i, tokenizer, None, method.rows_together, adapter)
+        None
+        if rows is None
+        else batch_source(rows, batch_size, seed + i, tokenizer, None, method.rows_together, adapter)
         for i, rows in enumerate((data, background))
     )
     steps = steps_of(method, steps, data)
@@ -327,7 +329,9 @@ def _costs(found: Estimate) -> "Table":
         table.add_row("start", in_seconds(seconds["start"]))
         if seconds["step"] is not None:
             table.add_row("a step", in_seconds(seconds["step"]))
-        table.add_row(f"{run['steps']:,} steps, without checkpoints and evaluations", in_seconds(seconds["run"]), style="bold")
+        table.add_row(
+            f"{run['steps']:,} steps, without checkpoints and evaluations", in_seconds(seconds["run"]), style="bold"
+        )
         table.add_section()
     table.add_row("a checkpoint", in_bytes(disk["checkpoint"]))
     table.add_row("the result", in_bytes(disk["result"]))

@@ -129,13 +129,13 @@ def _copies(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def finite(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState) -> Bool[Tensor, ""]:
     """Whether all losses, gradients and parameters of a step are finite; nothing is read back from the device.
 
-    Squares of gradients are what the optimiser keeps: gradients whose squares overflow are counted as infinite.
+    Squares of gradients are what the optimiser keeps: where those overflow, so do the norms.
     """
     parameters = [p.detach() for group in state.groups for p in group.parameters if p.numel()]
     values: list[Float[Tensor, ""]] = [
         report.total,
         *report.terms.values(),
-        *(norm.square() for norm in norms.values()),
+        *norms.values(),
         whole(nn.utils.get_total_norm(parameters, float("inf"))),
     ]
     return torch.stack([value.detach().isfinite().reshape(()).to(state.device) for value in values]).all()
@@ -150,7 +150,7 @@ def fault_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingSta
         return f"the loss is {report.total.item()}: {', '.join(terms) or 'the sum'} is not finite{where}."
     if gradients:
         return f"the gradient of {_listed(gradients)} is not finite, though all losses are."
-    large = [f"{name} ({norm.item():.3g})" for name, norm in norms.items() if not bool(norm.square().isfinite())]
+    large = [name for name, norm in norms.items() if not bool(norm.isfinite())]
     if large:
         return f"the gradient norm of {', '.join(large)} is too large for the optimiser."
     return f"{_listed(nonfinite_parameters(state))} is not finite after the step, though losses and gradients are."

@@ -50,7 +50,9 @@ class TensorBoard:
             SettingError: Neither this callback nor the run has a folder.
         """
         if self.folder is None and run.run_dir is None:
-            raise SettingError("TensorBoard() writes into the run's folder, and this run has none; give TensorBoard(folder).")
+            raise SettingError(
+                "TensorBoard() writes into the run's folder, and this run has none; give TensorBoard(folder)."
+            )
         folder = Path(run.run_dir or "", "tensorboard") if self.folder is None else Path(self.folder)
         self._writer = self._open(str(folder), purge_step=run.first + 1 if run.first else None)
 
@@ -102,8 +104,8 @@ class WandB:
 class EvaluateEvery:
     """Evaluates the decomposition on held-out rows every so many steps, and at the end.
 
-    Figures of the headline and some more are added to those of the step, as `evaluation_l0`, `evaluation_rounded` and so on; the
-    whole evaluation is a line of `evaluations.jsonl` in the run's folder. The run itself is not changed by it.
+    Figures of the headline and some more are added to those of the step, as `evaluation_l0`, `evaluation_rounded` and so on;
+    the whole evaluation is a line of `evaluations.jsonl` in the run's folder. The run itself is not changed by it.
 
     Args:
         steps: Steps between evaluations; each is at the first logged step that is due.

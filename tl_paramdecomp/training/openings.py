@@ -14,7 +14,14 @@ from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.training.cursors import Items, items_of, told_in_one_line
 from tl_paramdecomp.training.data import digest_of_rows
 from tl_paramdecomp.training.text import text_column, unknown_column
-from tl_paramdecomp.training.text_files import JsonLines, TextFiles, find_files, names_and_sizes, refuse_bad_bytes, refuse_empty
+from tl_paramdecomp.training.text_files import (
+    JsonLines,
+    TextFiles,
+    find_files,
+    names_and_sizes,
+    refuse_bad_bytes,
+    refuse_empty,
+)
 
 JSON, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
 TEXT = (".txt", ".text", ".md")

@@ -225,9 +225,7 @@ class _TextCursor(_FileCursor):
             self._fill(file, PIECE + len(self._mark))
             found = self._ahead.find(self._mark, self._from)
         found -= self._from
-        return (
-            found if 0 <= found <= PIECE else None
-        )  # beyond a piece, however much of the file happens to be read ahead
+        return found if 0 <= found <= PIECE else None  # no further, however much of the file happens to be read ahead
 
     def _fill(self, file: BinaryIO, wanted: int) -> None:
         """Read ahead until there are so many bytes, or the file is at its end."""

@@ -1,4 +1,4 @@
-"""The first steps of a run, taken to see what it needs: its start on torch's meta device, and a few real steps with few rows."""
+"""The first steps of a run, taken to see what it needs: its start on torch's meta device, and real steps with few rows."""
 
 import math
 import time
@@ -24,10 +24,10 @@ META = torch.device("meta")
 TURNS = 3
 """Turns of a phase of the start, such as a warm-up, that a trial takes; the rest take as long each."""
 FEW = (2, 3)
-"""Rows of a trial's steps, times the smallest number that the method takes. A single row is a special case to many operations."""
+"""Rows of a trial's steps, times the smallest number that the method takes; a single row is a special case to operations."""
 MAPPED = 32 * 2**20
-"""Bytes from which glibc always takes memory of its own for a tensor, and gives it back; smaller ones come from its heap, where
-gaps are left that nothing fits into."""
+"""Bytes from which glibc always takes memory of its own for a tensor, and gives it back; smaller ones come from its heap,
+where gaps are left that nothing fits into."""
 TIMED = 2
 """Steps that are timed, after one that is not."""
 AFFORDABLE = 10.0
@@ -133,8 +133,7 @@ class Trial:
         device, phases = self.adapter.device, _Phases()
         peak, begun = Peak(device), time.perf_counter()
         first = None if self.source is None else self.source.batch(0)
-        later = {0: first}
-        batches = None if self.source is None else (lambda i: later[i] if i in later else self.source.batch(i))  # type: ignore
+        batches = None if self.source is None or first is None else _kept(self.source, first)
         generator = torch.Generator().manual_seed(self.seed)
         self.made = self.method.initialise(self.adapter, self.sites, generator, phases, batches)
         self.made.requires_grad_(False)
@@ -205,9 +204,7 @@ class Trial:
     def _take(self, rows: int, device: torch.device, traced: bool = True) -> Steps:
         assert self.source is not None
         numbers = RandomNumbers(self.seed, device, 0, self.accumulate > 1, "per_rank")
-        state = start_state(
-            self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate
-        )
+        state = start_state(self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate)
         give_back()
         trace, peak, seconds = Trace([], []), Peak(device), []
         for number in range(1 + traced + TIMED):
@@ -243,6 +240,11 @@ class Trial:
         guard.after_step(report, norms, state, "")
         state.done = number + 1
         figures_of(report, norms, state)
+
+
+def _kept(source: BatchSource, first: Batch) -> Callable[[int], Batch]:
+    """Batches by number, of which the first was read."""
+    return lambda i: first if i == 0 else source.batch(i)
 
 
 class _Phases:

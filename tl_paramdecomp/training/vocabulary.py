@@ -120,7 +120,8 @@ def refuse_other_tokenizer(rules: RowRules) -> None:
     """
     if rules.n_vocab is None or rules.tokenizer is None:
         return
-    largest = _largest_plain_id(rules.tokenizer)
+    few = hasattr(rules.tokenizer, "__len__") and len(rules.tokenizer) <= rules.n_vocab
+    largest = None if few else _largest_plain_id(rules.tokenizer)
     for what, token in (("tokens up to", largest), ("an end token", rules.eos), ("a beginning token", rules.bos)):
         if token is not None and token >= rules.n_vocab:
             raise DataError(
@@ -194,7 +195,7 @@ def _speaks_micro_gpt2(tokenizer: Any) -> bool:
 def _largest_plain_id(tokenizer: Any) -> int | None:
     if not hasattr(tokenizer, "get_vocab"):
         return None
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # a property that is made anew each time it is asked for
     return max((token for token in tokenizer.get_vocab().values() if token not in added), default=None)
 
 
