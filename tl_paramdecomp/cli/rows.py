@@ -1,5 +1,6 @@
 """Token rows for the command: from the embedded model's grammar, files, or a dataset."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,33 +25,35 @@ class Rows(NamedTuple):
 def open_rows(
     name: str,
     model: Any,
-    text: str | Path | None,
+    text: str | Path | Sequence[str] | None,
     dataset: str | None,
-    length: int,
+    length: int | None,
     *,
     column: str | None = None,
     config: str | None = None,
     split: str = "train",
     separator: str | None = None,
+    join: bool | None = None,
+    bos: bool | Literal["auto"] = "auto",
     shuffle: int = 1000,
     seed: int | None = None,
-    bos: bool | Literal["auto"] = "auto",
 ) -> Rows:
     """Rows as the options ask: the first 32 are held out, the others are to train on.
 
     Args:
         name: The model's, as the command was given it.
         model: Opened.
-        text: File or glob: text, JSON lines or parquet, by its suffix.
+        text: File, glob or several: text, JSON lines or parquet, by its suffix.
         dataset: Name of a dataset on the hub, or a folder with one.
         length: Tokens per row.
         column: Where records hold text or tokens; None: one of the usual names.
         config: Configuration of the dataset.
         split: Its split.
         separator: What parts the documents of a text file; None: a file is one document.
+        join: Whether documents are joined and cut into rows; None: texts are.
+        bos: Whether each row begins with the beginning-of-sequence token; auto: as the model was trained.
         shuffle: Rows that are shuffled with each other; 0: as they come.
         seed: Their order; None: the run's.
-        bos: Whether each row begins with the beginning-of-sequence token.
 
     Raises:
         DataError: No source was named, it cannot be read, or it gives too few rows.
@@ -61,10 +64,12 @@ def open_rows(
         if name != EMBEDDED:
             raise DataError("Name what to train on: --text FILE or --dataset NAME.")
         return Rows(micro_gpt2_tokens(4096, seed=1), micro_gpt2_tokens(HELD_OUT, seed=2))
-    source = str(dataset) if text is None else Path(text)
+    source: Any = dataset
+    if text is not None:
+        source = Path(text) if isinstance(text, str | Path) else [Path(name) for name in text]
     train = token_batches(
         source, model, tokenizer=tokenizer_of(name, model), length=length, column=column, name=config, split=split,
-        separator=separator, bos=bos, shuffle=shuffle, seed=seed, skip=HELD_OUT,
+        separator=separator, join=join, bos=bos, shuffle=shuffle, seed=seed, skip=HELD_OUT,
     )  # fmt: skip
     first = train.first_rows(2 * HELD_OUT)
     return Rows(train, first.tokens[:HELD_OUT])

@@ -8,7 +8,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve, 
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import replace_text
-from tl_paramdecomp.components.saved_sites import fingerprints_of
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
 from tl_paramdecomp.methods.from_factors import versions
@@ -94,6 +93,9 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         return  # one process writes and talks
     folder = Path(settings.run_dir)
     _write_resolved(settings, made)
+    if "stopped_after" in made.info:
+        done = made.info["stopped_after"]
+        console.print(f"Stopped after step {done} of {settings.steps}; the same command goes on.", highlight=False)
     _report(settings, model, made, rows, console)
     console.print(f"Saved to [bold]{folder / 'decomposition'}[/].", highlight=False)
 
@@ -110,7 +112,8 @@ def _arguments(settings: RunSettings) -> dict[str, Any]:
 def _rows(settings: RunSettings, model: Any, data: DataSettings) -> Rows:
     return open_rows(
         settings.model, model, data.text, data.dataset, data.length, column=data.column, config=data.config,
-        split=data.split, separator=data.separator, shuffle=data.shuffle, seed=data.shuffle_seed, bos=data.bos,
+        split=data.split, separator=data.separator, join=data.join, bos=data.bos, shuffle=data.shuffle,
+        seed=data.shuffle_seed,
     )  # fmt: skip
 
 
@@ -141,8 +144,7 @@ class _Resolved:
 
 def _write_resolved(settings: RunSettings, made: Any) -> None:
     """Every setting, with versions and the fingerprints of the weights."""
-    target = {name: asdict(found) for name, found in made.fingerprints.items()}
-    tree = tree_of(replace(settings, versions=versions(), target=target))
+    tree = tree_of(replace(settings, versions=versions(), target=made.fingerprints))
     replace_text(Path(settings.run_dir) / RESOLVED, HEADER.format(name=RESOLVED) + write_tree(tree))
 
 
@@ -155,17 +157,15 @@ def _check_target(settings: RunSettings, model: Any) -> None:
     if settings.target is None:
         return
     adapter = adapt(model)
-    try:
-        target = fingerprints_of(settings.target.keys(), settings.target)
-    except (TypeError, ValueError, KeyError) as error:
-        raise SettingError(
-            f"target holds no fingerprints ({error}); leave target out, or copy the file again."
-        ) from error
-    for name, known in target.items():
+    for name, known in settings.target.items():
         try:
             difference = differs(known, adapter.fingerprint(name))
         except KeyError:
             difference = "it has no such site"
+        except AttributeError as error:
+            raise SettingError(
+                f"target.{name}.dtype: {known.dtype!r} is no number type; copy the file again."
+            ) from error
         if difference:
             raise TargetMismatchError(
                 f"{settings.model} has other weights than this run was of ({name}: {difference}); open the model it was of, or "
@@ -177,7 +177,7 @@ def _print_estimate(settings: RunSettings, model: Any, rows: Rows, background: A
     found = estimate_run(
         model, settings.sites, settings.method, rows.train, settings.steps, settings.batch_size, settings.seed,
         background=background, checkpoint_every=settings.checkpoint_every, keep_checkpoints=settings.keep_checkpoints,
-        keep_best=settings.keep_best is not None,
+        keep_best=settings.keep_best is not None, on_nonfinite=settings.on_nonfinite, accumulate=settings.accumulate,
     )  # fmt: skip
     for table in found.tables():
         console.print(table)

@@ -18,6 +18,7 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.field_types import TYPE, build, unknown
 from tl_paramdecomp.methods.settings import TABLE, from_settings, to_settings
+from tl_paramdecomp.sites import Fingerprint
 
 PRESET = "preset"
 """Key of a method whose other fields are laid over a method by name."""
@@ -31,12 +32,12 @@ Change = tuple[Sequence[str], Any]
 class DataSettings:
     """Which rows a run sees; nothing given: the embedded model's own text."""
 
-    text: str | None = None
-    """A file, or a glob of them: JSON lines (.jsonl), parquet, or else plain text in UTF-8."""
+    text: str | tuple[str, ...] | None = None
+    """A file, a glob of them, or several: JSON lines (.jsonl), parquet, or else plain text in UTF-8."""
     dataset: str | None = None
     """A dataset on the hub, or a folder with one, read while training."""
-    length: int = 64
-    """Tokens per row."""
+    length: int | None = 64
+    """Tokens per row; null: as many as model and tokenizer take, at most 1024."""
     column: str | None = None
     """Where records hold text or tokens; null: one of the usual names."""
     config: str | None = None
@@ -44,6 +45,8 @@ class DataSettings:
     split: str = "train"
     separator: str | None = None
     """What parts the documents of a text file; null: a file is one document."""
+    join: bool | None = None
+    """Whether documents are joined and cut into rows; null: texts are."""
     shuffle: int = 1000
     """Rows that are shuffled with each other; 0: as they come."""
     shuffle_seed: int | None = None
@@ -120,7 +123,7 @@ class RunSettings:
     wandb: WandBSettings | None = None
     versions: Mapping[str, str] | None = None
     """Of the libraries, in a resolved file."""
-    target: Mapping[str, Any] | None = None
+    target: Mapping[str, Fingerprint] | None = None
     """Fingerprints of the sites' weights, in a resolved file; a model with other weights is refused."""
 
 
