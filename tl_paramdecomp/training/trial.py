@@ -161,7 +161,7 @@ class Trial:
         both = few.rows, more.rows
         if self.adapter.device.type == "cuda":
             return affine(few.peak, more.peak, both, rows)
-        loss = _solved(lambda loss: self._held(more.trace, more.remembered, loss), more.peak - self.base)
+        loss = _solved(lambda loss: self._held(more.trace, more.remembered, loss), float(more.peak - self.base))
         trace = continued(few.trace, more.trace, both, rows)
         return self.base + round(self._held(trace, self._remembered(rows), loss))
 
@@ -169,7 +169,7 @@ class Trial:
         """Bytes of all tensors at their peak, where those on the heap take so many times their own."""
 
         def weigh(size: int) -> float:
-            return size if size >= MAPPED else loss * size
+            return float(size) if size >= MAPPED else loss * size
 
         return trace.peak(weigh) + sum(map(weigh, (*remembered, *self.lasting)))
 
@@ -259,7 +259,7 @@ class _Phases:
         self.left += (total - taken) * (time.perf_counter() - begun) / max(1, taken)
 
 
-def _solved(function: Callable[[float], float], wanted: float) -> float:
+def _solved(function: Callable[[float], float], wanted: float | int) -> float:
     """Where in [1, 4] an increasing function comes to a value, or the nearer end."""
     low, high = 1.0, 4.0
     for _ in range(20):
@@ -268,7 +268,7 @@ def _solved(function: Callable[[float], float], wanted: float) -> float:
     return low
 
 
-def affine(few: float, more: float, rows: tuple[int, int], wanted: int) -> int:
+def affine(few: float | int, more: float | int, rows: tuple[int, int], wanted: int) -> int:
     """What a figure of two numbers of rows comes to for another."""
     if rows[0] == rows[1]:
         return round(more)
