@@ -66,33 +66,6 @@ def test_the_blocks_of_the_page_on_circuits_run(capsys):
         assert hasattr(tlpd, name), name
 
 
-def test_the_blocks_of_the_page_on_training_run(tmp_path, monkeypatch):
-    """On micro-gpt2: the call, and its second time, which goes on; the run file is one."""
-    import yaml
-
-    from tl_paramdecomp.cli.run_settings import resolve
-
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    tokenizer, text = tlpd.micro_gpt2_tokenizer(), tmp_path / "some.txt"
-    rows = tlpd.micro_gpt2_tokens(64)
-    text.write_text("".join(tokenizer.decode(row, skip_special_tokens=True) for row in rows), encoding="utf-8")
-    model = tlpd.load_micro_gpt2("transformers")
-    names = {"tlpd": tlpd, "model": model, "tokenizer": tokenizer, "text_file": text}
-    (block,) = re.findall(r"(?ms)^```python\n(.*?)^```", page)
-    exec(block, names)
-    first = names["dec"]
-    exec(block, names)
-    assert all(torch.equal(t, names["dec"].state_dict()[name]) for name, t in first.state_dict().items())
-    assert {"run.json", "metrics.jsonl", "checkpoints", "decomposition"} <= {
-        path.name for path in Path("runs/mlp0").iterdir()
-    }
-    (file,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", page)
-    assert resolve(yaml.safe_load(file)).method == tlpd.SPD(n_components=1024, lr=1e-3)
-    for name in re.findall(r"`tlpd\.(\w+)", page):
-        assert hasattr(tlpd, name), name
-
-
 def test_the_results_page_is_what_the_result_files_say():
     spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
     module = importlib.util.module_from_spec(spec)

@@ -339,7 +339,7 @@ def _costs(found: Estimate) -> "Table":
     return table
 
 
-def in_bytes(n: float) -> str:
+def in_bytes(n: float | int) -> str:
     """A number of bytes to read, in powers of 1000."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
@@ -347,7 +347,7 @@ def in_bytes(n: float) -> str:
     return f"{n:.0f} B"
 
 
-def in_seconds(s: float) -> str:
+def in_seconds(s: float | int) -> str:
     """A time to read."""
     if s < 60:
         return f"{s:.2g} s" if s < 10 else f"{s:.0f} s"

@@ -1,13 +1,12 @@
-"""What a process holds: resident memory, the tensors that are made and let go, and what the machine has left."""
+"""What a process holds: resident memory, live tensors operation by operation, and what the machine has left."""
 
 import contextlib
-import ctypes
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,34 +16,17 @@ from torch.utils._pytree import tree_iter
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-class Trace(NamedTuple):
-    """Which tensors were made and let go in a stretch of work, in order."""
+class LiveBytes(TorchDispatchMode):
+    """Within it, the bytes of tensors that were made within it and are still there, after every operation.
 
-    sizes: list[int]
-    """Bytes of each that was made."""
-    events: list[int]
-    """The number of one that was made, or ~ the number of one that was let go."""
-
-    def peak(self, weigh: Callable[[int], float] = float) -> float:
-        """The most that was there at once, of tensors that weigh what is given for their bytes."""
-        weights = [weigh(size) for size in self.sizes]
-        live = most = 0.0
-        for event in self.events:
-            live += weights[event] if event >= 0 else -weights[~event]
-            most = max(most, live)
-        return most
-
-
-class Traced(TorchDispatchMode):
-    """Within it, tensors that operations make on a device are noted in `trace`, and when they go.
-
-    What CUDA's backward passes make is not seen: they run in threads of their own.
+    A training step does the same operations whatever its number of rows, and what is live after each of them is affine in
+    that number: two traces say what any other step will hold (`continued`).
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device, self.trace = device, Trace([], [])
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.device, self.live, self.trace = device, 0, [0]
+        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
@@ -54,28 +36,28 @@ class Traced(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given and storage not in self._seen:
                     self._note(storage)
+        self.trace.append(self.live)
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        number = len(self.trace.sizes)
-        self._seen.add(storage)
-        self.trace.sizes.append(storage.nbytes())
-        self.trace.events.append(number)
-        weakref.finalize(storage, self.trace.events.append, ~number)
+        size = storage.nbytes()
+        self._seen[storage] = size
+        self.live += size
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.live -= size
 
 
-def continued(few: Trace, more: Trace, rows: tuple[int, int], wanted: int) -> Trace:
-    """The trace of a training step of `wanted` rows, from those of steps of two other numbers of rows.
+def continued(few: Sequence[int], more: Sequence[int], rows: tuple[int, int], wanted: int) -> int:
+    """The most bytes that are live in a step of `wanted` rows, from the traces of steps of two other numbers of rows.
 
-    A step does the same whatever its number of rows, and the size of each tensor is affine in it. Where the two steps did not
-    do the same, all tensors of the larger are scaled so that the peak is affine.
+    Where the two steps did not do the same operations, their largest values are continued instead.
     """
     share = (wanted - rows[0]) / (rows[1] - rows[0])
-    if few.events == more.events:
-        return Trace([round(a + share * (b - a)) for a, b in zip(few.sizes, more.sizes, strict=True)], more.events)
-    a, b = few.peak(), more.peak()
-    factor = (a + share * (b - a)) / max(b, 1.0)
-    return Trace([round(factor * size) for size in more.sizes], more.events)
+    if len(few) != len(more):
+        few, more = [max(few)], [max(more)]
+    return max(round(a + share * (b - a)) for a, b in zip(few, more, strict=True))
 
 
 class Peak:
@@ -110,12 +92,6 @@ def peak_resident() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def give_back() -> None:
-    """Let the C library return what it keeps of memory that was freed, where it can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available(device: torch.device) -> int | None:

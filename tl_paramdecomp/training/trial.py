@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from tl_paramdecomp.methods.draws import RandomNumbers
 from tl_paramdecomp.sites import Fingerprint, WeightSite
 from tl_paramdecomp.training.data import BatchSource
 from tl_paramdecomp.training.guards import FiniteGuard, OnNonfinite
-from tl_paramdecomp.training.memory import Peak, Trace, Traced, available, continued, give_back, held
+from tl_paramdecomp.training.memory import LiveBytes, Peak, available, continued, size_of
 from tl_paramdecomp.training.state import TrainingState, figures_of, optimise, start_state
 
 META = torch.device("meta")
@@ -25,9 +25,6 @@ TURNS = 3
 """Turns of a phase of the start, such as a warm-up, that a trial takes; the rest take as long each."""
 FEW = (2, 3)
 """Rows of a trial's steps, times the smallest number that the method takes; a single row is a special case to operations."""
-MAPPED = 32 * 2**20
-"""Bytes from which glibc always takes memory of its own for a tensor, and gives it back; smaller ones come from its heap,
-where gaps are left that nothing fits into."""
 TIMED = 2
 """Steps that are timed, after one that is not."""
 AFFORDABLE = 10.0
@@ -88,12 +85,12 @@ class Steps(NamedTuple):
     """What steps with so many rows took."""
 
     rows: int
-    trace: Trace
-    """The tensors of a step."""
+    live: list[int]
+    """Bytes of the tensors that a step had made, after each of its operations."""
     peak: int
     """The most that the device held in a step."""
-    remembered: list[int]
-    """Bytes of each tensor that the method keeps between steps."""
+    remembered: int
+    """Bytes of what the method keeps between steps."""
     seconds: float
 
 
@@ -112,10 +109,6 @@ class Trial:
     accumulate: int = 1
     """Micro-batches of a step."""
     on_nonfinite: OnNonfinite = "stop"
-    base: int = 0
-    """Bytes in use beside what the method makes, once all that a step loads is there."""
-    lasting: tuple[int, ...] = ()
-    """Bytes of each tensor that is there between steps: parameters and what the optimiser keeps of them."""
     made: Any = None
     start_seconds: float = 0.0
     start_peak: int = 0
@@ -130,8 +123,7 @@ class Trial:
 
     def run(self) -> "Trial":
         """Take the start and the steps. The target must be frozen."""
-        device, phases = self.adapter.device, _Phases()
-        peak, begun = Peak(device), time.perf_counter()
+        device, peak, begun, phases = self.adapter.device, Peak(self.adapter.device), time.perf_counter(), _Phases()
         first = None if self.source is None else self.source.batch(0)
         batches = None if self.source is None or first is None else _kept(self.source, first)
         generator = torch.Generator().manual_seed(self.seed)
@@ -145,10 +137,7 @@ class Trial:
         unit = unit_of(self.method) * self.accumulate
         rows = [n * unit for n in FEW] if self.rows > FEW[1] * unit else [self.rows]
         with torch.enable_grad():
-            self.few = self._take(rows[0], device)
-            give_back()
-            self.base = held(device) - sum(p.nbytes for p in self.made.parameters())
-            self.more = self._take(rows[-1], device)
+            self.few, self.more = (self._take(n, device) for n in (rows[0], rows[-1]))
             self.timed = self._timed_with_more(unit, device)
         return self
 
@@ -158,20 +147,10 @@ class Trial:
         few, more = self.few, self.more
         if few.rows == more.rows:
             return more.peak
-        both = few.rows, more.rows
-        if self.adapter.device.type == "cuda":
-            return affine(few.peak, more.peak, both, rows)
-        loss = _solved(lambda loss: self._held(more.trace, more.remembered, loss), float(more.peak - self.base))
-        trace = continued(few.trace, more.trace, both, rows)
-        return self.base + round(self._held(trace, self._remembered(rows), loss))
-
-    def _held(self, trace: Trace, remembered: Sequence[int], loss: float) -> float:
-        """Bytes of all tensors at their peak, where those on the heap take so many times their own."""
-
-        def weigh(size: int) -> float:
-            return float(size) if size >= MAPPED else loss * size
-
-        return trace.peak(weigh) + sum(map(weigh, (*remembered, *self.lasting)))
+        if self.adapter.device.type == "cuda":  # traces do not see what CUDA's backward passes make
+            return continued([few.peak], [more.peak], (few.rows, more.rows), rows)
+        grown = continued(few.live, more.live, (few.rows, more.rows), rows) - max(more.live)
+        return more.peak + grown + self.remembered(rows) - more.remembered
 
     def step_seconds(self, rows: int) -> float:
         """Time of a step of so many rows."""
@@ -184,12 +163,12 @@ class Trial:
 
     def remembered(self, rows: int) -> int:
         """Bytes of what the method keeps between steps of so many rows."""
-        return 0 if self.few is None else sum(self._remembered(rows))
-
-    def _remembered(self, rows: int) -> list[int]:
-        assert self.few is not None and self.more is not None
-        pairs = zip(self.few.remembered, self.more.remembered, strict=True)
-        return [affine(a, b, (self.few.rows, self.more.rows), rows) for a, b in pairs]
+        if self.few is None or self.more is None:
+            return 0
+        if self.few.rows == self.more.rows:
+            return self.more.remembered
+        both = self.few.rows, self.more.rows
+        return continued([self.few.remembered], [self.more.remembered], both, rows)
 
     def _timed_with_more(self, unit: int, device: torch.device) -> Steps:
         """Steps of as many rows as time and memory allow, up to the whole batch."""
@@ -205,23 +184,20 @@ class Trial:
         assert self.source is not None
         numbers = RandomNumbers(self.seed, device, 0, self.accumulate > 1, "per_rank")
         state = start_state(self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate)
-        give_back()
-        trace, peak, seconds = Trace([], []), Peak(device), []
+        live, peak, seconds = [0], Peak(device), []
         for number in range(1 + traced + TIMED):
             state.optimiser.zero_grad()
             if traced and number == 1 and device.type != "cuda":
-                with Traced(device) as traced_step:
+                with LiveBytes(device) as counted:
                     self._step(state, rows, number)
-                trace = traced_step.trace
+                live = counted.trace
                 continue
             peak, begun = (Peak(device), time.perf_counter()) if number < 1 + traced else (peak, time.perf_counter())
             self._step(state, rows, number)
             seconds.append(time.perf_counter() - begun)
         state.optimiser.zero_grad()
-        kept = [t for values in state.optimiser.state.values() for t in values.values()]
-        self.lasting = tuple(t.nbytes for t in (*self.made.parameters(), *kept))
         self.made.requires_grad_(False)
-        return Steps(rows, trace, peak.bytes(), [t.nbytes for t in state.memory.values()], min(seconds[1:]))
+        return Steps(rows, live, peak.bytes(), size_of(state.memory.values()), min(seconds[1:]))
 
     def _step(self, state: TrainingState, rows: int, number: int) -> None:
         """One step as the loop takes it."""
@@ -257,22 +233,6 @@ class _Phases:
         taken, begun = min(total, TURNS), time.perf_counter()
         yield from range(taken)
         self.left += (total - taken) * (time.perf_counter() - begun) / max(1, taken)
-
-
-def _solved(function: Callable[[float], float], wanted: float | int) -> float:
-    """Where in [1, 4] an increasing function comes to a value, or the nearer end."""
-    low, high = 1.0, 4.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < wanted else (low, middle)
-    return low
-
-
-def affine(few: float | int, more: float | int, rows: tuple[int, int], wanted: int) -> int:
-    """What a figure of two numbers of rows comes to for another."""
-    if rows[0] == rows[1]:
-        return round(more)
-    return round(few + (wanted - rows[0]) / (rows[1] - rows[0]) * (more - few))
 
 
 def unit_of(method: Method[Any]) -> int:
