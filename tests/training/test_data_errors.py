@@ -229,7 +229,7 @@ def test_tokens_that_the_model_has_not(form):
     model, joined = gpt2(), {"join": True} if form == "joined" else {}
     for bad in (61, -1):
         rows = torch.full((20, 8), 5)
-        rows[0, 3] = bad
+        rows[19 if form in ("rows", "line") else 0, 3] = bad  # tensors are looked at to the end
         data = datasets.Dataset.from_dict({"tokens": rows.tolist()})
         forms = {
             "rows": rows,
@@ -238,9 +238,9 @@ def test_tokens_that_the_model_has_not(form):
             "stream": data.to_iterable_dataset(),
             "joined": data,
         }
-        one = tlpd.token_batches(forms[form], length=8, shuffle=0, batch_size=20, **joined)
+        one = tlpd.token_batches(forms[form], length=8, shuffle=0, **joined)
         with pytest.raises(DataError, match=f"token {bad}, and the model has tokens 0 to 60"):
-            tlpd.decompose(model, "blocks.0.mlp.W_in", tlpd.SPD(n_components=2), one, 1, 20, progress=False)
+            tlpd.decompose(model, "blocks.0.mlp.W_in", tlpd.SPD(n_components=2), one, 1, 2, progress=False)
 
 
 @pytest.mark.parametrize("form", ["tensor", "dict", "batches", "rows", "function", "dataset", "stream"])

@@ -199,8 +199,7 @@ class StreamSource(BatchSource):
         if "place" not in state:
             return
         if self._first is not None and all(state[key] == self._first[1][key] for key in ("pass", "place")):
-            self._next_step = state["step"]  # the batch that was looked at is the next one
-            return
+            return  # the batch that was looked at is the next one
         while self._pass < state["pass"] and self.items.replayed:
             for _ in self._cursor:
                 pass
