@@ -96,6 +96,8 @@ def test_rows_of_tokens_are_rows_already():
     assert (begun[:, 0] == BOS).all() and torch.equal(begun[1:, 1:], rows[1:, :9] % 60)
     marked = torch.cat([torch.full((12, 1), BOS), rows % 60], 1)
     assert torch.equal(tlpd.token_batches(marked, tokenizer(), shuffle=0, bos=True).first_rows(12).tokens, marked)
+    as_they_are = tlpd.token_batches(rows, bpe(bos_by_itself=True), shuffle=0)
+    assert torch.equal(as_they_are.first_rows(12).tokens, rows) and as_they_are.info["bos"] is None
     shuffled = batches(tlpd.token_batches(rows, shuffle=2).source(4), 0, 6).flatten(0, 1)
     assert all(sorted(part[:, 0].tolist()) == rows[:, 0].tolist() for part in shuffled.split(12))
     assert not torch.equal(*shuffled.split(12)) and not torch.equal(shuffled[:12], rows)

@@ -105,7 +105,6 @@ def vocabulary_of(adapter: ModelAdapter) -> int | None:
     tables = {name: site.d_in for name, site in adapter.sites.items() if site.kind == "embedding"}
     if "embed.W_E" in tables:
         return tables["embed.W_E"]
-    tables.pop("pos_embed.W_pos", None)
     return next(iter(tables.values())) if len(tables) == 1 else None
 
 
