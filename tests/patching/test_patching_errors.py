@@ -146,7 +146,10 @@ def test_bad_input(case: str, host: str, tokens: torch.Tensor) -> None:
 def test_every_error_is_in_the_tree_and_drawn_in_its_docstring() -> None:
     named = {n: e for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, Exception)}
     for name, error in named.items():
-        assert issubclass(error, errors.TLParamDecompError) and error.__doc__ and name in errors.__doc__
+        assert error.__doc__ and name in errors.__doc__
+        if issubclass(error, Warning):
+            continue
+        assert issubclass(error, errors.TLParamDecompError)
         builtin = next((b for b in error.__mro__ if b.__module__ == "builtins"), None)
         if name != "TLParamDecompError":
             assert builtin in (

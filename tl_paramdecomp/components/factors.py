@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tl_paramdecomp.errors import DeviceError, DtypeError, ShapeError
 from tl_paramdecomp.sites import WeightSite
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -38,9 +37,9 @@ class Components(nn.Module):
         """The parameters that hold V and U (those of another site where this one is tied)."""
         return self.V, self.U  # type: ignore[return-value]
 
-    def forward(self, use: "Callable[Concatenate[Components, P], R]", *args: P.args, **kwargs: P.kwargs) -> R:
-        """What a function makes of the components: training reads V and U within such calls, to each of which
-        `torch.distributed.fsdp` brings them whole where they are kept in shards."""
+    def forward(self, use: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """What a function makes of the components and further arguments: training reads V and U within such calls, to each of
+        which `torch.distributed.fsdp` brings them whole where they are kept in shards."""
         return use(self, *args, **kwargs)
 
     @property
