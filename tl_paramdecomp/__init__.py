@@ -74,11 +74,11 @@ from tl_paramdecomp.pretrained import (
 from tl_paramdecomp.sites import WeightSite
 from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
 from tl_paramdecomp.training.compare import ComparisonProtocol, compare
-from tl_paramdecomp.training.data import TextRows
-from tl_paramdecomp.training.estimate import Estimate, estimate_run
+from tl_paramdecomp.training.data.sources import TextRows
+from tl_paramdecomp.training.data.token_batches import token_batches
+from tl_paramdecomp.training.estimates.estimate import Estimate, estimate_run
 from tl_paramdecomp.training.fit import decompose
 from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
-from tl_paramdecomp.training.token_batches import token_batches
 from tl_paramdecomp.training.tuning import tune_along
 
 __all__ = [

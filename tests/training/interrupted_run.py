@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.training import runs
-from tl_paramdecomp.training import checkpoint as room
+from tl_paramdecomp.training.runs import checkpoint as room
 
 STEPS, EVERY = 12, 10
 

@@ -23,7 +23,7 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.training.runs import lines, start
 from tests.training.test_fit import same, tiny_gpt2
-from tl_paramdecomp.training.checkpoint import Checkpoints
+from tl_paramdecomp.training.runs.checkpoint import Checkpoints
 
 OPERATIONS = {
     "open",

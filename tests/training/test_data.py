@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.training.data import TextRows, batch_source
+from tl_paramdecomp.training.data.sources import TextRows, batch_source
 
 
 def rows(n=10, length=4):

@@ -7,8 +7,8 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.training import text_files
-from tl_paramdecomp.training.data import batch_source
+from tl_paramdecomp.training.data import text_files
+from tl_paramdecomp.training.data.sources import batch_source
 
 from ..support.hosts import assets
 from ..support.models import gpt2, tokenizer

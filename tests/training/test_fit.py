@@ -10,7 +10,7 @@ import torch
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import DataError, DivergedError, NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.training.fit import StepInfo
+from tl_paramdecomp.training.callbacks import StepInfo
 
 
 def tiny_gpt2(seed=0, dropout=0.0):

@@ -13,7 +13,7 @@ from tl_paramdecomp.errors import CollapseWarning, DivergedError
 from tl_paramdecomp.methods.base import LossReport, ParameterGroup
 from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.methods.settings import to_settings
-from tl_paramdecomp.training import collapse, fit
+from tl_paramdecomp.training import collapse, loop
 from tl_paramdecomp.training.callbacks import STOP
 from tl_paramdecomp.training.collapse import CollapseWatch, smallest_power
 from tl_paramdecomp.training.guards import FiniteGuard
@@ -166,7 +166,7 @@ def test_one_number_is_read_back_per_step(monkeypatch, on_nonfinite):
 
         return call
 
-    monkeypatch.setattr(fit, "optimise", counted(fit.optimise))
+    monkeypatch.setattr(loop, "optimise", counted(loop.optimise))
     for name in ("before_step", "after_step"):
         monkeypatch.setattr(FiniteGuard, name, counted(getattr(FiniteGuard, name)))
     start("SPD", steps=3, log_every=3, on_nonfinite=on_nonfinite)

@@ -19,7 +19,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import DecompositionFileError, TLParamDecompError
 from tl_paramdecomp.training.callbacks import STOP
-from tl_paramdecomp.training.checkpoint import Checkpoint, read_checkpoint, restore
+from tl_paramdecomp.training.runs.checkpoint import Checkpoint, read_checkpoint, restore
 from tl_paramdecomp.training.state import TrainingState, start_state
 
 from ..support import hostile
@@ -68,7 +68,7 @@ def state() -> TrainingState:
         return states[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tl_paramdecomp.training.fit.start_state", kept)
+        patch.setattr("tl_paramdecomp.training.loop.start_state", kept)
         run(Path("nowhere"), steps=1, run_dir=None)
     return states[0]
 

@@ -13,9 +13,9 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import DecompositionFileError, RunInUseError, SettingError
-from tl_paramdecomp.training import lock as room
-from tl_paramdecomp.training.lock import RunLock
-from tl_paramdecomp.training.run_folder import RunFolder
+from tl_paramdecomp.training.runs import lock as room
+from tl_paramdecomp.training.runs.lock import RunLock
+from tl_paramdecomp.training.runs.run_folder import RunFolder
 
 from .checkpoints import steps
 from .test_fit import fit, same, tiny_gpt2
@@ -23,7 +23,7 @@ from .test_fit import fit, same, tiny_gpt2
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from tl_paramdecomp.training.lock import RunLock
+from tl_paramdecomp.training.runs.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     if len(sys.argv) > 2 and not os.fork():
         os.write(1, b"%d\\n" % os.getpid())  # in one piece, as its parent writes too

@@ -8,9 +8,9 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.training import text_files
-from tl_paramdecomp.training.data import batch_source
-from tl_paramdecomp.training.vocabulary import row_rules
+from tl_paramdecomp.training.data import text_files
+from tl_paramdecomp.training.data.sources import batch_source
+from tl_paramdecomp.training.data.vocabulary import row_rules
 
 from ..support.hosts import assets
 from ..support.models import bridge, gpt2, hooked, tokenizer

@@ -135,7 +135,9 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, talk: Console) -> dict[str
     data = data_of(recipe, recipe.batch_size, seed)
     method: Any = recipe.method  # of one kind or the other
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Importance minimality goes down", CollapseWarning)  # published settings, as they are
+        warnings.filterwarnings(
+            "ignore", "Importance minimality goes down", CollapseWarning
+        )  # published settings, as they are
         made = decompose(
             trained.model, list(recipe.sites), method, data, recipe.steps, recipe.batch_size, seed, folder / "run"
         )

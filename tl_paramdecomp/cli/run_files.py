@@ -29,7 +29,7 @@ from tl_paramdecomp.errors import SettingError, TargetMismatchError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.training.callbacks import Callback, RunInfo
 from tl_paramdecomp.training.distributed import leads, own_device
-from tl_paramdecomp.training.estimate import estimate_run
+from tl_paramdecomp.training.estimates.estimate import estimate_run
 from tl_paramdecomp.training.fit import decompose
 from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
 

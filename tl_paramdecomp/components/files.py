@@ -208,13 +208,18 @@ def write_text(path: Path, text: str) -> None:
     _sync(path)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, alone: bool = False) -> None:
     """Write text, whole or not at all, and see it on the disk before returning.
+
+    Args:
+        path: The file, there or not.
+        text: All of it.
+        alone: No other process writes this file: what a killed process left beside it, the next call takes away.
 
     Raises:
         DecompositionFileError: The folder is not there, or cannot be written to.
     """
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch = path.with_name(f".{path.name}-{'new' if alone else os.getpid()}")
     try:
         try:
             write_text(scratch, text)

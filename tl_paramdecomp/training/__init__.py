@@ -1,1 +1,1 @@
-"""Training: one loop for every method, its data and its checkpoints."""
+"""Training: one loop for every method (`fit`, `loop`), its data (`data`), its directory and checkpoints (`runs`)."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tl_paramdecomp.components.files import replace_text
 from tl_paramdecomp.errors import DecompositionFileError
-from tl_paramdecomp.training.disk import replace_file
 
 STOP = "stop"
 """A callback that returns this ends the run after the step: it is saved, and the same call goes on with it."""
@@ -100,7 +100,7 @@ class JsonLines:
     def cut(self, step: int) -> None:
         """Keep the lines of the first `step` steps: what came after is done again. Torn lines, as a kill leaves them, go."""
         kept = [line for line in self._lines() if line["step"] <= step] if step else []
-        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), alone=True)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():

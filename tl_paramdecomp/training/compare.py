@@ -36,8 +36,9 @@ from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.sites import check_rows
-from tl_paramdecomp.training.fit import StepInfo, decompose
-from tl_paramdecomp.training.token_batches import TokenBatches
+from tl_paramdecomp.training.callbacks import StepInfo
+from tl_paramdecomp.training.data.token_batches import TokenBatches
+from tl_paramdecomp.training.fit import decompose
 
 PROTOCOL, POINT = "protocol.json", "point.json"
 OTHER = "{what} is of {label} with other settings; give the method another label, or choose another run_dir."

@@ -1,45 +1,35 @@
 """`decompose`: the one training loop, for every method.
 
-1. Pick the sites, freeze the target, let the method make its start; go on from the newest good checkpoint where there is one.
-2. For each step: a batch, the method's losses, one optimiser step per parameter group; a step that is not finite stops the run.
-3. Log, tell the callbacks, write checkpoints; leave early when asked by a signal, a callback or the clock.
+1. Pick the sites, look at the data and the run's directory, freeze the target.
+2. Let the method make its start, or go on from the newest good checkpoint.
+3. Take the steps (`loop`).
 4. Save the decomposition and return it; the target is as it was.
 """
 
 import contextlib
-import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
-from tl_paramdecomp.adapters import ModelAdapter, adapt
-from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import LossReport, Made, Method, TrainingStep
-from tl_paramdecomp.methods.draws import RandomNumbers, Scope
-from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.methods.base import Made, Method
+from tl_paramdecomp.methods.draws import Scope
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
-from tl_paramdecomp.training.callbacks import STOP, Callback, RunInfo, StepInfo, listening, tell
-from tl_paramdecomp.training.checkpoint import Checkpoint, restore
-from tl_paramdecomp.training.collapse import CollapseWatch
-from tl_paramdecomp.training.data import BatchSource, batch_source
-from tl_paramdecomp.training.distributed import Replicas, answering, joined
-from tl_paramdecomp.training.guards import FiniteGuard, OnNonfinite
-from tl_paramdecomp.training.interrupts import Interrupts
+from tl_paramdecomp.training.callbacks import Callback
+from tl_paramdecomp.training.data.sources import batch_source
+from tl_paramdecomp.training.distributed import answering, joined
+from tl_paramdecomp.training.guards import OnNonfinite
+from tl_paramdecomp.training.loop import Run
 from tl_paramdecomp.training.plan import Plan, check_place, steps_of
-from tl_paramdecomp.training.progress import Shown, say
-from tl_paramdecomp.training.run_folder import RunFolder
+from tl_paramdecomp.training.progress import Shown
+from tl_paramdecomp.training.runs.run_folder import RunFolder
 from tl_paramdecomp.training.shards import brought_together
-from tl_paramdecomp.training.shards import shard as shard_over
-from tl_paramdecomp.training.state import TrainingState, figures_of, optimise, start_state
-
-__all__ = ["STOP", "Callback", "RunInfo", "StepInfo", "decompose", "optimise"]
 
 
 def decompose(
@@ -80,7 +70,8 @@ def decompose(
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
         data: What `token_batches` gives, token rows [rows, pos], batches, a dataset, or a function from the step's number to
-            a batch; see `training.data.batch_source`. None for a method that looks at none. Every process is given the same.
+            a batch; see `training.data.sources.batch_source`. None for a method that looks at none. Every process is given
+            the same.
         steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train.
         batch_size: Rows per step, of all processes together, where the data comes as rows.
         seed: Start, order of the rows and masks.
@@ -107,8 +98,8 @@ def decompose(
 
     Returns:
         The decomposition, where the model is (on the CPU where it was in shards), on every process: a `Decomposition`, from
-        `L3D` a `SubnetworkDecomposition`. Where `STOP` or
-        `max_seconds` ended the run early, `info["stopped_after"]` is the number of steps done, and the same call goes on.
+        `L3D` a `SubnetworkDecomposition`. Where `STOP` or `max_seconds` ended the run early, `info["stopped_after"]` is the
+        number of steps done, and the same call goes on.
 
     Raises:
         NoMatchingSiteError, UnsupportedModelError: No such site, or none that is exact.
@@ -142,7 +133,7 @@ def decompose(
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         peers = stack.enter_context(joined(adapter.device))
-        run = _Run(adapter, method, settings, plan, steps, tuple(callbacks) if peers.leads else (), peers, until)
+        run = Run(adapter, method, settings, plan, steps, tuple(callbacks) if peers.leads else (), peers, until)
         run.shown = Shown(progress if peers.leads else False)
         if run_dir is not None:
             run.folder = RunFolder(Path(run_dir), settings, keep_checkpoints, keep_best, peers.leads)
@@ -166,174 +157,3 @@ def decompose(
         if run.folder is not None and peers.leads:
             run.folder.save_result(made)
     return made
-
-
-@dataclass
-class _Run:
-    """A run under way."""
-
-    adapter: ModelAdapter
-    method: Method[Any]
-    settings: dict[str, Any]
-    plan: Plan
-    steps: int
-    callbacks: tuple[Callback, ...]
-    """Of the process that talks; others have none."""
-    peers: Peers
-    until: float | None
-    """When the budget of time is spent, by the monotonic clock."""
-    folder: RunFolder | None = None
-    shown: Shown = field(init=False)
-    state: TrainingState = field(init=False)
-    gradients: Callable[[TrainingStep], LossReport] = field(init=False)
-    finite: FiniteGuard = field(init=False)
-    watch: CollapseWatch = field(init=False)
-
-    def begin(self, resume: Literal["auto"] | bool) -> Checkpoint | None:
-        """The checkpoint to go on from, if any; the process that writes looks first."""
-        begun = None
-        for turn in (True, False):
-            if self.folder is not None and self.peers.leads == turn:
-                begun = self.folder.begin(resume)
-            self.peers.wait()
-        return begun
-
-    def prepare(
-        self, made: Any, seed: int, source: BatchSource, background: BatchSource | None, begun: Checkpoint | None
-    ) -> None:
-        """All that the first step needs, from a checkpoint where there is one."""
-        plan, peers, device = self.plan, self.peers, self.adapter.device
-        if plan.shard:
-            shard_over(made, peers, device)
-        divided = peers.world * plan.accumulate > 1
-        numbers = RandomNumbers(
-            seed, device, peers.rank, divided or plan.random_numbers == "global", plan.random_numbers
-        )
-        self.state = start_state(self.method, made, numbers, source, background, peers, plan.accumulate)
-        counts = made.n_components if getattr(made, "importance", None) is not None else None
-        self.finite = FiniteGuard(plan.on_nonfinite, plan.max_skips)
-        self.watch = CollapseWatch(
-            self.state.groups, counts and sum(counts.values()), self.settings["method"], self.steps
-        )
-        if begun is not None:
-            restore(begun, self.state)
-            self.finite.restore(begun.values["guards"])
-            self.watch.warned |= set(begun.values["warned"])
-        replicated = peers.world > 1 and not plan.shard
-        self.gradients = Replicas(self.method, made, peers).gradients if replicated else self.method.gradients
-
-    def train(self) -> None:
-        """The steps that are left."""
-        state, path = self.state, None if self.folder is None else self.folder.path
-        info = RunInfo(path, self.steps, state.done, self.settings, state.decomposition, self.adapter.model)
-        interrupts, begun, stopped = Interrupts(self.folder is not None), time.perf_counter(), False
-        if self.peers.leads:
-            self.watch.begin()
-        with interrupts, listening(self.callbacks, info), self.shown.steps(self.steps, state.done) as bar:
-            try:
-                while state.done < self.steps and not stopped:
-                    figures = self.step(begun)
-                    bar.update()
-                    stopped = self.log(figures, bar, interrupts)
-                    if self.due(self.plan.checkpoint_every):
-                        self.checkpoint(figures)
-                    late = self.until is not None and time.monotonic() >= self.until
-                    stopped = self.peers.any_of(stopped | late)[0] | interrupts.agree(self.peers)
-            except KeyboardInterrupt:
-                if state.settled and not interrupts.leaving and self.peers.world == 1:
-                    self.stop()
-                raise
-            if stopped and (state.done < self.steps or interrupts.asked):
-                self.stop()
-
-    def step(self, begun: float) -> dict[str, float] | None:
-        """One step; its figures, empty where nobody asks, and None where the step was left out."""
-        state, method, done, plan = self.state, self.method, self.state.done, self.plan
-        state.settled = False
-        batch = state.source.batch(done)
-        other = None if state.background is None else state.background.batch(done)
-        self.finite.before_step(state)
-        state.optimiser.zero_grad()
-        share = done / max(1, self.steps - 1)
-        now = TrainingStep(
-            self.adapter, state.decomposition, batch, state.numbers, share, state.memory, other,
-            self.peers, plan.accumulate, done,
-        )  # fmt: skip
-        report = self.gradients(now)
-        norms = optimise(state.groups, state.optimiser, method.learning_rate_factor(done, self.steps))
-        method.after_step(now)
-        stands = self.finite.after_step(report, norms, state, self.told_last())
-        state.done, state.settled = done + 1, True
-        if not stands:
-            self.note_skip()
-            return None
-        if not self.due(plan.log_every) and not (plan.keep_best and self.due(plan.checkpoint_every)):
-            return {}
-        skipped = {"skipped": float(self.finite.skipped)} if plan.on_nonfinite == "skip" else {}
-        return {**figures_of(report, norms, state), **skipped, "seconds": time.perf_counter() - begun}
-
-    def due(self, every: int) -> bool:
-        """Whether it is time for what is done every so many steps, and after the last."""
-        return self.state.done % every == 0 or self.state.done == self.steps
-
-    def log(self, figures: dict[str, float] | None, bar: "tqdm[Any]", interrupts: Interrupts) -> bool:
-        """Show, tell and write down a step's figures, where they are due; whether a callback wants the run to stop."""
-        if not figures or not self.due(self.plan.log_every) or not self.peers.leads:
-            return False
-        state, stopped = self.state, False
-        bar.set_postfix(loss=f"{figures['loss']:.4g}", L0=f"{figures.get('l0', float('nan')):.1f}")
-        info = StepInfo(state.done, self.steps, figures, state.decomposition)
-        try:
-            stopped = tell(self.callbacks, info)
-        except KeyboardInterrupt:
-            if self.peers.world == 1:
-                raise
-            interrupts.asked = signal.SIGINT  # the others must hear of it
-        finally:
-            if self.folder is not None:
-                self.folder.log(info)
-        self.watch.look(state.done, figures)
-        return stopped
-
-    def note_skip(self) -> None:
-        """Write down a step that was left out, and why."""
-        if not self.peers.leads:
-            return
-        fault, count = self.finite.fault, self.finite.skipped
-        say(f"Step {self.state.done} was left out, {count} so far: {fault}")
-        if self.folder is not None:
-            self.folder.log.write({"step": self.state.done, "skipped": count, "left_out": fault})
-
-    def checkpoint(self, figures: dict[str, float] | None = None) -> None:
-        """Save the state; `figures` tell whether it is the best."""
-        if self.folder is None:
-            return
-        saved = self.state.saved()
-        if not self.peers.leads:
-            return
-        best = self.plan.keep_best
-        if best is not None and figures and best not in figures and not self.callbacks:
-            raise SettingError(f"keep_best={best!r} is no logged figure; there are {', '.join(figures)}.")
-        self.finite.check(saved, self.told_last())
-        known = {"settings": self.folder.settings, "guards": self.finite.counts(), "warned": sorted(self.watch.warned)}
-        self.folder.checkpoints.save(saved, known, figures)
-
-    def stop(self) -> None:
-        """Leave early: save what is not saved, and say so."""
-        done, checkpoints = self.state.done, None if self.folder is None else self.folder.checkpoints
-        if checkpoints is not None and done:
-            unsaved = self.peers.leads and (checkpoints.last is None or checkpoints.last.step != done)
-            if self.peers.any_of(unsaved)[0]:
-                self.checkpoint()
-            if self.peers.leads:
-                say(f"Stopped after step {done} of {self.steps}; the same call goes on from {checkpoints.folder}.")
-        self.state.decomposition.info["stopped_after"] = done
-
-    def told(self) -> str:
-        """Where the run is."""
-        done = f"after step {self.state.done}" if hasattr(self, "state") else "before the first step"
-        return f"{done}. {self.told_last()}"
-
-    def told_last(self) -> str:
-        """A sentence on the last good checkpoint."""
-        return "There is no checkpoint." if self.folder is None else self.folder.checkpoints.told_last()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.errors import DivergedError
 from tl_paramdecomp.methods.base import LossReport
-from tl_paramdecomp.training.checkpoint import readable, state_tensors
+from tl_paramdecomp.training.runs.checkpoint import readable, state_tensors
 from tl_paramdecomp.training.shards import whole
 from tl_paramdecomp.training.state import SavedState, TrainingState
 

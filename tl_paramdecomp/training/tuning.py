@@ -19,7 +19,7 @@ from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
-from tl_paramdecomp.training.data import batch_source
+from tl_paramdecomp.training.data.sources import batch_source
 
 TuningLoss = Callable[[Tensor, Batch], Float[Tensor, ""]]
 """From the moved model's outputs and the batch to what is made small."""

@@ -20,11 +20,11 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
-from tl_paramdecomp.training.data import batch_source
+from tl_paramdecomp.training.data.sources import batch_source
+from tl_paramdecomp.training.estimates.memory import available, held, peak_resident, size_of
+from tl_paramdecomp.training.estimates.trial import Trial, outline
 from tl_paramdecomp.training.guards import OnNonfinite
-from tl_paramdecomp.training.memory import available, held, peak_resident, size_of
 from tl_paramdecomp.training.plan import Plan, steps_of
-from tl_paramdecomp.training.trial import Trial, outline
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,9 +15,14 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.methods.base import Batch
-from tl_paramdecomp.training.cursors import Items, items_of
-from tl_paramdecomp.training.text import TOKEN_COLUMNS, TextRows
-from tl_paramdecomp.training.vocabulary import RowRules, refuse_foreign_tokens, refuse_other_tokenizer, vocabulary_of
+from tl_paramdecomp.training.data.cursors import Items, items_of
+from tl_paramdecomp.training.data.text import TOKEN_COLUMNS, TextRows
+from tl_paramdecomp.training.data.vocabulary import (
+    RowRules,
+    refuse_foreign_tokens,
+    refuse_other_tokenizer,
+    vocabulary_of,
+)
 
 __all__ = [
     "Batch", "BatchMaker", "BatchSource", "MadeSource", "RowSource", "StreamSource", "TextRows", "as_batch", "batch_source",

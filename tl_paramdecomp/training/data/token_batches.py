@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Batch
-from tl_paramdecomp.training.cursors import Cursor, Items, ListItems, Place
-from tl_paramdecomp.training.data import BatchMaker, BatchSource, RowSource
-from tl_paramdecomp.training.openings import Opened, opened
-from tl_paramdecomp.training.text import TOKEN_COLUMNS, Encoder, JoinedRows, given_tokens, no_tokenizer
-from tl_paramdecomp.training.vocabulary import RowRules, refuse_foreign_tokens, refuse_other_tokenizer, row_rules
-from tl_paramdecomp.training.windows import WindowSource
+from tl_paramdecomp.training.data.cursors import Cursor, Items, ListItems, Place
+from tl_paramdecomp.training.data.openings import Opened, opened
+from tl_paramdecomp.training.data.sources import BatchMaker, BatchSource, RowSource
+from tl_paramdecomp.training.data.text import TOKEN_COLUMNS, Encoder, JoinedRows, given_tokens, no_tokenizer
+from tl_paramdecomp.training.data.vocabulary import RowRules, refuse_foreign_tokens, refuse_other_tokenizer, row_rules
+from tl_paramdecomp.training.data.windows import WindowSource
 
 
 def token_batches(
@@ -66,7 +66,7 @@ def token_batches(
         join: Whether documents are joined by the end token and cut into rows. None: texts and [tokens] are; rows of tokens
             are rows already, of which the first `length` tokens are taken.
         bos: Whether each row begins with the beginning-of-sequence token. `auto`: as the model was trained, see
-            `training.vocabulary.row_rules`; rows of tokens are left as they are.
+            `training.data.vocabulary.row_rules`; rows of tokens are left as they are.
         shuffle: Rows of a stream that are shuffled with each other; rows that can be picked by number are shuffled all
             together. 0: as they come.
         seed: Order of the rows. None: as `decompose` is given it.

@@ -21,7 +21,7 @@ import safetensors
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.components.files import LARGEST, parse_json, read_tensors, read_text, write_tensors, write_text
+from tl_paramdecomp.components.files import LARGEST, parse_json, read_tensors, read_text, write_tensors, write_text, replace_text, sync_folder
 from tl_paramdecomp.components.plain import as_declared, in_short
 from tl_paramdecomp.errors import (
     DecompositionFileError,
@@ -30,9 +30,8 @@ from tl_paramdecomp.errors import (
     TargetMismatchError,
     TLParamDecompError,
 )
-from tl_paramdecomp.training.disk import replace_file, sync_folder
 from tl_paramdecomp.training.progress import say
-from tl_paramdecomp.training.random_state import set_random
+from tl_paramdecomp.training.runs.random_state import set_random
 from tl_paramdecomp.training.shards import load_whole
 from tl_paramdecomp.training.state import SavedState, TrainingState
 
@@ -223,7 +222,7 @@ class Checkpoints:
             return
         known = self._known_best()
         if known is None or value < known["value"]:
-            replace_file(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}))
+            replace_text(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}), alone=True)
 
     def _prune(self) -> None:
         """Leave the newest that are good, and the best."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.training.cursors import Cursor, Items, Place
+from tl_paramdecomp.training.data.cursors import Cursor, Items, Place
 
 PIECE = 1 << 20
 """Bytes of a document that are in memory at once: a longer one comes in pieces, each tokenised by itself."""
@@ -101,7 +101,7 @@ class TextFiles(Items):
         return {"kind": "text", **names_and_sizes(self.files), "separator": self.separator}
 
 
-class JsonLines(Items):
+class JsonLineFiles(Items):
     """Records of JSON-lines files."""
 
     def __init__(self, files: Sequence[Path]) -> None:

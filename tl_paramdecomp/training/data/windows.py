@@ -16,9 +16,9 @@ import torch
 
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.methods.base import Batch
-from tl_paramdecomp.training.cursors import Cursor, Items
-from tl_paramdecomp.training.data import BatchSource, stack_rows
-from tl_paramdecomp.training.text import JoinedCursor
+from tl_paramdecomp.training.data.cursors import Cursor, Items
+from tl_paramdecomp.training.data.sources import BatchSource, stack_rows
+from tl_paramdecomp.training.data.text import JoinedCursor
 
 UNSHUFFLED = 64
 """Rows of a window where the order stays as it is."""

@@ -14,9 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.training.cursors import Cursor, Items, Place, items_of
-from tl_paramdecomp.training.text_files import Piece
-from tl_paramdecomp.training.vocabulary import RowRules, refuse_foreign_tokens
+from tl_paramdecomp.training.data.cursors import Cursor, Items, Place, items_of
+from tl_paramdecomp.training.data.text_files import Piece
+from tl_paramdecomp.training.data.vocabulary import RowRules, refuse_foreign_tokens
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "content", "story", "document")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.training.cursors import Items, items_of, told_in_one_line
-from tl_paramdecomp.training.data import digest_of_rows
-from tl_paramdecomp.training.text import text_column, unknown_column
-from tl_paramdecomp.training.text_files import (
-    JsonLines,
+from tl_paramdecomp.training.data.cursors import Items, items_of, told_in_one_line
+from tl_paramdecomp.training.data.sources import digest_of_rows
+from tl_paramdecomp.training.data.text import text_column, unknown_column
+from tl_paramdecomp.training.data.text_files import (
+    JsonLineFiles,
     TextFiles,
     find_files,
     names_and_sizes,
@@ -164,7 +164,7 @@ def _files(paths: Sequence[Path], separator: str | None, column: str | None) -> 
         return _by_datasets("parquet" if kind == "parquet" else "json", files, name, column)
     refuse_bad_bytes(files)
     if kind == "JSON lines":
-        return _records(JsonLines(files), name, column, None, {})
+        return _records(JsonLineFiles(files), name, column, None, {})
     if column is not None:
         raise DataError(
             f"{name} is plain text and has no columns; leave out column={column!r}, or give .jsonl or .parquet."

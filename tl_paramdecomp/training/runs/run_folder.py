@@ -16,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from tl_paramdecomp.components.files import replace_text, sync_folder
 from tl_paramdecomp.errors import DecompositionFileError, SettingError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.training.callbacks import JsonLines
-from tl_paramdecomp.training.checkpoint import Checkpoint, Checkpoints
-from tl_paramdecomp.training.disk import replace_file, sync_folder
-from tl_paramdecomp.training.lock import RunLock
+from tl_paramdecomp.training.runs.checkpoint import Checkpoint, Checkpoints
+from tl_paramdecomp.training.runs.lock import RunLock
 
 SETTINGS, LOG, CHECKPOINTS, RESULT, LOCK = "run.json", "metrics.jsonl", "checkpoints", "decomposition", ".lock"
 
@@ -111,7 +111,7 @@ class RunFolder:
             "versions": versions(),
             "target": {name: asdict(found) for name, found in decomposition.fingerprints.items()},
         }
-        replace_file(self.path / SETTINGS, json.dumps(known, indent=1))
+        replace_text(self.path / SETTINGS, json.dumps(known, indent=1), alone=True)
 
     # --- the result -------------------------------------------------------------------------------------------------
     def save_result(self, decomposition: Any) -> Path:

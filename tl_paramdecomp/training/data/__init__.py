@@ -1,0 +1,1 @@
+"""Rows of tokens: what users have, read, joined, cut, shuffled, and gone back to."""

@@ -1,0 +1,1 @@
+"""A run's directory: who may write to it, and its checkpoints."""
