@@ -1,6 +1,7 @@
 """What the documents show runs, and what they claim is what runs left behind."""
 
 import importlib.util
+import random
 import re
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
+from tl_paramdecomp.cli.run_settings import resolve
+from tl_paramdecomp.cli.settings_paths import read_tree
+from tl_paramdecomp.pretrained import grammar
 
 ROOT = Path(__file__).parents[2]
 NEEDS_THE_HUB = "load_dataset("
@@ -62,6 +66,36 @@ def test_the_blocks_of_the_page_on_circuits_run(capsys):
     for block in blocks:
         exec(block, names)
     assert "adversarial" in capsys.readouterr().out and names["circuit"].prompts == 8
+    for name in re.findall(r"`tlpd\.(\w+)", page):
+        assert hasattr(tlpd, name), name
+
+
+def test_the_blocks_of_the_page_on_runs_that_last_are_true(tmp_path, monkeypatch):
+    """The run goes on and is read again; its folder is what is drawn; the run file has keys that there are."""
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in grammar.VOCABULARY[1:] if word.isalpha()]
+    Path("words.txt").write_text(" ".join(random.Random(0).choices(words, k=20_000)), encoding="utf-8")
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    fenced = re.findall(r"(?ms)^```(\w*)\n(.*?)^```", page)
+    code, drawn, run_file = ([text for kind, text in fenced if kind == wanted] for wanted in ("python", "", "yaml"))
+    model = tlpd.load_micro_gpt2()
+    names = {"tlpd": tlpd, "text_file": "words.txt", "model": model, "tokenizer": tlpd.micro_gpt2_tokenizer()}
+    (block,) = code
+    exec(block.replace("steps=40", "steps=40, callbacks=[lambda info: tlpd.STOP if info.step == 20 else None]"), names)
+    assert names["dec"].info["stopped_after"] == 20
+    exec(block, names)
+    first = names["dec"]
+    names["model"] = tlpd.load_micro_gpt2()
+    exec(block, names)
+    assert all(torch.equal(names["dec"][site].V, first[site].V) for site in first.sites)
+    (folder,) = [block for block in drawn if block.startswith("runs/")]
+    listed = re.findall(r"(?m)^  (\S+?)/? ", folder)
+    assert set(listed) - {"resolved.yaml"} == {
+        path.name for path in Path("runs/mlp0").iterdir() if path.name != ".lock"
+    }
+    Path("RUN.yaml").write_text(*run_file, encoding="utf-8")
+    settings = resolve(read_tree(Path("RUN.yaml")))
+    assert settings.method.n_components == 1024 and settings.evaluate.every == 2000 and settings.tensorboard
     for name in re.findall(r"`tlpd\.(\w+)", page):
         assert hasattr(tlpd, name), name
 
