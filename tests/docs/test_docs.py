@@ -16,7 +16,7 @@ from tl_paramdecomp.cli.settings_paths import read_tree
 from tl_paramdecomp.pretrained import grammar
 
 ROOT = Path(__file__).parents[2]
-NEEDS_THE_HUB = "load_dataset("
+NEEDS_THE_HUB = 'device="cuda"'
 
 
 def blocks():
@@ -43,7 +43,7 @@ def test_readme_blocks_run(heading, tmp_path):
     code = BLOCKS[heading]
     compile(code, heading, "exec")
     if NEEDS_THE_HUB in code:
-        pytest.skip("this block needs the hub")
+        pytest.skip("this block needs the hub and a GPU")
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
     shown = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
