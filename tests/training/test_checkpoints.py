@@ -20,9 +20,9 @@ from tl_paramdecomp.methods.draws import RandomNumbers, Window
 from tl_paramdecomp.methods.pieces import ALONE
 from tl_paramdecomp.training.callbacks import STOP
 from tl_paramdecomp.training.data.sources import Batch, BatchSource
+from tl_paramdecomp.training.random_state import random_tensors, set_random
 from tl_paramdecomp.training.runs import checkpoint as room
 from tl_paramdecomp.training.runs.checkpoint import Checkpoints, read_checkpoint, size_of
-from tl_paramdecomp.training.runs.random_state import random_tensors, set_random
 
 from . import runs
 from .checkpoints import metadata, newest, seal, steps

@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from tl_paramdecomp.errors import DecompositionFileError
 from tl_paramdecomp.training.callbacks import STOP, JsonLines, RunInfo, StepInfo

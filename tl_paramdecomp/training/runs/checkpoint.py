@@ -31,7 +31,7 @@ from tl_paramdecomp.errors import (
     TLParamDecompError,
 )
 from tl_paramdecomp.training.progress import say
-from tl_paramdecomp.training.runs.random_state import set_random
+from tl_paramdecomp.training.random_state import set_random
 from tl_paramdecomp.training.shards import load_whole
 from tl_paramdecomp.training.state import SavedState, TrainingState
 
