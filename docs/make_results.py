@@ -11,8 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tl_paramdecomp.analysis.comparison import SHARES, Comparison, spread
-from tl_paramdecomp.analysis.evaluation import Evaluation
+from tl_paramdecomp.analysis.evaluation.comparison import SHARES, Comparison, spread
+from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.cli.recipes import RECIPES
 
 HERE = Path(__file__).parent

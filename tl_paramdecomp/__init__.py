@@ -6,32 +6,35 @@ Import it as `tlpd`. Host libraries, the command and plots load when they are us
 from tl_paramdecomp import errors
 from tl_paramdecomp.adapters import find_sites, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances, component_acts
-from tl_paramdecomp.analysis.attention_scores import AttentionScores, attention_scores
-from tl_paramdecomp.analysis.attribution import attribute
-from tl_paramdecomp.analysis.attributions import Attribution
-from tl_paramdecomp.analysis.circuit_search import LearnedMasks
-from tl_paramdecomp.analysis.circuits import Circuit, evaluate_circuit, find_circuit
-from tl_paramdecomp.analysis.comparison import Comparison
-from tl_paramdecomp.analysis.component_heads import ComponentHeads, component_heads
-from tl_paramdecomp.analysis.controls import shuffled_weights
-from tl_paramdecomp.analysis.direct_effects import IncomingEdges
-from tl_paramdecomp.analysis.edges import Graph, dataset_graph, edges_into, prompt_graph
-from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
-from tl_paramdecomp.analysis.evaluation import Evaluation
-from tl_paramdecomp.analysis.logit_lens import LogitLens, logit_lens
-from tl_paramdecomp.analysis.nearest import NearestComponents, nearest_components
-from tl_paramdecomp.analysis.oracle import Oracle
-from tl_paramdecomp.analysis.per_head import PerHead, per_head
-from tl_paramdecomp.analysis.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
-from tl_paramdecomp.analysis.subnetworks import (
+from tl_paramdecomp.analysis.circuits.circuit import Circuit, evaluate_circuit, find_circuit
+from tl_paramdecomp.analysis.circuits.search import LearnedMasks
+from tl_paramdecomp.analysis.circuits.units import component_units, neuron_and_head_units
+from tl_paramdecomp.analysis.effects.attention_scores import AttentionScores, attention_scores
+from tl_paramdecomp.analysis.effects.attribution import attribute
+from tl_paramdecomp.analysis.effects.attributions import Attribution
+from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, component_heads
+from tl_paramdecomp.analysis.effects.direct_effects import IncomingEdges
+from tl_paramdecomp.analysis.effects.edges import Graph, dataset_graph, edges_into, prompt_graph
+from tl_paramdecomp.analysis.effects.per_head import PerHead, per_head
+from tl_paramdecomp.analysis.effects.sweep import Sweep, sweep
+from tl_paramdecomp.analysis.evaluation.comparison import Comparison
+from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
+from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
+from tl_paramdecomp.analysis.evaluation.oracle import Oracle
+from tl_paramdecomp.analysis.evaluation.result import Evaluation
+from tl_paramdecomp.analysis.reading.logit_lens import LogitLens, logit_lens
+from tl_paramdecomp.analysis.reading.token_statistics import TokenStatistics, token_statistics
+from tl_paramdecomp.analysis.reading.top_contexts import TopContexts, top_contexts
+from tl_paramdecomp.analysis.subnetworks.impacts import (
     SubnetworkEvaluation,
     evaluate_subnetworks,
     impacts,
     output_derivative,
 )
-from tl_paramdecomp.analysis.sweep import Sweep, sweep
-from tl_paramdecomp.analysis.task_makers import make_task
-from tl_paramdecomp.analysis.task_metrics import (
+from tl_paramdecomp.analysis.subnetworks.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
+from tl_paramdecomp.analysis.tasks.makers import make_task
+from tl_paramdecomp.analysis.tasks.metrics import (
     AnswerLoss,
     AnswerProbability,
     AnswerRank,
@@ -44,10 +47,7 @@ from tl_paramdecomp.analysis.task_metrics import (
     normalised_faithfulness,
     score,
 )
-from tl_paramdecomp.analysis.tasks import Task, load_task
-from tl_paramdecomp.analysis.token_statistics import TokenStatistics, token_statistics
-from tl_paramdecomp.analysis.top_contexts import TopContexts, top_contexts
-from tl_paramdecomp.analysis.units import component_units, neuron_and_head_units
+from tl_paramdecomp.analysis.tasks.task import Task, load_task
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition

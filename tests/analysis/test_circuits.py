@@ -10,8 +10,10 @@ from torch import nn
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.circuit_search import LearnedMasks, members, pruned, shortest_good
-from tl_paramdecomp.analysis.circuit_values import (
+from tl_paramdecomp.analysis.circuits.circuit import Circuit, evaluate_circuit, find_circuit
+from tl_paramdecomp.analysis.circuits.search import LearnedMasks, members, pruned, shortest_good
+from tl_paramdecomp.analysis.circuits.units import component_units, neuron_and_head_units
+from tl_paramdecomp.analysis.circuits.values import (
     TaskRuns,
     adversarial_value,
     baseline_of,
@@ -19,11 +21,9 @@ from tl_paramdecomp.analysis.circuit_values import (
     mask_sensitivities,
     stochastic_value,
 )
-from tl_paramdecomp.analysis.circuits import Circuit, evaluate_circuit, find_circuit
-from tl_paramdecomp.analysis.specificity import auroc
-from tl_paramdecomp.analysis.task_metrics import AnswerProbability, LogitDifference
-from tl_paramdecomp.analysis.tasks import Task
-from tl_paramdecomp.analysis.units import component_units, neuron_and_head_units
+from tl_paramdecomp.analysis.evaluation.specificity import auroc
+from tl_paramdecomp.analysis.tasks.metrics import AnswerProbability, LogitDifference
+from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.errors import ComponentIndexError, NormalisationError, SettingError
 from tl_paramdecomp.methods.from_factors import from_factors
 

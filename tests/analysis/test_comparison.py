@@ -8,8 +8,8 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
-from tl_paramdecomp.analysis.comparison import area, height, spread
-from tl_paramdecomp.analysis.matching import active_components, matched_cosines, split_share
+from tl_paramdecomp.analysis.evaluation.comparison import area, height, spread
+from tl_paramdecomp.analysis.evaluation.matching import active_components, matched_cosines, split_share
 from tl_paramdecomp.errors import DecompositionFileError, NoMatchingSiteError
 
 SITES = "blocks.*.mlp.*"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.component_heads import ComponentHeads, component_heads
-from tl_paramdecomp.analysis.nearest import NearestComponents, nearest_components
+from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, component_heads
+from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     HeadIndexError,

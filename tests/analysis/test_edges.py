@@ -8,8 +8,8 @@ from torch import Tensor
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.attribution import attribute
-from tl_paramdecomp.analysis.edges import METRIC, Graph, dataset_graph, edges_into, prompt_graph
+from tl_paramdecomp.analysis.effects.attribution import attribute
+from tl_paramdecomp.analysis.effects.edges import METRIC, Graph, dataset_graph, edges_into, prompt_graph
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     NoMatchingSiteError,

@@ -10,10 +10,10 @@ from torch import nn
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.masked_runs import MaskKind, Sums, Target
+from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target
+from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
+from tl_paramdecomp.analysis.evaluation.specificity import auroc, ranks, spearman, specificity
 from tl_paramdecomp.analysis.metrics import masked_kl
-from tl_paramdecomp.analysis.oracle import estimated_effects
-from tl_paramdecomp.analysis.specificity import auroc, ranks, spearman, specificity
 from tl_paramdecomp.errors import DataError, DecompositionFileError, NoImportanceError, SettingError
 
 SITES = "blocks.*.mlp.*"

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.logit_lens import LensToken, LogitLens
+from tl_paramdecomp.analysis.reading.logit_lens import LensToken, LogitLens
 from tl_paramdecomp.analysis.records import Record
-from tl_paramdecomp.analysis.tasks import Task, load_task
+from tl_paramdecomp.analysis.tasks.task import Task, load_task
 from tl_paramdecomp.errors import DecompositionFileError, TLParamDecompError
 
 from ..support import hostile

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.l3d_toys import feature_cosines, moved_outputs, products, purities, read_off, toy_scores
+from tl_paramdecomp.analysis.toys.l3d_circuits import (
+    feature_cosines,
+    moved_outputs,
+    products,
+    purities,
+    read_off,
+    toy_scores,
+)
 from tl_paramdecomp.report.l3d import coefficient_figure, effect_figure, subnetwork_figure
 from tl_paramdecomp.toy_models import TMS, Circuits, TMSConfig
 from tl_paramdecomp.toy_models.circuits import CircuitsConfig

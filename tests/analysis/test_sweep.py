@@ -10,8 +10,8 @@ from torch import Tensor
 import tl_paramdecomp as tlpd
 from tests.support.slow_ablations import ablation_effects
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis.effects.sweep import Sweep, sweep
 from tl_paramdecomp.analysis.next_tokens import answer_log_prob
-from tl_paramdecomp.analysis.sweep import Sweep, sweep
 from tl_paramdecomp.errors import (
     DataError,
     DecompositionFileError,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis import task_metrics as metrics
-from tl_paramdecomp.analysis.task_makers import make_task
-from tl_paramdecomp.analysis.task_metrics import (
+from tl_paramdecomp.analysis.tasks import metrics
+from tl_paramdecomp.analysis.tasks.makers import make_task
+from tl_paramdecomp.analysis.tasks.metrics import (
     AnswerLoss,
     AnswerProbability,
     AnswerRank,
@@ -25,7 +25,7 @@ from tl_paramdecomp.analysis.task_metrics import (
     normalised_faithfulness,
     score,
 )
-from tl_paramdecomp.analysis.tasks import Task
+from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.errors import NormalisationError, SettingError, ShapeError, TaskError
 
 from ..support import models

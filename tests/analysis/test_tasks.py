@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis import task_words as words
-from tl_paramdecomp.analysis.task_makers import TASKS, make_task
-from tl_paramdecomp.analysis.tasks import Task, load_task
+from tl_paramdecomp.analysis.tasks import words
+from tl_paramdecomp.analysis.tasks.makers import TASKS, make_task
+from tl_paramdecomp.analysis.tasks.task import Task, load_task
 from tl_paramdecomp.errors import (
     DecompositionFileError,
     DtypeError,

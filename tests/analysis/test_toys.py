@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis import toys
-from tl_paramdecomp.analysis.assignment import best_assignment
+from tl_paramdecomp.analysis.toys import scores as toys
+from tl_paramdecomp.analysis.toys.assignment import best_assignment
 from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.toy_models import ResidMLP, ResidMLPConfig, train_resid_mlp
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_paramdecomp as tlpd
 from tests.benchmarks.peak_memory import resident
-from tl_paramdecomp.analysis import evaluate as room
+from tl_paramdecomp.analysis.evaluation import evaluate as room
 
 ROWS, LENGTH = 64, 64
 

@@ -6,8 +6,8 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.benchmarks.test_overhead import build, random_factors
 from tests.benchmarks.timing import ratio
-from tl_paramdecomp.analysis.attribution import attribute
-from tl_paramdecomp.analysis.edges import edges_into
+from tl_paramdecomp.analysis.effects.attribution import attribute
+from tl_paramdecomp.analysis.effects.edges import edges_into
 
 pytestmark = pytest.mark.benchmark
 LENGTH = 128

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tl_paramdecomp.analysis.evaluate import KINDS
+from tl_paramdecomp.analysis.evaluation.evaluate import KINDS
 
 pytestmark = pytest.mark.benchmark
 ASSETS = Path(os.environ.get("TLPD_TEST_ASSETS", Path(__file__).parents[3] / "shared"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.sweep import sweep
+from tl_paramdecomp.analysis.effects.sweep import sweep
 
 from ..support.models import gpt2
 

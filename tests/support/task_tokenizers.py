@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from tl_paramdecomp.analysis import task_words as words
+from tl_paramdecomp.analysis.tasks import words
 
 SPLIT_YEARS = tuple(f" {century}" for century in words.CENTURIES)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis import toys
+from tl_paramdecomp.analysis.toys import scores as toys
 from tl_paramdecomp.cli.recipes import RECIPES
 from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction

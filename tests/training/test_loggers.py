@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.evaluate import evaluate
+from tl_paramdecomp.analysis.evaluation.evaluate import evaluate
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.training.loggers import QUICK
 

@@ -195,9 +195,9 @@ def evaluate(
     """Measure a decomposition on held-out rows: masks of every kind, an adversary, sparsity, controls."""
     import dataclasses
 
-    from tl_paramdecomp.analysis.evaluate import Protocol
-    from tl_paramdecomp.analysis.evaluate import evaluate as measure
-    from tl_paramdecomp.analysis.oracle import Oracle
+    from tl_paramdecomp.analysis.evaluation.evaluate import Protocol
+    from tl_paramdecomp.analysis.evaluation.evaluate import evaluate as measure
+    from tl_paramdecomp.analysis.evaluation.oracle import Oracle
     from tl_paramdecomp.cli.methods import start_of
     from tl_paramdecomp.cli.models import check_device, open_model
     from tl_paramdecomp.cli.rows import open_rows
@@ -261,8 +261,8 @@ def compare(
     import contextlib
     import dataclasses
 
-    from tl_paramdecomp.analysis.controls import shuffled_weights
-    from tl_paramdecomp.analysis.evaluate import Protocol
+    from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
+    from tl_paramdecomp.analysis.evaluation.evaluate import Protocol
     from tl_paramdecomp.cli.methods import method_named
     from tl_paramdecomp.cli.models import open_model
     from tl_paramdecomp.cli.rows import open_rows

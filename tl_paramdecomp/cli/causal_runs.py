@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.lens import LensAdapter
-from tl_paramdecomp.analysis.attribution import attribute
-from tl_paramdecomp.analysis.circuits import find_circuit
-from tl_paramdecomp.analysis.edges import dataset_graph, prompt_graph
+from tl_paramdecomp.analysis.circuits.circuit import find_circuit
+from tl_paramdecomp.analysis.effects.attribution import attribute
+from tl_paramdecomp.analysis.effects.edges import dataset_graph, prompt_graph
+from tl_paramdecomp.analysis.effects.sweep import sweep
 from tl_paramdecomp.analysis.records import Record
-from tl_paramdecomp.analysis.sweep import sweep
-from tl_paramdecomp.analysis.task_metrics import (
+from tl_paramdecomp.analysis.tasks.metrics import (
     AnswerProbability,
     AnswerRank,
     KLToClean,
@@ -26,8 +26,8 @@ from tl_paramdecomp.analysis.task_metrics import (
     answer_logits,
     default_metric,
 )
-from tl_paramdecomp.analysis.task_tokens import context_of
-from tl_paramdecomp.analysis.tasks import Task
+from tl_paramdecomp.analysis.tasks.task import Task
+from tl_paramdecomp.analysis.tasks.tokens import context_of
 from tl_paramdecomp.cli.edits import Edits, Rows
 from tl_paramdecomp.cli.effects import (
     edge_table,

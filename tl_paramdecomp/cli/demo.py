@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tl_paramdecomp.analysis.effects.sweep import sweep
 from tl_paramdecomp.analysis.next_tokens import answer_log_prob, next_token_probs
-from tl_paramdecomp.analysis.sweep import sweep
 from tl_paramdecomp.cli.models import open_model
 from tl_paramdecomp.cli.report import measure_quality, print_quality, top_tokens, write_quality
 from tl_paramdecomp.components.decomposition import Decomposition

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tl_paramdecomp.analysis.attributions import Attribution
-from tl_paramdecomp.analysis.edges import Graph
+from tl_paramdecomp.analysis.effects.attributions import Attribution
+from tl_paramdecomp.analysis.effects.edges import Graph
 from tl_paramdecomp.analysis.records import plain_table
 
 SHARES = ("answer probability", "accuracy: answer likeliest", "accuracy: answer above wrong", "probability difference")

@@ -8,9 +8,9 @@ from typing import Any
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
-from tl_paramdecomp.analysis.task_makers import TASKS, make_task
-from tl_paramdecomp.analysis.task_tokens import prompt_tokenizer
-from tl_paramdecomp.analysis.tasks import Task, load_task
+from tl_paramdecomp.analysis.tasks.makers import TASKS, make_task
+from tl_paramdecomp.analysis.tasks.task import Task, load_task
+from tl_paramdecomp.analysis.tasks.tokens import prompt_tokenizer
 from tl_paramdecomp.cli.models import EMBEDDED, tokenizer_of
 from tl_paramdecomp.cli.report import prompt_tokens
 from tl_paramdecomp.errors import SettingError, TokenizerTaskError

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
-from tl_paramdecomp.analysis.evaluation import Evaluation
+from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import DataError

@@ -2,7 +2,7 @@
 
 1. Train the target from the seed, and again from another where it lacks a mechanism (toy_models).
 2. Decompose it (`decompose`), with checkpoints: the same command goes on where it was stopped.
-3. Score it against the known mechanisms (analysis.toys, or classes: analysis.l3d_digits), draw the figures (report).
+3. Score it against the known mechanisms or classes (analysis.toys), draw the figures (report).
 
     OUT/NAME/seed-0/target/        weights and how they came about
     OUT/NAME/seed-0/run/           metrics, checkpoint, decomposition
@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.analysis import toys
-from tl_paramdecomp.analysis.l3d_digits import chosen_subnetworks, class_purities, digit_scores
-from tl_paramdecomp.analysis.l3d_toys import toy_scores
 from tl_paramdecomp.analysis.metrics import sparsity
-from tl_paramdecomp.analysis.subnetworks import impacts
+from tl_paramdecomp.analysis.subnetworks.impacts import impacts
+from tl_paramdecomp.analysis.toys import scores as toys
+from tl_paramdecomp.analysis.toys.l3d_circuits import toy_scores
+from tl_paramdecomp.analysis.toys.l3d_digits import chosen_subnetworks, class_purities, digit_scores
 from tl_paramdecomp.cli.recipes import RECIPES, Recipe
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import replace_text

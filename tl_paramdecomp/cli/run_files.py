@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks
+from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks
 from tl_paramdecomp.cli.models import open_model
 from tl_paramdecomp.cli.report import measure_quality, print_quality, write_quality
 from tl_paramdecomp.cli.rows import Rows, open_rows

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from tl_paramdecomp.analysis.evaluate import Protocol
+from tl_paramdecomp.analysis.evaluation.evaluate import Protocol
 from tl_paramdecomp.cli.methods import ALL_PRESETS, method_named
 from tl_paramdecomp.cli.models import Host
 from tl_paramdecomp.cli.settings_paths import merge, put

@@ -4,7 +4,7 @@
    (directions within heads for attention), or random directions. They stay as they are.
 2. The importance function is trained as `training` trains its own: the same losses, importance function, learning rate,
    steps and data, so that components are compared and nothing else. With `training=None` there is none, and nothing to
-   train: importances then come from an attribution (`analysis.oracle`).
+   train: importances then come from an attribution (`analysis.evaluation.oracle`).
 
 As in "Interpreting Language Model Parameters" (VPD, 2026) and the singular-vector baselines of circuit work.
 """

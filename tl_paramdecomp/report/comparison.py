@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from tl_paramdecomp.analysis.comparison import Axis, Comparison, Metric
+from tl_paramdecomp.analysis.evaluation.comparison import Axis, Comparison, Metric
 from tl_paramdecomp.report.plotting import figure, save, subplots
 
 AXES: dict[Axis, str] = {"l0": "L0: active components per token", "active_parameters": "active parameters per token"}

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import site_weight
-from tl_paramdecomp.analysis.l3d_toys import products
+from tl_paramdecomp.analysis.toys.l3d_circuits import products
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.report.plotting import figure, subplots

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.adapters import site_weight
-from tl_paramdecomp.analysis.toys import TOLERANCE, importance_matrices, lined_up, neuron_contributions
+from tl_paramdecomp.analysis.toys.scores import TOLERANCE, importance_matrices, lined_up, neuron_contributions
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.report.plotting import figure as styled
 from tl_paramdecomp.report.plotting import subplots

@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.comparison import Comparison, Row
-from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
-from tl_paramdecomp.analysis.evaluation import Evaluation
-from tl_paramdecomp.analysis.matching import active_components, matched_cosines, split_share
-from tl_paramdecomp.analysis.oracle import Oracle
+from tl_paramdecomp.analysis.evaluation.comparison import Comparison, Row
+from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.matching import active_components, matched_cosines, split_share
+from tl_paramdecomp.analysis.evaluation.oracle import Oracle
+from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import METADATA, replace_text
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tl_paramdecomp.analysis.evaluate import Protocol, evaluate
-from tl_paramdecomp.analysis.evaluation import Evaluation
+from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.files import replace_text
 from tl_paramdecomp.errors import MissingExtraError, SettingError

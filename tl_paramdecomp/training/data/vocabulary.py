@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
-from tl_paramdecomp.analysis.task_tokens import context_of
+from tl_paramdecomp.analysis.tasks.tokens import context_of
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedModelError
 from tl_paramdecomp.pretrained import grammar, micro_gpt2_tokenizer
 from tl_paramdecomp.pretrained.micro_gpt2 import MICRO_GPT2_DIR

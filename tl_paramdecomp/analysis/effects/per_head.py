@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.analysis.component_heads import head_shares, heads_of
-from tl_paramdecomp.analysis.site_writes import SiteWrites
+from tl_paramdecomp.analysis.effects.component_heads import head_shares, heads_of
+from tl_paramdecomp.analysis.effects.site_writes import SiteWrites
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows, resolve_name

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tl_paramdecomp.analysis.matching import rank_one_cosines
+from tl_paramdecomp.analysis.evaluation.matching import rank_one_cosines
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import site_weight
-from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks
+from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.patching.subnetworks import perturbed
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.norm_scales import opened_norms
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
-from tl_paramdecomp.analysis.attributions import Attribution, Direction
-from tl_paramdecomp.analysis.single_ablations import Ablations, ablated_effects
-from tl_paramdecomp.analysis.site_writes import (
+from tl_paramdecomp.analysis.effects.attributions import Attribution, Direction
+from tl_paramdecomp.analysis.effects.single_ablations import Ablations, ablated_effects
+from tl_paramdecomp.analysis.effects.site_writes import (
     Prompts,
     SiteWrites,
     along_writes,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_paramdecomp.analysis.task_tokens import PromptTokenizer, prompt_tokenizer
+from tl_paramdecomp.analysis.tasks.tokens import PromptTokenizer, prompt_tokenizer
 from tl_paramdecomp.components.files import read_text, replace_text
 from tl_paramdecomp.errors import DtypeError, ShapeError, TaskError, TokenizerTaskError
 from tl_paramdecomp.sites import check_rows

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.analysis.site_writes import SiteWrites, along_writes
+from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, along_writes
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.errors import SettingError

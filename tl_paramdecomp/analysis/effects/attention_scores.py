@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.rotations import Rotation, refuse_unknown_scores, rotations, seen_angles
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
-from tl_paramdecomp.analysis.site_writes import SiteWrites
+from tl_paramdecomp.analysis.effects.site_writes import SiteWrites
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.positions import PositionsLike, parse_positions
 from tl_paramdecomp.errors import HeadIndexError, NoMatchingSiteError, SettingError, UnsupportedModelError

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.analysis.subnetworks import impacts, method_of, output_derivative
+from tl_paramdecomp.analysis.subnetworks.impacts import impacts, method_of, output_derivative
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.sample_gradients import Divergence

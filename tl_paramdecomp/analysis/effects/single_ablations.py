@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
-from tl_paramdecomp.analysis.site_writes import Prompts, SiteWrites
+from tl_paramdecomp.analysis.effects.site_writes import Prompts, SiteWrites
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.sites import SiteCall
 

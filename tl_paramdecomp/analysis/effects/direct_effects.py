@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.norm_scales import NormCall, opened_norms
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
-from tl_paramdecomp.analysis.site_writes import (
+from tl_paramdecomp.analysis.effects.site_writes import (
     EMBEDDINGS,
     Prompts,
     SiteWrites,

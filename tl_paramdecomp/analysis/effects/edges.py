@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.activations import component_acts
-from tl_paramdecomp.analysis.attribution import attribute
-from tl_paramdecomp.analysis.direct_effects import DirectPass, IncomingEdges, edge_values
+from tl_paramdecomp.analysis.effects.attribution import attribute
+from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges, edge_values
+from tl_paramdecomp.analysis.effects.site_writes import Prompts, chosen_sites, prompts_of
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
-from tl_paramdecomp.analysis.site_writes import Prompts, chosen_sites, prompts_of
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.indices import component_indices

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.analysis.effects.sweep_runs import Inputs, Runner, SitePatches, Unpatched, run_group, start_of
 from tl_paramdecomp.analysis.records import Record, plain_table
-from tl_paramdecomp.analysis.sweep_runs import Inputs, Runner, SitePatches, Unpatched, run_group, start_of
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions

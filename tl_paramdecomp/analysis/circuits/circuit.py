@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.analysis.circuit_search import LearnedMasks, members, pruned, shortest_good
-from tl_paramdecomp.analysis.circuit_values import (
+from tl_paramdecomp.analysis.circuits.search import LearnedMasks, members, pruned, shortest_good
+from tl_paramdecomp.analysis.circuits.units import Units, component_units
+from tl_paramdecomp.analysis.circuits.values import (
     TaskRuns,
     Value,
     adversarial_value,
@@ -32,9 +33,8 @@ from tl_paramdecomp.analysis.circuit_values import (
     stochastic_value,
 )
 from tl_paramdecomp.analysis.records import Record, plain_table
-from tl_paramdecomp.analysis.task_metrics import TaskMetric, default_metric, normalised_faithfulness
-from tl_paramdecomp.analysis.tasks import Task
-from tl_paramdecomp.analysis.units import Units, component_units
+from tl_paramdecomp.analysis.tasks.metrics import TaskMetric, default_metric, normalised_faithfulness
+from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import SettingError

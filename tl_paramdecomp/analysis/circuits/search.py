@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.analysis.circuit_values import TaskRuns
+from tl_paramdecomp.analysis.circuits.values import TaskRuns
 from tl_paramdecomp.errors import SettingError
 
 Good = Callable[[Float[Tensor, " n"]], bool]

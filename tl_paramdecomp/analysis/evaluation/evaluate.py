@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.analysis.evaluation import Evaluation
-from tl_paramdecomp.analysis.masked_runs import MaskKind, Sums, Target, masks_of
-from tl_paramdecomp.analysis.oracle import Oracle
-from tl_paramdecomp.analysis.specificity import specificity
-from tl_paramdecomp.analysis.worst_case import climb
+from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target, masks_of
+from tl_paramdecomp.analysis.evaluation.oracle import Oracle
+from tl_paramdecomp.analysis.evaluation.result import Evaluation
+from tl_paramdecomp.analysis.evaluation.specificity import specificity
+from tl_paramdecomp.analysis.evaluation.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks, impacts
+from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks, impacts
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 
 CONTROLS = 20

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.analysis.units import Units
+from tl_paramdecomp.analysis.circuits.units import Units
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masked_output import site_fn

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import adapt, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances
-from tl_paramdecomp.analysis.assignment import best_assignment
+from tl_paramdecomp.analysis.toys.assignment import best_assignment
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.patching.hooks import patched

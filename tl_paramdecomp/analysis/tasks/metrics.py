@@ -18,7 +18,7 @@ from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.identity import behind
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
 from tl_paramdecomp.adapters.wiring import Wiring, find_module
-from tl_paramdecomp.analysis.tasks import Task
+from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.errors import NormalisationError, SettingError, ShapeError, TaskError
 from tl_paramdecomp.sites import check_rows
 

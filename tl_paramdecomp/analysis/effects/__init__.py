@@ -1,0 +1,1 @@
+"""What components do to a metric, or to each other: by ablating, patching, or gradients."""

@@ -1,0 +1,1 @@
+"""How good a decomposition is, and how two of them compare."""

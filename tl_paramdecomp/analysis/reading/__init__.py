@@ -1,0 +1,1 @@
+"""Where components are active and what they promote, for people to read."""

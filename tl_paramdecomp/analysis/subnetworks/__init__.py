@@ -1,0 +1,1 @@
+"""What L3D's subnetworks do."""

@@ -1,0 +1,1 @@
+"""Prompts with right and wrong answers, and metrics of them."""

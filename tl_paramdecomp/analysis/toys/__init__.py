@@ -1,0 +1,1 @@
+"""Scores against mechanisms that are known."""
