@@ -1,4 +1,5 @@
-"""A short run by however many processes, told as JSON what to do: `{"run_dir": ..., "stop": 3, "die": [1, 4]}`."""
+"""A short run by however many processes, told as JSON what to do: `{"run_dir": ..., "stop": 3, "die": [1, 4]}`,
+`"spoil": [1, 2]`."""
 
 import json
 import os
@@ -41,10 +42,25 @@ class Rows:
         return tokens()[torch.arange(8).add(3 * step) % 40]
 
 
-def run(run_dir, steps=6, stop=None, die=None, method="VPD", double=True, **settings):
+def spoiled(method, rank, step):
+    """The method; one rank's part of a parameter is no number after one step."""
+    after_step = method.after_step
+
+    def after(now):
+        after_step(now)
+        if (now.peers.rank, now.number) == (rank, step):
+            parameter = now.decomposition["blocks.0.mlp.W_in"].parameter_pair[0].detach()
+            getattr(parameter, "to_local", lambda: parameter)()[0, 1] = float("nan")
+
+    object.__setattr__(method, "after_step", after)
+    return method
+
+
+def run(run_dir, steps=6, stop=None, die=None, spoil=None, method="VPD", double=True, **settings):
     model = tiny_gpt2().double() if double else tiny_gpt2()
+    used = spoiled(METHODS[method](), *spoil) if spoil else METHODS[method]()
     return tlpd.decompose(
-        model, "blocks.0.mlp.*", METHODS[method](), Rows(die), steps, 8, run_dir=run_dir, log_every=1, checkpoint_every=100,
+        model, "blocks.0.mlp.*", used, Rows(die), steps, 8, run_dir=run_dir, log_every=1, checkpoint_every=100,
         progress=False, callbacks=[lambda info: STOP if info.step == stop else None], **settings,
     )  # fmt: skip
 

@@ -71,6 +71,19 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, settings, t
     assert furthest(other, whole) > 1e-4, "the masks are the same anyway"
 
 
+@pytest.mark.parametrize("how", [{}, {"shard": True}], ids=["replicated", "sharded"])
+def test_what_one_process_finds_not_finite_all_take_back(how, tmp_path):
+    settings = {"random_numbers": "global", "on_nonfinite": "skip"}
+    whole = ranked(1, tmp_path / "whole", spoil=[0, 2], **settings)
+    found = ranked(2, tmp_path / "two", spoil=[1, 2], **settings, **how)
+    assert furthest(found, whole) < 1e-9
+    for folder in ("whole", "two"):
+        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        (left_out,) = [line for line in lines if "left_out" in line]
+        assert left_out["step"] == 3 and "blocks.0.mlp.W_in.V is not finite after the step" in left_out["left_out"]
+    assert furthest(ranked(1, tmp_path / "none", random_numbers="global"), whole) > 1e-4
+
+
 def test_each_process_has_random_numbers_of_its_own_and_goes_on_with_them(tmp_path):
     """Two processes stopped and resumed are, bit for bit, two that never stopped."""
     whole = ranked(2, tmp_path / "whole", double=False)

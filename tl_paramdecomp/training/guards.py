@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tl_paramdecomp.errors import DivergedError
 from tl_paramdecomp.methods.base import LossReport
 from tl_paramdecomp.training.runs.checkpoint import readable, state_tensors
-from tl_paramdecomp.training.shards import whole
+from tl_paramdecomp.training.shards import own_part
 from tl_paramdecomp.training.state import SavedState, TrainingState
 
 OnNonfinite = Literal["stop", "skip"]
@@ -129,14 +129,15 @@ def _copies(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def finite(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState) -> Bool[Tensor, ""]:
     """Whether all losses, gradients and parameters of a step are finite; nothing is read back from the device.
 
-    Squares of gradients are what the optimiser keeps: where those overflow, so do the norms.
+    Squares of gradients are what the optimiser keeps: where those overflow, so do the norms. Of parameters in shards each
+    process looks at its own: the largest of NaN and a number may be the number, where processes are asked for it.
     """
-    parameters = [p.detach() for group in state.groups for p in group.parameters if p.numel()]
+    parts = [own_part(p.detach()) for group in state.groups for p in group.parameters]
     values: list[Float[Tensor, ""]] = [
         report.total,
         *report.terms.values(),
         *norms.values(),
-        whole(nn.utils.get_total_norm(parameters, float("inf"))),
+        nn.utils.get_total_norm([part for part in parts if part.numel()], float("inf")),
     ]
     return torch.stack([value.detach().isfinite().reshape(()).to(state.device) for value in values]).all()
 
@@ -144,7 +145,7 @@ def finite(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState
 def fault_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState) -> str:
     """A sentence on what of a step is not finite: the first of losses, gradients and parameters, and where."""
     terms = [name for name, value in report.terms.items() if not bool(value.isfinite().all())]
-    gradients = [name for name, p in _named(state).items() if p.grad is not None and not _is_finite(p.grad)]
+    gradients = _not_finite(state, {name: p.grad for name, p in _named(state).items() if p.grad is not None})
     if terms or not bool(report.total.isfinite()):
         where = f", nor is the gradient of {_listed(gradients)}" if gradients else ""
         return f"the loss is {report.total.item()}: {', '.join(terms) or 'the sum'} is not finite{where}."
@@ -158,11 +159,13 @@ def fault_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingSta
 
 def nonfinite_parameters(state: TrainingState) -> list[str]:
     """Names of parameters that are not finite."""
-    return [name for name, p in _named(state).items() if not _is_finite(p)]
+    return _not_finite(state, _named(state))
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(whole(tensor.detach()).isfinite().all())
+def _not_finite(state: TrainingState, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are not finite on any process."""
+    bad = state.peers.any_of(*(not bool(own_part(t.detach()).isfinite().all()) for t in tensors.values()))
+    return [name for name, is_bad in zip(tensors, bad, strict=True) if is_bad]
 
 
 def _named(state: TrainingState) -> dict[str, Tensor]:

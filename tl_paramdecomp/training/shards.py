@@ -54,6 +54,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process keeps of a tensor."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def like(kept: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor of a parameter's shape, as the parameter is kept; others as they are."""
     if not is_shard(kept) or tensor.shape != kept.shape:
@@ -113,4 +118,4 @@ def clip(parameters: Sequence[Tensor], limit: float, norm: Tensor) -> None:
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for p in parameters:
         if p.grad is not None:
-            p.grad.to_local().mul_(factor)  # type: ignore[attr-defined]
+            own_part(p.grad).mul_(factor)
