@@ -142,15 +142,16 @@ class Trial:
         return self
 
     def step_peak(self, rows: int) -> int:
-        """The most that the device holds in a step of so many rows."""
+        """The most that the device holds in a step of so many rows: what it held in the largest step that was taken, which
+        counts what the allocator loses between tensors, and what the tensors of more rows add."""
         assert self.few is not None and self.more is not None
-        few, more = self.few, self.more
-        if few.rows == more.rows:
-            return more.peak
+        few, more, largest = self.few, self.more, self.timed or self.more
+        if few.rows == largest.rows:
+            return largest.peak
         if self.adapter.device.type == "cuda":  # traces do not see what CUDA's backward passes make
-            return continued([few.peak], [more.peak], (few.rows, more.rows), rows)
-        grown = continued(few.live, more.live, (few.rows, more.rows), rows) - max(more.live)
-        return more.peak + grown + self.remembered(rows) - more.remembered
+            return continued([few.peak], [largest.peak], (few.rows, largest.rows), rows)
+        live = {n: continued(few.live, more.live, (few.rows, more.rows), n) for n in (rows, largest.rows)}
+        return largest.peak + live[rows] - live[largest.rows] + self.remembered(rows) - largest.remembered
 
     def step_seconds(self, rows: int) -> float:
         """Time of a step of so many rows."""
