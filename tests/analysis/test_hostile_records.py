@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tl_paramdecomp as tlpd
@@ -120,6 +120,7 @@ def test_tasks_are_refused_by_name(tmp_path: Path, examples: int) -> None:
 
     @searching(examples)
     @given(st.sampled_from(list(hostile.places(lines))), hostile.JSON | st.lists(st.integers(0, 9), max_size=4))
+    @example((0, "clean", 0), 2**63)
     def search(place: tuple[Any, ...], new: Any) -> None:
         path.write_text("\n".join(json.dumps(line) for line in hostile.replaced(lines, place, new)))
         with watched():

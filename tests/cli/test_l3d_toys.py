@@ -12,7 +12,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.cli.recipes import RECIPES
 from tl_paramdecomp.cli.reproduce import data_of, find_target, heldout_rows, reproduce
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SEEDS = 3
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -262,6 +263,17 @@ def forged(checkpoint: Path, values: dict[str, Any], key: str, new: Any) -> dict
 
 
 SIZES = st.integers(-2, 200) | st.sampled_from([2**31, 2**63, 2**64, 10**30, 1.5, None, "4", []])
+
+
+@pytest.mark.parametrize("name", ["python.gauss", "numpy", "python"])
+def test_sizes_without_numbers_are_refused(folder: Path, state: TrainingState, name: str) -> None:
+    """A header can name any size that has a 0 in it."""
+    newest = steps(folder)[4]
+    tensors = safetensors.torch.load_file(newest / "random.safetensors")
+    tensors[name] = torch.empty(2**31, 0, dtype=tensors[name].dtype)
+    safetensors.torch.save_file(tensors, newest / "random.safetensors")
+    seal(newest)
+    assert isinstance(attempt(newest, state), DecompositionFileError)
 
 
 @few_and_many(60, 2000)

@@ -35,6 +35,8 @@ HEX = "[0-9a-f]"
 SCRATCH = ".saving-"
 LARGEST = 1 << 25
 """Bytes of JSON that are written or read at most: 32 MiB, tens of thousands of sites."""
+LONGEST_EMPTY = 1 << 20
+"""Length of a tensor without numbers, at most; without a byte behind it, a header can name any."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEAL = ',\n "checksum": "'
 """What comes before the checksum, at the end of the JSON."""
@@ -174,7 +176,11 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
     """
     _check_regular(path)
     try:
-        return safetensors.torch.load_file(str(path), device=str(device))
+        found = safetensors.torch.load_file(str(path), device=str(device))
+        for name, tensor in found.items():
+            if tensor.numel() == 0 and max(tensor.shape) > LONGEST_EMPTY:
+                raise ValueError(f"{name} is empty and of shape {list(tensor.shape)}")
+        return found
     except Exception as error:
         raise DecompositionFileError(f"{path} is not a readable safetensors file ({error}).") from error
 

@@ -314,7 +314,10 @@ def _padded(name: str, rows: Any, pad_token: int) -> tuple[Shaped[Tensor, "..."]
     """Rows as one tensor, and a mask where they differ in length."""
     if isinstance(rows, Tensor):
         return rows, None
-    made = [torch.as_tensor(row) for row in rows]
+    try:
+        made = [torch.as_tensor(row) for row in rows]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TaskError(f"Task {name!r}: prompts are rows of token ids, and one is not ({error}).") from error
     if not made or any(row.ndim != 1 or row.numel() == 0 for row in made):
         raise TaskError(f"Task {name!r} needs prompts, each a row of at least one token id; given {len(made)} rows.")
     if any(row.is_floating_point() or row.dtype == torch.bool for row in made):
