@@ -71,6 +71,9 @@ def test_set_changes_one_setting(text, found):
 
 @pytest.mark.parametrize("text, words", [
     ("stepz=3", "stepz is not a setting of a run. Nearest: steps"),
+    ("out=there", "out is not a setting of a run; it is run_dir."),
+    ("lr=1", "lr is not a setting of a run; it is method.lr."),
+    ("text=file", "text is not a setting of a run; it is data.text."),
     ("method.lrr=1", "method.lrr is not a setting of SPD. Nearest: lr"),
     ("method.importance.hiden=1", "method.importance.hiden is not a setting of ImportanceConfig. Nearest: hidden"),
     ("steps=many", "steps: expected a whole number; given the text 'many'"), ("method.lr=fast", "method.lr: expected a number"),

@@ -140,6 +140,8 @@ def resolve(tree: Mapping[str, Any], changes: Sequence[Change] = ()) -> RunSetti
     known = [field.name for field in fields(RunSettings)]
     for path in (*((key,) for key in tree), *(path for path, _ in changes)):
         if path[0] not in known:
+            if path[0] in (whereabouts := _deeper_keys(tree)):
+                raise SettingError(f"{path[0]} is not a setting of a run; it is {whereabouts[path[0]]}.")
             raise unknown(path[0], known, "", "a setting of a run")
     whole = [change for change in changes if tuple(change[0]) in ((METHOD,), (METHOD, PRESET), (METHOD, TYPE))]
     for path, value in whole:
@@ -148,6 +150,14 @@ def resolve(tree: Mapping[str, Any], changes: Sequence[Change] = ()) -> RunSetti
     for path, value in (change for change in changes if change not in whole):
         tree = spelt_out(put(tree, path, value))
     return build(RunSettings, tree, "", TABLE)
+
+
+def _deeper_keys(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Where those settings are that people look for among those of the run: by the command's names, and one level down."""
+    method = method_tree(tree.get(METHOD) or {})
+    inside = {METHOD: method if isinstance(method, Mapping) else (), "data": [f.name for f in fields(DataSettings)]}
+    paths = {key: f"{where}.{key}" for where, keys in inside.items() for key in keys if key != TYPE}
+    return {**paths, "out": "run_dir", "components": "method.n_components"}
 
 
 def spelt_out(tree: Mapping[str, Any]) -> dict[str, Any]:
