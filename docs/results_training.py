@@ -26,8 +26,8 @@ def memory(record: Mapping[str, Any]) -> str:
         (
             run["name"],
             f"{run['predicted'] / 2**30:.2f}",
-            f"{run['measured'] / 2**30:.2f}",
-            f"{run['predicted'] / run['measured']:.3f}",
+            f"{run['measured'] / 2**30:.2f}" if run["measured"] else "not run",
+            f"{run['predicted'] / run['measured']:.3f}" if run["measured"] else "",
         )
         for run in record["runs"]
     ]

@@ -1,6 +1,6 @@
 """Peak memory of a run, predicted or measured, in a process of its own; prints one JSON object.
 
-python -m tests.benchmarks.run_memory predict|measure gpt2|middling [METHOD [ROWS]]
+python -m tests.benchmarks.run_memory predict|measure gpt2|middling|recipe|recipe_layer [METHOD [ROWS]]
 """
 
 import json
@@ -18,10 +18,12 @@ from tl_paramdecomp.training.fit import decompose
 
 STEPS = 3
 SIZES = {
-    "gpt2": ({}, 1536, 4, 128),
-    "middling": ({"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 4000}, 4096, 16, 64),
+    "gpt2": ({}, "blocks.*.mlp.*", 1536, 4, 128),
+    "middling": ({"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 4000}, "blocks.*.mlp.*", 4096, 16, 64),
+    "recipe": ({}, "blocks.*.mlp.*", 3072, 16, 128),
+    "recipe_layer": ({}, "blocks.0.mlp.*", 3072, 16, 128),
 }
-"""Changes to GPT-2's configuration, components per site, rows, and their length."""
+"""Changes to GPT-2's configuration, sites, components per site, rows, and their length; the recipes are the README's."""
 
 
 def model_of(size):
@@ -34,13 +36,13 @@ def model_of(size):
 
 def arguments(size, name="spd", rows=None):
     """What `decompose` and `estimate_run` are both called with."""
-    _, C, batch, length = SIZES[size]
+    _, sites, C, batch, length = SIZES[size]
     model, batch = model_of(size), int(rows or batch)
     tokens = torch.randint(0, model.config.vocab_size, (4 * batch, length), generator=torch.Generator().manual_seed(1))
     method = ALL_PRESETS[name]()
     if hasattr(method, "n_components"):
         method = replace(method, n_components=C)
-    return model, "blocks.*.mlp.*", method, tokens, STEPS, batch
+    return model, sites, method, tokens, STEPS, batch
 
 
 if __name__ == "__main__":
