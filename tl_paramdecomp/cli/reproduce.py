@@ -134,10 +134,8 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, talk: Console) -> dict[str
     found = time.perf_counter()
     data = data_of(recipe, recipe.batch_size, seed)
     method: Any = recipe.method  # of one kind or the other
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Importance minimality goes down", CollapseWarning
-        )  # published settings, as they are
+    with warnings.catch_warnings():  # of settings that are published so
+        warnings.filterwarnings("ignore", "Importance minimality goes down", CollapseWarning)
         made = decompose(
             trained.model, list(recipe.sites), method, data, recipe.steps, recipe.batch_size, seed, folder / "run"
         )
