@@ -287,6 +287,16 @@ class ModelAdapter(ABC):
         """Positions of the longest row that the model can read; None where nothing in it ends there."""
         return None
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the model is a language model, whose rows are token ids, whatever it makes of them."""
+        return True
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether outputs are logits over a vocabulary, or a plain module's, which are taken for what their user does."""
+        return True
+
     # --- shorter passes ---------------------------------------------------------------------------------------------
     def block_modules(self) -> Sequence[nn.Module]:
         """The host's residual blocks in the order of a forward pass; empty where it is not known to have any."""

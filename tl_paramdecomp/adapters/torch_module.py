@@ -21,6 +21,7 @@ from tl_paramdecomp.adapters.transformers_names import (
     block_refusals,
     context_of,
     find_blocks,
+    has_unembedding,
     is_plain,
     linear_kind,
     module_wiring,
@@ -136,6 +137,16 @@ class TorchModuleAdapter(ModelAdapter):
     @property
     def vocabulary_size(self) -> int | None:
         return vocabulary_of(self.root) if self._is_language_model else super().vocabulary_size
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self._is_language_model
+
+    @property
+    def gives_logits(self) -> bool:
+        if self._is_language_model:
+            return has_unembedding(self.root)
+        return getattr(self.root, "base_model", None) is not self.root  # a body of transformers without any head
 
     @property
     def context_length(self) -> int | None:
