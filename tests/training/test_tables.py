@@ -334,3 +334,36 @@ def test_pieces_end_with_a_line_a_word_or_where_they_are_full(monkeypatch):
     ]  # fmt: skip
     assert [p.ends for p in pieces[:6]] == [False, False, True, False, False, True]
     assert [p.begins for p in pieces[:6]] == [True, False, False, True, False, False]
+
+
+# --- rows to measure on ------------------------------------------------------------------------------------------------
+def evaluated(data: Any, **more: Any) -> Any:
+    model = gpt2(torch.float32)
+    made = tlpd.decompose(model, "blocks.0.mlp.W_in", METHOD, ROWS, 1, 4, progress=False)
+    protocol = tlpd.Protocol(ladder=(), ablated=0, by_site=False, samples=1)
+    return tlpd.evaluate(model, made, data, protocol=protocol, progress=False, **more)
+
+
+def test_a_tokenizers_rows_are_measured_on_with_their_mask():
+    mask = torch.ones_like(ROWS)
+    mask[:, 5:] = 0
+    wanted = evaluated(ROWS, attention_mask=mask)
+    found = evaluated(encoding(ROWS, attention_mask=mask))
+    assert found.positions == 60 and found.masks == wanted.masks
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_rows_that_the_model_cannot_read_are_not_measured_on(fault: str, tmp_path):
+    rows, words = BAD[fault]
+    method = {"a": tlpd.SPD(n_components=2)}
+    protocol = tlpd.ComparisonProtocol(sites="blocks.0.mlp.W_in", steps=1)
+    for call in (
+        lambda: evaluated(rows),
+        lambda: evaluated({"tokens": rows}),
+        lambda: tlpd.compare(gpt2(), method, protocol, ROWS, rows, run_dir=tmp_path / "x", progress=False),
+        lambda: tlpd.estimate_run(gpt2(), "blocks.0.mlp.W_in", METHOD, rows, 2),
+    ):
+        with pytest.raises(tlpd.errors.TLParamDecompError) as caught:
+            call()
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "x").exists()

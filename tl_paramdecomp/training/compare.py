@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.analysis.evaluation.comparison import Comparison, Row
-from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate, rows_to_measure
 from tl_paramdecomp.analysis.evaluation.matching import active_components, matched_cosines, split_share
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
@@ -37,6 +38,8 @@ from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.sites import check_rows
 from tl_paramdecomp.training.callbacks import StepInfo
+from tl_paramdecomp.training.data.sources import digest_of_rows
+from tl_paramdecomp.training.data.tables import Table, as_known
 from tl_paramdecomp.training.data.token_batches import TokenBatches
 from tl_paramdecomp.training.fit import decompose
 
@@ -81,7 +84,7 @@ def compare(
     methods: Mapping[str, Method],
     protocol: ComparisonProtocol,
     data: Any,
-    held_out: Int[Tensor, "rows pos"],
+    held_out: Any,
     *,
     attention_mask: Int[Tensor, "rows pos"] | None = None,
     run_dir: str | Path | None = None,
@@ -94,10 +97,11 @@ def compare(
         methods: By the label that tables and plots show. Bases with `training=None` take their importances from an oracle.
         protocol: What is the same for all.
         data: Rows to train on, as `decompose` takes them.
-        held_out: Rows to measure on.
+        held_out: Rows to measure on, as `evaluate` takes them.
         attention_mask: Of the held-out rows: 1 where a position counts.
         run_dir: Where every run goes, and is found again; None keeps nothing on disk. What is found must be of the same
-            weights, protocol and rows; of rows that are neither tensors nor lists of them only the type can be compared.
+            weights, protocol and rows; of rows that are neither tensors, tables nor lists of tensors only the type can be
+            compared.
         progress: Show a progress bar.
 
     Raises:
@@ -120,7 +124,7 @@ class _Run:
         methods: dict[str, Method],
         protocol: ComparisonProtocol,
         data: Any,
-        held_out: Tensor,
+        held_out: Any,
         attention_mask: Tensor | None,
         run_dir: str | Path | None,
         bar: "tqdm[Any]",
@@ -128,11 +132,13 @@ class _Run:
         if not methods:
             raise SettingError("There is no method to compare; give {'SPD': tlpd.SPD(), 'SVD': tlpd.SVD()}.")
         self.model, self.methods, self.protocol, self.data = model, methods, protocol, data
-        self.held_out, self.mask, self.bar = held_out, attention_mask, bar
+        self.bar = bar
+        adapter = adapt(model)
+        held_out, attention_mask = self.held_out, self.mask = rows_to_measure(held_out, attention_mask)
         check_rows(held_out, attention_mask)
         if not len(held_out):
             raise DataError("There are no held-out rows to measure on.")
-        adapter = adapt(model)
+        Limits.of(adapter).refuse(held_out, "The held-out data", attention_mask)
         self.sites = adapter.select(list(protocol.sites))
         self.ranks = sum(min(site.d_in, site.d_out) for site in self.sites.values())
         self.folder = None if run_dir is None else Path(run_dir)
@@ -363,7 +369,7 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(data: Any) -> str | None:
-    """What says whether data is the same: a hash of tensors, lists of them and `token_batches`, else only the type."""
+    """What says whether data is the same: a hash of tensors, lists of them, tables and `token_batches`, else the type."""
     if data is None:
         return None
     if isinstance(data, Tensor):
@@ -371,6 +377,10 @@ def _digest(data: Any) -> str | None:
         return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + raw).hexdigest()[:16]
     if isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):
         return hashlib.sha256(" ".join(str(_digest(part)) for part in data).encode()).hexdigest()[:16]
+    if isinstance(data := as_known(data), Table):
+        return digest_of_rows(data, len(data))
+    if isinstance(data, Mapping):
+        return hashlib.sha256(" ".join(f"{key} {_digest(data[key])}" for key in sorted(data)).encode()).hexdigest()[:16]
     if isinstance(data, TokenBatches):
         return hashlib.sha256(json.dumps(data.info).encode()).hexdigest()[:16]
     return type(data).__name__

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target, masks_of
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
@@ -106,7 +107,8 @@ def evaluate(
     Args:
         model: Its target, on any host.
         decomposition: Any.
-        data: Token rows [rows, pos] that it was not trained on, or batches of such rows, as `token_batches` gives them.
+        data: Token rows [rows, pos] that it was not trained on, a dict of them and their attention mask, such as a tokenizer's
+            `BatchEncoding`, or batches of such rows, as `token_batches` gives them.
         attention_mask: 1 where a position counts; padding is left out of every figure. Batches bring their own.
         rows: How many of the first rows of batches are taken.
         importances: Taken instead of the decomposition's own importance function; needed where it has none.
@@ -117,12 +119,10 @@ def evaluate(
 
     Raises:
         NoImportanceError: The decomposition has no importance function, and no oracle is given.
-        DataError: There are no rows, or no position of them counts.
+        DataError: There are no rows, no position of them counts, or the model cannot read them.
         TargetMismatchError, DeviceError, DtypeError, ShapeError: As `patched`.
     """
-    tokens: Any = data
-    if not isinstance(data, Tensor) and isinstance(data, Iterable) and attention_mask is None:
-        tokens, attention_mask = _first_rows(data, rows)
+    tokens, attention_mask = rows_to_measure(data, attention_mask, rows)
     check_rows(tokens, attention_mask)
     if not len(tokens) or (attention_mask is not None and not attention_mask.any()):
         raise DataError("There are no rows to evaluate on, or the attention mask leaves no position of them.")
@@ -133,6 +133,7 @@ def evaluate(
                 "the k components per position that the model's gradients call for."
             )
     adapter = checked_adapter(model, decomposition)
+    Limits.of(adapter).refuse(tokens, "The data", attention_mask)
     protocol = protocol or Protocol()
     every = [decomposition]
     if untrained is not None:
@@ -144,6 +145,15 @@ def evaluate(
         bar = stack.enter_context(tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass"))
         run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, bar)
         return run.all(untrained)
+
+
+def rows_to_measure(data: Any, attention_mask: Tensor | None = None, rows: int = 64) -> tuple[Any, Tensor | None]:
+    """Token rows and what of them counts, of data in any form that `evaluate` takes."""
+    if isinstance(data, Tensor) or attention_mask is not None:
+        return data, attention_mask
+    if isinstance(data, Mapping):
+        return Batch.of(data)
+    return _first_rows(data, rows) if isinstance(data, Iterable) else (data, None)
 
 
 def _first_rows(batches: Iterable[Any], n: int) -> tuple[Any, Tensor | None]:
