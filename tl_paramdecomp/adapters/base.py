@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.boundary import evaluating, interceptions_of, one_thread
 from tl_paramdecomp.adapters.fingerprint import fingerprint
 from tl_paramdecomp.adapters.identity import (
     behind,
@@ -104,10 +105,6 @@ class ModelAdapter(ABC):
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
-        self.interceptions: list[Interception] = []
-        """Contexts of `intercept` that are open."""
-        self._skippable: dict[bool, bool] = {}
-        self._patternless: dict[bool, str] = {}
 
     @property
     def model(self) -> Any:
@@ -121,6 +118,16 @@ class ModelAdapter(ABC):
     def root(self) -> nn.Module:
         """The torch module tree that holds the weights."""
         return self.model
+
+    @property
+    def core(self) -> nn.Module:
+        """The innermost module that holds the weights: the same one for every host around it."""
+        return self.root
+
+    @property
+    def interceptions(self) -> list[Interception]:
+        """Contexts of `intercept` that are open on this model, on any host."""
+        return interceptions_of(self.core)
 
     @property
     def processing(self) -> str | None:
@@ -237,11 +244,32 @@ class ModelAdapter(ABC):
             SiteNotFiredError: From the forward pass, where a site was not reached.
         """
 
-    @abstractmethod
     def forward(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
-        """Logits of token rows, the way the host computes them."""
+        """Logits of token rows, the way the host computes them in evaluation mode.
+
+        Every pass that the library makes of its own accord is made here. The mode that the user's modules are in is put back.
+
+        Raises:
+            PatchConflictError: Another thread uses the model.
+        """
+        with self.evaluating():
+            return self.run(tokens, attention_mask)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the model is in evaluation mode, and this thread's alone.
+
+        Raises:
+            PatchConflictError: Another thread uses the model.
+        """
+        return evaluating(self.core, self.root)
+
+    @abstractmethod
+    def run(
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits of token rows, in the mode that the model is in."""
 
     def capture(
         self,
@@ -285,12 +313,14 @@ class ModelAdapter(ABC):
     def blocks(self) -> Sequence[nn.Module]:
         """Residual blocks at which a forward pass may begin; empty where beginning later is not the same model.
 
-        Tried out on a few tokens when first asked for, and again in training mode, where dropout may stand against it.
+        Tried out on a few tokens when first asked for.
         """
-        modules, mode = self.block_modules(), self.root.training
-        if mode not in self._skippable:
-            self._skippable[mode] = len(modules) > 1 and find_blocks_to_skip(self, modules)
-        return modules if self._skippable[mode] else ()
+        return self.block_modules() if self._skips_blocks else ()
+
+    @functools.cached_property
+    def _skips_blocks(self) -> bool:
+        modules = self.block_modules()
+        return len(modules) > 1 and find_blocks_to_skip(self, modules)
 
     def block_of(self, name: str) -> int | None:
         """Index in `blocks` of the block that holds a site; None for embeddings, the unembedding and plain modules."""
@@ -383,16 +413,17 @@ class ModelAdapter(ABC):
         Raises:
             UnsupportedModelError: The host does not give its patterns; says why.
         """
-        taps, mode = self.pattern_taps(), self.root.training
-        if mode not in self._patternless:
-            self._patternless[mode] = why_no_patterns(self, taps)
-        if self._patternless[mode]:
+        if self._why_no_patterns:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} does not give its attention patterns: {self._patternless[mode]}. Put the model "
-                "in eval mode, or leave terms that compare patterns out."
+                f"{type(self.model).__name__} does not give its attention patterns: {self._why_no_patterns}. Leave terms that "
+                "compare patterns out."
             )
-        with collected_patterns(self.root, self.block_modules()[0], taps) as kept:
+        with collected_patterns(self.root, self.block_modules()[0], self.pattern_taps()) as kept:
             yield kept
+
+    @functools.cached_property
+    def _why_no_patterns(self) -> str:
+        return why_no_patterns(self, self.pattern_taps())
 
     # --- changing weights -------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -464,11 +495,16 @@ def _keep_input(inputs: dict[str, Tensor], name: str, batch: int, call: SiteCall
 def make_interception(
     adapter: ModelAdapter, fns: Mapping[str, SiteFn], on_error: OnError | None, stack: contextlib.ExitStack
 ) -> Interception:
-    """The shared engine set up for one adapter, which knows of it until the stack is left."""
+    """The shared engine set up for one adapter, which knows of it until the stack is left.
+
+    Raises:
+        PatchConflictError: Another thread uses the model.
+    """
     wirings: dict[str, Wiring | NormWiring] = dict(adapter.wirings)
     if any(behind(name) not in wirings for name in fns):
         wirings |= adapter.norms.wirings
     interception = Interception(adapter.root, wirings, composed(fns, adapter.weight), on_error)
+    stack.enter_context(one_thread(adapter.core))
     adapter.interceptions.append(interception)
     stack.callback(_forget, adapter.interceptions, interception)
     return interception

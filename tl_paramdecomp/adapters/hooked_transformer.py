@@ -15,9 +15,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
-from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
-from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point
-from tl_paramdecomp.adapters.torch_module import watch_generate
+from tl_paramdecomp.adapters.boundary import shadowed_method
+from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
+from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point, watch_generate
 from tl_paramdecomp.adapters.wiring import Tap, Wiring
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn, WeightSite
@@ -185,7 +185,7 @@ class HookedTransformerAdapter(LensAdapter):
             watch_generate(stack, self.model, interception, "generate", "generate_stream")
             yield
 
-    def forward(
+    def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
         if attention_mask is None:

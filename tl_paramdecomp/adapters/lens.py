@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import ModelAdapter
+from tl_paramdecomp.adapters.boundary import shadowed_method
 from tl_paramdecomp.adapters.identity import composed
-from tl_paramdecomp.adapters.interception import host_output, matching_rows
+from tl_paramdecomp.adapters.interception import Interception, host_output, matching_rows
 from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
@@ -119,6 +120,18 @@ class LensAdapter(ModelAdapter):
             for registry in registries:
                 for name in names:
                     registry.pop(name, None)
+
+
+def watch_generate(stack: contextlib.ExitStack, model: Any, interception: Interception, *names: str) -> None:
+    """Let the tracker know that TransformerLens' own decoding loops are running, whose first pass reads the whole prompt."""
+
+    def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        with interception.tracker.generating():
+            return original(*args, **kwargs)
+
+    for name in names:
+        if hasattr(model, name):
+            stack.enter_context(shadowed_method(model, name, around))
 
 
 def no_hook_point(name: str, why: str) -> UnsupportedSiteError:

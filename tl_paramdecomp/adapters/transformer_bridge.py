@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
 from tl_paramdecomp.adapters.interception import OnError, torch_call_hook
-from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter
+from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, watch_generate
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, norm_candidate, renamed
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_forward, watch_generate
+from tl_paramdecomp.adapters.torch_module import PassWatch, refuse_wrapped
+from tl_paramdecomp.adapters.torch_module import watch_generate as watch_transformers_generate
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
     block_refusals,
@@ -222,6 +223,10 @@ class TransformerBridgeAdapter(LensAdapter):
             dotted = f"{path}.{candidate.weight}"
             yield renamed(candidate, names.get(path, dotted), (path, dotted))
 
+    @property
+    def core(self) -> nn.Module:
+        return self.model.original_model
+
     # --- state of the host --------------------------------------------------------------------------------------------
     @property
     def processing(self) -> str | None:
@@ -245,11 +250,12 @@ class TransformerBridgeAdapter(LensAdapter):
         with contextlib.ExitStack() as stack:
             interception = make_interception(self, fns, on_error, stack)
             interception.install(stack, torch_call_hook)
-            watch_forward(stack, self.model.original_model, interception)
-            watch_generate(stack, self.model, interception, "generate", "generate_stream", "hf_generate")
+            PassWatch(self.model.original_model, interception).install(stack)
+            watch_generate(stack, self.model, interception, "generate", "generate_stream")
+            watch_transformers_generate(stack, self.model.original_model, interception)  # `hf_generate` calls it
             yield
 
-    def forward(
+    def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
         return self.model(tokens) if attention_mask is None else self.model(tokens, attention_mask=attention_mask)
