@@ -304,6 +304,17 @@ class ModelAdapter(ABC):
         """Device of the model's first parameter."""
         return next(self.root.parameters()).device
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Rows of the table in which token ids are looked up; None where there is none, or several could be theirs."""
+        tables = [wiring.site.d_in for wiring in self.wirings.values() if wiring.site.kind == "embedding"]
+        return tables[0] if len(tables) == 1 else None
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions of the longest row that the model can read; None where nothing in it ends there."""
+        return None
+
     # --- shorter passes ---------------------------------------------------------------------------------------------
     def block_modules(self) -> Sequence[nn.Module]:
         """The host's residual blocks in the order of a forward pass; empty where it is not known to have any."""

@@ -137,7 +137,9 @@ def shadowed_method(instance: Any, name: str, around: Around) -> Iterator[None]:
     finally:
         with _LOCK:
             shadow.arounds.remove(around)
-            if not shadow.arounds and getattr(instance, name) is shadow:  # else another library has wrapped it meanwhile
+            if (
+                not shadow.arounds and getattr(instance, name) is shadow
+            ):  # else another library has wrapped it meanwhile
                 if shadow.own:
                     object.__setattr__(instance, name, shadow.original)
                 else:

@@ -185,6 +185,15 @@ class HookedTransformerAdapter(LensAdapter):
             watch_generate(stack, self.model, interception, "generate", "generate_stream")
             yield
 
+    @property
+    def vocabulary_size(self) -> int:
+        return self.model.embed.W_E.shape[0]
+
+    @property
+    def context_length(self) -> int | None:
+        cfg = self.model.cfg
+        return None if cfg.positional_embedding_type == "alibi" else cfg.n_ctx  # ALiBi is computed for longer rows
+
     def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:

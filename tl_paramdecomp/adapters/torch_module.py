@@ -21,6 +21,7 @@ from tl_paramdecomp.adapters.probe import probe
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
     block_refusals,
+    context_of,
     find_blocks,
     is_plain,
     linear_kind,
@@ -28,6 +29,7 @@ from tl_paramdecomp.adapters.transformers_names import (
     name_block,
     storage_of,
     unreachable_matrices,
+    vocabulary_of,
 )
 from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module, read_parameter
 from tl_paramdecomp.errors import UnsupportedModelError
@@ -47,7 +49,7 @@ class TorchModuleAdapter(ModelAdapter):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         refuse_wrapped(self.root)
-        self._blocks_path = ""
+        self._blocks_path, self._positions_path = "", ""
         config: Any = getattr(self.root, "config", None)
         self._is_language_model = hasattr(config, "model_type") and self.root.main_input_name == "input_ids"
         if self._is_language_model:
@@ -95,6 +97,7 @@ class TorchModuleAdapter(ModelAdapter):
         for path in (f"{parent}.{name}".lstrip(".") for name in (*POSITIONS, "position_embeddings")):
             if isinstance(module := _maybe_module(self.root, path), nn.Embedding):
                 self._add(module_wiring("pos_embed.W_pos", path, module))
+                self._positions_path = path
                 break
         blocks = find_blocks(self.root, config, paths.get(id(embedding), ""))
         path, listed = blocks or ("", ())
@@ -131,6 +134,18 @@ class TorchModuleAdapter(ModelAdapter):
             PassWatch(self.root, interception).install(stack)
             watch_generate(stack, self.root, interception)
             yield
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        return vocabulary_of(self.root) if self._is_language_model else super().vocabulary_size
+
+    @property
+    def context_length(self) -> int | None:
+        if not self._is_language_model:
+            return None
+        config: Any = self.root.config
+        positions = find_module(self.root, self._positions_path) if self._positions_path else None
+        return context_of(config.get_text_config(), positions)
 
     def block_modules(self) -> Sequence[nn.Module]:
         blocks = find_module(self.root, self._blocks_path) if self._blocks_path else None
@@ -223,7 +238,9 @@ def prompt_columns(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     """
     rows = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     embedded = kwargs.get("inputs_embeds")
-    known = [part.shape[1] for part in (rows, embedded) if isinstance(part, Tensor) and part.ndim >= 2 and part.shape[1]]
+    known = [
+        part.shape[1] for part in (rows, embedded) if isinstance(part, Tensor) and part.ndim >= 2 and part.shape[1]
+    ]
     return known[0] if len(known) == 1 else None
 
 

@@ -25,12 +25,14 @@ from tl_paramdecomp.adapters.torch_module import watch_generate as watch_transfo
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
     block_refusals,
+    context_of,
     is_plain,
     linear_kind,
     module_wiring,
     plain_path,
     storage_of,
     unreachable_matrices,
+    vocabulary_of,
     with_heads,
 )
 from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, read_parameter
@@ -254,6 +256,15 @@ class TransformerBridgeAdapter(LensAdapter):
             watch_generate(stack, self.model, interception, "generate", "generate_stream")
             watch_transformers_generate(stack, self.model.original_model, interception)  # `hf_generate` calls it
             yield
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        return vocabulary_of(self.model.original_model)
+
+    @property
+    def context_length(self) -> int | None:
+        positions = getattr(self._component("pos_embed"), "original_component", None)
+        return context_of(self.model.original_model.config.get_text_config(), positions)
 
     def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None

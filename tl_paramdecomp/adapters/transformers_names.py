@@ -69,6 +69,33 @@ FUSED_GATE_UP: dict[str, tuple[str, ...]] = {
 POSITIONS = ("wpe", "positions_embed", "embed_positions", "embeddings.position_embeddings")
 """Names of the table of learned positions, below the model without its head."""
 
+COMPUTED_TABLES = {
+    "gptj": "n_positions", "codegen": "n_positions", "ctrl": "n_positions", "mpt": "max_seq_len",
+}  # fmt: skip
+"""Families whose positions are a table that is computed once -> the field of the configuration that says how long it is."""
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Rows of the token embedding of a transformers model; None where it has none."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def context_of(config: Any, positions: nn.Module | None) -> int | None:
+    """Positions that a transformers model has; None where it computes as many as it is asked for.
+
+    Args:
+        config: Of its text part.
+        positions: Its table of learned positions, where it has one.
+    """
+    if isinstance(positions, nn.Embedding):
+        padding = positions.padding_idx
+        unused = getattr(positions, "offset", 0 if padding is None else padding + 1)  # OPT's own, and RoBERTa's
+        return positions.weight.shape[0] - unused
+    return getattr(config, COMPUTED_TABLES.get(getattr(config, "model_type", ""), ""), None)
+
 
 class LinearKind(NamedTuple):
     """How a torch module holds a linear map."""
