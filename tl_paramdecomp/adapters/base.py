@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.boundary import evaluating, interceptions_of, one_thread
-from tl_paramdecomp.adapters.fingerprint import fingerprint
+from tl_paramdecomp.adapters.fingerprint import fingerprint, sampled
 from tl_paramdecomp.adapters.identity import (
     behind,
     composed,
@@ -27,6 +27,7 @@ from tl_paramdecomp.adapters.interception import Interception, OnError
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_gain, read_norm_bias, replaced_gains
 from tl_paramdecomp.adapters.norms import Norms, find_norms, module_norms
 from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
+from tl_paramdecomp.adapters.rows import check_tokens, pads_left, starts_later
 from tl_paramdecomp.adapters.shortcuts import (
     AfterUnembedding,
     blocks_of_sites,
@@ -46,6 +47,7 @@ from tl_paramdecomp.adapters.wiring import (
     read_parameter,
     read_weight,
     stored_weight,
+    structure,
 )
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import Fingerprint, SiteCall, SiteFn, SitePattern, WeightSite
@@ -72,14 +74,16 @@ class _Remembered(NamedTuple):
 
     parameters: "tuple[weakref.ref[Tensor], ...]"
     states: tuple[Hashable, ...] | None
+    entries: tuple[Tensor, ...]
     found: Fingerprint
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the very same parameters, unchanged since."""
+        """Whether these are the very same parameters, unchanged since as far as torch counts and some entries show."""
         alive = len(parameters) == len(self.parameters) and all(
             ref() is t for ref, t in zip(self.parameters, parameters)
         )
-        return alive and self.states is not None and self.states == _states(parameters)
+        counted = alive and self.states is not None and self.states == _states(parameters)
+        return counted and all(torch.equal(known, sampled(t)) for known, t in zip(self.entries, parameters))
 
 
 def _states(parameters: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
@@ -102,6 +106,7 @@ class ModelAdapter(ABC):
     def __init__(self, model: Any) -> None:
         self._model_ref = weakref.ref(model)
         self._fingerprints: dict[str, _Remembered] = {}
+        self._seen_rows: tuple[weakref.ref[Tensor], Hashable] | None = None
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
@@ -135,8 +140,12 @@ class ModelAdapter(ABC):
         return None
 
     def signature(self) -> Hashable:
-        """Flags of the host that change the wiring; an adapter made under other flags is made anew."""
-        return None
+        """What the wiring depends on; an adapter made of another is made anew."""
+        return structure(self.root), self.flags()
+
+    def flags(self) -> tuple[Hashable, ...]:
+        """Settings of the host that change the wiring."""
+        return ()
 
     @property
     def sites(self) -> dict[str, WeightSite]:
@@ -182,7 +191,10 @@ class ModelAdapter(ABC):
         return None if is_identity(name) else read_bias(self.root, self.wirings[name])
 
     def fingerprint(self, name: str, fresh: bool = False) -> Fingerprint:
-        """Fingerprint of a site's weight and bias, or a norm's; remembered until a parameter changes, unless `fresh`."""
+        """Fingerprint of a site's weight and bias, or a norm's; remembered until a parameter changes, unless `fresh`.
+
+        A change that torch does not count (through `.data`) is noticed where it is of a whole tensor.
+        """
         if is_identity(name):
             return identity_fingerprint(self.fingerprint(behind(name), fresh))
         parameters, known = self._parameters_of(name), self._fingerprints.get(name)
@@ -190,7 +202,8 @@ class ModelAdapter(ABC):
             return known.found
         weight, bias = (self.weight, self.bias) if name in self.wirings else (self._gain_row, self.gain_bias)
         found = fingerprint(weight(name), bias(name))
-        self._fingerprints[name] = _Remembered(tuple(map(weakref.ref, parameters)), _states(parameters), found)
+        entries = tuple(map(sampled, parameters))
+        self._fingerprints[name] = _Remembered(tuple(map(weakref.ref, parameters)), _states(parameters), entries, found)
         return found
 
     def _parameters_of(self, name: str) -> list[Tensor]:
@@ -252,10 +265,33 @@ class ModelAdapter(ABC):
         Every pass that the library makes of its own accord is made here. The mode that the user's modules are in is put back.
 
         Raises:
+            DtypeError, DataError: The model cannot read these tokens.
+            UnsupportedModelError: It reads rows that are padded on the left otherwise than alone.
             PatchConflictError: Another thread uses the model.
         """
+        self.check_readable(tokens)
         with self.evaluating():
+            if attention_mask is not None and starts_later(attention_mask) and not self._pads_left:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
+                    "the right (tokenizer.padding_side = 'right')."
+                )
             return self.run(tokens, attention_mask)
+
+    def check_readable(self, tokens: Shaped[Tensor, "batch ..."]) -> None:
+        """Refuse rows that the model cannot read; rows that were seen last are not read again.
+
+        Raises:
+            DtypeError, DataError: As `check_tokens`.
+        """
+        seen, now = self._seen_rows, (tokens._version if not tokens.is_inference() else None, tokens.device)
+        if seen is None or seen[0]() is not tokens or seen[1] != now or now[0] is None:
+            check_tokens(tokens, self.reads_tokens, self.vocabulary_size, self.context_length)
+            self._seen_rows = (weakref.ref(tokens), now)
+
+    @functools.cached_property
+    def _pads_left(self) -> bool:
+        return pads_left(self)
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the model is in evaluation mode, and this thread's alone.
@@ -314,6 +350,11 @@ class ModelAdapter(ABC):
     def context_length(self) -> int | None:
         """Positions of the longest row that the model can read; None where nothing in it ends there."""
         return None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether token ids are all that it reads, as a language model does."""
+        return True
 
     # --- shorter passes ---------------------------------------------------------------------------------------------
     def block_modules(self) -> Sequence[nn.Module]:

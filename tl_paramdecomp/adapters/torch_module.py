@@ -1,8 +1,10 @@
 """Adapter for any torch module: transformers models under canonical names, all others under dotted paths."""
 
 import contextlib
+import functools
+import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
 from tl_paramdecomp.adapters.boundary import shadowed_method
-from tl_paramdecomp.adapters.convolution import lazy_modules, why_no_patches
+from tl_paramdecomp.adapters.convolution import why_no_patches
 from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
 from tl_paramdecomp.adapters.probe import probe
+from tl_paramdecomp.adapters.rows import positions_of, starts_later
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
     block_refusals,
@@ -121,10 +124,6 @@ class TorchModuleAdapter(ModelAdapter):
     def _refusals(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.refused.items())[:3])
 
-    def signature(self) -> Hashable:
-        """The number of modules stands for the structure of the tree; lazy ones become sites when they are run."""
-        return sum(1 for _ in self.root.modules()), lazy_modules(self.root)
-
     # --- running ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
@@ -134,6 +133,14 @@ class TorchModuleAdapter(ModelAdapter):
             PassWatch(self.root, interception).install(stack)
             watch_generate(stack, self.root, interception)
             yield
+
+    @functools.cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(type(self.root).forward).parameters
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self._is_language_model
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -169,7 +176,10 @@ class TorchModuleAdapter(ModelAdapter):
     def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
-        out = self.root(tokens) if attention_mask is None else self.root(tokens, attention_mask=attention_mask)
+        given: dict[str, Tensor] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        if attention_mask is not None and self._takes_positions and starts_later(attention_mask):
+            given["position_ids"] = positions_of(attention_mask)  # transformers counts padded columns, too
+        out = self.root(tokens, **given)
         for name in ("logits", "last_hidden_state"):
             out = getattr(out, name, out)
         return out[0] if isinstance(out, (tuple, list)) else out

@@ -74,7 +74,7 @@ class TransformerBridgeAdapter(LensAdapter):
             self._add_block(block, i)
         self._add_unembedding()
         plain = all(is_plain(find_module(self.root, wiring.owner)) for wiring in self.wirings.values())
-        if kind not in KNOWN_ARCHITECTURES or any(self.signature()) or not plain:
+        if kind not in KNOWN_ARCHITECTURES or any(self.flags()) or not plain:
             self._add_the_rest()
             self.wirings, reasons = probe(self, self._run_probe)
             self.refused |= reasons
@@ -236,7 +236,7 @@ class TransformerBridgeAdapter(LensAdapter):
             return "compatibility mode (weights may be folded and centred)"
         return None
 
-    def signature(self) -> tuple[bool, ...]:
+    def flags(self) -> tuple[bool, ...]:
         """Flags under which a bridge takes other paths."""
         cfg = self.model.cfg
         flags = tuple(bool(getattr(cfg, f, False)) for f in (*SPLITTING_FLAGS, "use_attn_result", "use_hook_mlp_in"))
