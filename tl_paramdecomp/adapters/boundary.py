@@ -1,7 +1,8 @@
 """Where the library meets a model: in one thread at a time, and, when it asks something itself, in evaluation mode.
 
 What is open on a model is kept by the module that holds the weights, so that every host around that module sees it. Contexts
-may end in any order; the last one to end leaves the model as the first one found it.
+may end in any order; the last one to end leaves the model as the first one found it. A copy that is made meanwhile stands alone
+and has nothing of them.
 """
 
 import contextlib
@@ -102,7 +103,22 @@ def evaluating(core: nn.Module, *around: nn.Module) -> Iterator[None]:
                 state.training = []
 
 
-# --- methods of single instances -------------------------------------------------------------------------------------
+# --- hooks, and methods of single instances -------------------------------------------------------------------------------------
+class Hook(partial):
+    """A torch hook of an open context. A copy of the module that it is on, or a pickle, has one that does nothing."""
+
+    def __reduce__(self) -> Any:
+        return _idle_hook, ()
+
+
+def _idle_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
 Around = Callable[..., Any]
 """Called as `around(original, *args, **kwargs)` in place of a method."""
 
@@ -115,6 +131,9 @@ class Shadow:
         self.original = original
         self.own = own
         self.arounds: list[Around] = []
+
+    def __reduce__(self) -> Any:
+        return Shadow, (self.original, self.own)  # which is bound to the copy of the instance, in a copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.original

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters.boundary import busy
+from tl_paramdecomp.adapters.boundary import Hook, busy
 from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_norm_bias
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
-from tl_paramdecomp.errors import PatchConflictError, ShapeError, SiteNotFiredError, UnsupportedSiteError
+from tl_paramdecomp.errors import ShapeError, SiteNotFiredError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
 OnError = Callable[[str, Exception], None]
@@ -163,18 +163,16 @@ class Interception:
     def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring | NormWiring) -> None:
         x_module, y_module = find_module(self.root, wiring.x.path), find_module(self.root, wiring.y.path)
         if wiring.x.point == "output":
-            handle = x_module.register_forward_hook(functools.partial(self._keep_output, name))
+            handle = x_module.register_forward_hook(Hook(self._keep_output, name))
             self._last.append((x_module, handle.id))
         else:
             read = wiring.x.read or first_argument
-            handle = x_module.register_forward_pre_hook(
-                functools.partial(self._keep_input, name, read), with_kwargs=True
-            )
+            handle = x_module.register_forward_pre_hook(Hook(self._keep_input, name, read), with_kwargs=True)
         stack.callback(handle.remove)
         if wiring.y.point == "input":
-            handle = y_module.register_forward_pre_hook(functools.partial(self._replace_input, name))
+            handle = y_module.register_forward_pre_hook(Hook(self._replace_input, name))
         else:
-            handle = y_module.register_forward_hook(functools.partial(self._replace_output, name), prepend=True)
+            handle = y_module.register_forward_hook(Hook(self._replace_output, name), prepend=True)
         stack.callback(handle.remove)
 
     def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
@@ -190,17 +188,6 @@ class Interception:
 
     def _replace_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> Any:
         return self._patched(name, self._take_x(name), output)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be copied or pickled along with the model whose hooks lead here.
-
-        Raises:
-            PatchConflictError: Always.
-        """
-        raise PatchConflictError(
-            "This model is patched at present, and a copy would carry the patch along. Copy or save it after the contexts "
-            "around it have ended; for a copy with the patch in its weights call tl_paramdecomp.edited_model(...) there."
-        )
 
     def begin(self, start: int, tokens: Tensor | None) -> None:
         """A forward pass begins: forget the last one, and move to the end of the queue where inputs are read.
@@ -351,7 +338,7 @@ def host_output(new: Tensor, y: Tensor, wiring: Wiring) -> Tensor:
 @contextlib.contextmanager
 def torch_call_hook(module: nn.Module, fn: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Intercept one module's call by a torch forward hook that runs before all others."""
-    handle = module.register_forward_hook(functools.partial(_on_call, fn), prepend=True, with_kwargs=True)
+    handle = module.register_forward_hook(Hook(_on_call, fn), prepend=True, with_kwargs=True)
     try:
         yield
     finally:

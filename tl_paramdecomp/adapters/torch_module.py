@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
-from tl_paramdecomp.adapters.boundary import shadowed_method
+from tl_paramdecomp.adapters.boundary import Hook, shadowed_method
 from tl_paramdecomp.adapters.convolution import why_no_patches
 from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
@@ -209,8 +209,9 @@ class PassWatch:
         prefix = getattr(self.root, "base_model_prefix", "")
         base = self.root._modules.get(prefix) if prefix else None
         for module in (self.root,) if base is None else (self.root, base):
-            stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
+            stack.callback(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True).remove)
+            ended = module.register_forward_hook(Hook(self._end), with_kwargs=True, always_call=True)
+            stack.callback(ended.remove)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         me = (module, threading.get_ident())
