@@ -52,7 +52,9 @@ def state_of(model: Any) -> list[Any]:
     """What a context could leave on a model: attributes of instances, hooks, nnsight's bodies, hook points."""
     found: list[Any] = [sorted(vars(model))]
     for module in module_of(model).modules():
-        own = {name: value for name, value in vars(module).items() if name in ("forward", "generate", "generate_stream")}
+        own = {
+            name: value for name, value in vars(module).items() if name in ("forward", "generate", "generate_stream")
+        }
         hooks = [list(hooks) for name, hooks in sorted(vars(module).items()) if name.endswith("_hooks")]
         body = getattr(vars(module).get("__nnsight__"), "body", None)
         found.append((id(module), {name: id(value) for name, value in own.items()}, hooks, id(body)))

@@ -137,7 +137,13 @@ def test_plain_hooks_by_position_refuse_to_generate(host: str) -> None:
     model = build(host)
     dec = decomposition_of(model, "blocks.0.mlp.W_in")
     pairs = tlpd.fwd_hooks(model, dec, reversed_at(dec, -1))
-    settings = {"max_new_tokens": 2, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+    settings = {
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "stop_at_eos": False,
+        "verbose": False,
+        "return_type": "tokens",
+    }
     for cache in (True, False):
         with torch.no_grad(), model.hooks(fwd_hooks=pairs):
             with pytest.raises(tlpd.errors.SiteNotFiredError, match="generate inside"):

@@ -259,12 +259,13 @@ class TransformerBridgeAdapter(LensAdapter):
 
     @property
     def vocabulary_size(self) -> int | None:
-        return vocabulary_of(self.model.original_model)
+        return vocabulary_of(self.model.original_model) or super().vocabulary_size
 
     @property
     def context_length(self) -> int | None:
         positions = getattr(self._component("pos_embed"), "original_component", None)
-        return context_of(self.model.original_model.config.get_text_config(), positions)
+        config: Any = getattr(self.model.original_model, "config", None)  # a native model has none
+        return context_of(None if config is None else config.get_text_config(), positions)
 
     def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
