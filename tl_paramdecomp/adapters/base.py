@@ -24,10 +24,11 @@ from tl_paramdecomp.adapters.identity import (
     select,
 )
 from tl_paramdecomp.adapters.interception import Interception, OnError
+from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_gain, read_norm_bias, replaced_gains
 from tl_paramdecomp.adapters.norms import Norms, find_norms, module_norms
+from tl_paramdecomp.adapters.padding import pads_left, starts_later
 from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
-from tl_paramdecomp.adapters.rows import check_tokens, pads_left, starts_later
 from tl_paramdecomp.adapters.shortcuts import (
     AfterUnembedding,
     blocks_of_sites,
@@ -106,7 +107,7 @@ class ModelAdapter(ABC):
     def __init__(self, model: Any) -> None:
         self._model_ref = weakref.ref(model)
         self._fingerprints: dict[str, _Remembered] = {}
-        self._seen_rows: tuple[weakref.ref[Tensor], Hashable] | None = None
+        self._seen_rows: tuple[weakref.ref[Tensor], int | None] | None = None
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
@@ -265,11 +266,11 @@ class ModelAdapter(ABC):
         Every pass that the library makes of its own accord is made here. The mode that the user's modules are in is put back.
 
         Raises:
-            DtypeError, DataError: The model cannot read these tokens.
+            DataError: The model cannot read these tokens.
             UnsupportedModelError: It reads rows that are padded on the left otherwise than alone.
             PatchConflictError: Another thread uses the model.
         """
-        self.check_readable(tokens)
+        self.check_readable(tokens, attention_mask)
         with self.evaluating():
             if attention_mask is not None and starts_later(attention_mask) and not self._pads_left:
                 raise UnsupportedModelError(
@@ -278,15 +279,17 @@ class ModelAdapter(ABC):
                 )
             return self.run(tokens, attention_mask)
 
-    def check_readable(self, tokens: Shaped[Tensor, "batch ..."]) -> None:
-        """Refuse rows that the model cannot read; rows that were seen last are not read again.
+    def check_readable(
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> None:
+        """Refuse rows that the model cannot read; rows that were seen last are not looked at again.
 
         Raises:
-            DtypeError, DataError: As `check_tokens`.
+            DataError: A row is too long, no token ids, or holds an id that the model has not.
         """
-        seen, now = self._seen_rows, (tokens._version if not tokens.is_inference() else None, tokens.device)
-        if seen is None or seen[0]() is not tokens or seen[1] != now or now[0] is None:
-            check_tokens(tokens, self.reads_tokens, self.vocabulary_size, self.context_length)
+        seen, now = self._seen_rows, None if tokens.is_inference() else tokens._version
+        if seen is None or now is None or seen[0]() is not tokens or seen[1] != now:
+            Limits.of(self).refuse(tokens, "The batch", attention_mask)
             self._seen_rows = (weakref.ref(tokens), now)
 
     @functools.cached_property
@@ -353,7 +356,12 @@ class ModelAdapter(ABC):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether token ids are all that it reads, as a language model does."""
+        """Whether the model is a language model, whose rows are token ids, whatever it makes of them."""
+        return True
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether outputs are logits over a vocabulary, or a plain module's, which are taken for what their user does."""
         return True
 
     # --- shorter passes ---------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def evaluating(core: nn.Module, *around: nn.Module) -> Iterator[None]:
                 state.training = []
 
 
-# --- hooks, and methods of single instances -------------------------------------------------------------------------------------
+# --- hooks, and methods of single instances -----------------------------------------------------------------------------
 class Hook(partial):
     """A torch hook of an open context. A copy of the module that it is on, or a pickle, has one that does nothing."""
 

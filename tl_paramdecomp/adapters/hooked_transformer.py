@@ -18,7 +18,7 @@ from tl_paramdecomp.adapters.base import make_interception
 from tl_paramdecomp.adapters.boundary import shadowed_method
 from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point, watch_generate
-from tl_paramdecomp.adapters.rows import starts_later
+from tl_paramdecomp.adapters.padding import starts_later
 from tl_paramdecomp.adapters.wiring import Tap, Wiring
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn, WeightSite

@@ -19,13 +19,14 @@ from tl_paramdecomp.adapters.convolution import why_no_patches
 from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
+from tl_paramdecomp.adapters.padding import positions_of, starts_later
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.rows import positions_of, starts_later
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
     block_refusals,
     context_of,
     find_blocks,
+    has_unembedding,
     is_plain,
     linear_kind,
     module_wiring,
@@ -139,12 +140,18 @@ class TorchModuleAdapter(ModelAdapter):
         return "position_ids" in inspect.signature(type(self.root).forward).parameters
 
     @property
+    def vocabulary_size(self) -> int | None:
+        return vocabulary_of(self.root) if self._is_language_model else super().vocabulary_size
+
+    @property
     def reads_tokens(self) -> bool:
         return self._is_language_model
 
     @property
-    def vocabulary_size(self) -> int | None:
-        return vocabulary_of(self.root) if self._is_language_model else super().vocabulary_size
+    def gives_logits(self) -> bool:
+        if self._is_language_model:
+            return has_unembedding(self.root)
+        return getattr(self.root, "base_model", None) is not self.root  # a body of transformers without any head
 
     @property
     def context_length(self) -> int | None:

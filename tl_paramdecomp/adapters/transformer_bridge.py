@@ -26,6 +26,7 @@ from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
     block_refusals,
     context_of,
+    has_unembedding,
     is_plain,
     linear_kind,
     module_wiring,
@@ -260,6 +261,10 @@ class TransformerBridgeAdapter(LensAdapter):
     @property
     def vocabulary_size(self) -> int | None:
         return vocabulary_of(self.model.original_model) or super().vocabulary_size
+
+    @property
+    def gives_logits(self) -> bool:
+        return has_unembedding(self.model.original_model)
 
     @property
     def context_length(self) -> int | None:

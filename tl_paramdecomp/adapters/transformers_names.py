@@ -83,6 +83,14 @@ def vocabulary_of(model: Any) -> int | None:
         return None
 
 
+def has_unembedding(model: Any) -> bool:
+    """Whether a transformers model gives logits over its vocabulary: a body or a classifier has no output embedding."""
+    try:
+        return isinstance(model.get_output_embeddings(), nn.Module)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
 def context_of(config: Any, positions: nn.Module | None) -> int | None:
     """Positions that a transformers model has; None where it computes as many as it is asked for.
 

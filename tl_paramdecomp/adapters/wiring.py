@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from tl_paramdecomp.adapters.convolution import Patches
 from tl_paramdecomp.errors import UnsupportedSiteError
@@ -89,7 +89,7 @@ def structure(root: nn.Module) -> Hashable:
         found += (id(module), type(module), *children, *map(type, children.values()))
         for name, tensor in parameters.items():
             found += (name, tensor if tensor is None else numbers.setdefault(id(tensor), len(numbers)))
-            if tensor is not None and not isinstance(tensor, UninitializedTensorMixin):
+            if tensor is not None and not is_lazy(tensor):
                 found += (tensor.shape, tensor.dtype)
         stack += [child for child in children.values() if child is not None]
     return tuple(found)

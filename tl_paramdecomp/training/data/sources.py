@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters.limits import UNLIMITED, Limits
 from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.methods.base import Batch
+from tl_paramdecomp.methods.base import TOKEN_COLUMNS, Batch, as_tensor
 from tl_paramdecomp.training.data.cursors import Items, items_of
-from tl_paramdecomp.training.data.text import TOKEN_COLUMNS, TextRows
-from tl_paramdecomp.training.data.vocabulary import (
-    RowRules,
-    refuse_foreign_tokens,
-    refuse_other_tokenizer,
-    vocabulary_of,
-)
+from tl_paramdecomp.training.data.tables import Table, as_known
+from tl_paramdecomp.training.data.text import TEXT_COLUMNS, TextRows
+from tl_paramdecomp.training.data.vocabulary import RowRules, limits_of, refuse_other_tokenizer
 
 __all__ = [
     "Batch", "BatchMaker", "BatchSource", "MadeSource", "RowSource", "StreamSource", "TextRows", "as_batch", "batch_source",
@@ -33,8 +29,8 @@ __all__ = [
 class BatchSource(ABC):
     """Where batches come from."""
 
-    n_vocab: int | None = None
-    """Tokens that the model has; others are refused. None: whatever comes is taken."""
+    limits: Limits = UNLIMITED
+    """Of who reads the rows; what does not keep to them is refused."""
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
@@ -95,7 +91,7 @@ class RowSource(BatchSource):
 
     def __init__(
         self, rows: Any, batch_size: int, seed: int, attention_mask: Tensor | None = None, together: int = 1,
-        shuffled: bool = True, n_vocab: int | None = None, info: Mapping[str, Any] | None = None,
+        shuffled: bool = True, limits: Limits = UNLIMITED, info: Mapping[str, Any] | None = None, first: int = 0,
     ) -> None:  # fmt: skip
         if len(rows) == 0:
             raise DataError("The data has no rows.")
@@ -104,7 +100,7 @@ class RowSource(BatchSource):
                 f"Rows belong together by {together}; given {len(rows)} rows and a batch size of {batch_size}, which must both "
                 "be multiples of that."
             )
-        self.together, self.shuffled, self.n_vocab = together, shuffled, n_vocab
+        self.together, self.shuffled, self.limits, self.first = together, shuffled, limits, first
         self.rows, self.batch_size, self.seed, self.attention_mask = rows, batch_size, seed, attention_mask
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._info = None if info is None else dict(info)
@@ -122,9 +118,15 @@ class RowSource(BatchSource):
         if isinstance(self.rows, Tensor):
             index = torch.tensor(picked)
             return Batch(self.rows[index], None if self.attention_mask is None else self.attention_mask[index])
-        batch = stack_rows([self.rows[i] for i in picked])
-        refuse_foreign_tokens(batch.tokens, self.n_vocab, "The data")
-        return batch
+        rows = [self.rows[i] for i in picked]
+        self._refuse(picked, rows)
+        return stack_rows(rows)
+
+    def _refuse(self, numbers: Iterable[int], rows: Sequence[Any]) -> None:
+        """See that the model can read rows that are no tensor, each known by its number in the data."""
+        for number, row in zip(numbers, rows, strict=True):
+            one = stack_rows([row])
+            self.limits.refuse(one.tokens, "The data", one.attention_mask, self.first + number)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -137,9 +139,11 @@ class RowSource(BatchSource):
 
     def check(self) -> None:
         if isinstance(self.rows, Tensor):
-            refuse_foreign_tokens(self.rows, self.n_vocab, "The tensor of token rows")
-        else:
-            self.batch(0)
+            self.limits.refuse(self.rows, "The tensor of token rows", self.attention_mask)
+            return
+        if isinstance(getattr(self.rows, "items", self.rows), Table):  # in memory: all of it is looked at
+            self._refuse(range(len(self.rows)), self.rows)
+        self.batch(0)
 
     def _row(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.rows))
@@ -155,12 +159,12 @@ class RowSource(BatchSource):
 class MadeSource(BatchSource):
     """Batches made by a function of the step's number, which is asked for each step once."""
 
-    def __init__(self, make: Callable[[int], Any], n_vocab: int | None = None) -> None:
-        self.make, self.n_vocab = make, n_vocab
+    def __init__(self, make: Callable[[int], Any], limits: Limits = UNLIMITED) -> None:
+        self.make, self.limits = make, limits
 
     def batch(self, step: int) -> Batch:
         batch = as_batch(self.make(step))
-        refuse_foreign_tokens(batch.tokens, self.n_vocab, f"The batch made for step {step}")
+        self.limits.refuse(batch.tokens, f"The batch made for step {step}", batch.attention_mask)
         return batch
 
     @property
@@ -171,9 +175,9 @@ class MadeSource(BatchSource):
 class StreamSource(BatchSource):
     """Batches in the order an iterable gives them; begun again at its end where it can be."""
 
-    def __init__(self, batches: Iterable[Any], batch_size: int, n_vocab: int | None = None) -> None:
+    def __init__(self, batches: Iterable[Any], batch_size: int, limits: Limits = UNLIMITED) -> None:
         self.items: Items = items_of(batches)
-        self.batches, self.batch_size, self.n_vocab = batches, batch_size, n_vocab
+        self.batches, self.batch_size, self.limits = batches, batch_size, limits
         self._cursor = self.items.open()
         self._pass = 0
         self._next_step = 0
@@ -193,6 +197,12 @@ class StreamSource(BatchSource):
             before = self.state()
             self._first = (self._read(), before)
             self._next_step = 0
+            if isinstance(self.batches, list | tuple):  # in memory: all of it is looked at
+                for i, item in enumerate(self.batches):
+                    batch = stack_rows([item]) if _is_row(item) else as_batch(item)
+                    self.limits.refuse(
+                        batch.tokens, f"Item {i} of the {type(self.batches).__name__}", batch.attention_mask
+                    )
 
     def state(self) -> dict[str, Any]:
         if self._first is not None:
@@ -225,7 +235,7 @@ class StreamSource(BatchSource):
             batch = stack_rows(rows)
         else:
             batch = as_batch(rows[0])
-        refuse_foreign_tokens(batch.tokens, self.n_vocab, f"The batch of step {self._next_step - 1}")
+        self.limits.refuse(batch.tokens, f"The batch of step {self._next_step - 1}", batch.attention_mask)
         return batch
 
     def _item(self) -> Any:
@@ -254,15 +264,16 @@ def batch_source(
     """Batches from data in any of the forms users have.
 
     Args:
-        data: What `token_batches` gives; a tensor [rows, pos]; an iterable of batches ([batch, pos] tensors, or dicts with
-            `tokens` or `input_ids` and perhaps `attention_mask`) or of rows; a function from the step's number to such a
-            batch; a `datasets` Dataset or IterableDataset with such a column, or with a text column and a tokenizer.
+        data: What `token_batches` gives; a tensor or array [rows, pos]; an iterable of batches ([batch, pos] tensors, or dicts
+            with `tokens` or `input_ids` and perhaps `attention_mask`, such as a `BatchEncoding`) or of rows; such a dict; a
+            function from the step's number to such a batch; a `datasets` Dataset or IterableDataset, a DataFrame, Series or
+            Arrow table (`tables`) with such a column, or with a text column and a tokenizer; a list of texts and a tokenizer.
         batch_size: Rows per batch, where the data comes as rows.
         seed: Order of the rows.
         tokenizer: For text.
         length: Row length for text; None: the tokenizer's own limit, at most 1024.
         together: Neighbouring rows that stay neighbours in a shuffle.
-        model: Who reads the rows, on any host, or its adapter: tokens that it has not are refused. None: nobody is asked.
+        model: Who reads the rows, on any host, or its adapter: what it cannot read is refused. None: nobody is asked.
 
     Raises:
         DataError: The data is empty or of no such form.
@@ -273,46 +284,54 @@ def batch_source(
         return data
     if isinstance(data, BatchMaker):
         return data.source(batch_size, seed, model, tokenizer, together)
-    n_vocab = None if model is None else vocabulary_of(model if isinstance(model, ModelAdapter) else adapt(model))
+    limits, data = limits_of(model), as_known(data)
     if isinstance(data, Tensor):
         if data.ndim < 2:
             raise DataError(f"A tensor of token rows is [rows, pos]; given {list(data.shape)}.")
-        return RowSource(data, batch_size, seed, together=together, n_vocab=n_vocab)
+        return RowSource(data, batch_size, seed, together=together, limits=limits)
     if isinstance(data, Mapping):
         batch = as_batch(data)
-        return RowSource(batch.tokens, batch_size, seed, batch.attention_mask, together, n_vocab=n_vocab)
+        return RowSource(batch.tokens, batch_size, seed, batch.attention_mask, together, limits=limits)
     if callable(data) and not isinstance(data, Iterable):
-        return MadeSource(data, n_vocab)
-    columns = getattr(data, "column_names", None)
-    if columns is not None:
-        column = next((c for c in (*TOKEN_COLUMNS, "text") if c in columns), None)
-        if column is None:
-            raise DataError(
-                f"The dataset has columns {columns}; one must be 'tokens', 'input_ids' or 'text'. Name another with "
-                "token_batches(dataset, model, column=...)."
-            )
-        if column == "text":
-            return StreamSource(_text_rows(data, tokenizer, length, n_vocab), batch_size, n_vocab)
+        return MadeSource(data, limits)
+    if getattr(data, "column_names", None) is not None:
+        column = _column_of(data)
+        if column not in TOKEN_COLUMNS:
+            return StreamSource(_text_rows(data, tokenizer, length, limits, column), batch_size, limits)
+        if isinstance(data, Table) and (whole := data.whole(column)) is not None:
+            return RowSource(whole.tokens, batch_size, seed, whole.attention_mask, together, limits=limits)
         if hasattr(data, "__len__"):
-            return RowSource(data, batch_size, seed, together=together, n_vocab=n_vocab)
-        return StreamSource(data, batch_size, n_vocab)
-    if isinstance(data, str) or not isinstance(data, Iterable):
+            return RowSource(data, batch_size, seed, together=together, limits=limits)
+        return StreamSource(data, batch_size, limits)
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise DataError(
-            f"Data must be a tensor of token rows, batches, or a dataset; given {type(data).__name__}. Files and datasets on "
-            "the hub are opened with token_batches(name, model)."
+            f"Data must be a tensor of token rows, batches, a table, or a dataset; given {type(data).__name__}. Files and "
+            "datasets on the hub are opened with token_batches(name, model)."
         )
     if not isinstance(data, Iterator):  # a stream need not know its columns before it is read
         first = next(iter(data), None)
         if isinstance(first, str) or (
             isinstance(first, Mapping) and "text" in first and not set(TOKEN_COLUMNS) & set(first)
         ):
-            return StreamSource(_text_rows(data, tokenizer, length, n_vocab), batch_size, n_vocab)
-    return StreamSource(data, batch_size, n_vocab)
+            return StreamSource(_text_rows(data, tokenizer, length, limits), batch_size, limits)
+    return StreamSource(data, batch_size, limits)
 
 
-def _text_rows(texts: Any, tokenizer: Any, length: int | None, n_vocab: int | None) -> TextRows:
-    rows = TextRows(texts, tokenizer, length)
-    refuse_other_tokenizer(RowRules(tokenizer, eos=tokenizer.eos_token_id, n_vocab=n_vocab))
+def _column_of(data: Any) -> str:
+    """The column of a table or dataset that is read."""
+    found = next((c for c in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if c in data.column_names), None)
+    if found is None:
+        what = data.kind if isinstance(data, Table) else "dataset"
+        raise DataError(
+            f"The {what} has columns {list(data.column_names)}; one must be 'tokens', 'input_ids' or 'text'. Name another with "
+            "token_batches(data, model, column=...); rows of numbers whose columns have no names are an array [rows, pos]."
+        )
+    return found
+
+
+def _text_rows(texts: Any, tokenizer: Any, length: int | None, limits: Limits, column: str = "text") -> TextRows:
+    rows = TextRows(texts, tokenizer, length, column, limits.context)
+    refuse_other_tokenizer(RowRules(tokenizer, eos=tokenizer.eos_token_id, n_vocab=limits.vocabulary))
     return rows
 
 
@@ -343,14 +362,10 @@ def as_batch(item: Any) -> Batch:
     if isinstance(item, Batch):
         return item
     if isinstance(item, Mapping):
-        column = next((c for c in TOKEN_COLUMNS if c in item), None)
-        if column is None:
-            raise DataError(f"A batch needs 'tokens' or 'input_ids'; given {sorted(item)}.")
-        mask = item.get("attention_mask")
-        return Batch(torch.as_tensor(item[column]), None if mask is None else torch.as_tensor(mask))
+        return Batch.of(item)
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
         return Batch(item[0], item[1] if len(item) > 1 else None)
-    tokens = torch.as_tensor(item)
+    tokens = as_tensor(item, "A batch")
     if tokens.ndim < 2:
         raise DataError(f"A batch of token rows is [batch, pos]; given {list(tokens.shape)}.")
     return Batch(tokens, None)
@@ -364,8 +379,11 @@ def stack_rows(rows: Sequence[Any]) -> Batch:
         column = next((c for c in TOKEN_COLUMNS if c in fields), None)
         if column is None:
             raise DataError(f"A row needs 'tokens' or 'input_ids'; given {sorted(fields)}.")
-        tokens.append(torch.as_tensor(fields[column]))
-        masks.append(torch.as_tensor(fields.get("attention_mask", torch.ones(len(tokens[-1]), dtype=torch.long))))
+        tokens.append(as_tensor(fields[column], "A row"))
+        mask = fields.get("attention_mask")
+        masks.append(torch.ones(len(tokens[-1]), dtype=torch.long) if mask is None else as_tensor(mask, "A mask"))
+        if masks[-1].shape != tokens[-1].shape[:1]:
+            raise DataError(f"A row {list(tokens[-1].shape)} has an attention mask {list(masks[-1].shape)} beside it.")
     padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
     return Batch(padded, None if bool(mask.all()) else mask)
@@ -377,14 +395,14 @@ def _is_row(item: Any) -> bool:
         item = item[column] if column is not None else item
     if isinstance(item, Batch) or (isinstance(item, list | tuple) and item and isinstance(item[0], Tensor)):
         return False
-    return not isinstance(item, Mapping) and torch.as_tensor(item).ndim == 1
+    return not isinstance(item, Mapping) and as_tensor(item, "The data").ndim == 1
 
 
 def digest_of_rows(rows: Any, most: int = 256) -> str:
     """A hash of evenly spaced rows, and of the shape: cheap, also for rows that fill the memory."""
     picked = sorted({round(i * (len(rows) - 1) / max(1, most - 1)) for i in range(most)})
     found = hashlib.sha256(f"{getattr(rows, 'dtype', None)} {list(getattr(rows, 'shape', ()))}".encode())
-    for i in picked if isinstance(rows, Tensor) else picked[:1] + picked[-1:]:
+    for i in picked if isinstance(rows, Tensor | Table) else picked[:1] + picked[-1:]:
         row = rows[i]
         row = (
             row.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.methods.base import TOKEN_COLUMNS
 from tl_paramdecomp.training.data.cursors import Cursor, Items, Place, items_of
 from tl_paramdecomp.training.data.text_files import Piece
-from tl_paramdecomp.training.data.vocabulary import RowRules, refuse_foreign_tokens
+from tl_paramdecomp.training.data.vocabulary import RowRules
 
-TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "content", "story", "document")
 """Names that a column of text has, where nobody says which it is."""
 
@@ -26,14 +27,29 @@ TEXT_COLUMNS = ("text", "content", "story", "document")
 class TextRows(Items):
     """Texts joined by the end-of-text token and cut into rows, each beginning with the beginning-of-text token."""
 
-    def __init__(self, texts: Iterable[Any], tokenizer: Any, length: int | None) -> None:
+    def __init__(
+        self,
+        texts: Iterable[Any],
+        tokenizer: Any,
+        length: int | None,
+        column: str = "text",
+        context: int | None = None,
+    ) -> None:
+        """
+        Args:
+            texts: Texts, or records with a column of them.
+            tokenizer: The model's.
+            length: Tokens of a row; None: as many as tokenizer and model take, at most 1024.
+            column: Where records hold the text.
+            context: Positions that the model reads.
+        """
         if tokenizer is None:
             raise DataError(
                 "Text needs a tokenizer: give a model that has one (model.tokenizer), or token rows instead of text."
             )
-        self.texts, self.tokenizer = texts, tokenizer
-        limit = getattr(tokenizer, "model_max_length", 1024)
-        self.length = length if length is not None else int(min(limit, 1024))
+        self.texts, self.tokenizer, self.column = texts, tokenizer, column
+        limits = (getattr(tokenizer, "model_max_length", 1024), 1024, 1024 if context is None else context)
+        self.length = length if length is not None else int(min(limits))
         self._items = items_of(texts)
         self.replayed = self._items.replayed
 
@@ -47,7 +63,11 @@ class TextRows(Items):
         return {"kind": "text rows", "texts": self._items.describe(), "length": self.length}
 
     def _encode(self, item: Any) -> list[int]:
-        text, eos = item["text"] if isinstance(item, Mapping) else item, self.tokenizer.eos_token_id
+        text, eos = item.get(self.column) if isinstance(item, Mapping) else item, self.tokenizer.eos_token_id
+        if text is None:
+            return []
+        if not isinstance(text, str):
+            raise DataError(f"The data holds {type(text).__name__} ({str(text)[:40]}) where text should be.")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + ([eos] if eos is not None else [])
 
 
@@ -169,7 +189,7 @@ class Encoder:
 
     def _given(self, tokens: Any) -> list[int]:
         found = given_tokens(tokens, self.source)
-        refuse_foreign_tokens(found, self.rules.n_vocab, self.source)
+        Limits(self.rules.n_vocab).refuse(found.unsqueeze(0), f"A document of {self.source}")
         return found.tolist()
 
 

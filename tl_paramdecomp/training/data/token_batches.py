@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Batch
 from tl_paramdecomp.training.data.cursors import Cursor, Items, ListItems, Place
 from tl_paramdecomp.training.data.openings import Opened, opened
 from tl_paramdecomp.training.data.sources import BatchMaker, BatchSource, RowSource
 from tl_paramdecomp.training.data.text import TOKEN_COLUMNS, Encoder, JoinedRows, given_tokens, no_tokenizer
-from tl_paramdecomp.training.data.vocabulary import RowRules, refuse_foreign_tokens, refuse_other_tokenizer, row_rules
+from tl_paramdecomp.training.data.vocabulary import RowRules, refuse_other_tokenizer, row_rules
 from tl_paramdecomp.training.data.windows import WindowSource
 
 
@@ -186,10 +187,12 @@ class TokenBatches(BatchMaker):
         if model is None:
             return self.rules
         reader = row_rules(model, self.rules.tokenizer, False, self.vocab_size)
+        n_vocab = self.rules.n_vocab if reader.n_vocab is None else reader.n_vocab
         rules = dataclasses.replace(
             self.rules,
-            n_vocab=self.rules.n_vocab if reader.n_vocab is None else reader.n_vocab,
+            n_vocab=n_vocab,
             n_ctx=self.rules.n_ctx if reader.n_ctx is None else reader.n_ctx,
+            limits=dataclasses.replace(reader.limits, vocabulary=n_vocab),
         )
         refuse_other_tokenizer(rules)
         return rules
@@ -211,19 +214,20 @@ class TokenBatches(BatchMaker):
         }  # fmt: skip
         rows = self._rows(rules, length)
         if isinstance(rows, Items):
-            return WindowSource(rows, batch_size, seed, shuffle, skip, together, info)
+            return WindowSource(rows, batch_size, seed, shuffle, skip, together, info, rules.limits)
         if skip >= len(rows):
             raise DataError(f"{self.data.name} has {len(rows)} rows, and skip={skip} leaves none of them.")
         kept = NumberedRows(rows.items, rows.read, rows.first + skip, len(rows) - skip)
         return RowSource(
-            kept, batch_size, seed, together=together, shuffled=shuffle > 0, n_vocab=rules.n_vocab, info=info
+            kept, batch_size, seed, together=together, shuffled=shuffle > 0, limits=rules.limits, info=info, first=skip
         )
 
     def _rows(self, rules: RowRules, length: int | None) -> "Items | NumberedRows":
         """Rows as the rules say, picked by number where they can be."""
         data, items = self.data, self.data.items
         if isinstance(items, Tensor):
-            refuse_foreign_tokens(items, rules.n_vocab, data.name)
+            rows = items if items.ndim == 2 else items.unsqueeze(0)
+            Limits(rules.n_vocab).refuse(rows, data.name)
         if isinstance(items, Tensor) and data.is_vector:
             assert length is not None
             body = length - len(rules.start)
@@ -262,7 +266,6 @@ class RowReader:
     def __call__(self, item: Any) -> Any:
         """The row; with `attention_mask`, where the record has one."""
         tokens = given_tokens(Encoder(self.rules, self.column, self.source).value(item), self.source)
-        refuse_foreign_tokens(tokens, self.rules.n_vocab, self.source)
         start = self.rules.start if not len(tokens) or self.rules.start != tokens[:1].tolist() else []
         row = torch.cat([torch.tensor(start, dtype=torch.long), tokens])
         if len(row) < (self.length or 1):

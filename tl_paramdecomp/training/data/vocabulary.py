@@ -1,12 +1,11 @@
 """What a model and its tokenizer say of token rows: how they begin, what ends a document, which token ids there are."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters.limits import UNLIMITED, Limits
 from tl_paramdecomp.analysis.tasks.tokens import context_of
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedModelError
 from tl_paramdecomp.pretrained import grammar, micro_gpt2_tokenizer
@@ -31,7 +30,9 @@ class RowRules:
     n_vocab: int | None = None
     """Tokens that the model embeds; None where that is not known."""
     n_ctx: int | None = None
-    """Positions that the model reads; None where that is not known."""
+    """Positions that the model was made for; None where that is not known."""
+    limits: Limits = UNLIMITED
+    """What rows must keep to, for the model to read them at all."""
 
     @property
     def start(self) -> list[int]:
@@ -88,24 +89,24 @@ def row_rules(
             f"Expected a tokenizer of transformers, given {type(tokenizer).__name__}; load one with AutoTokenizer, or wrap a "
             "tokenizers.Tokenizer as PreTrainedTokenizerFast(tokenizer_object=...)."
         )
-    if n_vocab is None and adapter is not None:
-        n_vocab = vocabulary_of(adapter)
+    limits = limits_of(adapter)
+    if n_vocab is not None:
+        own = n_vocab if limits.vocabulary is None else min(n_vocab, limits.vocabulary)
+        limits = dataclasses.replace(limits, vocabulary=own)
     put, why = _decide(adapter, tokenizer, bos)
     first = getattr(tokenizer, "bos_token_id", None) if put else None
-    rules = RowRules(
-        tokenizer, first, why, getattr(tokenizer, "eos_token_id", None), n_vocab,
-        None if adapter is None else context_of(adapter.root),
-    )  # fmt: skip
+    n_ctx = None if adapter is None else context_of(adapter.root)
+    n_ctx = min((n for n in (n_ctx, limits.context) if n is not None), default=None)
+    rules = RowRules(tokenizer, first, why, getattr(tokenizer, "eos_token_id", None), limits.vocabulary, n_ctx, limits)
     refuse_other_tokenizer(rules)
     return rules
 
 
-def vocabulary_of(adapter: ModelAdapter) -> int | None:
-    """Tokens that a model embeds; None where it embeds none, or more than one table could be theirs."""
-    tables = {name: site.d_in for name, site in adapter.sites.items() if site.kind == "embedding"}
-    if "embed.W_E" in tables:
-        return tables["embed.W_E"]
-    return next(iter(tables.values())) if len(tables) == 1 else None
+def limits_of(model: Any) -> Limits:
+    """What rows must keep to for a model on any host, or its adapter; nothing where it is None."""
+    if model is None:
+        return UNLIMITED
+    return Limits.of(model if isinstance(model, ModelAdapter) else adapt(model))
 
 
 def refuse_other_tokenizer(rules: RowRules) -> None:
@@ -127,22 +128,6 @@ def refuse_other_tokenizer(rules: RowRules) -> None:
                 f"The tokenizer ({_name_of(rules.tokenizer)}) has {what} {token}, and the model embeds {rules.n_vocab} tokens, "
                 f"0 to {rules.n_vocab - 1}: they do not belong together. Give the tokenizer that the model was trained with."
             )
-
-
-def refuse_foreign_tokens(tokens: Tensor, n_vocab: int | None, what: str) -> None:
-    """See that token ids are those of a vocabulary; what is no integer is a toy model's input and passes.
-
-    Raises:
-        DataError: One is negative, or beyond the vocabulary.
-    """
-    if n_vocab is None or tokens.is_floating_point() or tokens.dtype == torch.bool or not tokens.numel():
-        return
-    low, high = (int(value) for value in torch.aminmax(tokens.long()))
-    if low < 0 or high >= n_vocab:
-        raise DataError(
-            f"{what} holds token {low if low < 0 else high}, and the model has tokens 0 to {n_vocab - 1}; give rows made with "
-            "the model's own tokenizer."
-        )
 
 
 def _decide(adapter: ModelAdapter | None, tokenizer: Any, bos: bool | str) -> tuple[bool, str]:

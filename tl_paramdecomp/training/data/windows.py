@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tl_paramdecomp.adapters.limits import UNLIMITED, Limits
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.methods.base import Batch
 from tl_paramdecomp.training.data.cursors import Cursor, Items
@@ -56,6 +57,7 @@ class WindowSource(BatchSource):
         skip: int = 0,
         together: int = 1,
         info: Mapping[str, Any] | None = None,
+        limits: Limits = UNLIMITED,
     ) -> None:
         """
         Args:
@@ -66,12 +68,14 @@ class WindowSource(BatchSource):
             skip: Rows left out at the beginning of every pass.
             together: Neighbouring rows that stay neighbours.
             info: What tells this data from other data.
+            limits: Of who reads the rows.
         """
         if batch_size % together:
             raise DataError(
                 f"Rows belong together by {together}; given a batch size of {batch_size}, no multiple of that."
             )
         self.rows, self.batch_size, self.seed, self.shuffled = rows, batch_size, seed, shuffle > 0
+        self.limits = limits
         size = max(shuffle or UNSHUFFLED, batch_size)
         self.size, self.skip, self.together = -(-size // together) * together, skip, together
         self._info = dict(info or rows.describe())
@@ -88,11 +92,11 @@ class WindowSource(BatchSource):
             self._rewind()
         while self._next_step < step:
             self._take()
-        return stack_rows(self._take())
+        return self._batch_of(self._take(), f"The batch of step {step}")
 
     def check(self) -> None:
         if self._next_step == 0:
-            self._take()
+            self._batch_of(self._take(), "The first batch")
             self._rewind()
 
     def state(self) -> dict[str, Any]:
@@ -124,10 +128,15 @@ class WindowSource(BatchSource):
         while self._next_window(begin_anew=False) is not None:
             kept += self._deal(self.size)
             while len(kept) >= self.batch_size:
-                yield stack_rows(kept[: self.batch_size])
+                yield self._batch_of(kept[: self.batch_size], "A batch")
                 kept = kept[self.batch_size :]
         if kept:
-            yield stack_rows(kept)
+            yield self._batch_of(kept, "The last batch")
+
+    def _batch_of(self, rows: list[Any], what: str) -> Batch:
+        batch = stack_rows(rows)
+        self.limits.refuse(batch.tokens, what, batch.attention_mask)
+        return batch
 
     def _found_again(self, known: Mapping[str, Any], reread: bool) -> bool:
         """Whether the window that a state tells of is the current one now."""
