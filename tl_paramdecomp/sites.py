@@ -69,6 +69,8 @@ class Span:
     """Columns of the row when decoding began; None while that is this very pass."""
     generating: bool = False
     """Inside `generate`: the row may still grow."""
+    prompt_known: bool = True
+    """False where nothing tells the end of the prompt, so that only absolute positions have a meaning."""
 
 
 @dataclass(frozen=True)

@@ -255,17 +255,16 @@ def test_what_a_user_s_hook_makes_of_a_pattern_counts(host: str, tokens: Tensor)
 
 
 @pytest.mark.parametrize("host", ["transformers", "nnsight"])
-def test_dropout_is_refused(host: str) -> None:
+def test_patterns_are_those_of_evaluation_mode(host: str, tokens: Tensor) -> None:
     model = on_host(models.gpt2(attn_pdrop=0.5), host)
     adapter = adapted(model)
-    root_of(model).train()
-    with pytest.raises(UnsupportedModelError, match="dropout"):
-        with adapter.patterns():
-            pass
-    root_of(model).eval()
     with adapter.patterns() as kept:
-        adapter.forward(torch.zeros(1, 3, dtype=torch.long))
-    assert sorted(kept) == [0, 1]
+        adapter.forward(tokens)
+        expected = dict(kept)
+    root_of(model).train()
+    with adapter.patterns() as kept:
+        adapter.forward(tokens)
+        assert sorted(kept) == [0, 1] and all(torch.equal(kept[layer], expected[layer]) for layer in kept)
 
 
 def test_a_plain_module_has_none() -> None:

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters.fingerprint import fingerprint
+from tl_paramdecomp.adapters.boundary import evaluating, interceptions_of, one_thread
+from tl_paramdecomp.adapters.fingerprint import fingerprint, sampled
 from tl_paramdecomp.adapters.identity import (
     behind,
     composed,
@@ -23,8 +24,10 @@ from tl_paramdecomp.adapters.identity import (
     select,
 )
 from tl_paramdecomp.adapters.interception import Interception, OnError
+from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_gain, read_norm_bias, replaced_gains
 from tl_paramdecomp.adapters.norms import Norms, find_norms, module_norms
+from tl_paramdecomp.adapters.padding import pads_left, starts_later
 from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
 from tl_paramdecomp.adapters.shortcuts import (
     AfterUnembedding,
@@ -45,6 +48,7 @@ from tl_paramdecomp.adapters.wiring import (
     read_parameter,
     read_weight,
     stored_weight,
+    structure,
 )
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import Fingerprint, SiteCall, SiteFn, SitePattern, WeightSite
@@ -71,14 +75,16 @@ class _Remembered(NamedTuple):
 
     parameters: "tuple[weakref.ref[Tensor], ...]"
     states: tuple[Hashable, ...] | None
+    entries: tuple[Tensor, ...]
     found: Fingerprint
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the very same parameters, unchanged since."""
+        """Whether these are the very same parameters, unchanged since as far as torch counts and some entries show."""
         alive = len(parameters) == len(self.parameters) and all(
             ref() is t for ref, t in zip(self.parameters, parameters)
         )
-        return alive and self.states is not None and self.states == _states(parameters)
+        counted = alive and self.states is not None and self.states == _states(parameters)
+        return counted and all(torch.equal(known, sampled(t)) for known, t in zip(self.entries, parameters))
 
 
 def _states(parameters: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
@@ -101,13 +107,10 @@ class ModelAdapter(ABC):
     def __init__(self, model: Any) -> None:
         self._model_ref = weakref.ref(model)
         self._fingerprints: dict[str, _Remembered] = {}
+        self._seen_rows: tuple[weakref.ref[Tensor], int | None] | None = None
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
-        self.interceptions: list[Interception] = []
-        """Contexts of `intercept` that are open."""
-        self._skippable: dict[bool, bool] = {}
-        self._patternless: dict[bool, str] = {}
 
     @property
     def model(self) -> Any:
@@ -123,13 +126,27 @@ class ModelAdapter(ABC):
         return self.model
 
     @property
+    def core(self) -> nn.Module:
+        """The innermost module that holds the weights: the same one for every host around it."""
+        return self.root
+
+    @property
+    def interceptions(self) -> list[Interception]:
+        """Contexts of `intercept` that are open on this model, on any host."""
+        return interceptions_of(self.core)
+
+    @property
     def processing(self) -> str | None:
         """What the host did to the weights after loading, such as folding LayerNorm; None when they are as trained."""
         return None
 
     def signature(self) -> Hashable:
-        """Flags of the host that change the wiring; an adapter made under other flags is made anew."""
-        return None
+        """What the wiring depends on; an adapter made of another is made anew."""
+        return structure(self.root), self.flags()
+
+    def flags(self) -> tuple[Hashable, ...]:
+        """Settings of the host that change the wiring."""
+        return ()
 
     @property
     def sites(self) -> dict[str, WeightSite]:
@@ -175,7 +192,10 @@ class ModelAdapter(ABC):
         return None if is_identity(name) else read_bias(self.root, self.wirings[name])
 
     def fingerprint(self, name: str, fresh: bool = False) -> Fingerprint:
-        """Fingerprint of a site's weight and bias, or a norm's; remembered until a parameter changes, unless `fresh`."""
+        """Fingerprint of a site's weight and bias, or a norm's; remembered until a parameter changes, unless `fresh`.
+
+        A change that torch does not count (through `.data`) is noticed where it is of a whole tensor.
+        """
         if is_identity(name):
             return identity_fingerprint(self.fingerprint(behind(name), fresh))
         parameters, known = self._parameters_of(name), self._fingerprints.get(name)
@@ -183,7 +203,8 @@ class ModelAdapter(ABC):
             return known.found
         weight, bias = (self.weight, self.bias) if name in self.wirings else (self._gain_row, self.gain_bias)
         found = fingerprint(weight(name), bias(name))
-        self._fingerprints[name] = _Remembered(tuple(map(weakref.ref, parameters)), _states(parameters), found)
+        entries = tuple(map(sampled, parameters))
+        self._fingerprints[name] = _Remembered(tuple(map(weakref.ref, parameters)), _states(parameters), entries, found)
         return found
 
     def _parameters_of(self, name: str) -> list[Tensor]:
@@ -237,11 +258,57 @@ class ModelAdapter(ABC):
             SiteNotFiredError: From the forward pass, where a site was not reached.
         """
 
-    @abstractmethod
     def forward(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
-        """Logits of token rows, the way the host computes them."""
+        """Logits of token rows, the way the host computes them in evaluation mode.
+
+        Every pass that the library makes of its own accord is made here. The mode that the user's modules are in is put back.
+
+        Raises:
+            DataError: The model cannot read these tokens.
+            UnsupportedModelError: It reads rows that are padded on the left otherwise than alone.
+            PatchConflictError: Another thread uses the model.
+        """
+        self.check_readable(tokens, attention_mask)
+        with self.evaluating():
+            if attention_mask is not None and starts_later(attention_mask) and not self._pads_left:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
+                    "the right (tokenizer.padding_side = 'right')."
+                )
+            return self.run(tokens, attention_mask)
+
+    def check_readable(
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> None:
+        """Refuse rows that the model cannot read; rows that were seen last are not looked at again.
+
+        Raises:
+            DataError: A row is too long, no token ids, or holds an id that the model has not.
+        """
+        seen, now = self._seen_rows, None if tokens.is_inference() else tokens._version
+        if seen is None or now is None or seen[0]() is not tokens or seen[1] != now:
+            Limits.of(self).refuse(tokens, "The batch", attention_mask)
+            self._seen_rows = (weakref.ref(tokens), now)
+
+    @functools.cached_property
+    def _pads_left(self) -> bool:
+        return pads_left(self)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the model is in evaluation mode, and this thread's alone.
+
+        Raises:
+            PatchConflictError: Another thread uses the model.
+        """
+        return evaluating(self.core, self.root)
+
+    @abstractmethod
+    def run(
+        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits of token rows, in the mode that the model is in."""
 
     def capture(
         self,
@@ -306,12 +373,14 @@ class ModelAdapter(ABC):
     def blocks(self) -> Sequence[nn.Module]:
         """Residual blocks at which a forward pass may begin; empty where beginning later is not the same model.
 
-        Tried out on a few tokens when first asked for, and again in training mode, where dropout may stand against it.
+        Tried out on a few tokens when first asked for.
         """
-        modules, mode = self.block_modules(), self.root.training
-        if mode not in self._skippable:
-            self._skippable[mode] = len(modules) > 1 and find_blocks_to_skip(self, modules)
-        return modules if self._skippable[mode] else ()
+        return self.block_modules() if self._skips_blocks else ()
+
+    @functools.cached_property
+    def _skips_blocks(self) -> bool:
+        modules = self.block_modules()
+        return len(modules) > 1 and find_blocks_to_skip(self, modules)
 
     def block_of(self, name: str) -> int | None:
         """Index in `blocks` of the block that holds a site; None for embeddings, the unembedding and plain modules."""
@@ -404,16 +473,17 @@ class ModelAdapter(ABC):
         Raises:
             UnsupportedModelError: The host does not give its patterns; says why.
         """
-        taps, mode = self.pattern_taps(), self.root.training
-        if mode not in self._patternless:
-            self._patternless[mode] = why_no_patterns(self, taps)
-        if self._patternless[mode]:
+        if self._why_no_patterns:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} does not give its attention patterns: {self._patternless[mode]}. Put the model "
-                "in eval mode, or leave terms that compare patterns out."
+                f"{type(self.model).__name__} does not give its attention patterns: {self._why_no_patterns}. Leave terms that "
+                "compare patterns out."
             )
-        with collected_patterns(self.root, self.block_modules()[0], taps) as kept:
+        with collected_patterns(self.root, self.block_modules()[0], self.pattern_taps()) as kept:
             yield kept
+
+    @functools.cached_property
+    def _why_no_patterns(self) -> str:
+        return why_no_patterns(self, self.pattern_taps())
 
     # --- changing weights -------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -485,11 +555,16 @@ def _keep_input(inputs: dict[str, Tensor], name: str, batch: int, call: SiteCall
 def make_interception(
     adapter: ModelAdapter, fns: Mapping[str, SiteFn], on_error: OnError | None, stack: contextlib.ExitStack
 ) -> Interception:
-    """The shared engine set up for one adapter, which knows of it until the stack is left."""
+    """The shared engine set up for one adapter, which knows of it until the stack is left.
+
+    Raises:
+        PatchConflictError: Another thread uses the model.
+    """
     wirings: dict[str, Wiring | NormWiring] = dict(adapter.wirings)
     if any(behind(name) not in wirings for name in fns):
         wirings |= adapter.norms.wirings
     interception = Interception(adapter.root, wirings, composed(fns, adapter.weight), on_error)
+    stack.enter_context(one_thread(adapter.core))
     adapter.interceptions.append(interception)
     stack.callback(_forget, adapter.interceptions, interception)
     return interception

@@ -109,8 +109,3 @@ def computes_as_torch(module: nn.Module) -> bool:
 def patch_span(y: Float[Tensor, "*batch positions d_out"]) -> Span:
     """The columns of one convolution's call: all of its own positions, which are no columns of token rows."""
     return Span(0, y.shape[-2]) if y.ndim >= 3 else Span()
-
-
-def lazy_modules(root: nn.Module) -> int:
-    """Modules whose weights are yet to be made."""
-    return sum(isinstance(module, LazyModuleMixin) for module in root.modules())

@@ -63,6 +63,36 @@ def centring_differs(known: Fingerprint, found: Fingerprint) -> bool:
     return known.shape == found.shape and centred[0] != centred[1]
 
 
+N_SAMPLED = 4096
+"""Entries by which a change of a whole tensor is noticed where torch has not counted one."""
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """The bits of entries from all over a tensor; a change of all of it changes some of them.
+
+    torch counts the in-place changes of a tensor, but not those made through `.data`, as merging an adapter does.
+    """
+    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    if tensor.is_contiguous():
+        return bits.view(-1).index_select(0, _spread(tensor.shape, tensor.device)[0])
+    return bits[_spread(tensor.shape, tensor.device)[1]]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.lru_cache(maxsize=256)
+def _spread(shape: torch.Size, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Indices of entries, one at random from each of as many stretches: of the flattened tensor, and by axis."""
+    n = math.prod(shape)
+    k = min(n, N_SAMPLED)
+    generator = torch.Generator().manual_seed(n)
+    starts = torch.arange(k, dtype=torch.float64) * (n / max(k, 1))
+    flat = (starts + torch.rand(k, generator=generator, dtype=torch.float64) * (n / max(k, 1))).long().clamp(max=n - 1)
+    flat = flat.to(device)
+    return flat, torch.unravel_index(flat, shape)
+
+
 @functools.lru_cache(maxsize=64)
 def _signs(n: int, seed: int) -> Float[Tensor, "projection n"]:
     """Random signs times magnitudes in [0.5, 1.5): no entry is weighted by zero, no two rows alike."""

@@ -15,9 +15,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
-from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
-from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point
-from tl_paramdecomp.adapters.torch_module import watch_generate
+from tl_paramdecomp.adapters.boundary import shadowed_method
+from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
+from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point, watch_generate
+from tl_paramdecomp.adapters.padding import starts_later
 from tl_paramdecomp.adapters.wiring import Tap, Wiring
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn, WeightSite
@@ -171,7 +172,7 @@ class HookedTransformerAdapter(LensAdapter):
         kind = self.model.cfg.normalization_type
         return "LayerNorm folded into the weights" if kind in ("LNPre", "RMSPre") else None
 
-    def signature(self) -> Hashable:
+    def flags(self) -> tuple[Hashable, ...]:
         """Flags under which other tensors pass the hook points, and whether norms hold gains."""
         return (*(bool(getattr(self.model.cfg, flag, False)) for flag in FLAGS), self.model.cfg.normalization_type)
 
@@ -194,13 +195,13 @@ class HookedTransformerAdapter(LensAdapter):
         cfg = self.model.cfg
         return None if cfg.positional_embedding_type == "alibi" else cfg.n_ctx  # ALiBi is computed for longer rows
 
-    def forward(
+    def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
         if attention_mask is None:
             return self.model(tokens)
-        left = bool((attention_mask[:, 0] == 0).any())
-        return self.model(tokens, attention_mask=attention_mask, padding_side="left" if left else "right")
+        side = "left" if starts_later(attention_mask) else "right"
+        return self.model(tokens, attention_mask=attention_mask, padding_side=side)
 
     # --- hook points --------------------------------------------------------------------------------------------------
     def hook_registries(self) -> list[dict[str, Any]]:

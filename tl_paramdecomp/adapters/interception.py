@@ -12,6 +12,7 @@ user edits upstream counts and what a user reads downstream is the patched value
 
 import contextlib
 import functools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.boundary import Hook, busy
 from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_norm_bias
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
@@ -35,34 +37,47 @@ class RowTracker:
 
     def __init__(self) -> None:
         self.fired: set[str] = set()
+        self.thread: int | None = None
+        """The thread whose forward pass is under way."""
         self._start: int | None = None
         self._length: int | None = None
         self._batch: int | None = None
         self._prompt: int | None = None
+        self._prompt_known = True
         self._generating = False
         self._outside: dict[str, int] = {}
 
     def begin(self, start: int, tokens: Tensor | None) -> None:
         """A forward pass begins after `start` cached columns; `tokens` are its own, where the host says."""
         rows = tokens.shape if tokens is not None and tokens.ndim >= 2 else (None, None)
+        self.thread = threading.get_ident()
         self._start, self._batch, self._length = start, rows[0], rows[1]
-        if start == 0 and not self._generating:
-            self._prompt = None
+        if not self._generating:
+            if start == 0:
+                self._prompt, self._prompt_known = None, True
+            elif self._prompt is not None and rows[1] != 1:  # more of the prompt, or tokens that were guessed ahead?
+                self._prompt_known = False
         self.fired.clear()
 
     def end(self) -> None:
         """The forward pass is over, however it ended."""
-        self._start = None
+        self._start = self.thread = None
 
     @contextlib.contextmanager
-    def generating(self) -> Iterator[None]:
-        """Inside a host's `generate`: later passes extend the first one's rows, with or without a cache."""
-        before, self._generating, self._prompt = self._generating, True, None
+    def generating(self, prompt: int | None = None, known: bool = True) -> Iterator[None]:
+        """Inside a host's `generate`: later passes extend the first one's rows, with or without a cache.
+
+        Args:
+            prompt: Columns of the rows that `generate` was called with; None: those of the first pass.
+            known: Whether that can be told at all.
+        """
+        before = self._generating, self._prompt, self._prompt_known
+        self._generating, self._prompt, self._prompt_known = True, prompt, known
         self._outside.clear()
         try:
             yield
         finally:
-            self._generating, self._prompt = before, None
+            self._generating, self._prompt, self._prompt_known = before
 
     def fold_rows(self, x: Tensor, y: Tensor, kind: str) -> tuple[int, int] | None:
         """The (batch, length) that a host flattened into one axis before this site, or None."""
@@ -89,6 +104,10 @@ class RowTracker:
         """
         if y.ndim < 3:
             return Span()
+        span = self._span(y, name)
+        return span if self._prompt_known else replace(span, prompt_known=False)
+
+    def _span(self, y: Tensor, name: str) -> Span:
         length = y.shape[-2]
         if self._start is None and self._generating:
             # HookedTransformer.generate embeds outside its forward: the whole row, or the one token that was added
@@ -144,18 +163,16 @@ class Interception:
     def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring | NormWiring) -> None:
         x_module, y_module = find_module(self.root, wiring.x.path), find_module(self.root, wiring.y.path)
         if wiring.x.point == "output":
-            handle = x_module.register_forward_hook(functools.partial(self._keep_output, name))
+            handle = x_module.register_forward_hook(Hook(self._keep_output, name))
             self._last.append((x_module, handle.id))
         else:
             read = wiring.x.read or first_argument
-            handle = x_module.register_forward_pre_hook(
-                functools.partial(self._keep_input, name, read), with_kwargs=True
-            )
+            handle = x_module.register_forward_pre_hook(Hook(self._keep_input, name, read), with_kwargs=True)
         stack.callback(handle.remove)
         if wiring.y.point == "input":
-            handle = y_module.register_forward_pre_hook(functools.partial(self._replace_input, name))
+            handle = y_module.register_forward_pre_hook(Hook(self._replace_input, name))
         else:
-            handle = y_module.register_forward_hook(functools.partial(self._replace_output, name), prepend=True)
+            handle = y_module.register_forward_hook(Hook(self._replace_output, name), prepend=True)
         stack.callback(handle.remove)
 
     def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
@@ -173,7 +190,13 @@ class Interception:
         return self._patched(name, self._take_x(name), output)
 
     def begin(self, start: int, tokens: Tensor | None) -> None:
-        """A forward pass begins: forget the last one, and move to the end of the queue where inputs are read."""
+        """A forward pass begins: forget the last one, and move to the end of the queue where inputs are read.
+
+        Raises:
+            PatchConflictError: A pass of another thread is under way.
+        """
+        if self.tracker.thread not in (None, threading.get_ident()):
+            raise busy(self.root)
         self._x.clear()
         self.tracker.begin(start, tokens)
         for module, hook_id in self._last:
@@ -315,7 +338,7 @@ def host_output(new: Tensor, y: Tensor, wiring: Wiring) -> Tensor:
 @contextlib.contextmanager
 def torch_call_hook(module: nn.Module, fn: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Intercept one module's call by a torch forward hook that runs before all others."""
-    handle = module.register_forward_hook(functools.partial(_on_call, fn), prepend=True, with_kwargs=True)
+    handle = module.register_forward_hook(Hook(_on_call, fn), prepend=True, with_kwargs=True)
     try:
         yield
     finally:
@@ -329,23 +352,3 @@ def _on_call(fn: Callable[[Any, Any], Any], module: nn.Module, args: tuple, kwar
 def first_argument(args: tuple, kwargs: dict) -> Any:
     """What a module was called with first, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-@contextlib.contextmanager
-def shadowed_method(instance: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Run `around(original, *args, **kwargs)` for calls of one instance's method, by an instance attribute."""
-    original = getattr(instance, name)
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    had, before = name in instance.__dict__, instance.__dict__.get(name)
-    instance.__dict__[name] = wrapper
-    try:
-        yield
-    finally:
-        if had:
-            instance.__dict__[name] = before
-        elif instance.__dict__.get(name) is wrapper:
-            del instance.__dict__[name]

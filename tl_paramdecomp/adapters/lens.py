@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import ModelAdapter
+from tl_paramdecomp.adapters.boundary import shadowed_method
 from tl_paramdecomp.adapters.identity import composed
-from tl_paramdecomp.adapters.interception import host_output, matching_rows
+from tl_paramdecomp.adapters.interception import Interception, host_output, matching_rows
 from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
+_OPEN_POINTS: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Hook points of open contexts; in a copy of a model that had them, others of the same names mean nothing."""
 HookPair = tuple[str, Callable[..., Tensor | None]]
 
 
@@ -56,8 +60,8 @@ class LensAdapter(ModelAdapter):
 
         Args:
             fns: A function for each site; one at an identity before a site goes along with the site's own, if any.
-            by_position: The functions depend on the position in the row. Pairs cannot see a key/value cache, so a
-                decoding step is refused rather than taken for position 0.
+            by_position: The functions depend on the position in the row. Pairs see neither a key/value cache nor the
+                prompt, so generation is refused, and a decoding step rather than taken for position 0.
 
         Raises:
             UnsupportedSiteError: A site has no hook points of its own.
@@ -82,10 +86,10 @@ class LensAdapter(ModelAdapter):
                 )
             rows = matching_rows(route.read(kept.pop()), activation, wiring)
             length = rows.y.shape[-2]
-            if by_position and length == 1 < longest[0]:
+            if by_position and (length == 1 < longest[0] or _inside_generate()):
                 raise SiteNotFiredError(
-                    "Masks by position as plain hooks cannot tell where a decoding step stands in its row; "
-                    "generate inside tl_paramdecomp.patched(...) instead."
+                    "Masks by position as plain hooks cannot tell where a pass of a generation stands in its row; generate "
+                    "inside tl_paramdecomp.patched(...) instead."
                 )
             longest[0] = max(longest[0], length)
             new = fn(SiteCall(rows.x, rows.y, self.bias(name), Span(prompt=length)))
@@ -101,7 +105,7 @@ class LensAdapter(ModelAdapter):
             UnsupportedModelError: The host already has a hook point of that name.
         """
         registries = self.hook_registries()
-        taken = [name for name in names if any(name in registry for registry in registries)]
+        taken = [name for name in names if any(registry.get(name) in _OPEN_POINTS for registry in registries)]
         if taken:
             raise UnsupportedModelError(
                 f"The model already has {taken[0]!r}; components of the same sites are attached once at a time."
@@ -111,14 +115,38 @@ class LensAdapter(ModelAdapter):
             point = sys.modules["transformer_lens.hook_points"].HookPoint()
             point.name = name
             points[name] = point
+        _OPEN_POINTS.update(points.values())
         try:
             for registry in registries:
                 registry.update(points)
             yield points
         finally:
+            _OPEN_POINTS.difference_update(points.values())
             for registry in registries:
                 for name in names:
                     registry.pop(name, None)
+
+
+def _inside_generate() -> bool:
+    """Whether a host's decoding loop runs the present pass; plain hooks have no other way to know."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("generate", "generate_stream", "hf_generate"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def watch_generate(stack: contextlib.ExitStack, model: Any, interception: Interception, *names: str) -> None:
+    """Let the tracker know that TransformerLens' own decoding loops are running, whose first pass reads the whole prompt."""
+
+    def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        with interception.tracker.generating():
+            return original(*args, **kwargs)
+
+    for name in names:
+        if hasattr(model, name):
+            stack.enter_context(shadowed_method(model, name, around))
 
 
 def no_hook_point(name: str, why: str) -> UnsupportedSiteError:

@@ -7,11 +7,12 @@ to a site's input are then seen, and its `.output` shows the patched value.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from tl_paramdecomp.adapters.boundary import shadowed_method
 from tl_paramdecomp.adapters.interception import first_argument, torch_call_hook
 from tl_paramdecomp.adapters.torch_module import TorchModuleAdapter
 from tl_paramdecomp.errors import UnsupportedModelError
@@ -48,15 +49,9 @@ class NNsightAdapter(TorchModuleAdapter):
         return envoy
 
 
-@contextlib.contextmanager
-def _inside_controller(state: Any, fn: Callable[[Any, Any], Any]) -> Iterator[None]:
+def _inside_controller(state: Any, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
     """Run `fn(x, y)` on one module's call, within nnsight's controller."""
-    body = state.body
-    state.body = functools.partial(_patched_body, fn, body)
-    try:
-        yield
-    finally:
-        state.body = body
+    return shadowed_method(state, "body", functools.partial(_patched_body, fn))
 
 
 def _patched_body(

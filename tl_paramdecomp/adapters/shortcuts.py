@@ -152,7 +152,7 @@ def find_blocks_to_skip(adapter: Runner, blocks: Sequence[nn.Module]) -> bool:
             adapter.forward(tokens.roll(1, 1))  # what a block leaves behind for others is of other rows now
             for first in range(1, len(blocks) + 1):
                 with skipped(blocks, outputs, first):
-                    if not _same(adapter.forward(tokens), full):
+                    if not same(adapter.forward(tokens), full):
                         return False
     except Exception:  # whatever the host trips over when a block is left out
         return False
@@ -224,12 +224,12 @@ def find_after_unembedding(adapter: Runner) -> AfterUnembedding | None:
                     logits = adapter.forward(tokens)
                 pairs.append((calls[-1][1], logits))
             x, y = calls[0]
-            if not _same(product(adapter, x), y) or adapter.hidden(tokens).shape != x.shape:
+            if not same(product(adapter, x), y) or adapter.hidden(tokens).shape != x.shape:
                 return None
     except Exception:  # whatever the host trips over when a pass is ended
         return None
     candidates = _candidates(adapter)
-    return next((after for after in candidates if all(_same(after(y), logits) for y, logits in pairs)), None)
+    return next((after for after in candidates if all(same(after(y), logits) for y, logits in pairs)), None)
 
 
 def _resized(calls: list[tuple[Tensor, Tensor]], size: float | None, call: SiteCall) -> Tensor:
@@ -270,7 +270,8 @@ def probe_tokens(adapter: Runner) -> Tensor:
     return torch.arange(rows * length, device=adapter.device).remainder(vocab).view(rows, length)
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways to compute the same differ by rounding alone."""
     if found.shape != expected.shape:
         return False
     bound = ROUNDING * max(torch.finfo(t.dtype).eps for t in (found, expected)) * expected.abs().max().item()

@@ -1,7 +1,10 @@
 """Adapter for any torch module: transformers models under canonical names, all others under dotted paths."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
-from tl_paramdecomp.adapters.convolution import lazy_modules, why_no_patches
-from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
+from tl_paramdecomp.adapters.boundary import Hook, shadowed_method
+from tl_paramdecomp.adapters.convolution import why_no_patches
+from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
+from tl_paramdecomp.adapters.padding import positions_of, starts_later
 from tl_paramdecomp.adapters.probe import probe
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
@@ -120,19 +125,19 @@ class TorchModuleAdapter(ModelAdapter):
     def _refusals(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in list(self.refused.items())[:3])
 
-    def signature(self) -> Hashable:
-        """The number of modules stands for the structure of the tree; lazy ones become sites when they are run."""
-        return sum(1 for _ in self.root.modules()), lazy_modules(self.root)
-
     # --- running ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             interception = make_interception(self, fns, on_error, stack)
             interception.install(stack, self.call_hook)
-            watch_forward(stack, self.root, interception)
+            PassWatch(self.root, interception).install(stack)
             watch_generate(stack, self.root, interception)
             yield
+
+    @functools.cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(type(self.root).forward).parameters
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -175,10 +180,13 @@ class TorchModuleAdapter(ModelAdapter):
         """Intercept one module's own call."""
         return torch_call_hook(module, fn)
 
-    def forward(
+    def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
-        out = self.root(tokens) if attention_mask is None else self.root(tokens, attention_mask=attention_mask)
+        given: dict[str, Tensor] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        if attention_mask is not None and self._takes_positions and starts_later(attention_mask):
+            given["position_ids"] = positions_of(attention_mask)  # transformers counts padded columns, too
+        out = self.root(tokens, **given)
         for name in ("logits", "last_hidden_state"):
             out = getattr(out, name, out)
         return out[0] if isinstance(out, (tuple, list)) else out
@@ -191,49 +199,67 @@ class TorchModuleAdapter(ModelAdapter):
                 config.tie_word_embeddings = False  # saving and loading would tie the two again
 
 
-def watch_forward(
-    stack: contextlib.ExitStack, root: nn.Module, interception: Interception, embedding: str = "embed.W_E"
-) -> None:
-    """Note where each forward pass of `root` stands, and see at its end that every site fired.
+class PassWatch:
+    """Notes where each forward pass of `root` stands, and sees at its end that every site fired.
 
     The model without its head (`root.base_model`) is watched as well, for users who call it directly.
     """
-    outermost: list[nn.Module] = []
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not outermost:
-            outermost.append(module)
-            interception.begin(cached_columns(kwargs), input_rows(args, kwargs))
+    def __init__(self, root: nn.Module, interception: Interception) -> None:
+        self.root = root
+        self.interception = interception
+        self._outermost: tuple[nn.Module, int] | None = None
+        """The module whose pass is under way, and its thread."""
 
-    def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not outermost or outermost[0] is not module:
+    def install(self, stack: contextlib.ExitStack) -> None:
+        """Hook the model, until the stack is left."""
+        prefix = getattr(self.root, "base_model_prefix", "")
+        base = self.root._modules.get(prefix) if prefix else None
+        for module in (self.root,) if base is None else (self.root, base):
+            stack.callback(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True).remove)
+            ended = module.register_forward_hook(Hook(self._end), with_kwargs=True, always_call=True)
+            stack.callback(ended.remove)
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        me = (module, threading.get_ident())
+        if self._outermost is not None and self._outermost[1] == me[1] and self._outermost[0] is not module:
+            return  # the body within the whole; the same module again was interrupted before its end
+        self.interception.begin(cached_columns(kwargs), input_rows(args, kwargs))
+        self._outermost = me
+
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._outermost is None or self._outermost != (module, threading.get_ident()):
             return
-        outermost.clear()
-        interception.tracker.end()
-        if output is not None and module is root:  # None: the pass was stopped or failed
+        self._outermost = None
+        self.interception.tracker.end()
+        if output is not None and module is self.root:  # None: the pass was stopped or failed
             embedded = kwargs.get("inputs_embeds") is not None
-            interception.check_fired(exempt=lambda name: embedded and name == embedding)
-
-    modules = [root]
-    prefix = getattr(root, "base_model_prefix", "")
-    base = root._modules.get(prefix) if prefix else None
-    if base is not None:
-        modules.append(base)
-    for module in modules:
-        stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
+            self.interception.check_fired(exempt=lambda name: embedded and name == "embed.W_E")
 
 
-def watch_generate(stack: contextlib.ExitStack, owner: Any, interception: Interception, *names: str) -> None:
-    """Let the tracker know that a host's decoding loop is running."""
+def watch_generate(stack: contextlib.ExitStack, owner: Any, interception: Interception) -> None:
+    """Let the tracker know that transformers' own decoding loop is running, and over which rows it was called."""
 
     def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        with interception.tracker.generating():
+        prompt = prompt_columns(args, kwargs)
+        with interception.tracker.generating(prompt, known=prompt is not None):
             return original(*args, **kwargs)
 
-    for name in names or ("generate",):
-        if hasattr(owner, name):
-            stack.enter_context(shadowed_method(owner, name, around))
+    if hasattr(owner, "generate"):
+        stack.enter_context(shadowed_method(owner, "generate", around))
+
+
+def prompt_columns(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
+    """Columns of the rows that transformers' `generate` is called with; None where it makes them itself.
+
+    The passes do not tell: a prompt may be read in chunks, and tokens that were guessed ahead are read along with it.
+    """
+    rows = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    embedded = kwargs.get("inputs_embeds")
+    known = [
+        part.shape[1] for part in (rows, embedded) if isinstance(part, Tensor) and part.ndim >= 2 and part.shape[1]
+    ]
+    return known[0] if len(known) == 1 else None
 
 
 def cached_columns(kwargs: Mapping[str, Any]) -> int:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
 from tl_paramdecomp.adapters.interception import OnError, torch_call_hook
-from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter
+from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, watch_generate
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, norm_candidate, renamed
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_forward, watch_generate
+from tl_paramdecomp.adapters.torch_module import PassWatch, refuse_wrapped
+from tl_paramdecomp.adapters.torch_module import watch_generate as watch_transformers_generate
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
     block_refusals,
@@ -74,7 +75,7 @@ class TransformerBridgeAdapter(LensAdapter):
             self._add_block(block, i)
         self._add_unembedding()
         plain = all(is_plain(find_module(self.root, wiring.owner)) for wiring in self.wirings.values())
-        if kind not in KNOWN_ARCHITECTURES or any(self.signature()) or not plain:
+        if kind not in KNOWN_ARCHITECTURES or any(self.flags()) or not plain:
             self._add_the_rest()
             self.wirings, reasons = probe(self, self._run_probe)
             self.refused |= reasons
@@ -225,6 +226,10 @@ class TransformerBridgeAdapter(LensAdapter):
             dotted = f"{path}.{candidate.weight}"
             yield renamed(candidate, names.get(path, dotted), (path, dotted))
 
+    @property
+    def core(self) -> nn.Module:
+        return self.model.original_model
+
     # --- state of the host --------------------------------------------------------------------------------------------
     @property
     def processing(self) -> str | None:
@@ -232,7 +237,7 @@ class TransformerBridgeAdapter(LensAdapter):
             return "compatibility mode (weights may be folded and centred)"
         return None
 
-    def signature(self) -> tuple[bool, ...]:
+    def flags(self) -> tuple[bool, ...]:
         """Flags under which a bridge takes other paths."""
         cfg = self.model.cfg
         flags = tuple(bool(getattr(cfg, f, False)) for f in (*SPLITTING_FLAGS, "use_attn_result", "use_hook_mlp_in"))
@@ -248,13 +253,14 @@ class TransformerBridgeAdapter(LensAdapter):
         with contextlib.ExitStack() as stack:
             interception = make_interception(self, fns, on_error, stack)
             interception.install(stack, torch_call_hook)
-            watch_forward(stack, self.model.original_model, interception)
-            watch_generate(stack, self.model, interception, "generate", "generate_stream", "hf_generate")
+            PassWatch(self.model.original_model, interception).install(stack)
+            watch_generate(stack, self.model, interception, "generate", "generate_stream")
+            watch_transformers_generate(stack, self.model.original_model, interception)  # `hf_generate` calls it
             yield
 
     @property
     def vocabulary_size(self) -> int | None:
-        return vocabulary_of(self.model.original_model)
+        return vocabulary_of(self.model.original_model) or super().vocabulary_size
 
     @property
     def gives_logits(self) -> bool:
@@ -263,9 +269,10 @@ class TransformerBridgeAdapter(LensAdapter):
     @property
     def context_length(self) -> int | None:
         positions = getattr(self._component("pos_embed"), "original_component", None)
-        return context_of(self.model.original_model.config.get_text_config(), positions)
+        config: Any = getattr(self.model.original_model, "config", None)  # a native model has none
+        return context_of(None if config is None else config.get_text_config(), positions)
 
-    def forward(
+    def run(
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
         return self.model(tokens) if attention_mask is None else self.model(tokens, attention_mask=attention_mask)

@@ -4,13 +4,14 @@ Every host is torch underneath, so one description serves them all; what differs
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tl_paramdecomp.adapters.convolution import Patches
 from tl_paramdecomp.errors import UnsupportedSiteError
@@ -67,6 +68,31 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
     for part in path.split(".") if path else ():
         module = module._modules[part] if part in module._modules else getattr(module, part)
     return module
+
+
+def structure(root: nn.Module) -> Hashable:
+    """What wirings are made from: modules and their types, parameters with their shapes, and which of them are one.
+
+    Two trees with the same structure have the same sites. Which numbers the parameters hold makes no difference.
+    """
+    found: list[Hashable] = []
+    numbers: dict[int, int] = {}
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        module = stack.pop()
+        slots = module.__dict__
+        parameters, children = slots["_parameters"], slots["_modules"]
+        if id(module) in seen or not (parameters or children):
+            continue
+        seen.add(id(module))
+        found += (id(module), type(module), *children, *map(type, children.values()))
+        for name, tensor in parameters.items():
+            found += (name, tensor if tensor is None else numbers.setdefault(id(tensor), len(numbers)))
+            if tensor is not None and not is_lazy(tensor):
+                found += (tensor.shape, tensor.dtype)
+        stack += [child for child in children.values() if child is not None]
+    return tuple(found)
 
 
 def read_parameter(root: nn.Module, wiring: Wiring) -> Tensor:

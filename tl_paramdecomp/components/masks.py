@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices
-from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
+from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions, unknown_end
 from tl_paramdecomp.errors import (
     DtypeError,
     HeadIndexError,
@@ -378,6 +378,8 @@ def _at_columns(tensor: Tensor, axis: int, rows: Sequence[int], span: Span, name
             "row, or one for each (generation with beams or several return sequences multiplies the batch)."
         )
     covered, start, end = tensor.shape[axis], span.start, span.start + rows[-1]
+    if covered > 1 and not span.prompt_known:
+        raise unknown_end(name)
     if covered == 1 or (start == 0 and covered == end):
         return tensor
     if covered != span.prompt:

@@ -33,13 +33,15 @@ class Positions:
             name: Site, for messages.
 
         Raises:
-            PositionIndexError: The row has no such position.
+            PositionIndexError: The row has no such position, or nothing tells where its prompt ends.
             ShapeError: There is no position axis, or a boolean mask has another length than the prompt.
         """
         if len(rows) < 2:
             raise ShapeError(
                 f"{name} has no position axis here (its output is {[*rows, 'd_out']}); leave positions out."
             )
+        if self.from_end and not span.prompt_known:
+            raise unknown_end(name)
         length = rows[-1]
         prompt = span.prompt if span.prompt is not None else span.start + length
         here = torch.arange(span.start, span.start + length)
@@ -57,6 +59,13 @@ class Positions:
                 )
         absolute = torch.tensor([p if p >= 0 else p + prompt for p in self.indices], dtype=torch.long)
         return torch.isin(here, absolute)
+
+    @property
+    def from_end(self) -> bool:
+        """Whether it takes the end of the prompt to tell which columns are meant."""
+        if self.slice_ is not None:
+            return any(part is not None and part < 0 for part in (self.slice_.start, self.slice_.stop))
+        return self.mask is not None or any(p < 0 for p in self.indices or ())
 
     @staticmethod
     def _masked(mask: Tensor, here: Tensor, prompt: int, rows: Sequence[int], name: str) -> Tensor:
@@ -112,6 +121,15 @@ def parse_positions(positions: Any) -> Positions | None:
     if not given:
         raise PositionIndexError("An empty list of positions changes nothing; leave the edit out, or pass None.")
     return Positions(mask=torch.tensor(given)) if isinstance(given[0], bool) else Positions(indices=tuple(given))
+
+
+def unknown_end(name: str) -> PositionIndexError:
+    """The error for positions that count from the end of a prompt which the host reads in a way that does not tell it."""
+    return PositionIndexError(
+        f"Where the prompt ends is not known in this pass, so that what is masked or patched at {name} cannot be placed: "
+        "negative positions, boolean masks and values with a position axis need it. Call generate with token ids alone, read "
+        "the prompt in one pass, or name absolute positions."
+    )
 
 
 def _no_positions(given: Any) -> PositionIndexError:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.positions import Positions
+from tl_paramdecomp.components.positions import Positions, unknown_end
 from tl_paramdecomp.errors import DataError, ShapeError
 from tl_paramdecomp.sites import SiteCall, Span, WeightSite
 
@@ -297,6 +297,8 @@ def _placed(
         )
     if not lead or lead[-1] == 1:
         return value, None
+    if not span.prompt_known:
+        raise unknown_end(name)
     covered, start, end = lead[-1], span.start, span.start + rows[-1]
     prompt = end if span.prompt is None else span.prompt
     if covered != prompt:

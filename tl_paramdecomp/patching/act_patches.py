@@ -279,7 +279,7 @@ def patched_acts(model: Any, decomposition: Decomposition, patches: ActPatches) 
     adapter = checked_adapter(model, decomposition)
     changed = site_edits(decomposition, patches)
     with (
-        claimed(adapter.root, edit_claims(decomposition, changed)),
+        claimed(adapter.core, edit_claims(decomposition, changed)),
         intercepted(adapter, edit_fns(decomposition, changed)),
     ):
         yield model

@@ -51,7 +51,7 @@ def attached(model: Any, decomposition: Decomposition, use_error_term: bool = Tr
         )
     names = {name: f"{name}.{HOOK_NAME}" for name in decomposition}
     with (
-        claimed(adapter.root, {n: Claim(decomposition[n], additive=use_error_term) for n in names}),
+        claimed(adapter.core, {n: Claim(decomposition[n], additive=use_error_term) for n in names}),
         adapter.hook_points(list(names.values())) as points,
         adapter.intercept({n: _through(decomposition[n], points[names[n]], use_error_term) for n in names}),
     ):

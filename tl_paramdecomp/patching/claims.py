@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tl_paramdecomp.adapters.boundary import one_thread
 from tl_paramdecomp.adapters.identity import SUFFIX, behind, is_identity
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masks import SiteMask
@@ -55,9 +56,13 @@ def claimed(root: Any, claims: Mapping[str, Claim]) -> Iterator[None]:
     """Note what happens to which sites of a model.
 
     Raises:
-        PatchConflictError: Two patches of one site have no common meaning.
+        PatchConflictError: Two patches of one site have no common meaning, or another thread uses the model.
     """
-    own = dict(claims)
+    with one_thread(root):
+        yield from _claimed(root, dict(claims))
+
+
+def _claimed(root: Any, own: dict[str, Claim]) -> Iterator[None]:
     with _LOCK:
         stack = _ACTIVE.setdefault(root, [])
         for name, claim in own.items():

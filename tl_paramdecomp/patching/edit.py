@@ -37,7 +37,7 @@ def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> It
     changed = masks.changed()
     claims = {behind(name): Claim(decomposition[name], in_weights=True) for name in changed}
     claims |= {name: Claim(decomposition[name], in_weights=True) for name in changed}
-    with claimed(adapter.root, claims), adapter.replaced_weights(weights):
+    with claimed(adapter.core, claims), adapter.replaced_weights(weights):
         yield model
 
 
@@ -53,7 +53,7 @@ def edited_model(model: Any, decomposition: Decomposition, masks: Masks) -> Any:
         TargetMismatchError, DeviceError: As `patched`.
     """
     weights = _edited(model, decomposition, masks)
-    if is_patched(adapt(model).root):
+    if is_patched(adapt(model).core):
         raise PatchConflictError(
             "edited_model copies the model, and this one is patched at present; leave the contexts around it first."
         )

@@ -5,20 +5,24 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.boundary import evaluating
+
 
 @contextlib.contextmanager
-def frozen(root: nn.Module) -> Iterator[None]:
-    """The target without gradients and in evaluation mode; afterwards every flag is as it was."""
-    gradients = [(p, p.requires_grad) for p in root.parameters()]
-    modes = [(module, module.training) for module in root.modules()]
-    try:
-        for parameter, _ in gradients:
-            parameter.requires_grad_(False)
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for parameter, needed in gradients:
-            parameter.requires_grad_(needed)
-        for module, training in modes:
-            module.training = training
+def frozen(studied: ModelAdapter | nn.Module) -> Iterator[None]:
+    """A target, or a decomposition, without gradients and in evaluation mode; afterwards every flag is as it was.
+
+    Raises:
+        PatchConflictError: Another thread uses it.
+    """
+    target = isinstance(studied, ModelAdapter)
+    with studied.evaluating() if target else evaluating(studied):
+        learning = [p for p in (studied.root if target else studied).parameters() if p.requires_grad]
+        try:
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)

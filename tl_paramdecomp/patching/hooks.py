@@ -40,7 +40,7 @@ def patched(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[
     adapter = checked_adapter(model, decomposition)
     changed = site_masks(decomposition, masks)
     fns = {name: site_fn(decomposition[name], mask) for name, mask in changed.items()}
-    with claimed(adapter.root, claims_of(decomposition, changed)), intercepted(adapter, fns):
+    with claimed(adapter.core, claims_of(decomposition, changed)), intercepted(adapter, fns):
         yield model
 
 

@@ -64,7 +64,7 @@ def perturbed(
         name: Claim(part, additive=not in_weights, in_weights=in_weights, only=frozenset(moved))
         for name, part in parts.items()
     }
-    with claimed(adapter.root, claims), contextlib.ExitStack() as stack:
+    with claimed(adapter.core, claims), contextlib.ExitStack() as stack:
         if in_weights:
             stack.enter_context(_replaced(adapter, parts, moved))
         else:

@@ -31,7 +31,7 @@ def checked_adapter(model: Any, decomposition: Saved) -> ModelAdapter:
         DeviceError: The components are on another device.
     """
     adapter = adapt(model)
-    _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.root))
+    _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.core))
     for name in decomposition.fingerprints:
         if adapter.is_norm(name):
             device = adapter.gain(name).device

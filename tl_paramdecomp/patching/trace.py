@@ -43,7 +43,7 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
         )
     planned = _planned(decomposition, masks)
     columns = _columns(model) if planned.by_position else None
-    with claimed(adapter.root, planned.claims):
+    with claimed(adapter.core, planned.claims):
         pass  # a context around the trace may patch the same sites
     fns = composed(planned.fns, adapter.weight)
     in_order = [name for name in adapter.wirings if name in fns]

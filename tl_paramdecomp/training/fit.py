@@ -138,7 +138,7 @@ def decompose(
         if run_dir is not None:
             run.folder = RunFolder(Path(run_dir), settings, keep_checkpoints, keep_best, peers.leads)
             stack.enter_context(run.folder.opened())
-        stack.enter_context(frozen(adapter.root))
+        stack.enter_context(frozen(adapter))
         stack.enter_context(answering(peers, run.told))
         begun = run.begin(resume)
         made = method.initialise(

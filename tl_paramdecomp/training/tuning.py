@@ -73,7 +73,7 @@ def tune_along(
     optimiser = torch.optim.Adam(list(deltas.values()), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0 - step / steps)
     bar = tqdm(range(steps), desc="tuning", disable=not progress)
-    with frozen(adapter.root), frozen(decomposition), torch.enable_grad(), perturbed(model, decomposition, deltas):
+    with frozen(adapter), frozen(decomposition), torch.enable_grad(), perturbed(model, decomposition, deltas):
         for step in bar:
             batch = source.batch(step).to(adapter.device)
             check_rows(batch.tokens, batch.attention_mask)

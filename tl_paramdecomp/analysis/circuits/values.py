@@ -78,7 +78,7 @@ class TaskRuns:
     @contextlib.contextmanager
     def frozen(self) -> Iterator["TaskRuns"]:
         """Within this context nothing of the model or its components learns."""
-        with frozen(self.adapter.root), frozen(self.decomposition):
+        with frozen(self.adapter), frozen(self.decomposition):
             yield self
 
 
@@ -103,7 +103,7 @@ def baseline_of(
     tokens = task.clean if value == "mean" else task.corrupt
     if tokens is None:
         raise DataError(f"The task {task.name} has no corrupt prompts, whose activations value='corrupt' takes.")
-    with torch.no_grad(), frozen(adapter.root):
+    with torch.no_grad(), frozen(adapter):
         inputs = adapter.capture(tokens, list(decomposition), task.attention_mask).inputs
         acts = {name: decomposition[name].acts(x) for name, x in inputs.items()}
     if value == "corrupt":

@@ -188,7 +188,7 @@ def sweep(
         for name in chosen
     }
     claims = {name: Claim(decomposition[name], additive=True) for name in chosen}
-    with torch.no_grad(), claimed(adapter.root, claims):
+    with torch.no_grad(), claimed(adapter.core, claims):
         unpatched = {"clean": _metric_of(adapter, runs, runs.clean, rows_at_once)}
         if runs.corrupt is not None:
             unpatched["corrupt"] = _metric_of(adapter, runs, runs.corrupt, rows_at_once)

@@ -31,7 +31,7 @@ def shuffled_weights(model: Any, seed: int = 0) -> Iterator[Any]:
         PatchConflictError: The model is patched at present.
     """
     adapter = adapt(model)
-    if is_patched(adapter.root):
+    if is_patched(adapter.core):
         raise PatchConflictError("shuffled_weights changes the weights; leave the contexts that patch the model first.")
     generator = torch.Generator().manual_seed(seed)
     weights = {}

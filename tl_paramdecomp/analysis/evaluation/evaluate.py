@@ -140,7 +140,7 @@ def evaluate(
         checked_adapter(model, untrained)
         every.append(untrained)
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for module in (adapter.root, *every):
+        for module in (adapter, *every):
             stack.enter_context(frozen(module))
         bar = stack.enter_context(tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass"))
         run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, bar)

@@ -60,7 +60,7 @@ def impacts(
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
     tokens = tokens.to(adapter.device)
     attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
-    with torch.no_grad(), frozen(adapter.root):
+    with torch.no_grad(), frozen(adapter):
         output = adapter.forward(tokens, attention_mask)
         shape = output.shape[:-1]
         scored = torch.ones(shape, dtype=torch.bool, device=output.device)
@@ -108,7 +108,7 @@ def output_derivative(
     adapter = checked_adapter(model, decomposition)
     tokens = tokens.to(adapter.device)
     attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
-    with torch.no_grad(), frozen(adapter.root):
+    with torch.no_grad(), frozen(adapter):
         return _derivative(adapter, decomposition.decoder, decomposition.index(k), tokens, attention_mask)
 
 
@@ -188,7 +188,7 @@ def evaluate_subnetworks(
     adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
     groups: list[Gradients] = []
-    with torch.no_grad(), frozen(adapter.root):
+    with torch.no_grad(), frozen(adapter):
         for rows in even_parts(len(tokens), rows_at_once):
             mask = None if attention_mask is None else attention_mask[rows].to(adapter.device)
             run = GradientPass(adapter, list(decomposition.decoder), tokens[rows].to(adapter.device), mask)

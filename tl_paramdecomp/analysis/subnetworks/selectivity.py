@@ -187,7 +187,7 @@ def _changes(
 ) -> Float[Tensor, "some rows *pos"]:
     """Divergence of the moved model's outputs from the model's, mean of both signs."""
     parts = []
-    with frozen(adapter.root):
+    with frozen(adapter):
         for rows, mask in _chunks(tokens, attention_mask, rows_at_once, adapter.device):
             before, changes = adapter.forward(rows, mask), []
             for k in chosen:

@@ -130,7 +130,7 @@ def estimate_run(
             used.check()
     now = _Now.of(adapter)
     devices = [adapter.device] if adapter.device.type == "cuda" else []
-    with frozen(adapter.root), torch.random.fork_rng(devices):
+    with frozen(adapter), torch.random.fork_rng(devices):
         made = outline(adapter, chosen, method)
         refused = None if made is None else _too_large(_throughout(made, method, steps, on_nonfinite), now)
         taken = Trial(adapter, chosen, method, source, other, steps, seed, accumulate, on_nonfinite)

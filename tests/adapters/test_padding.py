@@ -1,0 +1,90 @@
+"""Padded rows are worth what they are alone, on every host; what cannot read them says so."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+import tl_paramdecomp as tlpd
+from tl_paramdecomp.adapters import adapt
+
+from ..support import zoo
+from ..support.hosts import on_host
+from ..support.models import BUILDERS, build, decomposition_of, module_of, tolerance
+
+N = 5
+PADDINGS = {"left": [3, 0], "right": [0, 3], "both": [2, 1]}
+ARCHITECTURES = ["GPTNeoForCausalLM", "OPTForCausalLM", "BloomForCausalLM", "GPTJForCausalLM", "MptForCausalLM"]
+"""Learned positions, learned with an offset, ALiBi, a computed table, and ALiBi again."""
+
+
+def padded(row: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+    """A row with padding beside it, and its attention mask."""
+    pads = [row.new_full((1, n), 3) for n in (before, after)]
+    mask = torch.cat([torch.zeros(1, before), torch.ones_like(row), torch.zeros(1, after)], 1).long()
+    return torch.cat([pads[0], row, pads[1]], 1), mask
+
+
+def agrees(model: Any, dec: tlpd.Decomposition, padding: str, bound: float) -> None:
+    """Logits and component activations of one row alone, and beside a whole row in a padded batch."""
+    before, after = PADDINGS[padding]
+    row, whole = torch.arange(5, 5 + N).unsqueeze(0), torch.arange(20, 20 + N + before + after).unsqueeze(0)
+    tokens, mask = padded(row, before, after)
+    tokens, mask = torch.cat([tokens, whole]), torch.cat([mask, torch.ones_like(whole)])
+    at, adapter = slice(before, before + N), adapt(model)
+    with torch.no_grad():
+        both = adapter.forward(tokens, mask)
+        assert (both[:1, at] - adapter.forward(row)).abs().max() < bound
+        assert (both[1:] - adapter.forward(whole)).abs().max() < bound
+    together = tlpd.component_acts(model, dec, tokens, mask)
+    for name, alone in tlpd.component_acts(model, dec, row).items():
+        assert (together[name][:1, at] - alone).abs().max() < bound, name
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("host", BUILDERS)
+def test_padded_rows_on_every_host(host: str, padding: str) -> None:
+    model = build(host)
+    agrees(model, decomposition_of(model, "blocks.*"), padding, tolerance(model))
+
+
+@pytest.mark.parametrize("host", ["transformers", "bridge", "nnsight"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore")  # tiny models are odd, and their hosts say so
+def test_kinds_of_positions(architecture: str, host: str) -> None:
+    try:
+        model = on_host(zoo.tiny(architecture), host, zoo.bridge_name(architecture))
+    except zoo.ArchitectureMissing as missing:
+        pytest.skip(str(missing))
+    module_of(model).requires_grad_(False)
+    agrees(model, decomposition_of(model, "blocks.*"), "left", 1e-3)
+
+
+class WithoutPositions(GPT2LMHeadModel):
+    """It counts positions itself, from the first column of the row."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask)
+
+
+def test_a_model_that_counts_its_padding_is_refused() -> None:
+    model = WithoutPositions(build("gpt2").config).double().eval().requires_grad_(False)
+    dec = decomposition_of(model, "blocks.*")
+    agrees(model, dec, "right", 1e-10)
+    for padding in ("left", "both"):
+        with pytest.raises(tlpd.errors.UnsupportedModelError, match="pad them on the right"):
+            agrees(model, dec, padding, 1e-10)
+
+
+def test_an_evaluation_of_padded_rows_is_that_of_the_rows_alone() -> None:
+    model = build("gpt2")
+    dec = decomposition_of(model, "blocks.0.mlp.*")
+    settings = {"importances": tlpd.Oracle(k=2), "protocol": tlpd.Protocol(ladder=(), ablated=0), "progress": False}
+    row = torch.arange(5, 5 + N).unsqueeze(0)
+    tokens, mask = padded(row, 3, 0)
+    alone = tlpd.evaluate(model, dec, row, **settings)
+    beside = tlpd.evaluate(model, dec, tokens, attention_mask=mask, **settings)
+    for kind in ("unmasked", "zero"):  # the others draw numbers for every column
+        assert beside.mask_row(kind)["kl"] == pytest.approx(alone.mask_row(kind)["kl"], rel=1e-6), kind
