@@ -165,6 +165,7 @@ class _Run:
         if len(set(slugs)) < len(slugs):
             raise SettingError(f"Labels must differ in letters or digits; given {', '.join(self.methods)}.")
         for method in self.methods.values():
+            method.check(adapt(self.model))
             for sparsity in self.sparsities(method):
                 self.variant(method, sparsity, 1.0)
             if not isinstance(method, ExactBasis):
@@ -328,24 +329,26 @@ def figures(found: Evaluation) -> Row:
     """What of an evaluation a comparison keeps."""
     sites = found.sites
     kl = found.headline.get("adversarial")
-    worst = [row["kl_worst"] for row in found.adversary if row["kl"] == kl]
+    key = found.measure
+    worst = [row[f"{key}_worst"] for row in found.adversary if row[key] == kl]
     return {
         "l0": sum(row["l0"] for row in sites),
         "active_parameters": sum(row["active_parameters"] for row in sites),
         "active": sum(row["active_anywhere"] for row in sites),
         "components": sum(row["components"] for row in sites),
-        "unmasked": found.mask_row("unmasked")["kl"],
-        "importance": found.mask_row("importance")["kl"],
-        "rounded": found.mask_row("rounded 0.1")["kl"],
-        "rounded_ce_recovered": found.mask_row("rounded 0.1")["ce_recovered"],
-        "stochastic": found.mask_row("stochastic", "masked")["kl"],
-        "random": found.mask_row("random")["kl"],
-        "zero": found.mask_row("zero")["kl"],
-        "permuted": found.mask_row("permuted 0.1")["kl"],
+        "unmasked": found.distance("unmasked"),
+        "importance": found.distance("importance"),
+        "rounded": found.distance("rounded 0.1"),
+        "rounded_ce_recovered": found.mask_row("rounded 0.1").get("ce_recovered"),
+        "stochastic": found.distance("stochastic", "masked"),
+        "random": found.distance("random"),
+        "zero": found.distance("zero"),
+        "permuted": found.distance("permuted 0.1"),
         "adversarial": kl,
         "adversarial_worst": worst[0] if worst else None,
         "relative_error": max(row["relative_error"] for row in sites),
         "measured_in": found.seconds,
+        **({} if key == "kl" else {"measure": key}),
     }
 
 

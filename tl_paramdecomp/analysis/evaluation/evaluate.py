@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.limits import Limits
-from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target, masks_of
+from tl_paramdecomp.adapters.outputs import need_logits
+from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, masks_of, target_of
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.analysis.evaluation.specificity import specificity
@@ -35,7 +36,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
-from tl_paramdecomp.methods.base import Batch, LossStep
+from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, Batch, LossStep, Measure, measure_of
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
@@ -101,6 +102,7 @@ def evaluate(
     protocol: Protocol | None = None,
     seconds: float | None = None,
     progress: bool = True,
+    measure: Measure | None = None,
 ) -> Evaluation:
     """How good a decomposition is on held-out rows.
 
@@ -116,8 +118,11 @@ def evaluate(
         protocol: Everything that can be set.
         seconds: Leave out, and name, what would begin after so many.
         progress: Show a progress bar.
+        measure: How outputs are compared: `kl` of next-token distributions, or `mse`, the mean square of outputs as they are,
+            which leaves out what only logits have. None: KL, or the mean square where the model gives no logits.
 
     Raises:
+        UnsupportedModelError: KL is asked of a model that gives no logits.
         NoImportanceError: The decomposition has no importance function, and no oracle is given.
         DataError: There are no rows, no position of them counts, or the model cannot read them.
         TargetMismatchError, DeviceError, DtypeError, ShapeError: As `patched`.
@@ -135,6 +140,11 @@ def evaluate(
     adapter = checked_adapter(model, decomposition)
     Limits.of(adapter).refuse(tokens, "The data", attention_mask)
     protocol = protocol or Protocol()
+    if measure not in (None, "kl", "mse"):
+        raise SettingError(f"measure must be 'kl' or 'mse'; given {measure!r}.")
+    measure = measure or measure_of(adapter)
+    if measure == "kl":
+        need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
     every = [decomposition]
     if untrained is not None:
         checked_adapter(model, untrained)
@@ -143,7 +153,7 @@ def evaluate(
         for module in (adapter, *every):
             stack.enter_context(frozen(module))
         bar = stack.enter_context(tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass"))
-        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, bar)
+        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, bar, measure)
         return run.all(untrained)
 
 
@@ -193,7 +203,9 @@ class _Run:
         protocol: Protocol,
         seconds: float | None,
         bar: "tqdm[Any]",
+        measure: Measure = "kl",
     ) -> None:
+        self.measure: Measure = measure
         self.adapter, self.dec, self.oracle, self.bar = adapter, decomposition, oracle, bar
         self.device = adapter.device
         self.tokens = tokens.to(self.device)
@@ -229,14 +241,16 @@ class _Run:
     def _step(self, tokens: Tensor, mask: Tensor | None) -> LossStep:
         given = None
         if self.oracle is not None:
-            given = self.oracle.importances(self.adapter, self.dec, tokens, mask)
-        step = LossStep.of(self.adapter, self.dec, tokens, mask, torch.Generator(), importances=given)
+            given = self.oracle.importances(self.adapter, self.dec, tokens, mask, self.measure)
+        step = LossStep.of(
+            self.adapter, self.dec, tokens, mask, torch.Generator(), measure=self.measure, importances=given
+        )
         # what is kept between passes holds what they need, and no more
         alone = {name: Importance(i.lower, i.lower) for name, i in step.importances.items()}
         return dataclasses.replace(step, inputs={}, importances=alone)
 
     def weighted(self) -> Iterator[tuple[LossStep, int]]:
-        """Batches with their numbers of scored positions."""
+        """Batches with their numbers of scored outputs."""
         for step in self.batches():
             self.bar.update()
             yield step, len(step.divergence.target)
@@ -254,7 +268,9 @@ class _Run:
         """Every part that there is time for."""
         model = self.sums(None)
         zero = self.sums(MaskKind("zero"))
-        ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
+        ends = None
+        if self.measure == "kl":
+            ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
         masks = [self.row(kind, ends) for kind in KINDS if self.has_time(f"{kind.name}, delta {kind.delta}")]
         sites = self.sparsity() if self.has_time("sparsity") else []
         ladder = [self.climbs(n) for n in self.protocol.ladder if self.has_time(f"adversary of {n} steps")]
@@ -273,10 +289,11 @@ class _Run:
                 **dataclasses.asdict(self.protocol),
                 "ladder": list(self.protocol.ladder),
                 "oracle": None if self.oracle is None else dataclasses.asdict(self.oracle),
+                **({} if self.measure == "kl" else {"measure": self.measure}),
             },
             rows=len(self.tokens),
             positions=model.positions,
-            ce={"model": ends[0], "zero": ends[1]},
+            ce={} if ends is None else {"model": ends[0], "zero": ends[1]},
             masks=masks + by_site,
             adversary=ladder,
             sites=sites,
@@ -292,28 +309,32 @@ class _Run:
         generator = torch.Generator(device=self.device).manual_seed(self.protocol.seed + sample)
         total = Sums()
         for step, _ in self.weighted():
-            target = Target.of(step)
+            target = target_of(step)
             if kind is None:
-                total = total.plus(target.sums(target.log_p))
+                total = total.plus(target.sums(target[0]))
                 continue
             masks = masks_of(step, kind, generator, self.dealt)
             logits = step.run_masked(masks if site is None else {site: masks[site]})
             total = total.plus(target.sums(step.divergence.rows(logits)))
         return total
 
-    def row(self, kind: MaskKind, ends: tuple[float, float], site: str | None = None) -> dict[str, Any]:
-        """A kind's figures; those that are drawn at random as means, with the standard deviation of the KL."""
+    def row(self, kind: MaskKind, ends: tuple[float, float] | None, site: str | None = None) -> dict[str, Any]:
+        """A kind's figures; those that are drawn at random as means, with the standard deviation of the distance."""
         n = self.protocol.samples if kind.kind in ("stochastic", "random") or kind.delta == "masked" else 1
         drawn = [self.sums(kind, site, sample) for sample in range(n)]
-        kl = torch.tensor([s.kl / s.positions for s in drawn], dtype=torch.float64)
-        ce = sum(s.ce / max(1, s.predicted) for s in drawn) / n
-        gap = ends[1] - ends[0]
-        return {
+        distance = torch.tensor([s.mean(self.measure) for s in drawn], dtype=torch.float64)
+        found = {
             "site": site or "all",
             "masks": kind.name,
             "delta": kind.delta,
-            "kl": kl.mean().item(),
-            "kl_sd": kl.std().item() if n > 1 else None,
+            self.measure: distance.mean().item(),
+            f"{self.measure}_sd": distance.std().item() if n > 1 else None,
+        }
+        if ends is None:
+            return found
+        ce = sum(s.ce / max(1, s.predicted) for s in drawn) / n
+        gap = ends[1] - ends[0]
+        return found | {
             "ce_difference": ce - ends[0],
             "ce_recovered": (ends[1] - ce) / gap if gap else None,
             "top1": sum(s.agree / s.positions for s in drawn) / n,
@@ -322,10 +343,10 @@ class _Run:
     def sparsity(self) -> list[dict[str, Any]]:
         """What importances say of each site."""
         positions, over, active, mean = 0, {}, {}, {}
-        for step, count in self.weighted():
-            positions += count
-            for name, importance in step.importances.items():
-                g = importance.lower.flatten(0, -2) if step.scored is None else importance.lower[step.scored]
+        for step, _ in self.weighted():
+            for i, (name, importance) in enumerate(step.importances.items()):
+                g = step.at_scored(importance.lower)
+                positions += 0 if i else len(g)
                 for sums, values in ((over, g > 0.0), (active, g > ACTIVE), (mean, g)):
                     sums[name] = sums.get(name, 0.0) + values.double().sum(0)
         rows = []
@@ -361,19 +382,16 @@ class _Run:
         return {
             "steps": steps,
             "restarts": len(found),
-            "kl": statistics.median(worst),
-            "kl_worst": max(worst),
-            "kl_all": worst,
+            self.measure: statistics.median(worst),
+            f"{self.measure}_worst": max(worst),
+            f"{self.measure}_all": worst,
             "start": statistics.median(c.start for c in found),
         }
 
     def specificity(self) -> dict[str, Any]:
         """Components ablated by themselves on the first rows: half of them active somewhere, half drawn from the others."""
         step = next(iter(self.batches()))
-        flat = {
-            name: g.lower.flatten(0, -2) if step.scored is None else g.lower[step.scored]
-            for name, g in step.importances.items()
-        }
+        target, flat = target_of(step), {name: _by_output(step, g.lower) for name, g in step.importances.items()}
         effects, given, dealt = [], [], []
         for name, c in self._sampled(flat):
             self.bar.update()
@@ -381,9 +399,7 @@ class _Run:
             q = torch.zeros(g.shape[-1], dtype=g.dtype, device=g.device)
             q[c] = 1.0
             logits = step.run_masked({name: InterpolatedMask(g.new_zeros(g.shape), q, 0.0)})
-            log_p = step.divergence.target
-            log_q = torch.log_softmax(step.divergence.rows(logits).to(log_p.dtype), -1)
-            effects.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            effects.append(target.distances(step.divergence.rows(logits)))
             given.append(flat[name][:, c])
             dealt.append(flat[name][:, self.dealt[name][c]])
         effect = torch.cat(effects)
@@ -408,11 +424,21 @@ class _Run:
 
     def control(self, untrained: Decomposition) -> dict[str, Any]:
         """The headline of another decomposition of the same model, under the same protocol."""
-        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.bar)
+        other = _Run(
+            self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.bar, self.measure
+        )
         rounded = other.sums(MaskKind("rounded", threshold=ACTIVE))
         l0 = sum(row["l0"] for row in other.sparsity())
-        found = {"l0": l0, "rounded": rounded.kl / rounded.positions}
+        found = {"l0": l0, "rounded": rounded.mean(self.measure)}
         if self.protocol.ladder:
             steps = 20 if 20 in self.protocol.ladder else max(self.protocol.ladder)
-            found["adversarial"] = other.climbs(steps)["kl"]
+            found["adversarial"] = other.climbs(steps)[self.measure]
         return found
+
+
+def _by_output(step: LossStep, g: Float[Tensor, "batch pos C"]) -> Float[Tensor, "n C"]:
+    """Importances where an output is scored; the largest of a row where each row has one output."""
+    if step.divergence.by_row and g.ndim == 3:
+        whole = g if step.scored is None else g.masked_fill(~step.scored.unsqueeze(-1), 0.0)
+        return step.divergence.rows(whole.amax(1))
+    return step.at_scored(g)

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation(Record):
-    """Figures of one decomposition on held-out rows; KL in nats per token, summed over the vocabulary."""
+    """Figures of one decomposition on held-out rows; KL in nats per token, summed over the vocabulary.
+
+    Where the model gives no logits, figures are the mean square of outputs under `mse` instead of `kl`.
+    """
 
     what: ClassVar[str] = "evaluation"
 
@@ -41,6 +44,19 @@ class Evaluation(Record):
     left_out: list[str]
     """Parts that the time budget left no room for."""
 
+    @property
+    def measure(self) -> str:
+        """`kl` or `mse`: what outputs were compared by, and the key of its figures."""
+        return self.protocol.get("measure", "kl")
+
+    def distance(self, masks: str, delta: str = "absent", site: str = "all") -> float:
+        """KL, or mean square, under one kind of mask.
+
+        Raises:
+            KeyError: It was not measured.
+        """
+        return self.mask_row(masks, delta, site)[self.measure]
+
     def mask_row(self, masks: str, delta: str = "absent", site: str = "all") -> Row:
         """The row of one kind of mask.
 
@@ -57,8 +73,8 @@ class Evaluation(Record):
         """L0 with the KL under rounded (0.1) and adversarial masks (20 steps, or the most there are)."""
         found: dict[str, float] = {"l0": sum(row["l0"] for row in self.sites)} if self.sites else {}
         rounded = [r for r in self.masks if (r["masks"], r["delta"], r["site"]) == ("rounded 0.1", "absent", "all")]
-        found |= {"rounded": rounded[0]["kl"]} if rounded else {}
-        by_steps = {row["steps"]: row["kl"] for row in self.adversary}
+        found |= {"rounded": rounded[0][self.measure]} if rounded else {}
+        by_steps = {row["steps"]: row[self.measure] for row in self.adversary}
         if by_steps:
             found["adversarial"] = by_steps.get(20, by_steps[max(by_steps)])
         return found
@@ -89,24 +105,42 @@ def _shown(value: float | None, places: int = 4) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
+def distance_name(measure: str) -> str:
+    """In the heads of tables."""
+    return "KL" if measure == "kl" else "mean square"
+
+
 def _headline(found: Evaluation) -> "Table":
-    columns = ("L0", "rounded KL", "adversarial KL")
+    what = distance_name(found.measure)
+    columns = ("L0", f"rounded {what}", f"adversarial {what}")
     table = plain_table(f"Headline: {found.positions} tokens of {found.rows} held-out rows", "decomposition", *columns)
     for name, values in {"this one": found.headline, **found.controls}.items():
         l0 = _shown(values.get("l0"), 1)
         table.add_row(name, l0, _shown(values.get("rounded")), _shown(values.get("adversarial")))
-    permuted = [row["kl"] for row in found.masks if row["masks"].startswith("permuted")]
+    permuted = [row[found.measure] for row in found.masks if row["masks"].startswith("permuted")]
     if permuted:
         table.add_row("the same, importances dealt anew", _shown(found.headline.get("l0"), 1), _shown(permuted[0]), "")
     return table
 
 
 def _masks(found: Evaluation) -> "Table":
+    what, key = distance_name(found.measure), found.measure
+    if not found.ce:
+        table = plain_table("Masks", "masks", "delta", what, "± draws")
+        for row in (r for r in found.masks if r["site"] == "all"):
+            table.add_row(row["masks"], row["delta"], _shown(row[key]), _shown(row[f"{key}_sd"]))
+        return table
     title = f"Masks (cross-entropy: model {found.ce['model']:.3f}, all removed {found.ce['zero']:.3f})"
-    table = plain_table(title, "masks", "delta", "KL", "± draws", "CE difference", "CE recovered", "same top token")
+    table = plain_table(title, "masks", "delta", what, "± draws", "CE difference", "CE recovered", "same top token")
     for row in (r for r in found.masks if r["site"] == "all"):
         share = "" if row["ce_recovered"] is None else f"{row['ce_recovered']:.1%}"
-        figures = (_shown(row["kl"]), _shown(row["kl_sd"]), f"{row['ce_difference']:+.4f}", share, f"{row['top1']:.1%}")
+        figures = (
+            _shown(row[key]),
+            _shown(row[f"{key}_sd"]),
+            f"{row['ce_difference']:+.4f}",
+            share,
+            f"{row['top1']:.1%}",
+        )
         table.add_row(row["masks"], row["delta"], *figures)
     return table
 
@@ -114,14 +148,16 @@ def _masks(found: Evaluation) -> "Table":
 def _adversary(found: Evaluation) -> "Table":
     restarts = found.adversary[0]["restarts"] if found.adversary else 0
     title = f"Adversary: one for all rows, {restarts} restarts"
-    table = plain_table(title, "steps", "KL, median", "KL, worst", "random start")
+    what, key = distance_name(found.measure), found.measure
+    table = plain_table(title, "steps", f"{what}, median", f"{what}, worst", "random start")
     for row in found.adversary:
-        table.add_row(str(row["steps"]), *(_shown(row[key]) for key in ("kl", "kl_worst", "start")))
+        table.add_row(str(row["steps"]), *(_shown(row[name]) for name in (key, f"{key}_worst", "start")))
     return table
 
 
 def _specificity(found: Evaluation) -> "Table":
-    columns = ("AUROC", "Spearman", "KL where g > 0.5", "KL where g < 0.01")
+    what = distance_name(found.measure)
+    columns = ("AUROC", "Spearman", f"{what} where g > 0.5", f"{what} where g < 0.01")
     table = plain_table("Does importance predict what ablating one component does?", "importances", *columns)
     for what, row in found.specificity.items():
         figures = (
@@ -135,9 +171,10 @@ def _specificity(found: Evaluation) -> "Table":
 
 
 def _sites(found: Evaluation) -> "Table":
-    columns = ("rel. error", "L0", "rank", "active params", "alive", "of", "rounded KL, alone")
+    columns = ("rel. error", "L0", "rank", "active params", "alive", "of")
+    columns = (*columns, f"rounded {distance_name(found.measure)}, alone")
     table = plain_table("Matrices", "site", *columns)
-    alone = {row["site"]: row["kl"] for row in found.masks if row["masks"] == "rounded 0.1"}
+    alone = {row["site"]: row[found.measure] for row in found.masks if row["masks"] == "rounded 0.1"}
     for row in found.sites:
         counts = f"{row['l0']:.1f}", str(row["rank"]), f"{row['active_parameters']:.0f}", str(row["alive"])
         error = f"{row['relative_error']:.1e}"

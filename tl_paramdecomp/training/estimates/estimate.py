@@ -125,6 +125,8 @@ def estimate_run(
         for i, rows in enumerate((data, background))
     )
     steps = steps_of(method, steps, data)
+    if steps:
+        method.check(adapter)
     for used in (source, other):
         if used is not None:
             used.check()
