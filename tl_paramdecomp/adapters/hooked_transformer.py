@@ -15,10 +15,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
+from tl_paramdecomp.adapters.computed import why_unknown
 from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point
-from tl_paramdecomp.adapters.torch_module import watch_generate
-from tl_paramdecomp.adapters.wiring import Tap, Wiring
+from tl_paramdecomp.adapters.shared_parameters import with_ties
+from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_generate
+from tl_paramdecomp.adapters.wiring import Tap, Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn, WeightSite
 
@@ -32,6 +34,7 @@ class HookedTransformerAdapter(LensAdapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
+        refuse_wrapped(model)
         cfg = model.cfg
         if getattr(cfg, "load_in_4bit", False):
             raise UnsupportedModelError("This HookedTransformer holds 4-bit weights; load it unquantised.")
@@ -41,11 +44,17 @@ class HookedTransformerAdapter(LensAdapter):
             if not cfg.attn_only:
                 self._add_mlp(block, i, cfg)
         self._add_unembedding(model, cfg)
+        self.wirings = with_ties(self.root, self.wirings)
 
     def _add(self, name: str, shape: tuple[int, int], **wiring: Any) -> None:
         site_fields = {k: wiring.pop(k) for k in ("kind", "n_heads", "head_side") if k in wiring}
         site = WeightSite(name, *shape, has_bias=wiring.get("bias") is not None, **site_fields)
-        self.wirings[name] = Wiring(site, **wiring)
+        made = Wiring(site, **wiring)
+        unknown = why_unknown(find_module(self.root, made.owner), made.weight)
+        if unknown is None:
+            self.wirings[name] = made
+        else:
+            self.refused[name] = unknown
 
     def _add_embeddings(self, model: Any, cfg: Any) -> None:
         post_norm = hasattr(model.embed, "ln")
@@ -76,7 +85,7 @@ class HookedTransformerAdapter(LensAdapter):
 
     def _add_attention(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.attn"
-        grouped = "_W_K" in block.attn._parameters
+        grouped = hasattr(block.attn, "_W_K")
         for role, heads in (("Q", cfg.n_heads), ("K", cfg.n_key_value_heads), ("V", cfg.n_key_value_heads)):
             heads = heads or cfg.n_heads
             if grouped and role != "Q" and getattr(cfg, "ungroup_grouped_query_attention", False):
@@ -113,11 +122,11 @@ class HookedTransformerAdapter(LensAdapter):
 
     def _add_mlp(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.mlp"
-        if "W_in" not in block.mlp._parameters:
+        if not hasattr(block.mlp, "W_in"):
             for role in ("W_in", "W_out"):
                 self.refused[f"{path}.{role}"] = f"{type(block.mlp).__name__} routes tokens among experts"
             return
-        gated = "W_gate" in block.mlp._parameters
+        gated = hasattr(block.mlp, "W_gate")
         shape = tuple(block.mlp.W_in.shape)
         x = Tap(path, "input")
         if gated:  # a gated MLP adds b_in after gating, so it is not the bias of x W_in

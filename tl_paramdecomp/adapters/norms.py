@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.computed import computed_tensors
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.swapping import swapped_parameter
 from tl_paramdecomp.adapters.wiring import READABLE, Tap, find_module
@@ -66,7 +67,10 @@ def norm_candidate(name: str, path: str, module: nn.Module, owner: str, holder: 
         owner: Dotted path of the module that holds the gain.
         holder: That module.
     """
-    held = {key: parameter for key, parameter in holder._parameters.items() if parameter is not None}
+    computed = computed_tensors(holder)
+    parts = {part for names in computed.values() for part in names}
+    held = {key: p for key, p in holder._parameters.items() if p is not None and key not in parts}
+    held |= {key: getattr(holder, key) for key in computed}
     pair = next(((w, b) for w, b in ATTRIBUTES if w in held and held.keys() <= {w, b}), None)
     if pair is None or not (held[pair[0]].ndim == 1 or _called_norm(holder)):
         return None

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
+from tl_paramdecomp.adapters.computed import why_unknown
 from tl_paramdecomp.adapters.convolution import lazy_modules, why_no_patches
 from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
 from tl_paramdecomp.adapters.probe import probe
+from tl_paramdecomp.adapters.shared_parameters import keep_apart, with_ties
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
     block_refusals,
@@ -36,6 +37,9 @@ KNOWN_FAMILIES = {
 }  # fmt: skip
 """transformers model types whose wiring the tests hold exact; others are probed when first seen."""
 
+TABLES = frozenset(("embed.W_E", "unembed.W_U"))
+"""Sites that a configuration's `tie_word_embeddings` is about."""
+
 
 class TorchModuleAdapter(ModelAdapter):
     """Hooks the linear maps and embeddings of a module tree, and of a plain one the convolutions, as linear maps of patches."""
@@ -46,6 +50,8 @@ class TorchModuleAdapter(ModelAdapter):
         super().__init__(model)
         refuse_wrapped(self.root)
         self._blocks_path = ""
+        self._holders: dict[int, Wiring] = {}
+        self._repeats = False
         config: Any = getattr(self.root, "config", None)
         self._is_language_model = hasattr(config, "model_type") and self.root.main_input_name == "input_ids"
         if self._is_language_model:
@@ -53,6 +59,8 @@ class TorchModuleAdapter(ModelAdapter):
         covered = {wiring.owner for wiring in self.wirings.values()}
         for path, module in self.root.named_modules():
             name = f"{path}.weight".lstrip(".")
+            if ".parametrizations." in f".{path}.":
+                continue  # it takes part in computing another module's weight
             if path not in covered and (isinstance(module, nn.Embedding) or linear_kind(module) is not None):
                 self._add(module_wiring(name, path, module))
             elif isinstance(module, _ConvNd) and not self._is_language_model:
@@ -64,10 +72,11 @@ class TorchModuleAdapter(ModelAdapter):
         if self._is_language_model:
             covered = {storage_of(read_parameter(self.root, w)) for w in self.wirings.values()}
             self.refused |= unreachable_matrices(self.root, covered)
-            known = config.model_type in KNOWN_FAMILIES
+            known = config.model_type in KNOWN_FAMILIES and not self._repeats
             if not known or not all(is_plain(find_module(self.root, w.owner)) for w in self.wirings.values()):
                 self.wirings, reasons = probe(self, self._run_probe)
                 self.refused |= reasons
+        self.wirings = with_ties(self.root, self.wirings)
         if not self.wirings:
             raise UnsupportedModelError(
                 f"{type(self.root).__name__} holds no linear map or embedding table that can be read "
@@ -77,7 +86,14 @@ class TorchModuleAdapter(ModelAdapter):
     def _add(self, wiring: Wiring) -> None:
         module = find_module(self.root, wiring.owner)
         weight, name = getattr(module, wiring.weight), wiring.site.name
-        if weight.dtype not in READABLE:
+        unknown = why_unknown(module, wiring.weight)
+        first = self._holders.setdefault(id(module), wiring)
+        if first.owner != wiring.owner:
+            self._repeats = True
+            self.refused[name] = f"it is the very module of {first.site.name}, which the model calls more than once"
+        elif unknown is not None:
+            self.refused[name] = unknown
+        elif weight.dtype not in READABLE:
             self.refused[name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
         elif not self._is_language_model and not is_plain(module):
             self.refused[name] = f"{type(module).__name__} has a forward of its own, or is used without being called"
@@ -105,10 +121,7 @@ class TorchModuleAdapter(ModelAdapter):
                 if wiring.site.name not in reasons:
                     self._add(wiring)
         if output is not None and id(output) in paths and linear_kind(output) is not None:
-            wiring = module_wiring("unembed.W_U", paths[id(output)], output)
-            if getattr(embedding, "weight", None) is output.weight:
-                wiring = replace(wiring, site=replace(wiring.site, tied_to="embed.W_E"))
-            self._add(wiring)
+            self._add(module_wiring("unembed.W_U", paths[id(output)], output))
 
     def _run_probe(self) -> Tensor:
         return self.forward(torch.arange(3, device=self.device).unsqueeze(0))
@@ -159,10 +172,9 @@ class TorchModuleAdapter(ModelAdapter):
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         super().write_weights(weights)
-        if any(self.wirings[name].site.tied_to or name == "embed.W_E" for name in weights):
-            config: Any = getattr(self.root, "config", None)
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False  # saving and loading would tie the two again
+        if self._is_language_model:
+            paths = [f"{self.wirings[name].owner}.{self.wirings[name].weight}" for name in weights]
+            keep_apart(self.root, not TABLES.isdisjoint(weights), paths)
 
 
 def watch_forward(
@@ -232,16 +244,20 @@ def refuse_wrapped(root: nn.Module) -> None:
     """Refuse modules that would run past the hooks put on them, or whose weights hold no numbers.
 
     Raises:
-        UnsupportedModelError: The module is a wrapper for several devices, compiled, an encoder-decoder, or on the meta
-            device.
+        UnsupportedModelError: The module is a wrapper for several devices, an encoder-decoder, or on the meta device; it or
+            a part of it is compiled.
     """
     kind = type(root).__name__
     if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
         raise UnsupportedModelError(f"{kind} runs copies or shards of the model; give the model inside it (.module).")
-    if kind == "OptimizedModule" or getattr(root, "_compiled_call_impl", None) is not None:
-        raise UnsupportedModelError(
-            "A compiled model runs past hooks that are put on it later; give the model as it was before torch.compile."
-        )
+    for path, module in root.named_modules():
+        how = _compiled(module)
+        if how:
+            what = f"The part {path!r} of this {kind} is" if path else "This model is"
+            raise UnsupportedModelError(
+                f"{what} compiled by {how}: what is compiled runs past hooks that are put on it later. Give the model as it "
+                f"was before {how}, with the original module in that place (torch.compile keeps it as ._orig_mod)."
+            )
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder; decoder-only language models are supported.")
     if any(parameter.is_meta for parameter in root.parameters()):
@@ -249,6 +265,17 @@ def refuse_wrapped(root: nn.Module) -> None:
             f"This {kind} has parameters on the meta device, which hold no numbers: it is remote, offloaded, or not loaded "
             "yet. Load the whole model on this side (nnsight: dispatch=True)."
         )
+
+
+def _compiled(module: nn.Module) -> str:
+    """By what a module is compiled; empty where it is not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit"
+    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        return "torch.compile"
+    forward = module.forward  # torch.compiler.disable wraps a function as well
+    compiled = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+    return "torch.compile" if compiled else ""
 
 
 def _maybe_module(root: nn.Module, path: str) -> nn.Module | None:

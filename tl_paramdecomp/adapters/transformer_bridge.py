@@ -15,12 +15,14 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
+from tl_paramdecomp.adapters.computed import is_computed, made_plain, sources, why_unknown
 from tl_paramdecomp.adapters.interception import OnError, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, norm_candidate, renamed
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_forward, watch_generate
+from tl_paramdecomp.adapters.shared_parameters import held_tensors, keep_apart, shares_memory, with_ties
+from tl_paramdecomp.adapters.torch_module import TABLES, refuse_wrapped, watch_forward, watch_generate
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
     block_refusals,
@@ -32,8 +34,8 @@ from tl_paramdecomp.adapters.transformers_names import (
     unreachable_matrices,
     with_heads,
 )
-from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, read_parameter
-from tl_paramdecomp.errors import UnsupportedModelError
+from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, read_parameter, stored_weight
+from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteFn
 
 PARTS = {
@@ -59,6 +61,7 @@ class TransformerBridgeAdapter(LensAdapter):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         kind = getattr(model.cfg, "architecture", None) or type(model).__name__
+        refuse_wrapped(model)
         refuse_wrapped(model.original_model)
         if not hasattr(model, "blocks"):
             raise UnsupportedModelError(
@@ -75,6 +78,7 @@ class TransformerBridgeAdapter(LensAdapter):
             self._add_the_rest()
             self.wirings, reasons = probe(self, self._run_probe)
             self.refused |= reasons
+        self.wirings = with_ties(self.root, self.wirings)
         if not self.wirings:
             name, reason = next(iter(self.refused.items()), ("Its tree", "holds no linear map that can be read"))
             raise UnsupportedModelError(f"No site of this bridge of {kind} is exact. {name}: {reason}.")
@@ -94,9 +98,12 @@ class TransformerBridgeAdapter(LensAdapter):
         if component is not None:
             aliases = (path, *((hf_path, f"{hf_path}.weight") if hf_path else ()))
             wiring = replace(wiring, site=replace(wiring.site, aliases=aliases))
-        weight = getattr(find_module(self.root, wiring.owner), wiring.weight)
-        if weight.dtype not in READABLE:
-            self.refused[wiring.site.name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
+        owner = find_module(self.root, wiring.owner)
+        weight = getattr(owner, wiring.weight)
+        unknown = why_unknown(owner, wiring.weight) if wiring.weight == "weight" else None
+        if unknown is not None or weight.dtype not in READABLE:
+            quantised = f"its weight is stored as {weight.dtype}; load the model unquantised"
+            self.refused[wiring.site.name] = unknown or quantised
             return
         self.wirings[wiring.site.name] = wiring
 
@@ -177,11 +184,7 @@ class TransformerBridgeAdapter(LensAdapter):
         original = getattr(component, "original_component", None)
         if original is None or linear_kind(original) is None:
             return
-        wiring = module_wiring("unembed.W_U", "unembed.original_component", original)
-        embedding = getattr(self._component("embed"), "original_component", None)
-        if getattr(embedding, "weight", None) is original.weight:
-            wiring = replace(wiring, site=replace(wiring.site, tied_to="embed.W_E"))
-        self._add(wiring, "unembed", component)
+        self._add(module_wiring("unembed.W_U", "unembed.original_component", original), "unembed", component)
 
     def _add_the_rest(self) -> None:
         """Linear maps that the bridge has no role for, under their names in transformers."""
@@ -253,6 +256,50 @@ class TransformerBridgeAdapter(LensAdapter):
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
         return self.model(tokens) if attention_mask is None else self.model(tokens, attention_mask=attention_mask)
+
+    # --- changing weights ---------------------------------------------------------------------------------------------
+    def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
+        """As the base's; what are views of one fused matrix, such as q, k and v of GPT-2's c_attn, is written into that one,
+        which is what a bridge saves."""
+        parts = {name: self._part_of_fused(name) for name in weights}
+        for name, part in parts.items():
+            if part is None:
+                continue
+            wiring = self.wirings[name]
+            owner = find_module(self.root, wiring.owner)
+            stored = stored_weight(self.root, wiring, weights[name])
+            if is_computed(owner, wiring.weight):
+                made_plain(owner, wiring.weight, stored)
+                owner._parameters[wiring.weight] = part
+            with torch.no_grad():
+                part.data.copy_(stored)
+        super().write_weights({name: weight for name, weight in weights.items() if parts[name] is None})
+        keep_apart(self.model.original_model, not TABLES.isdisjoint(weights), ())
+
+    def _part_of_fused(self, name: str) -> Any:
+        """The tensor behind a site's weight that is a view of a matrix which no site reads, or the bridge's own; else None.
+
+        Raises:
+            UnsupportedSiteError: Another site reads the same entries.
+        """
+        wiring = self.wirings[name]
+        owner = find_module(self.root, wiring.owner)
+        held = getattr(owner, wiring.weight)
+        candidates = sources(owner, wiring.weight) if is_computed(owner, wiring.weight) else [held]
+        slots = {(id(find_module(self.root, w.owner)), w.weight): other for other, w in self.wirings.items()}
+        for part in candidates:
+            around = [(m, a) for m, a, t in held_tensors(self.root) if t is not part and shares_memory(t, part)]
+            sharing = [slots.get((id(m), a)) for m, a in around]
+            fused = any(other is None for other in sharing) and part.shape == held.shape
+            another = next((other for other in sharing if other not in (None, name)), None)
+            if fused and another is not None:
+                raise UnsupportedSiteError(
+                    f"{name} and {another} read the same entries of one fused matrix, so that an edit of one alone cannot be "
+                    "kept in this bridge; use edited_weights(...) or patched(...)."
+                )
+            if fused or not isinstance(part, nn.Parameter):
+                return part
+        return None
 
     # --- hook points --------------------------------------------------------------------------------------------------
     def hook_registries(self) -> list[dict[str, Any]]:

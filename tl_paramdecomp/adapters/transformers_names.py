@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from tl_paramdecomp.adapters.computed import computed_tensors, plain_type
 from tl_paramdecomp.adapters.convolution import computes_as_torch, patches_of
 from tl_paramdecomp.adapters.wiring import Layout, Tap, Wiring, interleaved_columns
 from tl_paramdecomp.sites import WeightSite
@@ -86,7 +87,7 @@ def linear_kind(module: nn.Module) -> LinearKind | None:
     weight = getattr(module, "weight", None)
     if weight is None or getattr(weight, "ndim", 0) != 2:
         return None
-    if type(module).__name__ == "Conv1D":
+    if plain_type(module).__name__ == "Conv1D":
         return LinearKind("in_out", weight.shape[0], weight.shape[1])
     if isinstance(module, nn.Linear):
         return LinearKind("out_in", module.in_features, module.out_features)
@@ -96,12 +97,12 @@ def linear_kind(module: nn.Module) -> LinearKind | None:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is known by its type to be called, and to compute x W + b (of patches, or to look W's rows up) and no
     more."""
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":  # nn.MultiheadAttention reads its weight, uncalled
+    kind = plain_type(module)
+    if kind.__name__ == "NonDynamicallyQuantizableLinear":  # nn.MultiheadAttention reads its weight, uncalled
         return False
-    forward = type(module).forward
-    if forward in (nn.Linear.forward, nn.Embedding.forward) or computes_as_torch(module):
+    if kind.forward in (nn.Linear.forward, nn.Embedding.forward) or computes_as_torch(module):
         return True
-    return type(module).__name__ == "Conv1D" or _scaled(module)
+    return kind.__name__ == "Conv1D" or _scaled(module)
 
 
 def _scaled(module: nn.Module) -> bool:
@@ -263,7 +264,10 @@ def unreachable_matrices(root: nn.Module, covered: set[int]) -> dict[str, str]:
     """Every matrix of a model that no site reads (by its storage), each with the reason."""
     reasons: dict[str, str] = {}
     for path, module in root.named_modules():
+        parts = {part for names in computed_tensors(module).values() for part in names}
         for attribute, parameter in module._parameters.items():
+            if attribute in parts or ".parametrizations." in f".{path}.":
+                continue  # a site may read what is computed from it
             if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2 or storage_of(parameter) in covered:
                 continue
             name = f"{plain_path(path)}.{attribute}"

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.computed import read_tensor
 from tl_paramdecomp.adapters.convolution import Patches
 from tl_paramdecomp.errors import UnsupportedSiteError
 from tl_paramdecomp.sites import WeightSite
@@ -70,13 +71,14 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
 
 
 def read_parameter(root: nn.Module, wiring: Wiring) -> Tensor:
-    """The host's own tensor that holds the site's weight.
+    """The host's own tensor that holds the site's weight; computed anew where the host computes it from others.
 
     Raises:
-        UnsupportedSiteError: The weight is on the meta device, or is not a floating-point matrix (quantised).
+        UnsupportedSiteError: The weight is on the meta device, is not a floating-point matrix (quantised), or is computed and
+            another one each time.
     """
-    tensor = getattr(find_module(root, wiring.owner), wiring.weight)
     name = wiring.site.name
+    tensor = read_tensor(find_module(root, wiring.owner), wiring.weight, name)
     if tensor.device.type == "meta":
         raise UnsupportedSiteError(
             f"The weight of {name} is on the meta device and holds no numbers; load the model's weights first."
@@ -108,7 +110,7 @@ def read_bias(root: nn.Module, wiring: Wiring) -> Float[Tensor, " d_out"] | None
     """Bias [d_out] of a site, attached to the host's parameter, or None."""
     if wiring.bias is None:
         return None
-    bias = getattr(find_module(root, wiring.owner), wiring.bias, None)
+    bias = read_tensor(find_module(root, wiring.owner), wiring.bias, wiring.site.name)
     return None if bias is None else take_columns(bias.reshape(-1), wiring.columns)
 
 
