@@ -6,6 +6,7 @@ cannot be read without changing the model, or differs from look to look, is refu
 """
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -150,6 +151,25 @@ def made_plain(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
         )
     owner._buffers.pop(attribute, None)
     owner._parameters[attribute] = kept
+
+
+def deep_copy(root: nn.Module) -> nn.Module:
+    """A deep copy of a tree of modules, some of whose tensors may be computed.
+
+    `copy.deepcopy` takes no tensor that was computed with its graph and kept. And parametrized classes have a `__deepcopy__`
+    of their own, which a TransformerBridge's wrapper passes on as if it were its own: the wrapper would be lost.
+    """
+    kept = (value for module in root.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
+    kinds = {type(module) for module in root.modules() if parametrize.is_parametrized(module)}
+    own = [(kind, key, vars(kind)[key]) for kind in kinds for key in ("__deepcopy__", "__getstate__") if key in vars(kind)]
+    for kind, key, _ in own:
+        delattr(kind, key)
+    try:
+        return copy.deepcopy(root, memo)
+    finally:
+        for kind, key, method in own:
+            setattr(kind, key, method)
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
