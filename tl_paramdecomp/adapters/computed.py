@@ -54,6 +54,15 @@ def read_tensor(owner: nn.Module, attribute: str, name: str = "") -> Any:
     return getattr(owner, attribute, None) if hook is None else hook.apply_mask(owner)
 
 
+def peeked(owner: nn.Module, attribute: str) -> Any:
+    """A tensor for the sake of its shape and number type, which leaves the module as it is; None where there is none."""
+    if not parametrize.is_parametrized(owner, attribute) or attribute in getattr(type(owner), OVERRULED, ()):
+        return getattr(owner, attribute, None)
+    parts: Any = owner.parametrizations
+    with torch.no_grad(), _untouched(parts[attribute]):
+        return getattr(owner, attribute)
+
+
 def is_computed(owner: nn.Module, attribute: str) -> bool:
     """Whether a module computes this tensor, in a way that is known."""
     return parametrize.is_parametrized(owner, attribute) or _hook(owner, attribute) is not None
@@ -209,15 +218,24 @@ def _check_steady(owner: nn.Module, attribute: str, named: str) -> None:
 
 @torch.no_grad()
 def _gives_the_same(owner: nn.Module, attribute: str, part: nn.Module) -> bool:
-    """Whether a parametrization gives one tensor twice and changes no buffer; they and the random state stay as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in part.buffers()]
+    """Whether a parametrization gives one tensor twice and changes no buffer."""
+    with _untouched(part) as before:
+        first, second = getattr(owner, attribute), getattr(owner, attribute)
+        return torch.equal(first, second) and all(torch.equal(buffer, kept) for buffer, kept in before)
+
+
+@contextlib.contextmanager
+def _untouched(part: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """After this context a parametrization's buffers and the random state are as they were; yields the buffers and copies."""
+    before = [(buffer, buffer.clone()) for buffer in part.buffers()]
     devices = {tensor.device for tensor in part.parameters() if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        same = torch.equal(getattr(owner, attribute), getattr(owner, attribute))
-    for buffer, before in buffers:
-        same = same and torch.equal(buffer, before)
-        buffer.copy_(before)
-    return same
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield before
+    finally:
+        for buffer, kept in before:
+            if not torch.equal(buffer, kept):
+                buffer.copy_(kept)
 
 
 def _unsteady(named: str, by: str) -> UnsupportedSiteError:

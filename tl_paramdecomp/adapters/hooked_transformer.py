@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
-from tl_paramdecomp.adapters.computed import why_unknown
+from tl_paramdecomp.adapters.computed import is_computed, peeked, why_unknown
 from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point
 from tl_paramdecomp.adapters.shared_parameters import with_ties
@@ -61,7 +61,7 @@ class HookedTransformerAdapter(LensAdapter):
         x, y = (Tap("embed", "input"), Tap("embed.ln", "input")) if post_norm else (Tap("embed"), Tap("embed"))
         self._add(
             "embed.W_E",
-            tuple(model.embed.W_E.shape),
+            tuple(peeked(model.embed, "W_E").shape),
             kind="embedding",
             owner="embed",
             weight="W_E",
@@ -73,7 +73,7 @@ class HookedTransformerAdapter(LensAdapter):
         if cfg.positional_embedding_type in ("standard", "shortformer"):
             self._add(
                 "pos_embed.W_pos",
-                tuple(model.pos_embed.W_pos.shape),
+                tuple(peeked(model.pos_embed, "W_pos").shape),
                 kind="embedding",
                 owner="pos_embed",
                 weight="W_pos",
@@ -85,7 +85,7 @@ class HookedTransformerAdapter(LensAdapter):
 
     def _add_attention(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.attn"
-        grouped = hasattr(block.attn, "_W_K")
+        grouped = _holds(block.attn, "_W_K")
         for role, heads in (("Q", cfg.n_heads), ("K", cfg.n_key_value_heads), ("V", cfg.n_key_value_heads)):
             heads = heads or cfg.n_heads
             if grouped and role != "Q" and getattr(cfg, "ungroup_grouped_query_attention", False):
@@ -122,12 +122,12 @@ class HookedTransformerAdapter(LensAdapter):
 
     def _add_mlp(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.mlp"
-        if not hasattr(block.mlp, "W_in"):
+        if not _holds(block.mlp, "W_in"):
             for role in ("W_in", "W_out"):
                 self.refused[f"{path}.{role}"] = f"{type(block.mlp).__name__} routes tokens among experts"
             return
-        gated = hasattr(block.mlp, "W_gate")
-        shape = tuple(block.mlp.W_in.shape)
+        gated = _holds(block.mlp, "W_gate")
+        shape = tuple(peeked(block.mlp, "W_in").shape)
         x = Tap(path, "input")
         if gated:  # a gated MLP adds b_in after gating, so it is not the bias of x W_in
             self._add(
@@ -162,7 +162,7 @@ class HookedTransformerAdapter(LensAdapter):
         )
 
     def _add_unembedding(self, model: Any, cfg: Any) -> None:
-        shape = tuple(model.unembed.W_U.shape)
+        shape = tuple(peeked(model.unembed, "W_U").shape)
         self._add(
             "unembed.W_U",
             shape,
@@ -245,6 +245,10 @@ def position_rows(args: tuple, kwargs: dict) -> Int[Tensor, "batch pos"]:
         return torch.arange(offset, offset + tokens.shape[-1], device=tokens.device).expand(tokens.shape)
     rows = (mask.cumsum(dim=1) - 1).clamp(min=0).masked_fill(~mask.bool(), -1)
     return rows[:, offset : offset + tokens.shape[-1]]
+
+
+def _holds(module: nn.Module, name: str) -> bool:
+    return name in module._parameters or is_computed(module, name)
 
 
 def _keyword(name: str) -> Callable[[tuple, dict], Tensor]:

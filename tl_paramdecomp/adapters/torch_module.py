@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
-from tl_paramdecomp.adapters.computed import why_unknown
+from tl_paramdecomp.adapters.computed import peeked, why_unknown
 from tl_paramdecomp.adapters.convolution import lazy_modules, why_no_patches
 from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
@@ -85,7 +85,7 @@ class TorchModuleAdapter(ModelAdapter):
 
     def _add(self, wiring: Wiring) -> None:
         module = find_module(self.root, wiring.owner)
-        weight, name = getattr(module, wiring.weight), wiring.site.name
+        weight, name = peeked(module, wiring.weight), wiring.site.name
         unknown = why_unknown(module, wiring.weight)
         first = self._holders.setdefault(id(module), wiring)
         if first.owner != wiring.owner:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
-from tl_paramdecomp.adapters.computed import is_computed, made_plain, sources, why_unknown
+from tl_paramdecomp.adapters.computed import is_computed, made_plain, peeked, sources, why_unknown
 from tl_paramdecomp.adapters.interception import OnError, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
@@ -99,7 +99,7 @@ class TransformerBridgeAdapter(LensAdapter):
             aliases = (path, *((hf_path, f"{hf_path}.weight") if hf_path else ()))
             wiring = replace(wiring, site=replace(wiring.site, aliases=aliases))
         owner = find_module(self.root, wiring.owner)
-        weight = getattr(owner, wiring.weight)
+        weight = peeked(owner, wiring.weight)
         unknown = why_unknown(owner, wiring.weight) if wiring.weight == "weight" else None
         if unknown is not None or weight.dtype not in READABLE:
             quantised = f"its weight is stored as {weight.dtype}; load the model unquantised"
@@ -284,7 +284,7 @@ class TransformerBridgeAdapter(LensAdapter):
         """
         wiring = self.wirings[name]
         owner = find_module(self.root, wiring.owner)
-        held = getattr(owner, wiring.weight)
+        held = peeked(owner, wiring.weight)
         candidates = sources(owner, wiring.weight) if is_computed(owner, wiring.weight) else [held]
         slots = {(id(find_module(self.root, w.owner)), w.weight): other for other, w in self.wirings.items()}
         for part in candidates:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tl_paramdecomp.adapters.computed import computed_tensors, plain_type
+from tl_paramdecomp.adapters.computed import computed_tensors, peeked, plain_type
 from tl_paramdecomp.adapters.convolution import computes_as_torch, patches_of
 from tl_paramdecomp.adapters.wiring import Layout, Tap, Wiring, interleaved_columns
 from tl_paramdecomp.sites import WeightSite
@@ -84,7 +84,7 @@ def linear_kind(module: nn.Module) -> LinearKind | None:
 
     The type decides, never the shape: a square Conv1D looks like a transposed Linear.
     """
-    weight = getattr(module, "weight", None)
+    weight = peeked(module, "weight")
     if weight is None or getattr(weight, "ndim", 0) != 2:
         return None
     if plain_type(module).__name__ == "Conv1D":
@@ -175,7 +175,7 @@ def module_wiring(name: str, path: str, module: nn.Module) -> Wiring:
         site = WeightSite(name, module.num_embeddings, module.embedding_dim, "embedding", aliases=aliases)
         scale = float(getattr(module, "embed_scale", 1.0))
         return Wiring(site, path, bias=None, layout="in_out", scale=scale, x=Tap(path), y=Tap(path))
-    has_bias = getattr(module, "bias", None) is not None
+    has_bias = peeked(module, "bias") is not None
     if isinstance(module, _ConvNd):
         patches = patches_of(module)
         site = WeightSite(name, patches.d_in, module.out_channels, has_bias=has_bias, aliases=aliases)
