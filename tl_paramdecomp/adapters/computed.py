@@ -143,7 +143,8 @@ def made_plain(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
     if parametrize.is_parametrized(owner, attribute):
         kind = type(owner)  # a copied module shares its class, and so its properties, with the original
         fields = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-        owner.__class__ = type(kind.__name__, kind.__bases__, fields)
+        own: Any = type(kind.__name__, kind.__bases__, fields)
+        owner.__class__ = own
         parts: Any = owner.parametrizations
         parametrize.remove_parametrizations(owner, attribute, leave_parametrized=not parts[attribute].is_tensor)
     elif isinstance(hook, WeightNorm):
@@ -171,7 +172,9 @@ def deep_copy(root: nn.Module) -> nn.Module:
     kept = (value for module in root.modules() for value in vars(module).values() if isinstance(value, Tensor))
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
     kinds = {type(module) for module in root.modules() if parametrize.is_parametrized(module)}
-    own = [(kind, key, vars(kind)[key]) for kind in kinds for key in ("__deepcopy__", "__getstate__") if key in vars(kind)]
+    own = [
+        (kind, key, vars(kind)[key]) for kind in kinds for key in ("__deepcopy__", "__getstate__") if key in vars(kind)
+    ]
     for kind, key, _ in own:
         delattr(kind, key)
     try:

@@ -25,10 +25,10 @@ from tl_paramdecomp.adapters.transformers_names import (
     linear_kind,
     module_wiring,
     name_block,
-    storage_of,
+    storage_behind,
     unreachable_matrices,
 )
-from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module, read_parameter
+from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn
 
@@ -70,7 +70,7 @@ class TorchModuleAdapter(ModelAdapter):
                 else:
                     self.refused[name] = reason
         if self._is_language_model:
-            covered = {storage_of(read_parameter(self.root, w)) for w in self.wirings.values()}
+            covered = {storage_behind(find_module(self.root, w.owner), w.weight) for w in self.wirings.values()}
             self.refused |= unreachable_matrices(self.root, covered)
             known = config.model_type in KNOWN_FAMILIES and not self._repeats
             if not known or not all(is_plain(find_module(self.root, w.owner)) for w in self.wirings.values()):

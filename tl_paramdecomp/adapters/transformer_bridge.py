@@ -30,11 +30,11 @@ from tl_paramdecomp.adapters.transformers_names import (
     linear_kind,
     module_wiring,
     plain_path,
-    storage_of,
+    storage_behind,
     unreachable_matrices,
     with_heads,
 )
-from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, read_parameter, stored_weight
+from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, stored_weight
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteFn
 
@@ -188,18 +188,20 @@ class TransformerBridgeAdapter(LensAdapter):
 
     def _add_the_rest(self) -> None:
         """Linear maps that the bridge has no role for, under their names in transformers."""
-        covered = {storage_of(read_parameter(self.root, wiring)) for wiring in self.wirings.values()}
+        covered = {storage_behind(find_module(self.root, w.owner), w.weight) for w in self.wirings.values()}
         for path, module in self.model.original_model.named_modules():
             plain = plain_path(path)
             if not isinstance(module, nn.Embedding) and linear_kind(module) is None:
                 continue
+            if ".parametrizations." in f".{path}.":
+                continue  # it takes part in computing another module's weight
             if plain.endswith(".qkv"):
                 self.refused[f"{plain}.weight"] = "the bridge multiplies its three parts: W_Q, W_K and W_V"
-                covered.add(storage_of(module.weight))
-            elif module.weight.dtype in READABLE and storage_of(module.weight) not in covered:
+                covered.add(storage_behind(module, "weight"))
+            elif peeked(module, "weight").dtype in READABLE and storage_behind(module, "weight") not in covered:
                 wiring = module_wiring(f"{plain}.weight", f"original_model.{path}", module)
                 self.wirings[wiring.site.name] = replace(wiring, site=replace(wiring.site, aliases=(plain,)))
-                covered.add(storage_of(module.weight))
+                covered.add(storage_behind(module, "weight"))
         self.refused |= unreachable_matrices(self.model.original_model, covered)
 
     def _run_probe(self) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tl_paramdecomp.adapters.computed import computed_tensors, peeked, plain_type
+from tl_paramdecomp.adapters.computed import computed_tensors, peeked, plain_type, sources
 from tl_paramdecomp.adapters.convolution import computes_as_torch, patches_of
 from tl_paramdecomp.adapters.wiring import Layout, Tap, Wiring, interleaved_columns
 from tl_paramdecomp.sites import WeightSite
@@ -289,3 +289,9 @@ def plain_path(path: str) -> str:
 def storage_of(tensor: Tensor) -> int:
     """What tensors share that are views of one another."""
     return tensor.untyped_storage().data_ptr()
+
+
+def storage_behind(module: nn.Module, attribute: str) -> int:
+    """The same of a module's tensor, or of the first that it is computed from."""
+    parts = sources(module, attribute)
+    return storage_of(parts[0] if parts else peeked(module, attribute))
