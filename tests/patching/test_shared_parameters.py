@@ -95,16 +95,23 @@ def test_a_shared_parameter_behind_a_parametrization() -> None:
         check(model, twin, site, x)
 
 
-def test_a_module_in_two_places_is_one_site(tokens: Tensor) -> None:
+def test_a_module_in_two_places_is_one_site() -> None:
     layer = nn.Linear(6, 6).double()
     model = nn.Sequential(layer, nn.Tanh(), layer)
     assert list(tlpd.find_sites(model)) == ["0.weight"]
-    hf = gpt2()
-    hf.transformer.h[1].mlp = hf.transformer.h[0].mlp
-    for ask in ("blocks.1.mlp.W_in", "blocks.0.mlp.W_in"):
-        with pytest.raises(UnsupportedSiteError, match="more than once"):
-            tlpd.find_sites(hf, ask)
-    assert "blocks.1.attn.W_O" in tlpd.find_sites(hf)
+
+
+@pytest.mark.parametrize("host", ["transformers", "nnsight", "bridge", "hooked"])
+def test_a_module_in_two_blocks_is_no_site_of_one(host: str) -> None:
+    hf = hooked() if host == "hooked" else gpt2()
+    blocks = hf.blocks if host == "hooked" else hf.transformer.h
+    blocks[1].mlp = blocks[0].mlp
+    model = {"nnsight": nnsight, "bridge": bridge}.get(host, lambda m: m)(hf)
+    with pytest.raises(UnsupportedSiteError, match="more than one block.*more than once"):
+        tlpd.find_sites(model, "blocks.0.mlp.W_in")
+    with pytest.raises(UnsupportedSiteError, match=r"blocks\.1\.mlp\.W_in"):
+        tlpd.find_sites(model, "blocks.1.mlp.W_in")
+    assert {"blocks.0.attn.W_O", "blocks.1.attn.W_O"} < tlpd.find_sites(model).keys()
 
 
 # --- language models --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tl_paramdecomp.adapters.base import make_interception
 from tl_paramdecomp.adapters.computed import is_computed, peeked, why_unknown
 from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed_method, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point
-from tl_paramdecomp.adapters.shared_parameters import with_ties
+from tl_paramdecomp.adapters.shared_parameters import repeated, with_ties
 from tl_paramdecomp.adapters.torch_module import refuse_wrapped, watch_generate
 from tl_paramdecomp.adapters.wiring import Tap, Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
@@ -44,6 +44,9 @@ class HookedTransformerAdapter(LensAdapter):
             if not cfg.attn_only:
                 self._add_mlp(block, i, cfg)
         self._add_unembedding(model, cfg)
+        for name, reason in repeated(self.root, self.wirings, model.blocks).items():
+            self.refused[name] = reason
+            del self.wirings[name]
         self.wirings = with_ties(self.root, self.wirings)
 
     def _add(self, name: str, shape: tuple[int, int], **wiring: Any) -> None:

@@ -1,6 +1,7 @@
 """Parameters that several maps share: which sites those are, and how they are kept apart where only one of them is edited."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,13 @@ def with_ties(root: nn.Module, wirings: Mapping[str, Wiring]) -> dict[str, Wirin
         tied = held is not None and where != slot
         found[name] = replace(wiring, site=replace(wiring.site, tied_to=source)) if tied else wiring
     return found
+
+
+def repeated(root: nn.Module, wirings: Mapping[str, Wiring], blocks: Iterable[nn.Module]) -> dict[str, str]:
+    """Sites whose module stands in several blocks, each with the reason why it is no site of one of them."""
+    counts = Counter(id(module) for block in blocks for module in block.modules())
+    reason = "its module stands in more than one block, so that it is called more than once in a forward pass"
+    return {name: reason for name, wiring in wirings.items() if counts[id(find_module(root, wiring.owner))] > 1}
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,7 @@ from tl_paramdecomp.adapters.interception import Interception, OnError, shadowed
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.shared_parameters import keep_apart, with_ties
+from tl_paramdecomp.adapters.shared_parameters import keep_apart, repeated, with_ties
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
     block_refusals,
@@ -25,6 +25,7 @@ from tl_paramdecomp.adapters.transformers_names import (
     linear_kind,
     module_wiring,
     name_block,
+    plain_path,
     storage_behind,
     unreachable_matrices,
 )
@@ -50,13 +51,12 @@ class TorchModuleAdapter(ModelAdapter):
         super().__init__(model)
         refuse_wrapped(self.root)
         self._blocks_path = ""
-        self._holders: dict[int, Wiring] = {}
-        self._repeats = False
         config: Any = getattr(self.root, "config", None)
         self._is_language_model = hasattr(config, "model_type") and self.root.main_input_name == "input_ids"
         if self._is_language_model:
             self._name_language_model(config.get_text_config())
         covered = {wiring.owner for wiring in self.wirings.values()}
+        self._refuse_repeated()
         for path, module in self.root.named_modules():
             name = f"{path}.weight".lstrip(".")
             if ".parametrizations." in f".{path}.":
@@ -72,7 +72,7 @@ class TorchModuleAdapter(ModelAdapter):
         if self._is_language_model:
             covered = {storage_behind(find_module(self.root, w.owner), w.weight) for w in self.wirings.values()}
             self.refused |= unreachable_matrices(self.root, covered)
-            known = config.model_type in KNOWN_FAMILIES and not self._repeats
+            known = config.model_type in KNOWN_FAMILIES
             if not known or not all(is_plain(find_module(self.root, w.owner)) for w in self.wirings.values()):
                 self.wirings, reasons = probe(self, self._run_probe)
                 self.refused |= reasons
@@ -87,11 +87,7 @@ class TorchModuleAdapter(ModelAdapter):
         module = find_module(self.root, wiring.owner)
         weight, name = peeked(module, wiring.weight), wiring.site.name
         unknown = why_unknown(module, wiring.weight)
-        first = self._holders.setdefault(id(module), wiring)
-        if first.owner != wiring.owner:
-            self._repeats = True
-            self.refused[name] = f"it is the very module of {first.site.name}, which the model calls more than once"
-        elif unknown is not None:
+        if unknown is not None:
             self.refused[name] = unknown
         elif weight.dtype not in READABLE:
             self.refused[name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
@@ -122,6 +118,11 @@ class TorchModuleAdapter(ModelAdapter):
                     self._add(wiring)
         if output is not None and id(output) in paths and linear_kind(output) is not None:
             self._add(module_wiring("unembed.W_U", paths[id(output)], output))
+
+    def _refuse_repeated(self) -> None:
+        reasons = repeated(self.root, self.wirings, self.block_modules())
+        self.refused |= reasons
+        self.wirings = {name: wiring for name, wiring in self.wirings.items() if name not in reasons}
 
     def _run_probe(self) -> Tensor:
         return self.forward(torch.arange(3, device=self.device).unsqueeze(0))
@@ -253,7 +254,7 @@ def refuse_wrapped(root: nn.Module) -> None:
     for path, module in root.named_modules():
         how = _compiled(module)
         if how:
-            what = f"The part {path!r} of this {kind} is" if path else "This model is"
+            what = f"The part {plain_path(path)!r} of this {kind} is" if path else "This model is"
             raise UnsupportedModelError(
                 f"{what} compiled by {how}: what is compiled runs past hooks that are put on it later. Give the model as it "
                 f"was before {how}, with the original module in that place (torch.compile keeps it as ._orig_mod)."

@@ -21,7 +21,7 @@ from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, norm_candidate, renamed
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.shared_parameters import held_tensors, keep_apart, shares_memory, with_ties
+from tl_paramdecomp.adapters.shared_parameters import held_tensors, keep_apart, repeated, shares_memory, with_ties
 from tl_paramdecomp.adapters.torch_module import TABLES, refuse_wrapped, watch_forward, watch_generate
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
@@ -73,6 +73,9 @@ class TransformerBridgeAdapter(LensAdapter):
         for i, block in enumerate(model.blocks):
             self._add_block(block, i)
         self._add_unembedding()
+        for name, reason in repeated(self.root, self.wirings, model.blocks).items():
+            self.refused[name] = reason
+            del self.wirings[name]
         plain = all(is_plain(find_module(self.root, wiring.owner)) for wiring in self.wirings.values())
         if kind not in KNOWN_ARCHITECTURES or any(self.signature()) or not plain:
             self._add_the_rest()

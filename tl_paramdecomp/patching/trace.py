@@ -119,12 +119,21 @@ def _cached_before(kwargs: Mapping[str, Any], length: int) -> int:
     now = cached_columns(kwargs)
     if not now or not hasattr(kwargs["past_key_values"], "get_seq_length"):
         return now  # tuples of an older transformers do not grow
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] - length in (now, now - length):
-        return mask.shape[1] - length  # one entry for each column, cached or new
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    ends: list[int] = []
+    if isinstance(mask, Tensor):
+        ends = [mask.shape[1]] if mask.ndim == 2 else []  # one entry for each column, cached or new
+    elif isinstance(positions, Tensor):
+        ends = [int(positions.max()) + 1]  # without a mask there is no padding
+    layers = {layer.get_seq_length() for layer in getattr(kwargs["past_key_values"], "layers", ())}
+    if len(layers) == 2 and max(layers) - min(layers) == length:
+        ends.append(max(layers))  # some layers have run, others have not
+    for end in ends:
+        if end - length in (now, now - length):
+            return end - length
     raise SiteNotFiredError(
-        "This trace is amid a forward pass with a key/value cache and no attention mask [batch, columns], so that it is not "
-        "known which positions it computes. Call patch_trace before reading anything else in this trace or step."
+        "This trace is amid a forward pass with a key/value cache, and neither an attention mask [batch, columns] nor "
+        "position_ids say which positions it computes. Call patch_trace before reading anything else in this trace or step."
     )
 
 
