@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import tl_paramdecomp as tlpd
+from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
 from tl_paramdecomp.errors import TargetMismatchError, UnsupportedSiteError
 
@@ -262,6 +263,22 @@ def test_a_bridge_saves_its_computed_query(tokens: Tensor) -> None:
     loaded.load_state_dict(copy.deepcopy(made.state_dict()))
     assert (logits(loaded, tokens) - logits(made, tokens)).abs().max() < 1e-10
     assert hasattr(made.blocks[0].attn.q, "hook_in")
+
+
+@pytest.mark.parametrize("way", ["user's", "old weight_norm"])
+def test_a_computed_gain_of_a_norm(way: str) -> None:
+    """Read, and replaced for a while, as one that is a parameter."""
+    norm = nn.LayerNorm(6).double()
+    norm.weight.data = torch.linspace(0.5, 2, 6).double()
+    model = nn.Sequential(nn.Linear(6, 6).double(), norm)
+    WAYS[way].apply(norm, "weight")
+    model.requires_grad_(False)
+    adapter, x = adapt(model), torch.randn(3, 6).double()
+    plain, gain = model(x), WAYS[way].value(norm, "weight")
+    assert list(adapter.norms.sites) == ["1.weight"] and (adapter.gain("1.weight") - gain).abs().max() < 1e-12
+    with adapter.replaced_gains({"1.weight": gain * 3}, {}):
+        assert (model(x) - norm.bias - 3 * (plain - norm.bias)).abs().max() < 1e-12
+    assert torch.equal(model(x), plain)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def _pruned(module: nn.Module, name: str) -> None:
 
 
 def _normed(g: Tensor, v: Tensor) -> Tensor:
-    return g * v / v.pow(2).sum(tuple(range(1, v.ndim)), keepdim=True).sqrt()
+    return g * v / v.reshape(len(v), -1).norm(dim=1).view_as(g)
 
 
 def _over_sigma(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
