@@ -258,19 +258,22 @@ class Masks(Mapping[str, Any]):
         old = self._site_mask(site)
         m = _own(m, "Component masks", old.site.name)
         delta = _own(delta, "Delta masks", old.site.name)
-        if isinstance(m, Tensor) and m.ndim == 0:
-            m = m.expand(1)
-        if isinstance(m, Tensor) and (m.ndim > 3 or m.shape[-1] not in (1, old.n_components)):
-            raise ShapeError(
-                f"Component masks of {old.site.name} must broadcast to [batch, pos, C={old.n_components}]; "
-                f"given {list(m.shape)}."
-            )
         if isinstance(delta, Tensor) and delta.ndim > 2:
             raise ShapeError(f"Delta masks of {old.site.name} must broadcast to [batch, pos], not {list(delta.shape)}.")
         if isinstance(m, Tensor):
+            m = m.expand(1) if m.ndim == 0 else m
+            if m.ndim > 3 or m.shape[-1] not in (1, old.n_components):
+                raise ShapeError(
+                    f"Component masks of {old.site.name} must broadcast to [batch, pos, C={old.n_components}]; "
+                    f"given {list(m.shape)}."
+                )
+            of_delta = list(delta.shape) if isinstance(delta, Tensor) else []
+            if any(1 not in sizes and sizes[0] != sizes[1] for sizes in zip(m.shape[-2::-1], of_delta[::-1])):
+                raise ShapeError(
+                    f"Component masks {list(m.shape)} and delta masks {of_delta} of {old.site.name} have no rows "
+                    "[batch, pos] in common."
+                )
             m = m.expand(*m.shape[:-1], old.n_components).contiguous()
-        if isinstance(m, Tensor) and isinstance(delta, Tensor):
-            _check_together(m, delta, old.site.name)
         return self._with(SiteMask(old.site, old.n_components, m, delta))
 
     def replaced(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> "Masks":
@@ -396,15 +399,6 @@ def _number(value: Any, what: str, name: str) -> float:
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise SettingError(f"{what} of {name} must be finite, also in float32; given {number}.")
     return number
-
-
-def _check_together(m: Tensor, d: Tensor, name: str) -> None:
-    try:
-        torch.broadcast_shapes(m.shape[:-1], d.shape)
-    except RuntimeError as error:
-        raise ShapeError(
-            f"Component masks {list(m.shape)} and delta masks {list(d.shape)} of {name} have no rows [batch, pos] in common."
-        ) from error
 
 
 def _few_changed(mask: ResolvedMask) -> Tensor | None:
