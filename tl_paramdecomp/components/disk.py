@@ -335,7 +335,7 @@ def remove_own(folders: Collection[Path], own: str) -> None:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     remove_own([Path(entry.path)], own)
-                elif entry.is_file(follow_symlinks=False):
+                elif not entry.is_symlink():
                     with contextlib.suppress(OSError):
                         os.unlink(entry.path)
             folder.rmdir()
@@ -349,7 +349,7 @@ def not_own(folder: Path, own: str) -> Path | None:
             inner = not_own(Path(entry.path), own)
             if inner is not None:
                 return inner
-        elif not fits or not entry.is_file(follow_symlinks=False):
+        elif not fits or entry.is_symlink():
             return Path(entry.path)
     return None
 

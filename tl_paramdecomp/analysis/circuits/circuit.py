@@ -105,6 +105,13 @@ class Circuit(Record):
     """Area between the curve and 1: how far circuits are from the model at any size (MIB)."""
     seed: int
 
+    def check(self) -> None:
+        """Every measure is there."""
+        if not self.drops or not self.random_circuits:
+            raise ValueError("there are no random circuits, or no units were removed")
+        if self.metrics.keys() != self.faithfulness.keys() or any(len(place) != 2 for place in self.curve):
+            raise ValueError("the metric and faithfulness are of other masks, or the curve is no list of pairs")
+
     def tables(self) -> "list[Table]":
         """Sizes and values."""
         title = f"{self.task}: circuit of {self.granularity}, {self.method}"
