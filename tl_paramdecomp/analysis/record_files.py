@@ -110,8 +110,6 @@ def _pair(path: Path) -> Pair:
 
 def _refuse_other_arrays(pair: Pair) -> None:
     """The user named one file; the other must not be somebody's."""
-    if pair.json == pair.tensors:
-        raise DecompositionFileError(f"{pair.json} is where the arrays belong; give a name that ends in .json.")
     if not os.path.lexists(pair.tensors):
         return
     try:
