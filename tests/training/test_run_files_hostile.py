@@ -167,23 +167,44 @@ def test_lines_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 # --- what others put there ---------------------------------------------------------------------------------------------
 NOTES = (
     "notes.txt", "decomposition/notes.txt", "decomposition/plots/a.png", "decomposition/.saving-mine/a.txt",
-    "decomposition/components-old.safetensors", "checkpoints/notes.txt", "checkpoints/step-00000002/notes.txt",
-    "checkpoints/step-00000003/notes.txt", "checkpoints/.writing/notes.txt", "checkpoints/.discarded-mine/a.txt",
-    ".decomposition-new/a.txt", ".decomposition-old/a.txt", ".saving-mine/a.txt",
+    "decomposition/components-old.safetensors", "checkpoints/notes.txt", "checkpoints/step-3/notes.txt",
+    "checkpoints/.discarded-mine/a.txt", ".decomposition-new/a.txt", ".decomposition-old/a.txt", ".saving-mine/a.txt",
 )  # fmt: skip
+REFUSED = (
+    "checkpoints/step-00000002/notes.txt",
+    "checkpoints/step-00000004/notes.txt",
+    "checkpoints/.writing/notes.txt",
+)
 
 
-@pytest.mark.parametrize("name", NOTES)
-def test_what_others_put_there_stays(folder: Path, name: str) -> None:
-    """Whatever the same call does again, the file is where it was, or the call is refused."""
+def put(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("mine")
-    for changes in ({}, {}, {"resume": False}, {"keep_checkpoints": 1, "checkpoint_every": 1, "resume": False}):
+
+
+def test_what_others_put_there_stays(folder: Path) -> None:
+    """Whatever the same call does again."""
+    for name in NOTES:
+        put(folder, name)
+    for changes in ({}, {}, {"resume": False, "keep_checkpoints": 1, "checkpoint_every": 1}):
+        run(folder, **changes)
+        assert {name: (folder / name).read_text() for name in NOTES} == dict.fromkeys(NOTES, "mine")
+    assert set(steps(folder)) - {3} == {4}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_others_put_in_the_way_stays(folder: Path, name: str) -> None:
+    """The call is refused where it would have to go; a checkpoint that is deleted leaves it behind."""
+    put(folder, name)
+    refused = 0
+    for resume in (False, "auto"):
         try:
-            run(folder, **changes)
+            run(folder, resume=resume, keep_checkpoints=1)
         except DecompositionFileError as error:
-            assert ".writing" in name or ("step-00000002" in name and "nothing that a run wrote" in str(error))
-        assert (folder / name).read_text() == "mine", changes
+            refused += 1
+            assert Path(name).parent.name in str(error)
+        assert (folder / name).read_text() == "mine"
+    assert refused >= 1 and list(folder.glob("checkpoints/.discarded-*")) == []
 
 
 def test_a_decomposition_of_the_users_own_is_not_replaced(tmp_path: Path) -> None:

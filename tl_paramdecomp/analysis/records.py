@@ -74,6 +74,9 @@ class Record:
 
     @classmethod
     def _made(cls: type[Kept], values: dict[str, Any], tensors: Mapping[str, Tensor] | None) -> Kept:
+        missing = {f.name for f in dataclasses.fields(cls)} - values.keys()  # type: ignore[arg-type]
+        if missing:  # also of those that have a default
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         if tensors is not None:
             left = dict(tensors)
             for name in cls.arrays:

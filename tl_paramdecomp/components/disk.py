@@ -330,7 +330,7 @@ def remove_own(folders: Collection[Path], own: str) -> None:
         with contextlib.suppress(OSError):
             if folder.is_symlink():
                 continue
-            for entry in list(os.scandir(folder)):
+            for entry in _entries(folder):
                 if not re.fullmatch(own, entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
@@ -343,7 +343,7 @@ def remove_own(folders: Collection[Path], own: str) -> None:
 
 def not_own(folder: Path, own: str) -> Path | None:
     """Something inside a folder that `remove_own` would leave; None where there is nothing."""
-    for entry in os.scandir(folder):
+    for entry in _entries(folder):
         fits = re.fullmatch(own, entry.name)
         if fits and entry.is_dir(follow_symlinks=False):
             inner = not_own(Path(entry.path), own)
@@ -352,6 +352,11 @@ def not_own(folder: Path, own: str) -> Path | None:
         elif not fits or entry.is_symlink():
             return Path(entry.path)
     return None
+
+
+def _entries(folder: Path) -> "list[os.DirEntry[str]]":
+    with os.scandir(folder) as found:
+        return list(found)
 
 
 @contextlib.contextmanager

@@ -173,6 +173,9 @@ class Checkpoints:
         try:
             written = self._write(scratch, state, values)
             if os.path.lexists(final):  # one of this step that is broken
+                others = _not_own(final)
+                if others is not None:
+                    raise OSError(f"{others} is nothing that a run wrote, and is in the way; move it away")
                 _put_aside(final)
             os.rename(scratch, final)
             sync_folder(self.folder)
@@ -236,7 +239,7 @@ class Checkpoints:
         """
         folders = self._folders()
         for folder in folders:
-            others = folder if folder.is_symlink() else not_own(folder, OWN)
+            others = _not_own(folder)
             if others is not None:
                 raise DecompositionFileError(
                     f"A run that begins anew deletes the checkpoints of before, and {others} is nothing that a run wrote; move "
@@ -417,6 +420,11 @@ def _fitting(folder: Path) -> Iterator[None]:
         raise DecompositionFileError(
             f"The checkpoint {folder} does not fit this run ({in_short(error)}); pass resume=False to begin anew."
         ) from error
+
+
+def _not_own(folder: Path) -> Path | None:
+    """Something in a checkpoint's place that no run wrote there."""
+    return folder if folder.is_symlink() or not folder.is_dir() else not_own(folder, OWN)
 
 
 def _put_aside(folder: Path) -> None:
