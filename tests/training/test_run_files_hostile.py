@@ -204,7 +204,7 @@ def test_what_others_put_in_the_way_stays(folder: Path, name: str) -> None:
             refused += 1
             assert Path(name).parent.name in str(error)
         assert (folder / name).read_text() == "mine"
-    assert refused >= 1 and list(folder.glob("checkpoints/.discarded-*")) == []
+    assert refused >= 1 and list(folder.glob("checkpoints/.discarded-*/notes.txt")) == []
 
 
 def test_a_decomposition_of_the_users_own_is_not_replaced(tmp_path: Path) -> None:

@@ -383,7 +383,7 @@ def _read(path: Path, *keys: str) -> dict[str, Any]:
     try:
         return read_json(path, *keys)
     except DecompositionFileError as error:
-        raise DecompositionFileError(f"{error} Delete it to do that run again.") from error
+        raise DecompositionFileError(f"{str(error).removesuffix('.')}; delete it to do that run again.") from error
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
