@@ -175,13 +175,13 @@ def test_a_file_in_the_way(tmp_path):
 # --- the result -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_result_is_there_as_a_whole(tmp_path, monkeypatch, at):
-    """Wherever its writing stops, one that was there before is there still, or again in the next run."""
+    """Wherever its writing stops before the new one is whole, one that was there before is there still."""
     before, now = (
         tlpd.decompose(tiny_gpt2(), "blocks.0.mlp.*", tlpd.RandomBasis(training=None), seed=s) for s in (0, 1)
     )
     folder = RunFolder(tmp_path, {})
     folder.save_result(before)
-    real, calls = os.rename, []
+    real, calls = os.replace, []
 
     def fail(*args):
         calls.append(args)
@@ -189,7 +189,7 @@ def test_a_result_is_there_as_a_whole(tmp_path, monkeypatch, at):
             raise OSError(5, "Input/output error")
         real(*args)
 
-    monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(DecompositionFileError, match="Could not write the result"):
         folder.save_result(now)
     monkeypatch.undo()

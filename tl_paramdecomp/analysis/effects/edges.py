@@ -10,7 +10,7 @@ components in the place of dictionary features.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, SupportsIndex, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -100,6 +100,37 @@ def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple
     return site, component, position % length
 
 
+class NodeRow(TypedDict):
+    """One node."""
+
+    site: str
+    component: int
+    position: int | None
+    activation: float
+    attribution: float
+
+
+class EdgeRow(TypedDict):
+    """One edge."""
+
+    source: int
+    target: int | Literal["metric"]
+    value: float
+
+
+class ExplainedRow(TypedDict):
+    """What a target's value is made up of."""
+
+    target: int | Literal["metric"]
+    value: float
+    nodes: float
+    other_components: float
+    delta: float
+    bias: float
+    embeddings: float
+    remainder: float
+
+
 @dataclass(frozen=True)
 class Graph(Record):
     """Nodes, and edges between them and into the metric."""
@@ -109,18 +140,25 @@ class Graph(Record):
     metric: str
     kind: str
     """`prompt`: nodes have positions, and edges signs. `dataset`: mean absolute edges over rows and positions."""
-    nodes: list[Row]
+    nodes: Annotated[list[Row], list[NodeRow]]
     """site, component, position, activation, attribution. In a dataset's graph position is None, activation the mean absolute
     one, and attribution the mean over rows of the summed absolute ones."""
-    edges: list[Row]
+    edges: Annotated[list[Row], list[EdgeRow]]
     """source (index of a node), target (index of a node, or "metric"), value."""
-    explained: list[Row]
+    explained: Annotated[list[Row], list[ExplainedRow]]
     """For each target of a prompt's graph: value, and the sums of its edges from nodes, other components, delta components,
     biases and embeddings, and the remainder."""
     frozen_norms: bool
     frozen_patterns: bool
     rows: int
     """Token rows that the graph is of."""
+
+    def check(self) -> None:
+        """Edges and sums are between nodes that there are."""
+        ends = [e["source"] for e in self.edges] + [e["target"] for e in (*self.edges, *self.explained)]
+        outside = [end for end in ends if end != METRIC and not 0 <= end < len(self.nodes)]
+        if outside:
+            raise ValueError(f"there is no node {outside[0]} among {len(self.nodes)}")
 
     def label(self, node: int | str) -> str:
         """A node in words."""

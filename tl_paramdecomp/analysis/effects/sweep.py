@@ -6,7 +6,7 @@ Noising runs the clean prompts and puts other values in; denoising runs the corr
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from tl_paramdecomp.analysis.effects.sweep_runs import Inputs, Runner, SitePatch
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.plain import from_plain
 from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
 from tl_paramdecomp.errors import DataError, HeadIndexError, NoMatchingSiteError, SettingError, ShapeError
 from tl_paramdecomp.patching.act_edits import derangement
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 Direction = Literal["noising", "denoising"]
 SweepValue: TypeAlias = Literal["zero", "mean", "resample", "corrupt"] | float | int
+
+
+GRANULARITIES = [[*some, "component"] for n in range(3) for some in combinations(("position", "head"), n)]
+"""Axes that effects may have."""
 
 
 class SweepEffect(NamedTuple):
@@ -50,6 +55,7 @@ class Sweep(Record):
     """Effects of patching every component by itself."""
 
     what: ClassVar[str] = "sweep"
+    arrays: ClassVar[tuple[str, ...]] = ("effects",)
 
     direction: str
     """`noising` (clean prompts are run) or `denoising` (corrupt ones)."""
@@ -67,6 +73,21 @@ class Sweep(Record):
     """Metric of the corrupt run, where there are corrupt prompts."""
     effects: dict[str, list[Any]]
     """By site, nested lists along `granularity`: change of the metric against the run that is patched."""
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Sweep":
+        """With its effects as nested lists."""
+        effects = {site: a.tolist() if isinstance(a, Tensor) else a for site, a in kept["effects"].items()}
+        return from_plain(cls, kept | {"effects": effects})
+
+    def check(self) -> None:
+        """As many axes as there are words for them."""
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"{self.granularity} are no axes of effects")
+        for site in self.effects:
+            shape = self.effect(site).shape
+            if len(shape) != len(self.granularity) or 0 in shape:
+                raise ValueError(f"effects of {site} are {list(shape)}, along {', '.join(self.granularity)}")
 
     def effect(self, site: str) -> Float[Tensor, "*axes C"]:
         """Effects of one site.

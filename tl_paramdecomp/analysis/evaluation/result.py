@@ -1,13 +1,77 @@
 """What an evaluation found: as a table to read, a pandas frame, and JSON."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
 
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
+
+
+class Ends(TypedDict):
+    """Cross-entropy of the model, and with all removed."""
+
+    model: float
+    zero: float
+
+
+class MaskRow(TypedDict):
+    """Figures under one kind of mask."""
+
+    site: str
+    masks: str
+    delta: str
+    kl: float
+    kl_sd: float | None
+    ce_difference: float
+    ce_recovered: float | None
+    top1: float
+
+
+class AdversaryRow(TypedDict):
+    """Figures after so many steps."""
+
+    steps: int
+    restarts: int
+    kl: float
+    kl_worst: float
+    kl_all: list[float]
+    start: float
+
+
+class SiteRow(TypedDict):
+    """Figures of one matrix."""
+
+    site: str
+    components: int
+    rank: int
+    relative_error: float
+    l0: float
+    l0_above_0: float
+    active_parameters: float
+    alive: int
+    active_anywhere: int
+    densities: list[int]
+
+
+class SpecificityRow(TypedDict):
+    """How well importances tell effects."""
+
+    auroc: float | None
+    spearman: float | None
+    important: float | None
+    unimportant: float | None
+    pairs: int
+
+
+class ControlRow(TypedDict, total=False):
+    """Another decomposition's headline."""
+
+    l0: float
+    rounded: float
+    adversarial: float
 
 
 @dataclass(frozen=True)
@@ -21,19 +85,19 @@ class Evaluation(Record):
     rows: int
     positions: int
     """Scored ones."""
-    ce: dict[str, float]
+    ce: Annotated[dict[str, float], Ends]
     """Cross-entropy of the model itself, and with all components and the delta component removed."""
-    masks: list[Row]
+    masks: Annotated[list[Row], list[MaskRow]]
     """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference, the share
     of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is the model's."""
-    adversary: list[Row]
+    adversary: Annotated[list[Row], list[AdversaryRow]]
     """By steps: median and largest KL over restarts, and where they began."""
-    sites: list[Row]
+    sites: Annotated[list[Row], list[SiteRow]]
     """By matrix: relative weight error, L0 above 0.1 and above 0, active parameters, alive components, how often they are
     active."""
-    specificity: dict[str, Row]
+    specificity: Annotated[dict[str, Row], dict[str, SpecificityRow]]
     """Importance against the measured effect of ablating, and the same of importances dealt out anew."""
-    controls: dict[str, Row]
+    controls: Annotated[dict[str, Row], dict[str, ControlRow]]
     """Headline of other decompositions of the model."""
     run: Row
     """Where the decomposition came from."""
