@@ -24,8 +24,9 @@ class Evaluation(Record):
     ce: dict[str, float]
     """Cross-entropy of the model itself, and with all components and the delta component removed."""
     masks: list[Row]
-    """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference, the share
-    of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is the model's."""
+    """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference (masked minus
+    model), the share of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is
+    the model's."""
     adversary: list[Row]
     """By steps: median and largest KL over restarts, and where they began."""
     sites: list[Row]
