@@ -234,10 +234,10 @@ def _deliver(found: Any, as_json: bool, out: Path | None) -> None:
     from tl_paramdecomp.cli.causal_runs import written
     from tl_paramdecomp.cli.effects import print_shown
 
+    paths = [] if out is None else written(found, out)  # first: the reader of what is printed may leave
     if as_json:
         print(json.dumps(found.record))
     else:
         print_shown(console, found.shown)
-    if out is not None:
-        for path in written(found, out):
-            Console(stderr=True).print(f"Written to {path}", markup=False, highlight=False)
+    for path in paths:
+        Console(stderr=True).print(f"Written to {path}", markup=False, highlight=False)
