@@ -365,7 +365,7 @@ def test_the_bar_has_a_total_and_ends_there(model, dec, monkeypatch, seconds, pr
     class Bar(evaluation.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
-            self.totals = []
+            self.totals = [self.total]
             bars.append(self)
 
         def update(self, n=1):

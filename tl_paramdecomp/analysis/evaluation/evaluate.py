@@ -145,9 +145,13 @@ def evaluate(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for module in (adapter.root, *every):
             stack.enter_context(frozen(module))
-        bar = stack.enter_context(tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass"))
-        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, bar)
-        return run.all(untrained)
+        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds)
+        groups = run.parts(untrained)
+        total = 2 * run.n_batches + sum(part.cost for group in groups for part in group)
+        run.bar = stack.enter_context(
+            tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")
+        )
+        return run.all(groups)
 
 
 def _first_rows(batches: Iterable[Any], n: int) -> tuple[Any, Tensor | None]:
@@ -190,6 +194,7 @@ class _Run:
 
     ends: tuple[float, float]
     """Cross-entropy of the model, and with everything removed."""
+    bar: "tqdm[Any]"
 
     def __init__(
         self,
@@ -200,9 +205,8 @@ class _Run:
         oracle: Oracle | None,
         protocol: Protocol,
         seconds: float | None,
-        bar: "tqdm[Any]",
     ) -> None:
-        self.adapter, self.dec, self.oracle, self.bar = adapter, decomposition, oracle, bar
+        self.adapter, self.dec, self.oracle = adapter, decomposition, oracle
         self.device = adapter.device
         self.tokens = tokens.to(self.device)
         self.mask = None if attention_mask is None else attention_mask.to(self.device)
@@ -266,11 +270,10 @@ class _Run:
         return False
 
     # --- the parts --------------------------------------------------------------------------------------------------
-    def all(self, untrained: Decomposition | None) -> Evaluation:
+    def all(self, groups: Sequence[list[_Part]]) -> Evaluation:
         """Every part that there is time for; figures stand in the order of the parts, whichever ran first."""
-        sparsity, masks, ladder, specific, by_site, controls = groups = self.parts(untrained)
+        sparsity, masks, ladder, specific, by_site, controls = groups
         parts = [part for group in groups for part in group]
-        self.bar.total = 2 * self.n_batches + sum(part.cost for part in parts)
         model, zero = self.sums(None), self.sums(MaskKind("zero"))
         self.ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
         done: dict[str, Any] = {}
@@ -464,7 +467,8 @@ class _Run:
 
     def control(self, untrained: Decomposition) -> dict[str, Any]:
         """The headline of another decomposition of the same model, under the same protocol."""
-        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.bar)
+        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None)
+        other.bar = self.bar
         rounded = other.sums(ROUNDED)
         l0 = sum(row["l0"] for row in other.sparsity())
         found = {"l0": l0, "rounded": rounded.kl / rounded.positions}
