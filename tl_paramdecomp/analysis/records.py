@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Kept = TypeVar("Kept", bound="Record")
+WITH_WITHOUT = "with - without"
+"""In headings, which way every effect is counted: a number with a component minus the number without it."""
 
 
 class Record:

@@ -176,7 +176,7 @@ def run_sweep(
     positions: Sequence[int] | None,
     top: int,
 ) -> Found:
-    """The effect of patching each component by itself. Arguments and errors as `sweep`'s."""
+    """The effect of each component by itself, with it minus without it. Arguments and errors as `sweep`'s."""
     task, words = asked.only()
     made = sweep(
         asked.model, decomposition, task, default_metric(task), sites=sites, value=_value(value), direction=direction,

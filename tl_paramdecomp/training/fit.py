@@ -70,9 +70,10 @@ def decompose(
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
         data: What `token_batches` gives, token rows [rows, pos], batches, a dataset, or a function from the step's number to
-            a batch; see `training.data.sources.batch_source`. None for a method that looks at none. Every process is given
-            the same.
-        steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train.
+            a batch; see `training.data.sources.batch_source`. None for a method that looks at none: with `training=None`,
+            every basis but `WhitenedSVD`. Every process is given the same.
+        steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train (`SVD(training=None)`); a
+            number has no effect there.
         batch_size: Rows per step, of all processes together, where the data comes as rows.
         seed: Start, order of the rows and masks.
         run_dir: Where metrics, checkpoints and the result go; None keeps nothing on disk. One process at a time may have it.

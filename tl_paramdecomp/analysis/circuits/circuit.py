@@ -94,7 +94,8 @@ class Circuit(Record):
     incompleteness: float
     """Mean |f(C without K) - f(all without K)| over random halves K of the circuit."""
     drops: list[float]
-    """f(C) - f(C without v) for units v (at most 64 of them): small ones are not needed."""
+    """f with the unit minus f without it, f(C) - f(C without v), for units v (at most 64 of them): small ones are not
+    needed."""
     groups: dict[str, float]
     """f(C) by template."""
     curve: list[list[float]]

@@ -44,6 +44,7 @@ class ScorePair(NamedTuple):
     key: int | str
     """Component of W_K, "delta" or "bias"."""
     value: float
+    """Score with the pair minus score without it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
 from tl_paramdecomp.components.plain import from_plain
 from tl_paramdecomp.errors import MissingExtraError, SettingError
 
@@ -36,6 +36,7 @@ class Effect(NamedTuple):
     position: int | None
     """Column of the rows; None where positions are summed."""
     value: float
+    """Metric with the component minus metric without it, as `Attribution.direction` says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +157,8 @@ class Attribution(Record):
                     raise ValueError(f"{name} of {site} are {list(array.shape)}, with {rows} rows and {places} places")
 
     def tables(self) -> "list[Table]":
-        table = plain_table(f"Attribution by {self.method} to {self.metric}", "site", "component", "position", "effect")
+        title, effect = f"Attribution by {self.method} to {self.metric}", f"effect\n{WITH_WITHOUT}"
+        table = plain_table(title, "site", "component", "position", effect)
         for effect in self.top(SHOWN, delta=True):
             component = "delta" if effect.component is None else str(effect.component)
             position = "all" if effect.position is None else str(effect.position)

@@ -1,7 +1,16 @@
-"""What patching each component by itself does to a metric: the sweep behind activation patching, component by component.
+"""What each component by itself does for a metric: the sweep behind activation patching, component by component.
 
 Noising runs the clean prompts and puts other values in; denoising runs the corrupt prompts and puts the clean activations in
 (Heimersheim and Nanda 2024, arXiv 2404.15255). Effects are measured, not estimated from gradients.
+
+An effect is the metric with the component minus the metric without it, as in `attribute`; positive ones speak for it:
+
+    noising      m(clean run) - m(clean run with the value put in); of `zero`, an ablation
+    denoising    m(corrupt run with the clean activation put in) - m(corrupt run)
+
+`With` is the component's own clean activation in both, `without` whatever stands in its place (0, a mean, another prompt's
+activation, a number), so that the sign means the same for every value and direction. A denoising effect is what patching
+restores, a noising effect what patching breaks; both are in units of the metric, not shares of the clean run's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +25,7 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.effects.sweep_runs import Inputs, Runner, SitePatches, Unpatched, run_group, start_of
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.plain import from_plain
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Direction = Literal["noising", "denoising"]
+Sign = Literal["with minus without"]
 SweepValue: TypeAlias = Literal["zero", "mean", "resample", "corrupt"] | float | int
 
 
@@ -40,23 +50,25 @@ GRANULARITIES = [[*some, "component"] for n in range(3) for some in combinations
 
 
 class SweepEffect(NamedTuple):
-    """One patch and what it changes."""
+    """One component and what it does for the metric."""
 
     site: str
     component: int
     effect: float
-    """Metric with the patch minus metric of the run that is patched, mean over prompts."""
+    """Metric with the component minus metric without it, mean over prompts."""
     position: int | None = None
     head: int | None = None
 
 
 @dataclass(frozen=True)
 class Sweep(Record):
-    """Effects of patching every component by itself."""
+    """Effects of every component by itself: the metric with it minus the metric without it. Positive values speak for it."""
 
     what: ClassVar[str] = "sweep"
     arrays: ClassVar[tuple[str, ...]] = ("effects",)
 
+    sign: Sign
+    """Which way effects are counted; files from before there was this field have ablations the other way, and do not load."""
     direction: str
     """`noising` (clean prompts are run) or `denoising` (corrupt ones)."""
     value: str
@@ -72,7 +84,7 @@ class Sweep(Record):
     corrupt: float | None
     """Metric of the corrupt run, where there are corrupt prompts."""
     effects: dict[str, list[Any]]
-    """By site, nested lists along `granularity`: change of the metric against the run that is patched."""
+    """By site, nested lists along `granularity`: metric with the component minus metric without it, mean over prompts."""
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "Sweep":
@@ -108,7 +120,7 @@ class Sweep(Record):
                 yield SweepEffect(site, at["component"], effect, at.get("position"), at.get("head"))
 
     def top(self, n: int = 10) -> list[SweepEffect]:
-        """The n patches of largest absolute effect, largest first."""
+        """The n of largest absolute effect, largest first."""
         return sorted(self.rows(), key=lambda row: -abs(row.effect))[:n]
 
     def to_frame(self) -> "pandas.DataFrame":
@@ -119,12 +131,12 @@ class Sweep(Record):
         return pandas.DataFrame([{c: getattr(row, c) for c in columns} for row in self.rows()], columns=columns)
 
     def tables(self, top: int = 10) -> "list[Table]":
-        """The strongest patches, and each site's sums, for a terminal."""
+        """The strongest effects, and each site's sums, for a terminal."""
         table = plain_table(
             f"Largest effects on {self.metric} ({self.direction}, value {self.value})",
             "site",
             *self.granularity,
-            "effect",
+            f"effect\n{WITH_WITHOUT}",
         )
         for row in self.top(top):
             table.add_row(row.site, *(str(getattr(row, axis)) for axis in self.granularity), f"{row.effect:+.4f}")
@@ -141,6 +153,21 @@ class Sweep(Record):
         return [
             f"{self.metric} of the unpatched runs over {self.prompts} prompts: {runs}. Positions: {self.positions}."
         ]
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Sweep":
+        """One from its fields as JSON has them.
+
+        Raises:
+            TypeError: They are not of the types that it declares.
+            ValueError: They come from before effects were counted as `sign` says.
+        """
+        if "effects" in kept and "sign" not in kept:
+            raise ValueError(
+                "it does not say which way its effects are counted; in sweeps of before, noising effects have the other sign, "
+                "so sweep again"
+            )
+        return from_plain(cls, kept)
 
 
 def sweep(
@@ -161,7 +188,11 @@ def sweep(
     seed: int = 0,
     progress: bool = True,
 ) -> Sweep:
-    """The effect of patching every component by itself, many of them as rows of one batch.
+    """The effect of every component by itself, many of them as rows of one batch: metric with it minus metric without it.
+
+    Noising takes the metric of the clean run minus that of the clean run with the value put in, denoising that of the corrupt
+    run with the clean activation put in minus that of the corrupt run. With `value="zero"` it is the exact ablation, and what
+    `attribute(..., method="ablation", by_position=False)` gives.
 
     What each prompt reads at every site, and what every block returns for it, is held in memory meanwhile.
 
@@ -197,7 +228,8 @@ def sweep(
     put = _checked_value(value, direction, runs, rows_at_once)
     adapter = checked_adapter(model, decomposition)
     chosen = _chosen_sites(decomposition, sites, by_head)
-    base, source = (runs.corrupt, runs.clean) if direction == "denoising" else (runs.clean, runs.corrupt)
+    denoising = direction == "denoising"
+    base, source = (runs.corrupt, runs.clean) if denoising else (runs.clean, runs.corrupt)
     assert base is not None
     each = positions == "each" if isinstance(positions, str) else False
     if each and base.is_floating_point():
@@ -213,8 +245,9 @@ def sweep(
         unpatched = {"clean": _metric_of(adapter, runs, runs.clean, rows_at_once)}
         if runs.corrupt is not None:
             unpatched["corrupt"] = _metric_of(adapter, runs, runs.corrupt, rows_at_once)
-        effects = _effects(adapter, runs, base, source if values.takes_other else None, made, rows_at_once, progress)
+        changes = _changes(adapter, runs, base, source if values.takes_other else None, made, rows_at_once, progress)
     return Sweep(
+        sign="with minus without",
         direction=direction,
         value=put if isinstance(put, str) else f"{put:g}",
         metric=runs.metric_name,
@@ -223,7 +256,7 @@ def sweep(
         prompts=len(base),
         clean=unpatched["clean"],
         corrupt=unpatched.get("corrupt"),
-        effects={name: effects[name].tolist() for name in chosen},
+        effects={name: (changes[name] if denoising else 0.0 - changes[name]).tolist() for name in chosen},
     )
 
 
@@ -289,7 +322,7 @@ def _metric_of(adapter: ModelAdapter, runs: _Runs, tokens: Tensor, rows: int) ->
     return float(_runner(adapter, runs, tokens, rows, False).scores([], 0).mean())
 
 
-def _effects(
+def _changes(
     adapter: ModelAdapter,
     runs: _Runs,
     base: Tensor,
@@ -298,7 +331,8 @@ def _effects(
     rows_at_once: int,
     progress: bool,
 ) -> dict[str, Float[Tensor, "*axes C"]]:
-    """Effects of every patch, by site; with patches open elsewhere passes begin at the first block."""
+    """Metric with each patch minus metric of the run that is patched; with patches open elsewhere passes begin at the first
+    block."""
     resumes = bool(adapter.blocks) and not adapter.interceptions
     runner = _runner(adapter, runs, base, rows_at_once, resumes)
     others = None if source is None else Unpatched(adapter, source, runs.attention_mask, rows_at_once, resumes)
@@ -317,7 +351,7 @@ def _effects(
                 for name, (first, part) in scores.items():
                     found[name][first : first + len(part)] = (part - before).mean(1).cpu()
                     bar.update(len(part))
-    return {name: effects.view(made[name].shape) for name, effects in found.items()}
+    return {name: changes.view(made[name].shape) for name, changes in found.items()}
 
 
 # --- what is put in --------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def estimated_effects(
     samples: int = 4,
     seed: int = 0,
 ) -> dict[str, Float[Tensor, "batch pos C"]]:
-    """Estimated KL, in nats over all later positions, from removing each component at each position by itself.
+    """Estimated KL, in nats over all later positions, from removing each component at each position by itself: a size, without
+    a sign.
 
     Args:
         adapter: The target's.

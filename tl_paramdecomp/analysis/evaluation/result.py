@@ -1,5 +1,6 @@
 """What an evaluation found: as a table to read, a pandas frame, and JSON."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 
@@ -8,6 +9,8 @@ from tl_paramdecomp.analysis.records import Record, Row, plain_table
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
+
+PARTIAL, NOT_REACHED = " (partial: time ran out)", "not reached"
 
 
 class Ends(TypedDict):
@@ -88,8 +91,9 @@ class Evaluation(Record):
     ce: Annotated[dict[str, float], Ends]
     """Cross-entropy of the model itself, and with all components and the delta component removed."""
     masks: Annotated[list[Row], list[MaskRow]]
-    """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference, the share
-    of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is the model's."""
+    """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference (masked minus
+    model), the share of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is
+    the model's."""
     adversary: Annotated[list[Row], list[AdversaryRow]]
     """By steps: median and largest KL over restarts, and where they began."""
     sites: Annotated[list[Row], list[SiteRow]]
@@ -118,14 +122,18 @@ class Evaluation(Record):
 
     @property
     def headline(self) -> dict[str, float]:
-        """L0 with the KL under rounded (0.1) and adversarial masks (20 steps, or the most there are)."""
+        """L0 with the KL under rounded (0.1) and adversarial masks (20 steps, or the most there are): those of them that were
+        reached, where time ran out (`left_out`)."""
         found: dict[str, float] = {"l0": sum(row["l0"] for row in self.sites)} if self.sites else {}
         rounded = [r for r in self.masks if (r["masks"], r["delta"], r["site"]) == ("rounded 0.1", "absent", "all")]
         found |= {"rounded": rounded[0]["kl"]} if rounded else {}
-        by_steps = {row["steps"]: row["kl"] for row in self.adversary}
-        if by_steps:
-            found["adversarial"] = by_steps.get(20, by_steps[max(by_steps)])
-        return found
+        climbs = self._headline_climbs()
+        return found | ({"adversarial": climbs["kl"]} if climbs else {})
+
+    def _headline_climbs(self) -> Row | None:
+        """The adversary that the headline is of."""
+        by_steps = {row["steps"]: row for row in self.adversary}
+        return by_steps[headline_steps(tuple(by_steps))] if by_steps else None
 
     def frame(self) -> "pandas.DataFrame":
         """Kinds of masks as a pandas frame."""
@@ -149,16 +157,26 @@ class Evaluation(Record):
         return [f"Left out for want of time: {', '.join(self.left_out)}."] if self.left_out else []
 
 
+def headline_steps(ladder: Sequence[int]) -> int:
+    """Steps of the adversary in a headline: 20, or the most there are."""
+    return 20 if 20 in ladder else max(ladder)
+
+
 def _shown(value: float | None, places: int = 4) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
 def _headline(found: Evaluation) -> "Table":
     columns = ("L0", "rounded KL", "adversarial KL")
-    table = plain_table(f"Headline: {found.positions} tokens of {found.rows} held-out rows", "decomposition", *columns)
+    title = f"Headline{PARTIAL if found.left_out else ''}: {found.positions} tokens of {found.rows} held-out rows"
+    table = plain_table(title, "decomposition", *columns)
+    climbs, restarts = found._headline_climbs(), found.protocol.get("restarts", 1)
+    wanted = ["l0", "rounded", *(["adversarial"] if found.protocol.get("ladder") else [])] if found.left_out else []
     for name, values in {"this one": found.headline, **found.controls}.items():
-        l0 = _shown(values.get("l0"), 1)
-        table.add_row(name, l0, _shown(values.get("rounded")), _shown(values.get("adversarial")))
+        cells = {key: _shown(values.get(key), 1 if key == "l0" else 4) for key in ("l0", "rounded", "adversarial")}
+        if name == "this one" and climbs and climbs["restarts"] < restarts:
+            cells["adversarial"] += f" ({climbs['restarts']} of {restarts} restarts)"
+        table.add_row(name, *(cell or (NOT_REACHED if key in wanted else "") for key, cell in cells.items()))
     permuted = [row["kl"] for row in found.masks if row["masks"].startswith("permuted")]
     if permuted:
         table.add_row("the same, importances dealt anew", _shown(found.headline.get("l0"), 1), _shown(permuted[0]), "")
@@ -176,7 +194,7 @@ def _masks(found: Evaluation) -> "Table":
 
 
 def _adversary(found: Evaluation) -> "Table":
-    restarts = found.adversary[0]["restarts"] if found.adversary else 0
+    restarts = max((row["restarts"] for row in found.adversary), default=0)
     title = f"Adversary: one for all rows, {restarts} restarts"
     table = plain_table(title, "steps", "KL, median", "KL, worst", "random start")
     for row in found.adversary:
