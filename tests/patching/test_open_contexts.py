@@ -120,7 +120,7 @@ def test_edits_of_one_matrix_end_in_any_order(host: str, order: tuple[int, int],
         for name in dec:
             masks[i] = masks[i].ablate(name, [0, 1])
     plain, alone = logits(model, tokens), []
-    before = {name: p for name, p in module_of(model).named_parameters()}
+    before = dict(module_of(model).named_parameters())
     for dec, mask in zip(decs, masks):
         with tlpd.edited_weights(model, dec, mask):
             alone.append(logits(model, tokens))

@@ -31,6 +31,8 @@ class Record:
     """Its name in files and messages."""
     arrays: ClassVar[tuple[str, ...]] = ()
     """Fields that hold arrays by name, which are kept as tensors; an array is a tensor, or nested lists of floats."""
+    absent: ClassVar[Mapping[str, str]] = {}
+    """What it means where a file lacks a field, in words."""
     width: ClassVar[int] = 110
     """Columns that its tables are printed in."""
 
@@ -78,7 +80,8 @@ class Record:
     def _made(cls: type[Kept], values: dict[str, Any], tensors: Mapping[str, Tensor] | None) -> Kept:
         missing = {f.name for f in dataclasses.fields(cls)} - values.keys()  # type: ignore[arg-type]
         if missing:  # also of those that have a default
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            said = [cls.absent[name] for name in cls.absent if name in missing]
+            raise ValueError("; ".join(said) or f"it has no {', '.join(sorted(missing))}")
         if tensors is not None:
             left = dict(tensors)
             for name in cls.arrays:

@@ -66,6 +66,10 @@ class Sweep(Record):
 
     what: ClassVar[str] = "sweep"
     arrays: ClassVar[tuple[str, ...]] = ("effects",)
+    absent: ClassVar[Mapping[str, str]] = {
+        "sign": "it does not say which way its effects are counted, and in sweeps of before, noising effects have the other "
+        "sign; sweep again"
+    }
 
     sign: Sign
     """Which way effects are counted; files from before there was this field have ablations the other way, and do not load."""
@@ -153,21 +157,6 @@ class Sweep(Record):
         return [
             f"{self.metric} of the unpatched runs over {self.prompts} prompts: {runs}. Positions: {self.positions}."
         ]
-
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> "Sweep":
-        """One from its fields as JSON has them.
-
-        Raises:
-            TypeError: They are not of the types that it declares.
-            ValueError: They come from before effects were counted as `sign` says.
-        """
-        if "effects" in kept and "sign" not in kept:
-            raise ValueError(
-                "it does not say which way its effects are counted; in sweeps of before, noising effects have the other sign, "
-                "so sweep again"
-            )
-        return from_plain(cls, kept)
 
 
 def sweep(
