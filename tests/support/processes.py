@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload([
 ])  # fmt: skip
 
 
-class Ended(Exception):
+class EndedError(Exception):
     """A process ended without a word."""
 
 
@@ -30,13 +30,13 @@ def hear(pipe: Connection) -> Any:
     """What the process at the other end says next.
 
     Raises:
-        Ended: It has ended, and there is no more.
+        EndedError: It has ended, and there is no more.
     """
     assert pipe.poll(HANGS), f"nothing was heard within {HANGS:.0f} s"
     try:
         return pipe.recv()
     except (EOFError, ConnectionResetError):
-        raise Ended from None
+        raise EndedError from None
 
 
 class Child:

@@ -1,7 +1,7 @@
 """A run that is killed again and again, and one that is not, as JSON: whether they are the same, and what each kill left.
 
-Every run is a process of its own, forked from this one. Half of the kills come at a random moment of the training; the others
-between two operations on files, or in the middle of writing one.
+Every run is a process of its own, forked from this one, and kills itself. Half of the kills come somewhere in the training, by
+how many functions were called; the others between two operations on files, or in the middle of writing one.
 
     python -m tests.training.killed_run METHOD KILLS SEED FOLDER
     python -m tests.training.killed_run METHOD everywhere FOLDER
@@ -13,8 +13,6 @@ import random
 import shutil
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import safetensors.torch
@@ -89,35 +87,49 @@ def look(folder):
     return -1 if found is None else found.step
 
 
-class DyingAfter:
-    """A callback that kills the process some seconds after training has begun, whatever it does then."""
+class Calls:
+    """A callback that counts what Python calls and returns from in training, and kills the process at a number of it.
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    Args:
+        last: The number, if any.
+        told: A file that gets how many there were, at the end.
+    """
+
+    def __init__(self, last=None, told=None):
+        self.count, self.last, self.told = 0, last, told
 
     def begin(self, run):
-        threading.Timer(self.seconds, die).start()
+        sys.setprofile(self.note)
+
+    def note(self, frame, event, arg):
+        self.count += 1
+        if self.count == self.last:
+            die()
 
     def __call__(self, info):
         pass
+
+    def end(self):
+        sys.setprofile(None)
+        if self.told:
+            self.told.write_text(str(self.count))
 
 
 def main(method, kills, seed, folder):
     """The whole comparison."""
     torch.set_num_threads(1)
     draw, model, folder = random.Random(seed), tiny_gpt2(), Path(folder)
-    settings = {"model": model, "steps": 2 * kills + 6}
-    begun = time.monotonic()
-    _, code = os.waitpid(forked(lambda: start(method, folder / "whole", **settings)), 0)
-    assert code == 0
-    of_a_step, left, newest = (time.monotonic() - begun) / settings["steps"], [], -1
+    settings, counted = {"model": model, "steps": 2 * kills + 6}, folder / "calls"
+    whole = lambda: start(method, folder / "whole", callbacks=[Calls(told=counted)], **settings)  # noqa: E731
+    assert os.waitpid(forked(whole), 0)[1] == 0
+    of_a_step, left, newest = int(counted.read_text()) // settings["steps"], [], -1
 
     def cut(aimed, chosen):
         if aimed:
             dying_at(1 + int(chosen * (150 if newest < settings["steps"] else 60)), folder)
             start(method, folder / "cut", **settings)
         else:
-            start(method, folder / "cut", callbacks=[DyingAfter(10 * of_a_step * chosen)], **settings)
+            start(method, folder / "cut", callbacks=[Calls(1 + int(10 * of_a_step * chosen))], **settings)
 
     for i in range(kills):
         chosen = draw.random()

@@ -1,7 +1,6 @@
 """Signals, callbacks and clocks that end a run: what is saved, how it leaves, and that the same call goes on."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from multiprocessing import Pipe
 
 import pytest
 
-from tests.support.processes import HANGS, Child, Ended, hear
+from tests.support.processes import HANGS, Child, EndedError, hear
 from tl_paramdecomp.errors import DecompositionFileError
 from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import STOP, JsonLines, RunInfo, StepInfo
@@ -131,7 +130,7 @@ def test_a_second_signal_within_a_save_leaves_what_was_whole(tmp_path):
 def test_outside_the_main_thread_signals_are_left_alone(tmp_path):
     """SIGTERM ends the process as it always does."""
     with Running(tmp_path / "cut", "thread") as run:
-        with pytest.raises(Ended):
+        with pytest.raises(EndedError):
             run.signal(signal.SIGTERM)
         assert run.end() == (-signal.SIGTERM, [])
     assert steps(tmp_path / "cut") == {}
