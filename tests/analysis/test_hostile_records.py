@@ -21,7 +21,7 @@ from tl_paramdecomp.errors import DecompositionFileError, TLParamDecompError
 from ..support import hostile
 from ..support.hostile import few_and_many, refusal, searching, watched
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 ROW = {"masks": "rounded 0.1", "delta": "absent", "site": "all", "kl": 0.5}
 RECORDS: dict[str, Record] = {
     "evaluation": tlpd.Evaluation(
