@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tl_paramdecomp.errors import DecompositionFileError
 
 SECONDS = 5.0
-"""Of work: no refusal takes as much, whatever the file says. What other processes do meanwhile is not counted, nor is waiting."""
+"""Of the processor's time: no refusal takes as much, whatever the file says and whatever else the machine does."""
 MEMORY = 1 << 30
 """Bytes of address space that reading a file of a few kilobytes may take on top of what there is."""
 RUNS_CODE = (

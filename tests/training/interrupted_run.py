@@ -24,6 +24,10 @@ from tl_paramdecomp.training.runs import checkpoint as room
 STEPS, EVERY = 12, 10
 
 
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Python's own, which are not there where the tests run in a shell's background: there SIGINT is ignored."""
+
+
 def watch(pipe, where):
     """Set the clock, have signals told of, and find a place to stop; the run's data."""
     ticks = itertools.count()
@@ -54,7 +58,8 @@ def watch(pipe, where):
 
 
 def run(pipe, folder, where):
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    for which, handler in HANDLERS.items():
+        signal.signal(which, handler)
     runs.DRAWS_IN_PYTHON = False  # the test goes on where Python's random numbers are drawn by a type checker as well
     settings = {"data": watch(pipe, where), "steps": STEPS, "checkpoint_every": EVERY}
     try:
@@ -66,7 +71,7 @@ def run(pipe, folder, where):
             runs.start("SPD", folder, **settings)
         pipe.send("returned")
     except BaseException as error:
-        restored = all(signal.getsignal(which) == handler for which, handler in before.items())
+        restored = all(signal.getsignal(which) == handler for which, handler in HANDLERS.items())
         pipe.send(f"{type(error).__name__}, handlers {'restored' if restored else 'lost'}")
         raise
 

@@ -29,6 +29,15 @@ def type_checked():
         yield
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Python's own, whatever the tests were begun with."""
+    before = {which: signal.signal(which, handler) for which, handler in interrupted_run.HANDLERS.items()}
+    yield
+    for which, handler in before.items():
+        signal.signal(which, handler)
+
+
 class Hand:
     """What moves the clock, and nothing else does."""
 
