@@ -114,8 +114,7 @@ def test_a_process_that_dies_is_missed_at_once(tmp_path):
         assert left.wait() == 1
         told = left.errors.read_text()
     assert "PeerLostError: Process 0 of 2 does not hear from another one after step 4" in told
-    assert "onnection closed" in told and "imed out" not in told
-    assert "step-00000003" in told
+    assert "step-00000003" in told and "timed out" not in told.lower()
 
 
 def test_torchrun_begins_a_run_ends_it_when_a_process_dies_and_begins_it_again(tmp_path):
