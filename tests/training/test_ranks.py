@@ -16,6 +16,7 @@ from tl_paramdecomp.errors import DataError, SettingError
 from . import ranked_run, two_ranks
 from .checkpoints import steps
 
+pytestmark = pytest.mark.timeout(1800)  # more than all that is waited for in a test
 TOLERANCE = 1e-6
 
 
