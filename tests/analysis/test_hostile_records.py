@@ -21,7 +21,7 @@ from ..support.hostile import few_and_many, refusal, searching, watched
 from ..support.saved_folders import sealed_lines
 from .small_records import RECORDS, same
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 BY_RECORD = pytest.mark.parametrize("what", list(RECORDS))
 
 

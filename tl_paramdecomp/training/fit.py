@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from tl_paramdecomp.methods.draws import Scope
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
+from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import Callback
 from tl_paramdecomp.training.data.sources import batch_source
 from tl_paramdecomp.training.distributed import answering, joined
@@ -110,7 +110,7 @@ def decompose(
         DecompositionFileError, DiskSpaceError: A checkpoint cannot be read or written; those before stay.
         PeerLostError: Another process of the run died.
     """
-    until = None if max_seconds is None else time.monotonic() + max_seconds
+    until = None if max_seconds is None else clock.now() + max_seconds
     adapter = adapt(model)
     steps = steps_of(method, steps, data)
     check_place(adapter, device, run_dir, resume)
