@@ -1,85 +1,92 @@
 """tl_paramdecomp: the weights of a language model as trainable sums of components, patched back through its hooks.
 
-Import it as `tlpd`. Host libraries, the command and plots load when they are used.
+Import it as `tlpd`. All of it loads when the first name is used, torch with it: the command answers Ctrl-C and `--help` before.
+Host libraries, the command and plots load when they are used.
 """
 
-from tl_paramdecomp import errors
-from tl_paramdecomp.adapters import find_sites, site_weight
-from tl_paramdecomp.analysis.activations import causal_importances, component_acts
-from tl_paramdecomp.analysis.circuits.circuit import Circuit, evaluate_circuit, find_circuit
-from tl_paramdecomp.analysis.circuits.search import LearnedMasks
-from tl_paramdecomp.analysis.circuits.units import component_units, neuron_and_head_units
-from tl_paramdecomp.analysis.effects.attention_scores import AttentionScores, attention_scores
-from tl_paramdecomp.analysis.effects.attribution import attribute
-from tl_paramdecomp.analysis.effects.attributions import Attribution
-from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, component_heads
-from tl_paramdecomp.analysis.effects.direct_effects import IncomingEdges
-from tl_paramdecomp.analysis.effects.edges import Graph, dataset_graph, edges_into, prompt_graph
-from tl_paramdecomp.analysis.effects.per_head import PerHead, per_head
-from tl_paramdecomp.analysis.effects.sweep import Sweep, sweep
-from tl_paramdecomp.analysis.evaluation.comparison import Comparison
-from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
-from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
-from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
-from tl_paramdecomp.analysis.evaluation.oracle import Oracle
-from tl_paramdecomp.analysis.evaluation.result import Evaluation
-from tl_paramdecomp.analysis.reading.logit_lens import LogitLens, logit_lens
-from tl_paramdecomp.analysis.reading.token_statistics import TokenStatistics, token_statistics
-from tl_paramdecomp.analysis.reading.top_contexts import TopContexts, top_contexts
-from tl_paramdecomp.analysis.subnetworks.impacts import (
-    SubnetworkEvaluation,
-    evaluate_subnetworks,
-    impacts,
-    output_derivative,
-)
-from tl_paramdecomp.analysis.subnetworks.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
-from tl_paramdecomp.analysis.tasks.makers import make_task
-from tl_paramdecomp.analysis.tasks.metrics import (
-    AnswerLoss,
-    AnswerProbability,
-    AnswerRank,
-    KLToClean,
-    LogitDifference,
-    ProbabilityDifference,
-    TokenLoss,
-    answer_logits,
-    default_metric,
-    normalised_faithfulness,
-    score,
-)
-from tl_paramdecomp.analysis.tasks.task import Task, load_task
-from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
-from tl_paramdecomp.methods.from_factors import from_factors
-from tl_paramdecomp.methods.l3d import L3D
-from tl_paramdecomp.methods.spd import SPD, VPD
-from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
-from tl_paramdecomp.patching.attach import attached
-from tl_paramdecomp.patching.edit import edited_model, edited_weights
-from tl_paramdecomp.patching.hooks import fwd_hooks, patched
-from tl_paramdecomp.patching.interventions import importance_masks
-from tl_paramdecomp.patching.means import activation_means, delta_writes
-from tl_paramdecomp.patching.subnetworks import perturbed
-from tl_paramdecomp.patching.target import check_target
-from tl_paramdecomp.patching.trace import patch_trace
-from tl_paramdecomp.pretrained import (
-    TaskPrompt,
-    load_micro_gpt2,
-    micro_gpt2_prompts,
-    micro_gpt2_tokenizer,
-    micro_gpt2_tokens,
-)
-from tl_paramdecomp.sites import WeightSite
-from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
-from tl_paramdecomp.training.compare import ComparisonProtocol, compare
-from tl_paramdecomp.training.data.sources import TextRows
-from tl_paramdecomp.training.data.token_batches import token_batches
-from tl_paramdecomp.training.estimates.estimate import Estimate, estimate_run
-from tl_paramdecomp.training.fit import decompose
-from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
-from tl_paramdecomp.training.tuning import tune_along
+import sys as _sys
+import threading as _threading
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a second time
+    from tl_paramdecomp import errors
+    from tl_paramdecomp.adapters import find_sites, site_weight
+    from tl_paramdecomp.analysis.activations import causal_importances, component_acts
+    from tl_paramdecomp.analysis.circuits.circuit import Circuit, evaluate_circuit, find_circuit
+    from tl_paramdecomp.analysis.circuits.search import LearnedMasks
+    from tl_paramdecomp.analysis.circuits.units import component_units, neuron_and_head_units
+    from tl_paramdecomp.analysis.effects.attention_scores import AttentionScores, attention_scores
+    from tl_paramdecomp.analysis.effects.attribution import attribute
+    from tl_paramdecomp.analysis.effects.attributions import Attribution
+    from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, component_heads
+    from tl_paramdecomp.analysis.effects.direct_effects import IncomingEdges
+    from tl_paramdecomp.analysis.effects.edges import Graph, dataset_graph, edges_into, prompt_graph
+    from tl_paramdecomp.analysis.effects.per_head import PerHead, per_head
+    from tl_paramdecomp.analysis.effects.sweep import Sweep, sweep
+    from tl_paramdecomp.analysis.evaluation.comparison import Comparison
+    from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
+    from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+    from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
+    from tl_paramdecomp.analysis.evaluation.oracle import Oracle
+    from tl_paramdecomp.analysis.evaluation.result import Evaluation
+    from tl_paramdecomp.analysis.reading.logit_lens import LogitLens, logit_lens
+    from tl_paramdecomp.analysis.reading.token_statistics import TokenStatistics, token_statistics
+    from tl_paramdecomp.analysis.reading.top_contexts import TopContexts, top_contexts
+    from tl_paramdecomp.analysis.subnetworks.impacts import (
+        SubnetworkEvaluation,
+        evaluate_subnetworks,
+        impacts,
+        output_derivative,
+    )
+    from tl_paramdecomp.analysis.subnetworks.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
+    from tl_paramdecomp.analysis.tasks.makers import make_task
+    from tl_paramdecomp.analysis.tasks.metrics import (
+        AnswerLoss,
+        AnswerProbability,
+        AnswerRank,
+        KLToClean,
+        LogitDifference,
+        ProbabilityDifference,
+        TokenLoss,
+        answer_logits,
+        default_metric,
+        normalised_faithfulness,
+        score,
+    )
+    from tl_paramdecomp.analysis.tasks.task import Task, load_task
+    from tl_paramdecomp.components.decomposition import Decomposition
+    from tl_paramdecomp.components.masks import Masks
+    from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+    from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
+    from tl_paramdecomp.methods.from_factors import from_factors
+    from tl_paramdecomp.methods.l3d import L3D
+    from tl_paramdecomp.methods.spd import SPD, VPD
+    from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
+    from tl_paramdecomp.patching.attach import attached
+    from tl_paramdecomp.patching.edit import edited_model, edited_weights
+    from tl_paramdecomp.patching.hooks import fwd_hooks, patched
+    from tl_paramdecomp.patching.interventions import importance_masks
+    from tl_paramdecomp.patching.means import activation_means, delta_writes
+    from tl_paramdecomp.patching.subnetworks import perturbed
+    from tl_paramdecomp.patching.target import check_target
+    from tl_paramdecomp.patching.trace import patch_trace
+    from tl_paramdecomp.pretrained import (
+        TaskPrompt,
+        load_micro_gpt2,
+        micro_gpt2_prompts,
+        micro_gpt2_tokenizer,
+        micro_gpt2_tokens,
+    )
+    from tl_paramdecomp.sites import WeightSite
+    from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
+    from tl_paramdecomp.training.compare import ComparisonProtocol, compare
+    from tl_paramdecomp.training.data.sources import TextRows
+    from tl_paramdecomp.training.data.token_batches import token_batches
+    from tl_paramdecomp.training.estimates.estimate import Estimate, estimate_run
+    from tl_paramdecomp.training.fit import decompose
+    from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
+    from tl_paramdecomp.training.tuning import tune_along
 
 __all__ = [
     "ActPatches",
@@ -190,3 +197,24 @@ __all__ = [
     "top_samples",
     "tune_along",
 ]
+
+_lock = globals().get("_lock") or _threading.RLock()
+
+
+def __getattr__(name: str) -> _Any:
+    """A name of the package; the first one loads all of them."""
+    with _lock:
+        if name not in globals() and "_opening" not in globals() and not name.startswith("__"):
+            globals()["_opening"] = True
+            try:
+                __spec__.loader.exec_module(_sys.modules[__name__])  # type: ignore[union-attr]
+            except BaseException:
+                del globals()["_opening"]
+                raise
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

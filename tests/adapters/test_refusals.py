@@ -14,7 +14,7 @@ from tl_paramdecomp.errors import NoMatchingSiteError, UnsupportedModelError, Un
 
 from ..support.exactness import ablate, patched_run, random_decomposition
 from ..support.families import FAMILIES, build
-from ..support.hosts import needs_bridge, needs_hooked_transformer, on_host
+from ..support.hosts import hooked, needs_bridge, needs_hooked_transformer, on_host
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,56 @@ def test_compiled_models() -> None:
     model.compile()
     with pytest.raises(UnsupportedModelError, match=r"torch\.compile"):
         tlpd.find_sites(model)
+
+
+def part_of(model: Any, host: str) -> tuple[nn.Module, str]:
+    """The module that holds a model's first MLP."""
+    if host == "plain":
+        return model, "0"
+    root = getattr(model, "_module", model)
+    return (root.transformer.h[0] if hasattr(root, "transformer") else root.blocks[0]), "mlp"
+
+
+COMPILED = {
+    "wrapped": lambda holder, name: setattr(holder, name, torch.compile(getattr(holder, name))),
+    "in place": lambda holder, name: getattr(holder, name).compile(),
+    "its forward": lambda holder, name: setattr(
+        getattr(holder, name), "forward", torch.compile(getattr(holder, name).forward)
+    ),
+    "scripted": lambda holder, name: setattr(holder, name, torch.jit.script(nn.Sequential(nn.Linear(2, 2)))),
+    "traced": lambda holder, name: setattr(holder, name, torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("host", ["plain", "transformers", "nnsight", "bridge", "hooked"])
+def test_partly_compiled_models(host: str, how: str) -> None:
+    """The part is named, and by what it is compiled; with the original back in its place the model is as any other."""
+
+    def fresh() -> Any:
+        if host == "plain":
+            return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        return hooked() if host == "hooked" else on_host(build("gpt2"), host)
+
+    model = fresh()
+    holder, name = part_of(model, host)
+    original = getattr(holder, name)
+    if host == "nnsight" and how == "its forward":
+        pytest.skip("nnsight itself holds the instance's forward")
+    COMPILED[how](holder, name)
+    by = r"torch\.jit" if how in ("scripted", "traced") else r"torch\.compile"
+    with pytest.raises(UnsupportedModelError, match=rf"part '[^']*{name}' of this .* is compiled by {by}.*was before"):
+        tlpd.find_sites(model)
+    if how in ("wrapped", "scripted", "traced"):
+        setattr(holder, name, original)
+        assert list(tlpd.find_sites(model)) == list(tlpd.find_sites(fresh()))
+
+
+def test_functions_that_are_kept_from_being_compiled_are_no_compiled_parts() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    model[1].forward = torch.compiler.disable(model[1].forward)
+    assert list(tlpd.find_sites(model)) == ["0.weight"]
 
 
 def test_encoder_decoders() -> None:
@@ -202,4 +252,4 @@ def test_no_host_library_is_imported_for_a_plain_module() -> None:
         "import sys, torch, tl_paramdecomp as tlpd; tlpd.find_sites(torch.nn.Linear(2, 2));"
         "assert not {'transformer_lens', 'nnsight', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -92,7 +92,7 @@ def test_effects_of_single_ablations_are_those_of_edited_weights(model, dec):
     for c in (0, 101, 255):
         with tlpd.edited_weights(model, dec, dec.masks().ablate(name, c)):
             alone = next_token_probs(model, tokens)[list(prompt.answers)].sum().log()
-        assert abs(slow[c] - (alone - base)) < 1e-4 and abs(found.effect(name)[c] - (alone - base)) < 1e-4
+        assert abs(slow[c] - (base - alone)) < 1e-4 and abs(found.effect(name)[c] - (base - alone)) < 1e-4
     sizes = torch.cat([found.effect(site) for site in dec]).abs()
     assert abs(found.top(1)[0].effect) == sizes.max().item()
 

@@ -283,7 +283,7 @@ def test_ablations_at_all_positions_are_those_of_whole_components(tokens: Tensor
     assert found.granularity == "component at 7 positions together" and found.top(1)[0].position is None
     for row in range(2):
         for site, effects in ablation_effects(model, dec, tokens[row : row + 1], log_prob).items():
-            assert (found.values[site][row, 0] + effects).abs().max() < 1e-10
+            assert (found.values[site][row, 0] - effects).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])

@@ -17,16 +17,17 @@ def parts():
     return model, made, tlpd.make_task("ioi", "micro-gpt2", 6, split="validation")
 
 
-def test_exact_attribution_is_the_sweep_with_its_sign(parts):
+@pytest.mark.parametrize("direction, value", [("noising", "corrupt"), ("denoising", None)])
+def test_exact_attribution_is_the_sweep(parts, direction, value):
     model, made, task = parts
     metric = tlpd.default_metric(task)
     found = tlpd.attribute(
-        model, made, task, metric, method="ablation", by_position=False, progress=False, corrupt=None
+        model, made, task, metric, method="ablation", direction=direction, by_position=False, progress=False
     )
-    swept = tlpd.sweep(model, made, task, metric, value="corrupt", progress=False)
+    swept = tlpd.sweep(model, made, task, metric, value=value, direction=direction, progress=False)
     for site in SITES:
         exact = found.by_component()[site].mean(0)
-        assert (exact + swept.effect(site).flatten()).abs().max() < 1e-3 * exact.abs().max()
+        assert (exact - swept.effect(site).flatten()).abs().max() < 1e-3 * exact.abs().max()
 
 
 def test_gradients_predict_what_the_sweep_measures(parts):
@@ -37,7 +38,7 @@ def test_gradients_predict_what_the_sweep_measures(parts):
                                attention_mask=task.attention_mask)  # fmt: skip
     swept = tlpd.sweep(model, made, task, metric, progress=False)
     site = "blocks.2.mlp.W_out"
-    a, b = predicted.by_component()[site].mean(0), -swept.effect(site).flatten()
+    a, b = predicted.by_component()[site].mean(0), swept.effect(site).flatten()
     assert spearman(a, b) > 0.8
 
 

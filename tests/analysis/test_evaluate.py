@@ -1,5 +1,6 @@
 """`evaluate` against values worked out by hand and against the library's other roads to the same figure."""
 
+import io
 import json
 import math
 
@@ -10,6 +11,7 @@ from torch import nn
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis.evaluation import evaluate as evaluation
 from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target
 from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
 from tl_paramdecomp.analysis.evaluation.specificity import auroc, ranks, spearman, specificity
@@ -318,6 +320,67 @@ def test_the_budget_leaves_out_what_it_names(model, dec):
     found = tlpd.evaluate(model, dec, tokens(2), protocol=FEW, seconds=0.0, progress=False)
     assert "sparsity" in found.left_out and "adversary of 3 steps" in found.left_out and not found.masks
     assert "Left out" in str(found) and found.headline == {} and not len(found.sites_frame())
+
+
+class Clock:
+    """A clock that moves on by a second whenever somebody looks."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize("seconds, reached", [
+    (0.5, []), (1.5, ["l0"]), (3.5, ["l0", "rounded"]), (4.5, ["l0", "rounded", "adversarial"]),
+])  # fmt: skip
+def test_what_there_was_time_for_is_in_the_headline_and_marked(model, dec, found, monkeypatch, seconds, reached):
+    """Whatever else there is to measure comes after; the figures are those of an evaluation without a budget."""
+    monkeypatch.setattr(evaluation, "time", Clock())
+    few = tlpd.evaluate(model, dec, tokens(), protocol=FEW, seconds=seconds, progress=False)
+    assert few.headline == {key: found.headline[key] for key in reached[:2]} | {k: few.headline[k] for k in reached[2:]}
+    title, *table = str(few).split("Masks (")[0].splitlines()
+    assert "partial" in title and sum("not reached" in line for line in table) == (len(reached) < 3)
+    assert "".join(table).count("not reached") == 3 - len(reached)
+    if "adversarial" in reached:  # the second restart had no time
+        whole = next(row for row in found.adversary if row["steps"] == 3)
+        assert few.adversary == [whole | {"restarts": 1, "kl_all": whole["kl_all"][:1], "kl": whole["kl_all"][0],
+                                          "kl_worst": whole["kl_all"][0], "start": few.adversary[0]["start"]}]  # fmt: skip
+        assert "(1 of 2 restarts)" in "".join(table) and "adversary of 3 steps, 1 of 2 restarts" in few.left_out
+    assert "partial" not in str(found) and "not reached" not in str(found)
+
+
+@pytest.mark.parametrize("seconds", [None, 0.5, 4.5, 12.5])
+@pytest.mark.parametrize(
+    "protocol", [FEW, tlpd.Protocol(4, 1, (2,), 1, ablated=3), tlpd.Protocol(ladder=(), ablated=999)]
+)
+def test_the_bar_has_a_total_and_ends_there(model, dec, monkeypatch, seconds, protocol):
+    """Counted before the first pass, with padding; parts that have no time are taken off."""
+    mask = torch.ones(7, 6, dtype=torch.long)
+    mask[:3] = 0
+    bars = []
+
+    class Bar(evaluation.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+            self.totals = [self.total]
+            bars.append(self)
+
+        def update(self, n=1):
+            self.totals.append(self.total)
+            return super().update(n)
+
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    monkeypatch.setattr(evaluation, "time", Clock())
+    tlpd.evaluate(
+        model, dec, tokens(), attention_mask=mask, protocol=protocol, untrained=dec if protocol.ladder else None,
+        seconds=seconds, progress=True,
+    )  # fmt: skip
+    (bar,) = bars
+    assert bar.n == bar.total > 0 and all(total and total >= bar.total for total in bar.totals)
+    assert seconds is not None or set(bar.totals) == {bar.n}
 
 
 def test_an_untrained_decomposition_stands_beside(model, dec):

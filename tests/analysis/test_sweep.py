@@ -122,7 +122,8 @@ def test_every_site_against_single_patches(host: str, case: Any, tokens: Tensor)
                 patches = patches.resample(name, c, seed=3)
             else:
                 patches = patches.set(name, c, 0.0 if case == "zero" else case)
-            expected.append(patched_scores(model, dec, patches, given, base) - before)
+            change = patched_scores(model, dec, patches, given, base) - before
+            expected.append(change if case == "clean" else -change)  # the patch puts the component in, or takes it out
         agrees(model, found.effect(name), expected)
     assert max(abs(row.effect) for row in found.rows()) > 1e-3
 
@@ -147,7 +148,7 @@ def test_heads_and_positions_apart(host: str) -> None:
                 patches = act_patches(dec).zero(name, c, positions=p, head=head)
                 if value == "corrupt":
                     patches = act_patches(dec).from_acts(name, c, acts[name], positions=p, head=head)
-                expected = patched_scores(model, dec, patches, given, given.clean) - before
+                expected = before - patched_scores(model, dec, patches, given, given.clean)
                 far, bound = abs(float(found.effect(name)[p, head, c]) - expected), tolerance(model) * 10
                 assert far < bound, (name, p, head, c)
 
@@ -160,7 +161,7 @@ def test_chosen_positions(positions: Any) -> None:
     before = scores(model, given, given.clean).mean().item()
     for name in dec:
         patches = [act_patches(dec).set(name, c, 2.0, positions=positions) for c in range(5)]
-        agrees(model, found.effect(name), [patched_scores(model, dec, p, given, given.clean) - before for p in patches])
+        agrees(model, found.effect(name), [before - patched_scores(model, dec, p, given, given.clean) for p in patches])
 
 
 def without_short_cuts(model: Any) -> Any:
@@ -224,7 +225,7 @@ def test_token_rows_and_metrics_of_whole_logits(tokens: Tensor) -> None:
     found = sweep(model, dec, tokens, metric, value="mean", means=means, sites=W_IN, progress=False)
     with patched_acts(model, dec, act_patches(dec).mean(W_IN, 2, means)):
         expected = metric(logits(model, tokens)).mean()
-    assert list(found.effects) == [W_IN] and abs(found.effect(W_IN)[2] - (expected - found.clean)) < 1e-5
+    assert list(found.effects) == [W_IN] and abs(found.effect(W_IN)[2] - (found.clean - expected)) < 1e-5
 
 
 def test_plain_modules_and_inserted_identities(tokens: Tensor) -> None:
@@ -243,7 +244,7 @@ def test_plain_modules_and_inserted_identities(tokens: Tensor) -> None:
             ),
         ):
             expected = module(x).sum(-1).mean()
-        assert abs(found.effect("0.weight")[1] - (expected - found.clean)) < 1e-10
+        assert abs(found.effect("0.weight")[1] - (found.clean - expected)) < 1e-10
     with pytest.raises(ShapeError, match="no position axis"):
         sweep(module, dec, x, lambda out: out.sum(-1), positions="each", progress=False)
     model, name = gpt2(), f"{W_IN}.pre_identity"
@@ -252,7 +253,7 @@ def test_plain_modules_and_inserted_identities(tokens: Tensor) -> None:
     dec, given = tlpd.from_factors(model, factors), task()
     found = sweep(model, dec, given, difference, progress=False)
     for site in dec:
-        expected = patched_scores(model, dec, act_patches(dec).zero(site, 1), given, given.clean) - found.clean
+        expected = found.clean - patched_scores(model, dec, act_patches(dec).zero(site, 1), given, given.clean)
         assert abs(found.effect(site)[1] - expected) < 1e-9
 
 
@@ -266,7 +267,7 @@ def test_other_patches_hold_meanwhile(tokens: Tensor) -> None:
         with pytest.raises(PatchConflictError, match="already patched"):
             sweep(model, dec, given, difference, progress=False)
     expected = [
-        patched_scores(model, dec, around.from_acts(W_O, c, acts), given, given.clean) - found.clean for c in range(5)
+        found.clean - patched_scores(model, dec, around.from_acts(W_O, c, acts), given, given.clean) for c in range(5)
     ]
     agrees(model, found.effect(W_O), expected)
 
@@ -299,7 +300,8 @@ def test_records(tmp_path: Any) -> None:
     assert [abs(row.effect) for row in top] == values.flatten().topk(3).values.tolist() and top[0].head is None
     assert Sweep.load(found.save(tmp_path / "sweep.json")) == found
     shown = str(found)
-    assert "Largest effects on difference (denoising, value clean)" in shown and W_IN in shown and "3 prompts" in shown
+    assert "Largest effects on difference (denoising, value clean)" in shown and "with - without" in shown
+    assert W_IN in shown and "3 prompts" in shown
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(DecompositionFileError, match="holds no sweep"):
         Sweep.load(tmp_path / "broken.json")

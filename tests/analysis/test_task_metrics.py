@@ -155,7 +155,7 @@ def test_token_loss_is_a_row_metric_of_ablations() -> None:
     without = -sum(math.log(probs[i, tokens[0, i + 1]]) for i in range(4)) / 4
     probs = logits(model, tokens)[0].softmax(-1)
     whole = -sum(math.log(probs[i, tokens[0, i + 1]]) for i in range(4)) / 4
-    assert effects[3].item() == pytest.approx(without - whole)
+    assert effects[3].item() == pytest.approx(whole - without)
 
 
 # --- defaults, refusals, normalisation ------------------------------------------------------------------------------------

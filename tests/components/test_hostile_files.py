@@ -270,11 +270,11 @@ def test_a_sparse_file_of_a_terabyte(tmp_path: Path, kind: str, name: str) -> No
         os.truncate(folder / name, 1 << 40)
     except OSError:
         pytest.skip("the file system has no files as large")
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DecompositionFileError, match=name):
         LOADERS[kind](folder)
     assert (
-        time.perf_counter() - began < hostile.SECONDS
+        time.process_time() - began < hostile.SECONDS
     )  # not in refusal(), as it may take the address space to look into it
 
 

@@ -1,5 +1,8 @@
 """Masks as values: what each method means, in every form of its arguments, worked out by hand on small vectors."""
 
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +18,10 @@ from tl_paramdecomp.errors import (
     MaskNotConstantError,
     NoMatchingSiteError,
     PositionIndexError,
+    SettingError,
     ShapeError,
 )
+from tl_paramdecomp.patching.act_patches import ActPatches
 from tl_paramdecomp.sites import Span, WeightSite
 
 C = 5
@@ -394,3 +399,96 @@ def test_what_inference_mode_made_does_not_reach_autograd() -> None:
     resolved = mask.resolve((1, 1), Span(), torch.device("cpu"), torch.float32)
     (resolved.weight * h).sum().backward()
     assert torch.equal(h.grad, ones_but(c1=0.0) - 1)
+
+
+# --- what is no number, index or slice --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), torch.tensor([0.5]), Fraction(1, 2)]
+)
+def test_numbers_of_every_kind(number: Any) -> None:
+    assert masks().scale(SITE, 1, number)[SITE].m[1] == 0.5
+    assert masks().keep_only(SITE, 1, delta=number)[SITE].d == 0.5
+    pair = masks().with_values(SITE, number, delta=number)[SITE]
+    assert (pair.m == 0.5).all() and (pair.d == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "number", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**39), torch.tensor(float("nan"))]
+)
+def test_numbers_that_are_not_finite(number: Any) -> None:
+    for ask in (
+        lambda: masks().scale(SITE, 0, number),
+        lambda: masks().keep_only(SITE, 0, delta=number),
+        *((lambda: masks().with_values(SITE, number),) if not isinstance(number, torch.Tensor) else ()),
+        *((lambda: masks().with_values(SITE, 1, number),) if not isinstance(number, torch.Tensor) else ()),
+    ):
+        with pytest.raises(SettingError, match=r"blocks\.0\.mlp\.W_in must be finite"):
+            ask()
+
+
+@pytest.mark.parametrize("number", [torch.ones(2), np.ones(2), torch.tensor(0.5, requires_grad=True), torch.tensor(1j)])
+def test_factors_that_are_no_constant_number(number: Any) -> None:
+    """A factor is read once: a gradient would be lost in it without a word."""
+    with pytest.raises(DtypeError, match="with_values|one real number"):
+        masks().scale(SITE, 0, number)
+    with pytest.raises(DtypeError, match="with_values|one real number"):
+        masks().keep_only(SITE, 0, delta=number)
+
+
+def test_numbers_and_integers_keep_their_float64_value() -> None:
+    """0.1 and 2**24 + 1 are no float32."""
+    for m, expected in ((0.1, 0.1), (torch.tensor(2**24 + 1), 2.0**24 + 1.0)):
+        mask = masks().with_values(SITE, m).site_mask(SITE)
+        assert (mask.resolve((1, 1), Span(), torch.device("cpu"), torch.float64).m == expected).all()
+    pair = masks().with_values(SITE, 1.0, delta=torch.tensor(0.1, dtype=torch.float64))[SITE]
+    assert pair.d.item() == 0.1
+
+
+def test_given_values_without_common_rows() -> None:
+    for m, d in (((2, 3, 5), (4,)), ((2, 1, 5), (3, 1)), ((3, 5), (2, 2))):
+        with pytest.raises(ShapeError, match="no rows"):
+            masks().with_values(SITE, torch.ones(m), delta=torch.ones(d))
+
+
+@pytest.mark.parametrize("some", [slice(0.5, None), slice(None, None, 0), slice(-9, -7), slice("a", None), slice(True, None),
+                                  slice(torch.tensor(0.5), None), slice([1], None)])  # fmt: skip
+def test_slices_of_components_that_are_none(some: slice) -> None:
+    with pytest.raises(ComponentIndexError, match="components 0 to 4"):
+        masks().ablate(SITE, some)
+
+
+@pytest.mark.parametrize(
+    "some", [slice(torch.tensor(0.5), None), slice(True, None), slice([1], None), slice("a", None)]
+)
+def test_slices_of_positions_that_are_none(some: slice) -> None:
+    with pytest.raises(PositionIndexError, match="positions must be"):
+        masks().ablate(SITE, 0, positions=some)
+
+
+@pytest.mark.parametrize("head", [torch.tensor(True), torch.tensor(0.0), torch.tensor([1, 2]), np.array([1]), 10**30])
+def test_heads_that_are_no_whole_number(head: Any) -> None:
+    with pytest.raises(HeadIndexError, match="query heads 0 to 3"):
+        masks().ablate(W_Q.name, 0, head=head)
+    with pytest.raises(HeadIndexError, match="query heads 0 to 3"):
+        ActPatches(SITES, dict.fromkeys(SITES, C)).zero(W_Q.name, 0, head=head)
+
+
+@pytest.mark.parametrize("length, batch", [(0, 1), (-1, 1), (3, 0)])
+def test_rows_of_nothing(length: int, batch: int) -> None:
+    with pytest.raises(SettingError, match="at least one"):
+        masks().ablate(SITE, 0, positions=0).at(SITE, length, batch)
+
+
+@pytest.mark.parametrize("axes", [(), (2,), (4, 3)])
+def test_masks_by_row_where_a_site_has_more_axes_than_batch_and_position(axes: tuple[int, ...]) -> None:
+    """A batch axis is the first one, not the one next to the positions, also where both have one size."""
+    rng, rows = np.random.default_rng(0), (2, *axes, 3)
+    m, d = torch.from_numpy(rng.standard_normal((2, 3, 5))), torch.from_numpy(rng.standard_normal((2, 3)))
+    there = torch.tensor([[True, False, False], [False, True, True]])
+    made = masks().with_values(SITE, m, delta=d).keep_only(SITE, [1, 2], delta=0.3, positions=there)
+    found = made.site_mask(SITE).resolve(rows, Span(), torch.device("cpu"), torch.float64)
+    for index in np.ndindex(rows):
+        b, t = index[0], index[-1]
+        kept = m[b, t] * torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0]) if there[b, t] else m[b, t]
+        assert torch.equal(found.m.expand(*rows, 5)[index], kept)
+        assert found.d.expand(rows)[index] == (0.3 if there[b, t] else d[b, t])

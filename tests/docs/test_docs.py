@@ -1,5 +1,6 @@
 """What the documents show runs, and what they claim is what runs left behind."""
 
+import ast
 import importlib.util
 import random
 import re
@@ -17,6 +18,9 @@ from tl_paramdecomp.pretrained import grammar
 
 ROOT = Path(__file__).parents[2]
 NEEDS_HUB_AND_GPU = 'device="cuda"'
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
 
 
 def blocks():
@@ -38,10 +42,83 @@ def test_the_readme_has_its_blocks():
     assert {"Ten lines with TransformerLens", "Ten lines with nnsight"} <= set(BLOCKS)
 
 
+def python_in(page):
+    """Python blocks of a page, by the line they begin at: those that say so, and those that use the package."""
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"(?ms)^```(\w*)\n(.*?)^```", text):
+        if match[1] in ("python", "py") or (not match[1] and "tlpd." in match[2]):
+            yield text.count("\n", 0, match.start()) + 1, match[2]
+
+
+PYTHON = [
+    pytest.param(code, id=f"{page.relative_to(ROOT)}:{line}") for page in PAGES for line, code in python_in(page)
+] + [
+    pytest.param(script.read_text(encoding="utf-8"), id=str(script.relative_to(ROOT)))
+    for script in sorted((ROOT / "examples").glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_what_pages_and_examples_import_is_there(code, monkeypatch):
+    """Every block compiles, and its import statements run, also where its model cannot be loaded here."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    tree = ast.parse(code)
+    compile(tree, "page", "exec")
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([node], []), "page", "exec"), names)
+    for name in re.findall(r"\btlpd\.(\w+)", code):
+        assert hasattr(tlpd, name), name
+
+
+def test_every_page_with_python_is_looked_at():
+    found = {param.id.split(":")[0] for param in PYTHON}
+    assert {"README.md", "docs/training.md", "docs/circuits.md", "docs/methods.md"} <= found
+    assert sum(param.id.startswith("README.md") for param in PYTHON) == len(BLOCKS) == 3
+
+
+def test_dotted_names_of_host_libraries_are_there():
+    """What pages, docstrings and messages call by its whole path."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES if page.name not in ("architectures.md", "results.md")]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / "tl_paramdecomp").rglob("*.py")]
+    found = {name for text in texts for name in re.findall(r"\b(?:transformer_lens|nnsight)(?:\.\w+)+", text)}
+    assert "transformer_lens.model_bridge.TransformerBridge.boot_transformers" in found
+    for name in found:
+        first, *rest = name.split(".")
+        here = importlib.import_module(first)
+        for i, part in enumerate(rest):
+            if not hasattr(here, part):
+                importlib.import_module(".".join([first, *rest[: i + 1]]))
+            here = getattr(here, part)
+
+
+def test_the_recipe_runs_on_a_model_that_is_here(monkeypatch, tmp_path):
+    """Every line but for the loading and the number of steps, on micro-gpt2."""
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    (code,) = [block for block in BLOCKS.values() if NEEDS_HUB_AND_GPU in block]
+    asked, model = [], tlpd.load_micro_gpt2("transformer_bridge")
+
+    def boot(name, device):
+        asked.append((name, device))
+        return model
+
+    def rows(dataset, model, length):
+        asked.append((dataset, length))
+        return tlpd.micro_gpt2_tokens(8)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bridge.TransformerBridge, "boot_transformers", boot)
+    monkeypatch.setattr(tlpd, "token_batches", rows)
+    names = {}
+    exec(code.replace("steps=20_000, batch_size=16", "steps=1, batch_size=2"), names)
+    assert asked == [("gpt2", "cuda"), ("monology/pile-uncopyrighted", 128)]
+    assert names["dec"].info["run"]["steps"] == 1 and (tmp_path / "runs" / "gpt2-mlp0" / "decomposition").is_dir()
+
+
 @pytest.mark.parametrize("heading", list(BLOCKS))
 def test_readme_blocks_run(heading, tmp_path):
     code = BLOCKS[heading]
-    compile(code, heading, "exec")
     if NEEDS_HUB_AND_GPU in code:
         pytest.skip("this block needs the hub and a GPU")
     script = tmp_path / "block.py"
@@ -109,9 +186,6 @@ def test_the_results_page_is_what_the_result_files_say():
 
 
 def test_links_in_the_documents_lead_somewhere():
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + list(
-        (ROOT / "docs").glob("*.md")
-    )
-    for page in pages:
+    for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
@@ -174,12 +175,33 @@ def test_a_baseline_goes_on_where_it_stopped(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("basis", BASES)
+def test_a_plain_basis_takes_no_steps(tmp_path, basis):
+    """Nor data, but for the one that looks at inputs; however many are given it is the same, and none are recorded."""
+    model, method = gpt2(), basis(training=None)
+    data = (tokens(),) if basis is tlpd.WhitenedSVD else ()
+    plain = tlpd.decompose(model, SITES, method, *data, run_dir=tmp_path, progress=False)
+    assert plain.importance is None and plain.info["run"]["steps"] == 0
+    again = tlpd.decompose(model, SITES, method, tokens(), 5, progress=False)
+    assert again.info["run"]["steps"] == 0
+    for name, kept in tlpd.Decomposition.load(tmp_path / "decomposition").items():
+        for other in (plain, again):
+            assert torch.equal(kept.V, other[name].V) and torch.equal(kept.U, other[name].U)
+    assert tlpd.estimate_run(model, SITES, method, *(data or (None,))).run["steps"] == 0
+
+
 def test_what_is_missing_is_named():
     model = gpt2()
     with pytest.raises(DataError, match="WhitenedSVD"):
         tlpd.decompose(model, SITES, tlpd.WhitenedSVD(training=None), progress=False)
-    with pytest.raises(SettingError, match="SVD needs steps"):
+    with pytest.raises(SettingError, match=r"SVD needs steps.*SVD\(training=None\) is the plain basis"):
         tlpd.decompose(model, SITES, tlpd.SVD(), tokens(), progress=False)
+    with pytest.raises(DataError, match=r"NeuronBasis needs data.*NeuronBasis\(training=None\)"):
+        tlpd.decompose(model, SITES, tlpd.NeuronBasis(), steps=3, progress=False)
+    for steps in (-1, True, 2.5):
+        for method in (tlpd.SVD(training=None), tlpd.SPD()):
+            with pytest.raises((SettingError, TypeCheckError), match="from 0 on|steps"):
+                tlpd.decompose(model, SITES, method, tokens(), steps, progress=False)
     with pytest.raises(DataError, match="needs data"):
         tlpd.decompose(model, SITES, tlpd.SPD(), steps=3, progress=False)
     with pytest.raises(SettingError, match="ridge"):

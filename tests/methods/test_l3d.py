@@ -7,7 +7,7 @@ from jaxtyping import TypeCheckError
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2, llama, plain
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.adapters.base import swapped_parameter
+from tl_paramdecomp.adapters.swapping import swapped_parameter
 from tl_paramdecomp.adapters.wiring import find_module, read_parameter
 from tl_paramdecomp.components.subnetworks import SampleGradient
 from tl_paramdecomp.errors import (

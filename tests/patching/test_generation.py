@@ -231,16 +231,18 @@ def test_unembedding_the_last_columns_alone(tokens: Tensor) -> None:
         assert (last - logits(model, tokens)[:, -2:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("case, cache", [*((case, True) for case in CASES), *((case, False) for case in WITHOUT_CACHE)])
-def test_patch_trace_in_generation(case: str, cache: bool, tokens: Tensor) -> None:
-    """The same steps as under `patched`, whatever the form of the positions."""
+def test_patch_trace_in_generation(case: str, cache: bool, read: bool, tokens: Tensor) -> None:
+    """The same steps as under `patched`, whatever the form of the positions, and whatever each step has read before."""
     model = with_tokenizer("nnsight")
-    dec = decomposition_of(model, [*SITES, "unembed.W_U"])
+    sites = [*(SITES[2:] if read else SITES), "unembed.W_U"]
+    dec = decomposition_of(model, sites)
     given, _ = CASES[case]
     masks = dec.masks()
     for site in dec:
         masks = masks.ablate(site, [0, 1], positions=given)
-    masks = masks.with_values(SITES[1], torch.rand(2, PROMPT, C).double(), delta=0.5)
+    masks = masks.with_values(sites[1], torch.rand(2, PROMPT, C).double(), delta=0.5)
     prompt = tokens[:, :PROMPT]
     with tlpd.patched(model, dec, masks):
         expected = generate(model, "nnsight", prompt, cache)
@@ -249,6 +251,8 @@ def test_patch_trace_in_generation(case: str, cache: bool, tokens: Tensor) -> No
         with model.generate(prompt, **settings) as tracer:
             steps = [].save()
             for _ in tracer.iter[:NEW]:
+                if read:  # by then the first layer has put this step's columns into the cache
+                    model.transformer.h[0].output.mean()
                 tlpd.patch_trace(model, dec, masks)
                 steps.append(model.lm_head.output[:, -1])
     assert len(steps) == NEW

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tl_paramdecomp as tlpd
+from tl_paramdecomp.adapters import adapt
 
 from ..support.models import BUILDERS, LENS, build, decomposition_of, logits, module_of, nnsight, nnsight_lm
 
@@ -103,6 +104,57 @@ def test_contexts_that_ended_crosswise_keep_nothing_alive(host: str, tokens: Ten
     kept = use()
     gc.collect()
     assert [ref() for ref in kept] == [None, None]
+
+
+FUSED = [["blocks.0.attn.W_Q"], ["blocks.0.attn.W_K", "blocks.0.mlp.W_in"]]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("host", HOSTS)
+def test_edits_of_one_matrix_end_in_any_order(host: str, order: tuple[int, int], tokens: Tensor) -> None:
+    """W_Q and W_K are one parameter in GPT-2: what the first context put there is not what the second one leaves."""
+    model = made(host)
+    decs = [decomposition_of(model, sites, seed=seed) for seed, sites in enumerate(FUSED)]
+    masks = [dec.masks() for dec in decs]
+    for i, dec in enumerate(decs):
+        for name in dec:
+            masks[i] = masks[i].ablate(name, [0, 1])
+    plain, alone = logits(model, tokens), []
+    before = dict(module_of(model).named_parameters())
+    for dec, mask in zip(decs, masks):
+        with tlpd.edited_weights(model, dec, mask):
+            alone.append(logits(model, tokens))
+    contexts = [tlpd.edited_weights(model, dec, mask) for dec, mask in zip(decs, masks)]
+    for context in contexts:
+        context.__enter__()
+    both = logits(model, tokens)
+    assert all((both - one).abs().max() > 1e-3 for one in alone)
+    contexts[order[0]].__exit__(None, None, None)
+    assert torch.equal(logits(model, tokens), alone[order[1]])
+    contexts[order[1]].__exit__(None, None, None)
+    assert torch.equal(logits(model, tokens), plain)
+    assert all(p is before[name] for name, p in module_of(model).named_parameters())
+
+
+def test_edits_of_computed_tensors_end_in_any_order() -> None:
+    """A weight and a bias of one module, both parametrized."""
+    layer = nn.Linear(4, 4).double().requires_grad_(False)
+    model = nn.Sequential(layer, nn.Linear(4, 3).double().requires_grad_(False))
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    plain, kind = model(x), type(layer)
+    adapter = adapt(model)
+    one = adapter.replaced_weights({"0.weight": torch.eye(4, dtype=torch.float64)})
+    other = adapter.replaced_weights({"0.weight": torch.zeros(4, 4, dtype=torch.float64)})
+    one.__enter__()
+    other.__enter__()
+    with pytest.raises(tlpd.errors.PatchConflictError, match="edited at present"):
+        copy.deepcopy(model)
+    one.__exit__(None, None, None)
+    assert torch.equal(model[0](x), layer.bias.expand(2, 4))
+    other.__exit__(None, None, None)
+    assert type(layer) is kind and torch.equal(model(x), plain)
+    copy.deepcopy(model)
 
 
 def test_tasks_of_one_thread_may_interleave(tokens: Tensor) -> None:

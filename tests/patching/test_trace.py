@@ -1,5 +1,7 @@
 """Components patched inside nnsight's own interventions."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import (
     PatchConflictError,
     PositionIndexError,
+    SiteNotFiredError,
     TargetMismatchError,
     UnsupportedModelError,
     UnsupportedSiteError,
@@ -193,6 +196,138 @@ def test_a_decomposition_in_another_order_is_patched_in_forward_order(tokens: Te
             tlpd.patch_trace(lm, turned, masks)
             found = lm.output.logits.save()
     assert (found - expected).abs().max() < tolerance(lm)
+
+
+READS = {
+    "an output": lambda lm: lm.transformer.h[0].output,
+    "an input": lambda lm: lm.transformer.h[0].input,
+    "the model's input": lambda lm: lm.inputs,
+    "the site's own input": lambda lm: lm.transformer.h[1].mlp.c_fc.input,
+    "a write": lambda lm: setattr(lm.transformer.h[0].mlp, "output", lm.transformer.h[0].mlp.output * 1.0),
+    "several": lambda lm: [lm.transformer.wte.output, lm.transformer.h[0].attn.output, lm.transformer.h[1].ln_2.output],
+}
+
+
+def later_masks(dec: tlpd.Decomposition) -> tlpd.Masks:
+    masks = dec.masks().ablate("blocks.1.mlp.W_in", [0, 1], positions=[2, -1])
+    return masks.keep_only("unembed.W_U", [0, 2], delta=0.4).ablate("unembed.W_U", 0, positions=-2)
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("wrap", ["nnsight", "language model"])
+def test_positions_after_other_reads(wrap: str, read: str, tokens: Tensor) -> None:
+    """What the model was called with is known from the call that is under way."""
+    lm = build("nnsight") if wrap == "nnsight" else nnsight_lm(build("gpt2"))
+    dec = decomposition_of(lm, ["blocks.1.mlp.W_in", "unembed.W_U"])
+    masks = later_masks(dec)
+    with tlpd.patched(lm, dec, masks):
+        expected = logits(lm, tokens)
+    with torch.no_grad():
+        with lm.trace(tokens):
+            READS[read](lm)
+            tlpd.patch_trace(lm, dec, masks)
+            found = lm.output.logits.save()
+    assert (found - expected).abs().max() < 1e-10
+
+
+def test_positions_after_reads_in_each_of_several_invokes(tokens: Tensor) -> None:
+    lm = nnsight_lm(build("gpt2"))
+    dec = decomposition_of(lm, ["blocks.1.mlp.W_in", "unembed.W_U"])
+    masks, second = later_masks(dec), (tokens + 9) % VOCAB
+    expected = []
+    for rows in (tokens, second):
+        with tlpd.patched(lm, dec, masks):
+            expected.append(logits(lm, rows))
+    with torch.no_grad():
+        with lm.trace() as tracer:
+            with tracer.invoke(tokens):
+                lm.transformer.h[0].output.save()
+                tlpd.patch_trace(lm, dec, masks)
+                a = lm.output.logits.save()
+            with tracer.invoke(second):
+                lm.transformer.h[1].attn.output[0].save()
+                tlpd.patch_trace(lm, dec, masks)
+                b = lm.output.logits.save()
+            with tracer.invoke(tokens):
+                c = lm.output.logits.save()
+    assert (a - expected[0]).abs().max() < 1e-10 and (b - expected[1]).abs().max() < 1e-10
+    assert (c - logits(lm, tokens)).abs().max() < 1e-10
+
+
+def cached(lm: object, tokens: Tensor) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with torch.no_grad():
+        lm._module(tokens, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("told", ["attention_mask", "position_ids", "layers", "nothing"])
+def test_positions_after_a_cache(told: str, tokens: Tensor) -> None:
+    """Layers that have run have put this pass's columns into the cache; how many were there before is told otherwise."""
+    lm = build("nnsight")
+    dec = decomposition_of(lm, ["blocks.1.mlp.W_in", "unembed.W_U"])
+    masks = dec.masks().ablate("blocks.1.mlp.W_in", [0, 1], positions=[1, 3, 5])
+    more = {"attention_mask": torch.ones_like(tokens), "position_ids": torch.arange(4, 7).expand(2, 3)}
+    more = {told: more[told]} if told in more else {}
+
+    def traced(read: bool) -> Tensor:
+        with torch.no_grad():
+            with lm.trace(tokens[:, 4:], past_key_values=cached(lm, tokens[:, :4]), **more):
+                if read:
+                    (lm.transformer.h[0] if told == "layers" else lm.transformer.h[1].ln_2).output.save()
+                tlpd.patch_trace(lm, dec, masks)
+                out = lm.output.logits.save()
+        return out
+
+    weight = lm._module.transformer.h[1].mlp.c_fc
+    change = dec["blocks.1.mlp.W_in"].component(0) + dec["blocks.1.mlp.W_in"].component(1)
+
+    def without(module: Any, args: Any, output: Tensor) -> Tensor:
+        at = torch.tensor([0.0, 1.0, 0.0]).double().view(1, 3, 1)  # position 5 of the columns 4 to 6
+        return output - at * (args[0] @ change.detach())
+
+    past = cached(lm, tokens[:, :4])
+    handle = weight.register_forward_hook(without)
+    with torch.no_grad():
+        expected = lm._module(tokens[:, 4:], past_key_values=past).logits
+    handle.remove()
+    assert (traced(read=False) - expected).abs().max() < 1e-10
+    if told == "nothing":
+        with pytest.raises(SiteNotFiredError, match="Call patch_trace before reading"):
+            traced(read=True)
+        return
+    assert (traced(read=True) - expected).abs().max() < 1e-10
+
+
+LATE = {
+    "its output": lambda lm: lm.transformer.h[0].mlp.c_fc.output,
+    "later": lambda lm: lm.transformer.h[1].output,
+    "the logits": lambda lm: lm.output,
+}
+
+
+@pytest.mark.parametrize("positions", [None, [2]])
+@pytest.mark.parametrize("read", LATE)
+def test_a_site_that_the_trace_has_gone_by(read: str, positions: list[int] | None, tokens: Tensor) -> None:
+    lm = build("nnsight")
+    dec = decomposition_of(lm, ["blocks.0.mlp.W_in", "unembed.W_U"])
+    masks = (
+        dec.masks().ablate("blocks.0.mlp.W_in", 0, positions=positions).ablate("unembed.W_U", 0, positions=positions)
+    )
+    with pytest.raises(SiteNotFiredError, match=r"too late for blocks\.0\.mlp\.W_in.*patch_trace first"):
+        with lm.trace(tokens):
+            LATE[read](lm)
+            tlpd.patch_trace(lm, dec, masks)
+    assert torch.equal(logits(lm, tokens), logits(lm, tokens))
+
+
+def test_outside_of_a_trace(tokens: Tensor) -> None:
+    lm = build("nnsight")
+    dec = decomposition_of(lm, "blocks.0.mlp.W_in")
+    with pytest.raises(UnsupportedModelError, match=r"Nothing is traced here.*trace"):
+        tlpd.patch_trace(lm, dec, dec.masks().ablate("blocks.0.mlp.W_in", 0))
 
 
 def test_errors_reach_the_user(tokens: Tensor) -> None:

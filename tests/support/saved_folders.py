@@ -61,3 +61,10 @@ def join_safetensors(header: Any, data: bytes) -> bytes:
     """The reverse; the header may be anything that JSON holds."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+def sealed_lines(values: Mapping[str, Any]) -> bytes:
+    """JSON values as records have them: a line for each field, and at the end the sha256 of what stands before it."""
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items() if key != "checksum"]
+    body = "{\n" + ",\n".join(lines)
+    return (body + ',\n "checksum": "' + hashlib.sha256(body.encode()).hexdigest() + '"\n}').encode()

@@ -7,7 +7,7 @@ from tl_paramdecomp.patching.hooks import patched
 
 
 def ablation_effects(model, decomposition, tokens, metric, rows_at_once=128):
-    """By site, metric with each component ablated minus metric of the model, for one row of tokens."""
+    """By site, metric of the model minus metric with each component ablated, for one row of tokens."""
     adapter, found = adapt(model), {}
     with torch.no_grad():
         base = metric(adapter.forward(tokens))
@@ -17,6 +17,6 @@ def ablation_effects(model, decomposition, tokens, metric, rows_at_once=128):
                 m = torch.ones(len(some), 1, components.n_components, dtype=components.V.dtype)
                 m[torch.arange(len(some)), 0, some] = 0.0
                 with patched(model, decomposition, decomposition.masks().with_values(name, m)):
-                    effects.append(metric(adapter.forward(tokens.expand(len(some), -1))) - base)
+                    effects.append(base - metric(adapter.forward(tokens.expand(len(some), -1))))
             found[name] = torch.cat(effects)
     return found

@@ -1,53 +1,67 @@
-"""A run to be interrupted, in a process of its own: says where it is on standard output, and how it ended.
+"""A run to be interrupted, in a process of its own, which says over a pipe where it is, and how it ended.
 
-    python -m tests.training.interrupted_run FOLDER WHERE
+It says "within" in the midst of what it is to be interrupted in, and goes on from there when it is told to ("went on"); "noted"
+when a signal came and the run was not left; and at last what left it. WHERE is `step` (the sixth), `save` (of a checkpoint), or
+`thread` (the sixth step, where the loop runs in a thread that is not the main one).
 
-WHERE is `step` or `long` (the sixth step takes one second, or 20), `save` (so does a checkpoint), or `thread` (the loop runs in
-a thread that is not the main one).
+    python -m tests.training.interrupted_run FOLDER WHERE PIPE
 """
 
+import itertools
 import signal
 import sys
 import threading
-import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from tests.training import runs
+from tl_paramdecomp.training import clock
+from tl_paramdecomp.training.interrupts import Interrupts
 from tl_paramdecomp.training.runs import checkpoint as room
 
 STEPS, EVERY = 12, 10
 
 
-def linger(seconds):
-    print("within", flush=True)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        time.sleep(0.01)
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Python's own, which are not there where the tests run in a shell's background: there SIGINT is ignored."""
 
 
-def rows(where):
-    def make(step):
+def watch(pipe, where):
+    """Set the clock, have signals told of, and find a place to stop; the run's data."""
+    ticks = itertools.count()
+    clock.now = lambda: float(next(ticks))  # a second signal is no echo of the first, however soon it is seen
+
+    def noted(self, number, frame, note=Interrupts._note):
+        note(self, number, frame)
+        pipe.send("noted")
+
+    def linger():
+        pipe.send("within")
+        pipe.recv()
+        pipe.send("went on")
+
+    def save(path, tensors, write=room.write_tensors):
+        linger()
+        write(path, tensors)
+
+    def rows(step):
         if where != "save" and step == 5:
-            linger({"step": 1.0, "long": 20.0, "thread": 20.0}.get(where, 0.0))
+            linger()
         return runs.drawn_rows(step)
 
-    return make
-
-
-def save_slowly(path, tensors, write=room.write_tensors):
-    linger(20.0)
-    write(path, tensors)
-
-
-def main(folder, where):
-    torch.set_num_threads(1)
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    Interrupts._note = noted
     if where == "save":
-        room.write_tensors = save_slowly
+        room.write_tensors = save
+    return rows
+
+
+def run(pipe, folder, where):
+    for which, handler in HANDLERS.items():
+        signal.signal(which, handler)
     runs.DRAWS_IN_PYTHON = False  # the test goes on where Python's random numbers are drawn by a type checker as well
-    settings = {"data": rows(where), "steps": STEPS, "checkpoint_every": EVERY}
+    settings = {"data": watch(pipe, where), "steps": STEPS, "checkpoint_every": EVERY}
     try:
         if where == "thread":
             thread = threading.Thread(target=lambda: runs.start("SPD", folder, **settings))
@@ -55,12 +69,13 @@ def main(folder, where):
             thread.join()
         else:
             runs.start("SPD", folder, **settings)
-        print("returned", flush=True)
+        pipe.send("returned")
     except BaseException as error:
-        restored = all(signal.getsignal(which) == handler for which, handler in before.items())
-        print(type(error).__name__, "handlers restored" if restored else "handlers lost", flush=True)
+        restored = all(signal.getsignal(which) == handler for which, handler in HANDLERS.items())
+        pipe.send(f"{type(error).__name__}, handlers {'restored' if restored else 'lost'}")
         raise
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    torch.set_num_threads(1)
+    run(Connection(int(sys.argv[3])), Path(sys.argv[1]), sys.argv[2])

@@ -1,20 +1,19 @@
 """A run that is killed again and again, and one that is not, as JSON: whether they are the same, and what each kill left.
 
-Every run is a process of its own, forked from this one. Half of the kills come at a random moment of the training; the others
-between two operations on files, or in the middle of writing one.
+Every run is a process of its own, forked from this one, and kills itself. Half of the kills come somewhere in the training, by
+how many functions were called; the others between two operations on files, or in the middle of writing one.
 
     python -m tests.training.killed_run METHOD KILLS SEED FOLDER
     python -m tests.training.killed_run METHOD everywhere FOLDER
 """
 
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +22,7 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.training.runs import lines, start
 from tests.training.test_fit import same, tiny_gpt2
+from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.runs.checkpoint import Checkpoints
 
 OPERATIONS = {
@@ -56,26 +56,53 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dying_at(n, folder):
-    """Die right before the n-th operation on files of a folder, or within it where it writes tensors."""
-    left = [n]
+def at_operations(folder, note):
+    """Call something right before each operation on files of a folder; where it writes tensors, with them and their path."""
 
     def about_to(event, args):
         if event in OPERATIONS and any(str(folder) in str(arg) for arg in args):
-            left[0] -= 1
-            if left[0] == 0:
-                die()
+            note()
 
-    def torn(tensors, path):
-        left[0] -= 1
-        if left[0] == 0:
-            data = safetensors.torch.save(tensors)
-            Path(path).write_bytes(data[: len(data) // 2])
-            die()
+    def save(tensors, path):
+        note(tensors, path)
         whole(tensors, path)
 
-    whole, safetensors.torch.save_file = safetensors.torch.save_file, torn
+    whole, safetensors.torch.save_file = safetensors.torch.save_file, save
     sys.addaudithook(about_to)
+
+
+def dying_at(n, folder):
+    """Die right before the n-th operation on files of a folder, or within it where it writes tensors."""
+    count = itertools.count(1)
+
+    def note(tensors=None, path=None):
+        if next(count) == n:
+            if tensors is not None:
+                data = safetensors.torch.save(tensors)
+                Path(path).write_bytes(data[: len(data) // 2])
+            die()
+
+    at_operations(folder, note)
+
+
+def noting_moments(folder, found):
+    """Note before which operations the files are as they were before none, and where tensors are written; and how many are."""
+    count, seen, looking = itertools.count(1), set(), []
+
+    def note(tensors=None, path=None):
+        if looking:
+            return
+        n = next(count)
+        looking.append(n)
+        files = sorted(p for p in folder.rglob("*") if p.name != ".lock")
+        now = tuple((str(p), p.stat().st_mode, p.read_bytes() if p.is_file() else None) for p in files)
+        looking.clear()
+        if tensors is not None or now not in seen:
+            found.append(n)
+            seen.add(now)
+
+    at_operations(folder, note)
+    return lambda: [*found, next(count)]
 
 
 def look(folder):
@@ -89,35 +116,49 @@ def look(folder):
     return -1 if found is None else found.step
 
 
-class DyingAfter:
-    """A callback that kills the process some seconds after training has begun, whatever it does then."""
+class Calls:
+    """A callback that counts what Python calls and returns from in training, and kills the process at a number of it.
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    Args:
+        last: The number, if any.
+        told: A file that gets how many there were, at the end.
+    """
+
+    def __init__(self, last=None, told=None):
+        self.count, self.last, self.told = 0, last, told
 
     def begin(self, run):
-        threading.Timer(self.seconds, die).start()
+        sys.setprofile(self.note)
+
+    def note(self, frame, event, arg):
+        self.count += 1
+        if self.count == self.last:
+            die()
 
     def __call__(self, info):
         pass
+
+    def end(self):
+        sys.setprofile(None)
+        if self.told:
+            self.told.write_text(str(self.count))
 
 
 def main(method, kills, seed, folder):
     """The whole comparison."""
     torch.set_num_threads(1)
     draw, model, folder = random.Random(seed), tiny_gpt2(), Path(folder)
-    settings = {"model": model, "steps": 2 * kills + 6}
-    begun = time.monotonic()
-    _, code = os.waitpid(forked(lambda: start(method, folder / "whole", **settings)), 0)
+    settings, counted = {"model": model, "steps": 2 * kills + 6}, Calls(told=folder / "calls")
+    _, code = os.waitpid(forked(lambda: start(method, folder / "whole", callbacks=[counted], **settings)), 0)
     assert code == 0
-    of_a_step, left, newest = (time.monotonic() - begun) / settings["steps"], [], -1
+    of_a_step, left, newest = int(counted.told.read_text()) // settings["steps"], [], -1
 
     def cut(aimed, chosen):
         if aimed:
             dying_at(1 + int(chosen * (150 if newest < settings["steps"] else 60)), folder)
             start(method, folder / "cut", **settings)
         else:
-            start(method, folder / "cut", callbacks=[DyingAfter(10 * of_a_step * chosen)], **settings)
+            start(method, folder / "cut", callbacks=[Calls(1 + int(10 * of_a_step * chosen))], **settings)
 
     for i in range(kills):
         chosen = draw.random()
@@ -136,14 +177,26 @@ def main(method, kills, seed, folder):
     print(json.dumps(report))
 
 
+def moments(method, folder, settings):
+    """Numbers of the operations on files before which a kill leaves what none before it did, and one past the last."""
+
+    def run():
+        found = noting_moments(folder / "noted", [])
+        start(method, folder / "noted", **settings)
+        (folder / "moments").write_text(json.dumps(found()))
+
+    assert os.waitpid(forked(run), 0)[1] == 0
+    return json.loads((folder / "moments").read_text())
+
+
 def everywhere(method, folder):
-    """Runs of five steps killed at their first operation on files, their second, ...; a list of what each left."""
+    """Runs of five steps killed at one after another of their operations on files; a list of what each left."""
     torch.set_num_threads(1)
+    clock.now = lambda: 0.0  # the log of every run is the same
     model, folder, left = tiny_gpt2(), Path(folder), []
     settings = {"model": model, "steps": 5, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": "loss"}
     whole = start(method, folder / "whole", **settings)
-    while not left or left[-1]["killed"]:
-        n = len(left) + 1
+    for n in moments(method, folder, settings):
         place = folder / str(n)
 
         def cut(n=n, place=place):
@@ -156,7 +209,7 @@ def everywhere(method, folder):
         made = type(whole).load(place / "decomposition")
         over = sorted(p.name for p in place.rglob(".*") if p.name != ".lock")
         alike = again == 0 and same(made, whole) and lines(place) == lines(folder / "whole") and not over
-        left.append({"killed": os.WIFSIGNALED(code), "step": step, "same": alike})
+        left.append({"at": n, "killed": os.WIFSIGNALED(code), "step": step, "same": alike})
         shutil.rmtree(place)
     print(json.dumps(left))
 

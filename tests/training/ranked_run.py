@@ -1,5 +1,5 @@
-"""A short run by however many processes, told as JSON what to do: `{"run_dir": ..., "stop": 3, "die": [1, 4]}`,
-`"spoil": [1, 2]`."""
+"""A short run by however many processes. Begun by `torchrun`, it is told as JSON what to do: `{"run_dir": ..., "stop": 3}`,
+`"die": [1, 4]` (a rank, and the step before which it is killed), `"spoil": [1, 2]`."""
 
 import json
 import os
@@ -33,11 +33,11 @@ class Rows:
     """Rows as a function of the step; on one rank, and at one step, the process dies."""
 
     def __init__(self, die):
-        self.die = die
+        self.die = tuple(die or ())
 
     def __call__(self, step):
         rank = int(os.environ.get("RANK", "0"))
-        if self.die == [rank, step]:
+        if (rank, step) == self.die:
             os.kill(os.getpid(), signal.SIGKILL)
         return tokens()[torch.arange(8).add(3 * step) % 40]
 
@@ -63,6 +63,11 @@ def run(run_dir, steps=6, stop=None, die=None, spoil=None, method="VPD", double=
         model, "blocks.0.mlp.*", used, Rows(die), steps, 8, run_dir=run_dir, log_every=1, checkpoint_every=100,
         progress=False, callbacks=[lambda info: STOP if info.step == stop else None], **settings,
     )  # fmt: skip
+
+
+def forked(pipe, run_dir, settings):
+    """The same in a process that a test began."""
+    run(run_dir, **settings)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ..support.saved_folders import join_safetensors, split_safetensors
 from .checkpoints import metadata, seal, steps
 from .test_fit import fit, same, tiny_gpt2
 
-pytestmark = pytest.mark.timeout(40)  # a pipe that is waited for never ends
+pytestmark = pytest.mark.timeout(300)  # a pipe that is waited for never ends
 METHOD = tlpd.VPD(n_components=4, importance=ImportanceConfig("global_transformer", hidden=8, heads=2, layers=1))
 NAMES = [
     "checkpoint.json", "decomposition/components.safetensors", "decomposition/decomposition.json",

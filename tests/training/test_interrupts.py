@@ -1,20 +1,21 @@
 """Signals, callbacks and clocks that end a run: what is saved, how it leaves, and that the same call goes on."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
-import time
+from multiprocessing import Pipe
 
 import pytest
 
+from tests.support.processes import HANGS, Child, EndedError, hear
 from tl_paramdecomp.errors import DecompositionFileError
+from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import STOP, JsonLines, RunInfo, StepInfo
 from tl_paramdecomp.training.interrupts import ECHO, Interrupts
 
-from . import runs
+from . import interrupted_run, runs
 from .checkpoints import steps
 from .interrupted_run import EVERY, STEPS
 from .runs import lines, start
@@ -28,27 +29,66 @@ def type_checked():
         yield
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Python's own, whatever the tests were begun with."""
+    before = {which: signal.signal(which, handler) for which, handler in interrupted_run.HANDLERS.items()}
+    yield
+    for which, handler in before.items():
+        signal.signal(which, handler)
+
+
+class Hand:
+    """What moves the clock, and nothing else does."""
+
+    seconds = 0.0
+
+
+@pytest.fixture
+def hand(monkeypatch):
+    found = Hand()
+    monkeypatch.setattr(clock, "now", lambda: found.seconds)
+    return found
+
+
 class Running:
-    """A run in a process of its own; `signals` are sent once it is within what it is to be interrupted in."""
+    """A run in a process of its own: forked, or begun as users begin theirs. It is killed if the test fails before it ends."""
 
-    def __init__(self, folder, where, *signals, pause=0.3):
-        command = [sys.executable, "-m", "tests.training.interrupted_run", str(folder), where]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            while (line := process.stdout.readline()) != "within\n":
-                assert line, process.stderr.read()
-            for i, which in enumerate(signals):
-                time.sleep(pause if i else 0.1)
-                process.send_signal(which)
-            sent = time.monotonic()
-            self.said = process.stdout.readline().strip()
-            self.seconds = time.monotonic() - sent
-            """From the last signal until the run was left."""
-            _, self.err = process.communicate(timeout=60)
-        self.code = process.returncode
+    def __init__(self, folder, where, forked=True):
+        folder.mkdir(exist_ok=True)
+        self.errors = folder.parent / f"{folder.name}.txt"
+        if forked:
+            self.child = Child(self.errors, interrupted_run.run, folder, where)
+            self.pipe = self.child.pipe
+            return
+        self.pipe, theirs = Pipe()
+        command = [sys.executable, "-m", interrupted_run.__name__, str(folder), where, str(theirs.fileno())]
+        with theirs, self.errors.open("w") as errors:
+            self.child = subprocess.Popen(command, stderr=errors, pass_fds=[theirs.fileno()])
 
-    def told(self):
-        """Lines on standard error before Python's own traceback."""
-        return [line for line in self.err.partition("Traceback")[0].splitlines() if line.strip()]
+    def __enter__(self):
+        assert hear(self.pipe) == "within"
+        return self
+
+    def __exit__(self, *_):
+        self.child.kill()
+        self.child.wait()
+        self.pipe.close()
+
+    def signal(self, which):
+        """Send a signal; what is heard then: that it was noted, or what left the run."""
+        self.child.send_signal(which)
+        return hear(self.pipe)
+
+    def go_on(self):
+        """Let what it is within end; what is heard then, and what left the run."""
+        self.pipe.send("go on")
+        return hear(self.pipe), hear(self.pipe)
+
+    def end(self):
+        """Its exit code, and its lines on standard error before Python's own traceback."""
+        code = self.child.wait(HANGS)
+        return code, [line for line in self.errors.read_text().partition("Traceback")[0].splitlines() if line.strip()]
 
 
 def goes_on(folder):
@@ -62,37 +102,47 @@ def goes_on(folder):
     (signal.SIGINT, "KeyboardInterrupt", -signal.SIGINT), (signal.SIGTERM, "SystemExit", 143),
 ], ids=["SIGINT", "SIGTERM"])  # fmt: skip
 def test_one_signal_lets_the_step_end_saves_and_leaves(tmp_path, which, name, code):
-    """In the sixth step, which takes a second."""
-    run = Running(tmp_path / "cut", "step", which)
-    assert run.said == f"{name} handlers restored" and run.code == code
-    assert list(steps(tmp_path / "cut")) == [6] and len(lines(tmp_path / "cut")) == 6
-    told = f"Stopped after step 6 of 12; the same call goes on from {tmp_path / 'cut' / 'checkpoints'}."
-    assert run.told() == [told] and run.seconds > 0.4
-    assert not (tmp_path / "cut" / "decomposition").exists()
+    """In the sixth step, which goes on after the signal was noted; one of the runs is begun as users begin theirs."""
+    folder = tmp_path / "cut"
+    with Running(folder, "step", forked=which == signal.SIGTERM) as run:
+        assert run.signal(which) == "noted"
+        assert run.go_on() == ("went on", f"{name}, handlers restored")
+        told = f"Stopped after step 6 of 12; the same call goes on from {folder / 'checkpoints'}."
+        assert run.end() == (code, [told])
+    assert list(steps(folder)) == [6] and len(lines(folder)) == 6 and not (folder / "decomposition").exists()
     if which == signal.SIGTERM:
-        assert goes_on(tmp_path / "cut")
+        assert goes_on(folder)
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_leaves_at_once(tmp_path, second):
-    """Within a step that would go on for 20 seconds; nothing is saved."""
-    run = Running(tmp_path, "long", signal.SIGINT, second)
-    print(f"{run.seconds:.2f} s from the second signal until the run was left")
-    assert run.said.endswith("handlers restored") and run.code == (-signal.SIGINT if second == signal.SIGINT else 143)
-    assert run.seconds < 5 and run.told() == [] and steps(tmp_path) == {}
+    """Within a step that nobody lets go on; nothing is saved."""
+    name = "KeyboardInterrupt" if second == signal.SIGINT else "SystemExit"
+    with Running(tmp_path / "cut", "step") as run:
+        assert run.signal(signal.SIGINT) == "noted"
+        assert run.signal(second) == f"{name}, handlers restored"
+        code, told = run.end()
+    assert (code == 143) == (second == signal.SIGTERM) and code and not any("Stopped" in line for line in told)
+    assert steps(tmp_path / "cut") == {}
 
 
 def test_a_second_signal_within_a_save_leaves_what_was_whole(tmp_path):
-    run = Running(tmp_path / "cut", "save", signal.SIGINT, signal.SIGINT)
-    assert run.code == -signal.SIGINT and run.seconds < 5 and steps(tmp_path / "cut") == {}
-    assert (tmp_path / "cut" / "checkpoints" / ".writing").exists() and goes_on(tmp_path / "cut")
-    assert sorted(p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    folder = tmp_path / "cut"
+    with Running(folder, "save") as run:
+        assert run.signal(signal.SIGINT) == "noted"
+        assert run.signal(signal.SIGINT) == "KeyboardInterrupt, handlers restored"
+        run.end()
+    assert steps(folder) == {} and (folder / "checkpoints" / ".writing").exists() and goes_on(folder)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
 
 
 def test_outside_the_main_thread_signals_are_left_alone(tmp_path):
     """SIGTERM ends the process as it always does."""
-    run = Running(tmp_path, "thread", signal.SIGTERM)
-    assert run.code == -signal.SIGTERM and steps(tmp_path) == {}
+    with Running(tmp_path / "cut", "thread") as run:
+        with pytest.raises(EndedError):
+            run.signal(signal.SIGTERM)
+        assert run.end() == (-signal.SIGTERM, [])
+    assert steps(tmp_path / "cut") == {}
 
 
 def test_handlers_of_others_are_back_after_every_exit(tmp_path):
@@ -118,7 +168,7 @@ def test_handlers_of_others_are_back_after_every_exit(tmp_path):
                 start("SPD", tmp_path / "b", callbacks=[callback])
         start("SPD", tmp_path / "c", callbacks=[lambda info: STOP])
         with pytest.raises(SystemExit):
-            start("SPD", tmp_path / "d", callbacks=[lambda info: os.kill(os.getpid(), signal.SIGTERM)])
+            start("SPD", tmp_path / "d", callbacks=[lambda info: signal.raise_signal(signal.SIGTERM)])
         assert all(signal.getsignal(which) is ours for which in before) and handled == [True] * 8
         handled.clear()
         start("SPD", callbacks=[look])
@@ -132,29 +182,30 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     """As `nohup` and shells set it for what runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        start("SPD", tmp_path, callbacks=[lambda info: os.kill(os.getpid(), signal.SIGINT)])
+        start("SPD", tmp_path, callbacks=[lambda info: signal.raise_signal(signal.SIGINT)])
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(lines(tmp_path)) == 8
 
 
-def test_an_echo_is_no_second_signal(tmp_path):
+def test_an_echo_is_no_second_signal(tmp_path, hand):
     """Launchers pass a signal on to processes that got it themselves."""
 
     def twice(info):
         if info.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(SystemExit) as caught:
         start("SPD", tmp_path, callbacks=[twice])
     assert caught.value.code == 143 and sorted(steps(tmp_path)) == [3, 4]
     with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(2 * ECHO)
+        signal.raise_signal(signal.SIGINT)
+        hand.seconds += ECHO
+        signal.raise_signal(signal.SIGINT)
+        hand.seconds += 0.01
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
+            signal.raise_signal(signal.SIGINT)
         assert interrupts.leaving
         interrupts.asked = None
 
@@ -164,7 +215,7 @@ def test_a_signal_that_comes_last_is_not_swallowed(tmp_path):
 
     def late(info):
         if info.step == info.steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         start("SPD", tmp_path / "cut", callbacks=[late])
@@ -188,25 +239,31 @@ def test_an_interrupt_within_the_data_saves_nothing_of_a_half_step(tmp_path):
 
 
 # --- budgets and STOP -------------------------------------------------------------------------------------------------
-def test_a_budget_of_time_saves_and_returns_what_there_is(tmp_path, capsys):
-    """At least one step is taken each time, so that every call gets further."""
+def test_a_budget_of_time_saves_and_returns_what_there_is(tmp_path, capsys, hand):
+    """Of steps that take 10 seconds each. At least one is taken each time, so that every call gets further."""
 
-    def wait(info):
-        time.sleep(0.05)
+    def pass_by(info):
+        hand.seconds += 10.0
 
-    begun, calls, last = time.monotonic(), 0, None
-    while last is None or "stopped_after" in last.info:
-        known = 0 if last is None else last.info["stopped_after"]
-        last = start("VPD", tmp_path / "cut", callbacks=[wait], max_seconds=0.3 if calls else 1e-6)
-        assert last.info.get("stopped_after", 8) > known
-        assert calls or last.info["stopped_after"] == 1
-        calls += 1
-        assert time.monotonic() - begun < 60
-    assert calls > 2 and same(last, start("VPD", tmp_path / "whole"))
+    def done(folder, budget):
+        made = start("VPD", folder, callbacks=[pass_by], max_seconds=budget)
+        return made, made.info.get("stopped_after")
+
+    assert [done(tmp_path / "cut", budget)[1] for budget in (1e-6, 20.0, 10.1)] == [1, 3, 5]
+    last, stopped = done(tmp_path / "cut", 30.1)
+    assert stopped is None and same(last, start("VPD", tmp_path / "whole"))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     assert "Stopped after step 1 of 8; the same call goes on" in capsys.readouterr().err
-    part = start("VPD", max_seconds=1e-6)
-    assert part.info["stopped_after"] == 1 and capsys.readouterr().err == ""
+    assert done(None, 1e-6)[1] == 1 and capsys.readouterr().err == ""
+
+
+def test_the_log_has_the_seconds_since_the_call_began(tmp_path, hand):
+    def pass_by(info):
+        hand.seconds += 10.0
+
+    start("SPD", tmp_path, steps=3, callbacks=[pass_by])
+    log = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seconds"] for line in log] == [0.0, 10.0, 20.0]
 
 
 def test_stop_ends_the_run_after_all_callbacks_were_told(tmp_path):

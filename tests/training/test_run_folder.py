@@ -2,16 +2,13 @@
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
 import tl_paramdecomp as tlpd
+from tests.support.processes import Child, hear
 from tl_paramdecomp.errors import DecompositionFileError, RunInUseError, SettingError
 from tl_paramdecomp.training.runs import lock as room
 from tl_paramdecomp.training.runs.lock import RunLock
@@ -20,41 +17,43 @@ from tl_paramdecomp.training.runs.run_folder import RunFolder
 from .checkpoints import steps
 from .test_fit import fit, same, tiny_gpt2
 
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from tl_paramdecomp.training.runs.lock import RunLock
-with RunLock(Path(sys.argv[1])):
-    if len(sys.argv) > 2 and not os.fork():
-        os.write(1, b"%d\\n" % os.getpid())  # in one piece, as its parent writes too
-        time.sleep(600)
-    os.write(1, b"held\\n")
-    time.sleep(600)
-"""
+
+def hold(pipe, lock, forks):
+    """Hold a lock, perhaps with a child, until killed, or until the test has ended."""
+    with RunLock(lock):
+        if forks and not os.fork():
+            pipe.send(os.getpid())
+        else:
+            pipe.send("held")
+        pipe.recv()
 
 
 class Holder:
     """Another process that holds a run's directory, perhaps with a child."""
 
-    def __init__(self, folder, *more):
+    def __init__(self, folder, forks=False):
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", HOLDER, str(folder / ".lock"), *more]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        lines = {self.process.stdout.readline().strip() for _ in range(1 + len(more))}
-        assert "held" in lines
-        self.pid, self.child = self.process.pid, next((int(line) for line in lines if line != "held"), None)
+        self.process = Child(folder.with_suffix(".holder"), hold, folder / ".lock", forks)
+        said = {hear(self.process.pipe) for _ in range(1 + forks)}
+        assert "held" in said
+        self.pid, self.child = self.process.process.pid, next(iter(said - {"held"}), None)
+
+    def __enter__(self):
+        return self
 
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+
+    def __exit__(self, *_):
+        self.kill()
+        self.process.pipe.close()  # which ends the child
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
 def test_a_directory_in_use_is_refused_until_its_process_is_gone(tmp_path):
     """Which is told by number, host and time; it is killed, and its lock ends with it."""
-    holder = Holder(tmp_path)
-    try:
+    with Holder(tmp_path) as holder:
         with pytest.raises(
             RunInUseError, match=rf"in use by process {holder.pid} on {socket.gethostname()}, since 20\d\d-"
         ):
@@ -62,24 +61,20 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
         known = json.loads((tmp_path / ".lock").read_text())
         assert known["pid"] == holder.pid and known["host"] == socket.gethostname()
-    finally:
-        holder.kill()
     fit(tiny_gpt2(), run_dir=tmp_path)
     assert (tmp_path / ".lock").read_text() == ""
 
 
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
     """As data workers that were forked do, for a while, after their parent was killed."""
-    holder = Holder(tmp_path, "with a child")
-    try:
+    with Holder(tmp_path, forks=True) as holder:
         with pytest.raises(RunInUseError), RunLock(tmp_path / ".lock"):
             pass
         holder.kill()
         os.kill(holder.child, 0)
         with RunLock(tmp_path / ".lock"):
             pass
-    finally:
-        os.kill(holder.child, signal.SIGKILL)
+        os.kill(holder.child, 0)
 
 
 def test_one_process_does_not_run_twice_in_a_directory_either(tmp_path):
@@ -104,13 +99,24 @@ def test_the_lock_is_given_up_however_a_run_ends(tmp_path):
         pass
 
 
-def test_a_holder_that_has_not_said_who_it_is(tmp_path):
-    with RunLock(tmp_path / ".lock"):
-        (tmp_path / ".lock").write_text("")
-        begun = time.monotonic()
-        with pytest.raises(RunInUseError, match="in use by another process"), RunLock(tmp_path / ".lock"):
+@pytest.mark.parametrize("looks", [1, 5, None])
+def test_a_holder_that_has_not_said_who_it_is(tmp_path, monkeypatch, looks):
+    """It is looked at a few times more: it may be about to say so."""
+    naps, lock = [], tmp_path / ".lock"
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == looks:
+            lock.write_text(said)
+
+    monkeypatch.setattr(room.time, "sleep", nap)
+    with RunLock(lock):
+        said = lock.read_text()
+        lock.write_text("")
+        who = "another process" if looks is None else f"process {os.getpid()} on"
+        with pytest.raises(RunInUseError, match=f"in use by {who}"), RunLock(lock):
             pass
-        assert time.monotonic() - begun < 5
+    assert len(naps) == (looks or 10) and sum(naps) < 1
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch):
@@ -175,13 +181,13 @@ def test_a_file_in_the_way(tmp_path):
 # --- the result -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_result_is_there_as_a_whole(tmp_path, monkeypatch, at):
-    """Wherever its writing stops, one that was there before is there still, or again in the next run."""
+    """Wherever its writing stops before the new one is whole, one that was there before is there still."""
     before, now = (
         tlpd.decompose(tiny_gpt2(), "blocks.0.mlp.*", tlpd.RandomBasis(training=None), seed=s) for s in (0, 1)
     )
     folder = RunFolder(tmp_path, {})
     folder.save_result(before)
-    real, calls = os.rename, []
+    real, calls = os.replace, []
 
     def fail(*args):
         calls.append(args)
@@ -189,7 +195,7 @@ def test_a_result_is_there_as_a_whole(tmp_path, monkeypatch, at):
             raise OSError(5, "Input/output error")
         real(*args)
 
-    monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(DecompositionFileError, match="Could not write the result"):
         folder.save_result(now)
     monkeypatch.undo()

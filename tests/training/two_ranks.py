@@ -1,7 +1,4 @@
-"""Run by two processes: gradients of divided batches for every loss and preset, written by rank 0 as the differences found."""
-
-import json
-import sys
+"""Run by two processes: gradients of divided batches for every loss and preset, and how far they are from those of one."""
 
 import torch
 
@@ -11,26 +8,34 @@ from tl_paramdecomp.methods.pieces import Peers
 from tl_paramdecomp.training.distributed import Replicas, joined
 from tl_paramdecomp.training.shards import shard, whole
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    how, names = sys.argv[1], sys.argv[2:] or list(methods())
-    found = {}
+WAYS = ("replicated", "accumulated", "sharded")
+
+
+def seen(how, name, peers):
+    """Figures and gradients of some steps of a method in one of the ways to divide them."""
+
+    def replicate(method, made):
+        if how == "sharded":
+            shard(made, peers, torch.device("cpu"))
+            return method.gradients
+        return Replicas(method, made, peers).gradients
+
+    found, _, _ = train(name, peers, accumulate=2 if how == "accumulated" else 1, replicate=replicate)
+    return [(figures, {key: whole(grad) for key, grad in grads.items()}) for figures, grads in found]
+
+
+def compare(pipe):
+    """Say, from rank 0, the largest relative difference of each method in each way."""
+    found = {how: {} for how in WAYS}
     with joined(torch.device("cpu")) as peers:
         assert isinstance(peers, Peers) and peers.world == 2
-
-        def replicate(method, made):
-            if how == "sharded":
-                shard(made, peers, torch.device("cpu"))
-                return method.gradients
-            return Replicas(method, made, peers).gradients
-
-        if how == "sharded":
-            names = [name for name in names if not isinstance(methods()[name], tlpd.L3D)]
-        for name in names:
-            alone, memory, _ = train(name)
-            seen, other, _ = train(name, peers, accumulate=2 if how == "accumulated" else 1, replicate=replicate)
-            if how == "sharded":
-                seen = [(figures, {k: whole(g) for k, g in grads.items()}) for figures, grads in seen]
-            found[name] = difference(alone, seen)
-    if peers.rank == 0:
-        print(json.dumps(found))
+        for name, method in methods().items():
+            alone = train(name)[0] if peers.leads else None
+            for how in WAYS:
+                if how == "sharded" and isinstance(method, tlpd.L3D):
+                    continue
+                divided = seen(how, name, peers)
+                if alone is not None:
+                    found[how][name] = difference(alone, divided)
+    if peers.leads:
+        pipe.send(found)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.boundary import evaluating, interceptions_of, one_thread
+from tl_paramdecomp.adapters.computed import made_plain, read_tensor
 from tl_paramdecomp.adapters.fingerprint import fingerprint, sampled
 from tl_paramdecomp.adapters.identity import (
     behind,
@@ -39,14 +40,14 @@ from tl_paramdecomp.adapters.shortcuts import (
     run_until_unembedding,
     skipped,
 )
-from tl_paramdecomp.adapters.swapping import swapped_parameter
+from tl_paramdecomp.adapters.swapping import changed_tensor
 from tl_paramdecomp.adapters.wiring import (
     Wiring,
     find_module,
-    put_columns,
     read_bias,
     read_parameter,
     read_weight,
+    stored_bias,
     stored_weight,
     structure,
 )
@@ -211,7 +212,8 @@ class ModelAdapter(ABC):
         if name not in self.wirings:
             return [t for t in (self.gain(name), self.gain_bias(name)) if t is not None]
         wiring = self.wirings[name]
-        bias = getattr(find_module(self.root, wiring.owner), wiring.bias, None) if wiring.bias else None
+        owner = find_module(self.root, wiring.owner)
+        bias = read_tensor(owner, wiring.bias, name) if wiring.bias else None
         return [t for t in (read_parameter(self.root, wiring), bias) if t is not None]
 
     # --- normalisation gains ----------------------------------------------------------------------------------------
@@ -496,8 +498,8 @@ class ModelAdapter(ABC):
         with contextlib.ExitStack() as stack:
             for name, matrix in weights.items():
                 wiring = self.wirings[name]
-                stored = stored_weight(self.root, wiring, matrix)
-                stack.enter_context(swapped_parameter(find_module(self.root, wiring.owner), wiring.weight, stored))
+                change = functools.partial(stored_weight, wiring, matrix)
+                stack.enter_context(changed_tensor(find_module(self.root, wiring.owner), wiring.weight, change))
             yield
 
     @contextlib.contextmanager
@@ -511,12 +513,11 @@ class ModelAdapter(ABC):
             for name, bias in biases.items():
                 wiring = self.wirings[name]
                 owner = find_module(self.root, wiring.owner)
-                old = getattr(owner, wiring.bias, None) if wiring.bias else None
+                old = read_tensor(owner, wiring.bias, name) if wiring.bias else None
                 if old is None or wiring.bias is None:
                     raise UnsupportedSiteError(f"{name} adds no bias that could be replaced.")
-                flat = old.detach().reshape(-1).clone()
-                put_columns(flat, wiring.columns, bias.to(old.dtype))
-                stack.enter_context(swapped_parameter(owner, wiring.bias, flat.view_as(old)))
+                change = functools.partial(stored_bias, wiring, bias)
+                stack.enter_context(changed_tensor(owner, wiring.bias, change))
             yield
 
     def replaced_gains(
@@ -530,16 +531,22 @@ class ModelAdapter(ABC):
         return replaced_gains(self.root, self.norms.wirings if gains or biases else {}, gains, biases)
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
-        """Set the sites' weights for good. A tied weight is untied first, so that only the named side changes."""
+        """Set the sites' weights for good, as parameters that nothing else shares: only the named maps change.
+
+        Raises:
+            UnsupportedSiteError: A weight is computed in a way that is not known, or cannot be parted from another's.
+        """
         for name, matrix in weights.items():
             wiring = self.wirings[name]
-            owner = find_module(self.root, wiring.owner)
-            stored = stored_weight(self.root, wiring, matrix)
-            if wiring.site.tied_to is not None or any(w.site.tied_to == name for w in self.wirings.values()):
-                owner._parameters[wiring.weight] = nn.Parameter(stored, read_parameter(self.root, wiring).requires_grad)
-                continue
-            with torch.no_grad():
-                read_parameter(self.root, wiring).data.copy_(stored)
+            owner, attribute = find_module(self.root, wiring.owner), wiring.weight
+            stored = stored_weight(wiring, matrix, read_parameter(self.root, wiring))
+            if attribute in owner._parameters:
+                old = read_parameter(self.root, wiring)
+                owner._parameters[attribute] = nn.Parameter(stored, old.requires_grad)
+            elif attribute in owner._buffers:
+                owner._buffers[attribute] = stored
+            else:
+                made_plain(owner, attribute, stored)
 
 
 def _keep_input(inputs: dict[str, Tensor], name: str, batch: int, call: SiteCall) -> Tensor:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
 from tl_paramdecomp.adapters.boundary import shadowed_method
+from tl_paramdecomp.adapters.computed import is_computed, peeked, why_unknown
 from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point, watch_generate
 from tl_paramdecomp.adapters.padding import starts_later
-from tl_paramdecomp.adapters.wiring import Tap, Wiring
+from tl_paramdecomp.adapters.shared_parameters import repeated, with_ties
+from tl_paramdecomp.adapters.torch_module import refuse_wrapped
+from tl_paramdecomp.adapters.wiring import Tap, Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn, WeightSite
 
@@ -33,6 +36,7 @@ class HookedTransformerAdapter(LensAdapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
+        refuse_wrapped(model)
         cfg = model.cfg
         if getattr(cfg, "load_in_4bit", False):
             raise UnsupportedModelError("This HookedTransformer holds 4-bit weights; load it unquantised.")
@@ -42,18 +46,27 @@ class HookedTransformerAdapter(LensAdapter):
             if not cfg.attn_only:
                 self._add_mlp(block, i, cfg)
         self._add_unembedding(model, cfg)
+        for name, reason in repeated(self.root, self.wirings, model.blocks).items():
+            self.refused[name] = reason
+            del self.wirings[name]
+        self.wirings = with_ties(self.root, self.wirings)
 
     def _add(self, name: str, shape: tuple[int, int], **wiring: Any) -> None:
         site_fields = {k: wiring.pop(k) for k in ("kind", "n_heads", "head_side") if k in wiring}
         site = WeightSite(name, *shape, has_bias=wiring.get("bias") is not None, **site_fields)
-        self.wirings[name] = Wiring(site, **wiring)
+        made = Wiring(site, **wiring)
+        unknown = why_unknown(find_module(self.root, made.owner), made.weight)
+        if unknown is None:
+            self.wirings[name] = made
+        else:
+            self.refused[name] = unknown
 
     def _add_embeddings(self, model: Any, cfg: Any) -> None:
         post_norm = hasattr(model.embed, "ln")
         x, y = (Tap("embed", "input"), Tap("embed.ln", "input")) if post_norm else (Tap("embed"), Tap("embed"))
         self._add(
             "embed.W_E",
-            tuple(model.embed.W_E.shape),
+            tuple(peeked(model.embed, "W_E").shape),
             kind="embedding",
             owner="embed",
             weight="W_E",
@@ -65,7 +78,7 @@ class HookedTransformerAdapter(LensAdapter):
         if cfg.positional_embedding_type in ("standard", "shortformer"):
             self._add(
                 "pos_embed.W_pos",
-                tuple(model.pos_embed.W_pos.shape),
+                tuple(peeked(model.pos_embed, "W_pos").shape),
                 kind="embedding",
                 owner="pos_embed",
                 weight="W_pos",
@@ -77,7 +90,7 @@ class HookedTransformerAdapter(LensAdapter):
 
     def _add_attention(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.attn"
-        grouped = "_W_K" in block.attn._parameters
+        grouped = _holds(block.attn, "_W_K")
         for role, heads in (("Q", cfg.n_heads), ("K", cfg.n_key_value_heads), ("V", cfg.n_key_value_heads)):
             heads = heads or cfg.n_heads
             if grouped and role != "Q" and getattr(cfg, "ungroup_grouped_query_attention", False):
@@ -114,12 +127,12 @@ class HookedTransformerAdapter(LensAdapter):
 
     def _add_mlp(self, block: Any, i: int, cfg: Any) -> None:
         path = f"blocks.{i}.mlp"
-        if "W_in" not in block.mlp._parameters:
+        if not _holds(block.mlp, "W_in"):
             for role in ("W_in", "W_out"):
                 self.refused[f"{path}.{role}"] = f"{type(block.mlp).__name__} routes tokens among experts"
             return
-        gated = "W_gate" in block.mlp._parameters
-        shape = tuple(block.mlp.W_in.shape)
+        gated = _holds(block.mlp, "W_gate")
+        shape = tuple(peeked(block.mlp, "W_in").shape)
         x = Tap(path, "input")
         if gated:  # a gated MLP adds b_in after gating, so it is not the bias of x W_in
             self._add(
@@ -154,7 +167,7 @@ class HookedTransformerAdapter(LensAdapter):
         )
 
     def _add_unembedding(self, model: Any, cfg: Any) -> None:
-        shape = tuple(model.unembed.W_U.shape)
+        shape = tuple(peeked(model.unembed, "W_U").shape)
         self._add(
             "unembed.W_U",
             shape,
@@ -246,6 +259,10 @@ def position_rows(args: tuple, kwargs: dict) -> Int[Tensor, "batch pos"]:
         return torch.arange(offset, offset + tokens.shape[-1], device=tokens.device).expand(tokens.shape)
     rows = (mask.cumsum(dim=1) - 1).clamp(min=0).masked_fill(~mask.bool(), -1)
     return rows[:, offset : offset + tokens.shape[-1]]
+
+
+def _holds(module: nn.Module, name: str) -> bool:
+    return name in module._parameters or is_computed(module, name)
 
 
 def _keyword(name: str) -> Callable[[tuple, dict], Tensor]:

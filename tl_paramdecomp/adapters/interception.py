@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.boundary import Hook, busy
+from tl_paramdecomp.adapters.computed import is_computed
 from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_norm_bias
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
@@ -245,9 +246,7 @@ class Interception:
         if folded is not None:
             rows = replace(rows, x=rows.x.unflatten(0, folded), y=rows.y.unflatten(0, folded))
         span = patch_span(rows.y) if wiring.patches else self.tracker.span(rows.y, name)
-        if name not in self._biases:
-            self._biases[name] = read_bias(self.root, wiring)
-        new = self.fns[name](SiteCall(rows.x, rows.y, self._biases[name], span))
+        new = self.fns[name](SiteCall(rows.x, rows.y, self._bias(name, wiring), span))
         if new is rows.y:
             return y
         if new.ndim != rows.y.ndim:
@@ -260,6 +259,15 @@ class Interception:
         if folded is not None:
             new = new.flatten(0, 1)
         return host_output(new, y, wiring)
+
+    def _bias(self, name: str, wiring: Wiring) -> Tensor | None:
+        """The bias that this call adds; one that is a parameter is looked up once."""
+        if name in self._biases:
+            return self._biases[name]
+        bias = read_bias(self.root, wiring)
+        if wiring.bias is None or not is_computed(find_module(self.root, wiring.owner), wiring.bias):
+            self._biases[name] = bias
+        return bias
 
     def check_fired(self, exempt: Callable[[str], bool] = lambda name: False) -> None:
         """See that every site fired in a pass that ran from embedding to logits.

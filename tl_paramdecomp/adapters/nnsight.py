@@ -8,7 +8,7 @@ to a site's input are then seen, and its `.output` shows the patched value.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -47,6 +47,68 @@ class NNsightAdapter(TorchModuleAdapter):
         for part in path.split(".") if path else ():
             envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
         return envoy
+
+    def standing(self) -> "Standing":
+        """Where the running body of a trace stands among the forward passes of its model.
+
+        Raises:
+            UnsupportedModelError: No body of a trace is running.
+        """
+        mediator = running_body()
+        if mediator is None:
+            raise UnsupportedModelError(
+                "Nothing is traced here; call this within model.trace(...), or use patched(...)."
+            )
+        entered, left = (mediator.occurrence(f"{self.model.path}.{end}") for end in ("input", "output"))
+        call = _call_of(self.root) if entered > left else None
+        if mediator.iteration is None:  # amid a step that `tracer.iter` has come to, or between two
+            return Standing(entered - 1 if call else entered, call, mediator)
+        return Standing(mediator.iteration, call if mediator.iteration == entered - 1 else None, mediator)
+
+
+class Standing(NamedTuple):
+    """Where the body of a trace stands among the forward passes of its model."""
+
+    step: int
+    """Passes before the one that the body is about: what `tracer.iter[...]` has come to."""
+    call: tuple[tuple, dict] | None
+    """What the model was called with, where that pass is under way; None where it is yet to begin, or is over."""
+    mediator: Any
+    """nnsight's record of the body."""
+
+    def is_past(self, location: str) -> bool:
+        """Whether the pass has gone by a place, such as the `.input` of an envoy's path."""
+        if self.call is None and self.mediator.iteration is None:
+            return False  # the pass is yet to begin, or is one of a part of the model alone
+        return self.mediator.occurrence(location) > self.step
+
+
+def running_body() -> Any:
+    """nnsight's record of the running body of a trace, which is a greenlet; None where there is none."""
+    from greenlet import getcurrent
+
+    found = getattr(getcurrent(), "mediator", None)
+    return None if found is None else found()
+
+
+def _call_of(root: nn.Module) -> tuple[tuple, dict] | None:
+    """Arguments of the call of a module that waits for the running body; None where there is none.
+
+    nnsight serves the input of a call once; later it is only in the frame of the controller that runs the call.
+    """
+    from greenlet import getcurrent
+    from nnsight.intervention.source import Controller
+
+    model_side = getcurrent().parent
+    while model_side is not None:
+        frame = model_side.gr_frame
+        while frame is not None:
+            found = frame.f_locals if frame.f_code is Controller.__call__.__code__ else {}
+            if found.get("module") is root:
+                return found["args"], found["kwargs"]
+            frame = frame.f_back
+        model_side = model_side.parent
+    return None
 
 
 def _inside_controller(state: Any, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:

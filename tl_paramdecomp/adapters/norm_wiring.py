@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.computed import read_tensor
 from tl_paramdecomp.adapters.swapping import swapped_parameter
 from tl_paramdecomp.adapters.wiring import Tap, find_module
 from tl_paramdecomp.errors import UnsupportedSiteError
@@ -57,7 +58,7 @@ def read_gain(root: nn.Module, wiring: NormWiring) -> Float[Tensor, " width"]:
     Raises:
         UnsupportedSiteError: The module holds none any more.
     """
-    gain = getattr(find_module(root, wiring.owner), wiring.weight, None)
+    gain = read_tensor(find_module(root, wiring.owner), wiring.weight, wiring.site.name)
     if not isinstance(gain, Tensor) or gain.shape != (wiring.site.width,):
         raise UnsupportedSiteError(
             f"{wiring.site.name} holds no gain of {wiring.site.width} entries any more; was LayerNorm folded meanwhile?"
@@ -67,7 +68,7 @@ def read_gain(root: nn.Module, wiring: NormWiring) -> Float[Tensor, " width"]:
 
 def read_norm_bias(root: nn.Module, wiring: NormWiring) -> Float[Tensor, " width"] | None:
     """Bias of a norm, attached to the host's parameter, or None."""
-    return getattr(find_module(root, wiring.owner), wiring.bias) if wiring.bias else None
+    return read_tensor(find_module(root, wiring.owner), wiring.bias, wiring.site.name) if wiring.bias else None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.computed import computed_tensors, peeked
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.swapping import swapped_parameter
 from tl_paramdecomp.adapters.wiring import READABLE, Tap, find_module
@@ -66,7 +67,10 @@ def norm_candidate(name: str, path: str, module: nn.Module, owner: str, holder: 
         owner: Dotted path of the module that holds the gain.
         holder: That module.
     """
-    held = {key: parameter for key, parameter in holder._parameters.items() if parameter is not None}
+    computed = computed_tensors(holder)
+    parts = {part for names in computed.values() for part in names}
+    held = {key: p for key, p in holder._parameters.items() if p is not None and key not in parts}
+    held |= {key: peeked(holder, key) for key in computed}
     pair = next(((w, b) for w, b in ATTRIBUTES if w in held and held.keys() <= {w, b}), None)
     if pair is None or not (held[pair[0]].ndim == 1 or _called_norm(holder)):
         return None
@@ -161,7 +165,7 @@ def _roles(local: set[str]) -> dict[str, tuple[str, ...]]:
 def probed(root: nn.Module, candidate: NormWiring) -> NormWiring | str:
     """A candidate with the formula that its module follows, or the reason why it follows none."""
     module, holder = find_module(root, candidate.path), find_module(root, candidate.owner)
-    gain = getattr(holder, candidate.weight)
+    gain = peeked(holder, candidate.weight)
     if gain.ndim != 1:
         return f"its gain is of shape {list(gain.shape)}, not one vector"
     if gain.is_meta or gain.dtype not in READABLE:

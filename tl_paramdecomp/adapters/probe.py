@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.adapters.base import ModelAdapter, swapped_parameter
+from tl_paramdecomp.adapters.base import ModelAdapter
+from tl_paramdecomp.adapters.computed import peeked
+from tl_paramdecomp.adapters.swapping import swapped_parameter
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, read_parameter
 from tl_paramdecomp.errors import SiteNotFiredError, TLParamDecompError
 from tl_paramdecomp.sites import SiteCall
@@ -113,7 +115,7 @@ def _stands_alone(
         stack.enter_context(adapter.intercept({name: functools.partial(_product, weights[name]) for name in names}))
         for owner, attribute in groups:
             module = find_module(adapter.root, owner)
-            old = getattr(module, attribute)
+            old = peeked(module, attribute)
             nothing = torch.full((), torch.nan, dtype=old.dtype, device=old.device).expand(old.shape)
             stack.enter_context(swapped_parameter(module, attribute, nothing))
         try:

@@ -1,29 +1,96 @@
-"""Holding another tensor under a parameter's name, and putting the very same parameter back."""
+"""Holding another tensor under a parameter's name, and putting the very same parameter back.
+
+Contexts may end in any order: the tensor is what those that are still open make of the original, one after the other.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.computed import is_computed, overrule, read_tensor, sources
 from tl_paramdecomp.errors import UnsupportedModelError
+
+Change = Callable[[Tensor], Tensor]
+"""From a tensor to the one to hold in its place."""
+
+
+@dataclass(eq=False)
+class _Swap:
+    """A tensor in whose place others stand at present."""
+
+    original: Any
+    put: Callable[[Any], None]
+    """Holds a tensor in that place, or the original again."""
+    changes: list[Change] = field(default_factory=list)
+
+    def update(self) -> None:
+        held = self.original
+        if self.changes:
+            held = held.detach()
+            for change in self.changes:
+                held = change(held)
+        self.put(held)
+
+
+_SWAPS: "weakref.WeakKeyDictionary[nn.Module, dict[str, _Swap]]" = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
-def swapped_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> Iterator[None]:
-    """Hold another tensor under a parameter's name.
+def changed_tensor(owner: nn.Module, attribute: str, change: Change) -> Iterator[None]:
+    """Hold what a change makes of a parameter, or of a tensor which the module computes.
 
     Raises:
         UnsupportedModelError: The module keeps nothing of that name.
     """
-    slots: list[Any] = [owner._parameters, owner._buffers, owner.__dict__]
-    slot = next((s for s in slots if attribute in s), None)
-    if slot is None:
-        raise UnsupportedModelError(f"{type(owner).__name__} computes its {attribute}; it cannot be replaced.")
-    old = slot[attribute]
-    new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    slot[attribute] = new
+    with _LOCK:
+        swaps = _SWAPS.setdefault(owner, {})
+        swap = swaps.setdefault(attribute, swaps.get(attribute) or _swap(owner, attribute))
+        swap.changes.append(change)
     try:
+        with _LOCK:
+            swap.update()
         yield
     finally:
-        slot[attribute] = old
+        with _LOCK:
+            swap.changes = [other for other in swap.changes if other is not change]
+            swap.update()
+            if not swap.changes:
+                swaps.pop(attribute, None)
+
+
+def swapped_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Hold another tensor under a parameter's name, or that of a tensor which the module computes.
+
+    Raises:
+        UnsupportedModelError: The module keeps nothing of that name.
+    """
+    return changed_tensor(owner, attribute, lambda old: tensor)
+
+
+def _swap(owner: nn.Module, attribute: str) -> _Swap:
+    slots: list[Any] = [owner._parameters, owner._buffers, owner.__dict__]
+    slot = next((s for s in slots if attribute in s), None)
+    if is_computed(owner, attribute) or slot is None:
+        if not hasattr(type(owner), attribute) and slot is None:
+            raise UnsupportedModelError(f"{type(owner).__name__} keeps no {attribute} that could be replaced.")
+        learns = any(part.requires_grad for part in sources(owner, attribute))
+        original = read_tensor(owner, attribute)
+
+        def put_computed(held: Any) -> None:
+            overrule(owner, attribute, None if held is original else nn.Parameter(held) if learns else held)
+
+        return _Swap(original, put_computed)
+    old = slot[attribute]
+
+    def put(held: Any) -> None:
+        if held is not old and isinstance(old, nn.Parameter):
+            held = nn.Parameter(held, requires_grad=old.requires_grad)
+        slot[attribute] = held
+
+    return _Swap(old, put)

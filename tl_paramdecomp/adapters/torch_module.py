@@ -5,7 +5,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +14,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.base import ModelAdapter, make_interception
 from tl_paramdecomp.adapters.boundary import Hook, shadowed_method
+from tl_paramdecomp.adapters.computed import peeked, why_unknown
 from tl_paramdecomp.adapters.convolution import why_no_patches
 from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, module_norms, renamed
 from tl_paramdecomp.adapters.padding import positions_of, starts_later
 from tl_paramdecomp.adapters.probe import probe
+from tl_paramdecomp.adapters.shared_parameters import keep_apart, repeated, with_ties
 from tl_paramdecomp.adapters.transformers_names import (
     POSITIONS,
     block_refusals,
@@ -31,11 +32,12 @@ from tl_paramdecomp.adapters.transformers_names import (
     linear_kind,
     module_wiring,
     name_block,
-    storage_of,
+    plain_path,
+    storage_behind,
     unreachable_matrices,
     vocabulary_of,
 )
-from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module, read_parameter
+from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteFn
 
@@ -43,6 +45,9 @@ KNOWN_FAMILIES = {
     "gpt2", "gpt_neo", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "bloom", "mpt",
 }  # fmt: skip
 """transformers model types whose wiring the tests hold exact; others are probed when first seen."""
+
+TABLES = frozenset(("embed.W_E", "unembed.W_U"))
+"""Sites that a configuration's `tie_word_embeddings` is about."""
 
 
 class TorchModuleAdapter(ModelAdapter):
@@ -59,8 +64,11 @@ class TorchModuleAdapter(ModelAdapter):
         if self._is_language_model:
             self._name_language_model(config.get_text_config())
         covered = {wiring.owner for wiring in self.wirings.values()}
+        self._refuse_repeated()
         for path, module in self.root.named_modules():
             name = f"{path}.weight".lstrip(".")
+            if ".parametrizations." in f".{path}.":
+                continue  # it takes part in computing another module's weight
             if path not in covered and (isinstance(module, nn.Embedding) or linear_kind(module) is not None):
                 self._add(module_wiring(name, path, module))
             elif isinstance(module, _ConvNd) and not self._is_language_model:
@@ -70,12 +78,13 @@ class TorchModuleAdapter(ModelAdapter):
                 else:
                     self.refused[name] = reason
         if self._is_language_model:
-            covered = {storage_of(read_parameter(self.root, w)) for w in self.wirings.values()}
+            covered = {storage_behind(find_module(self.root, w.owner), w.weight) for w in self.wirings.values()}
             self.refused |= unreachable_matrices(self.root, covered)
             known = config.model_type in KNOWN_FAMILIES
             if not known or not all(is_plain(find_module(self.root, w.owner)) for w in self.wirings.values()):
                 self.wirings, reasons = probe(self, self._run_probe)
                 self.refused |= reasons
+        self.wirings = with_ties(self.root, self.wirings)
         if not self.wirings:
             raise UnsupportedModelError(
                 f"{type(self.root).__name__} holds no linear map or embedding table that can be read "
@@ -84,8 +93,11 @@ class TorchModuleAdapter(ModelAdapter):
 
     def _add(self, wiring: Wiring) -> None:
         module = find_module(self.root, wiring.owner)
-        weight, name = getattr(module, wiring.weight), wiring.site.name
-        if weight.dtype not in READABLE:
+        weight, name = peeked(module, wiring.weight), wiring.site.name
+        unknown = why_unknown(module, wiring.weight)
+        if unknown is not None:
+            self.refused[name] = unknown
+        elif weight.dtype not in READABLE:
             self.refused[name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
         elif not self._is_language_model and not is_plain(module):
             self.refused[name] = f"{type(module).__name__} has a forward of its own, or is used without being called"
@@ -114,10 +126,12 @@ class TorchModuleAdapter(ModelAdapter):
                 if wiring.site.name not in reasons:
                     self._add(wiring)
         if output is not None and id(output) in paths and linear_kind(output) is not None:
-            wiring = module_wiring("unembed.W_U", paths[id(output)], output)
-            if getattr(embedding, "weight", None) is output.weight:
-                wiring = replace(wiring, site=replace(wiring.site, tied_to="embed.W_E"))
-            self._add(wiring)
+            self._add(module_wiring("unembed.W_U", paths[id(output)], output))
+
+    def _refuse_repeated(self) -> None:
+        reasons = repeated(self.root, self.wirings, self.block_modules())
+        self.refused |= reasons
+        self.wirings = {name: wiring for name, wiring in self.wirings.items() if name not in reasons}
 
     def _run_probe(self) -> Tensor:
         return self.forward(torch.arange(3, device=self.device).unsqueeze(0))
@@ -199,10 +213,9 @@ class TorchModuleAdapter(ModelAdapter):
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         super().write_weights(weights)
-        if any(self.wirings[name].site.tied_to or name == "embed.W_E" for name in weights):
-            config: Any = getattr(self.root, "config", None)
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False  # saving and loading would tie the two again
+        if self._is_language_model:
+            paths = [f"{self.wirings[name].owner}.{self.wirings[name].weight}" for name in weights]
+            keep_apart(self.root, not TABLES.isdisjoint(weights), paths)
 
 
 class PassWatch:
@@ -290,16 +303,20 @@ def refuse_wrapped(root: nn.Module) -> None:
     """Refuse modules that would run past the hooks put on them, or whose weights hold no numbers.
 
     Raises:
-        UnsupportedModelError: The module is a wrapper for several devices, compiled, an encoder-decoder, or on the meta
-            device.
+        UnsupportedModelError: The module is a wrapper for several devices, an encoder-decoder, or on the meta device; it or
+            a part of it is compiled.
     """
     kind = type(root).__name__
     if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
         raise UnsupportedModelError(f"{kind} runs copies or shards of the model; give the model inside it (.module).")
-    if kind == "OptimizedModule" or getattr(root, "_compiled_call_impl", None) is not None:
-        raise UnsupportedModelError(
-            "A compiled model runs past hooks that are put on it later; give the model as it was before torch.compile."
-        )
+    for path, module in root.named_modules():
+        how = _compiled(module)
+        if how:
+            what = f"The part {plain_path(path)!r} of this {kind} is" if path else "This model is"
+            raise UnsupportedModelError(
+                f"{what} compiled by {how}: what is compiled runs past hooks that are put on it later. Give the model as it "
+                f"was before {how}, with the original module in that place (torch.compile keeps it as ._orig_mod)."
+            )
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder; decoder-only language models are supported.")
     if any(parameter.is_meta for parameter in root.parameters()):
@@ -307,6 +324,17 @@ def refuse_wrapped(root: nn.Module) -> None:
             f"This {kind} has parameters on the meta device, which hold no numbers: it is remote, offloaded, or not loaded "
             "yet. Load the whole model on this side (nnsight: dispatch=True)."
         )
+
+
+def _compiled(module: nn.Module) -> str:
+    """By what a module is compiled; empty where it is not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit"
+    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        return "torch.compile"
+    forward = module.forward  # torch.compiler.disable wraps a function as well
+    compiled = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+    return "torch.compile" if compiled else ""
 
 
 def _maybe_module(root: nn.Module, path: str) -> nn.Module | None:

@@ -15,12 +15,14 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import make_interception
+from tl_paramdecomp.adapters.computed import is_computed, made_plain, peeked, sources, why_unknown
 from tl_paramdecomp.adapters.interception import OnError, torch_call_hook
 from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, watch_generate
 from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, norm_candidate, renamed
 from tl_paramdecomp.adapters.probe import probe
-from tl_paramdecomp.adapters.torch_module import PassWatch, refuse_wrapped
+from tl_paramdecomp.adapters.shared_parameters import held_tensors, keep_apart, repeated, shares_memory, with_ties
+from tl_paramdecomp.adapters.torch_module import TABLES, PassWatch, refuse_wrapped
 from tl_paramdecomp.adapters.torch_module import watch_generate as watch_transformers_generate
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
@@ -31,13 +33,13 @@ from tl_paramdecomp.adapters.transformers_names import (
     linear_kind,
     module_wiring,
     plain_path,
-    storage_of,
+    storage_behind,
     unreachable_matrices,
     vocabulary_of,
     with_heads,
 )
-from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, read_parameter
-from tl_paramdecomp.errors import UnsupportedModelError
+from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, read_parameter, stored_weight
+from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteFn
 
 PARTS = {
@@ -63,6 +65,7 @@ class TransformerBridgeAdapter(LensAdapter):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         kind = getattr(model.cfg, "architecture", None) or type(model).__name__
+        refuse_wrapped(model)
         refuse_wrapped(model.original_model)
         if not hasattr(model, "blocks"):
             raise UnsupportedModelError(
@@ -74,11 +77,15 @@ class TransformerBridgeAdapter(LensAdapter):
         for i, block in enumerate(model.blocks):
             self._add_block(block, i)
         self._add_unembedding()
+        for name, reason in repeated(self.root, self.wirings, model.blocks).items():
+            self.refused[name] = reason
+            del self.wirings[name]
         plain = all(is_plain(find_module(self.root, wiring.owner)) for wiring in self.wirings.values())
         if kind not in KNOWN_ARCHITECTURES or any(self.flags()) or not plain:
             self._add_the_rest()
             self.wirings, reasons = probe(self, self._run_probe)
             self.refused |= reasons
+        self.wirings = with_ties(self.root, self.wirings)
         if not self.wirings:
             name, reason = next(iter(self.refused.items()), ("Its tree", "holds no linear map that can be read"))
             raise UnsupportedModelError(f"No site of this bridge of {kind} is exact. {name}: {reason}.")
@@ -98,9 +105,12 @@ class TransformerBridgeAdapter(LensAdapter):
         if component is not None:
             aliases = (path, *((hf_path, f"{hf_path}.weight") if hf_path else ()))
             wiring = replace(wiring, site=replace(wiring.site, aliases=aliases))
-        weight = getattr(find_module(self.root, wiring.owner), wiring.weight)
-        if weight.dtype not in READABLE:
-            self.refused[wiring.site.name] = f"its weight is stored as {weight.dtype}; load the model unquantised"
+        owner = find_module(self.root, wiring.owner)
+        weight = peeked(owner, wiring.weight)
+        unknown = why_unknown(owner, wiring.weight) if wiring.weight == "weight" else None
+        if unknown is not None or weight.dtype not in READABLE:
+            quantised = f"its weight is stored as {weight.dtype}; load the model unquantised"
+            self.refused[wiring.site.name] = unknown or quantised
             return
         self.wirings[wiring.site.name] = wiring
 
@@ -181,26 +191,24 @@ class TransformerBridgeAdapter(LensAdapter):
         original = getattr(component, "original_component", None)
         if original is None or linear_kind(original) is None:
             return
-        wiring = module_wiring("unembed.W_U", "unembed.original_component", original)
-        embedding = getattr(self._component("embed"), "original_component", None)
-        if getattr(embedding, "weight", None) is original.weight:
-            wiring = replace(wiring, site=replace(wiring.site, tied_to="embed.W_E"))
-        self._add(wiring, "unembed", component)
+        self._add(module_wiring("unembed.W_U", "unembed.original_component", original), "unembed", component)
 
     def _add_the_rest(self) -> None:
         """Linear maps that the bridge has no role for, under their names in transformers."""
-        covered = {storage_of(read_parameter(self.root, wiring)) for wiring in self.wirings.values()}
+        covered = {storage_behind(find_module(self.root, w.owner), w.weight) for w in self.wirings.values()}
         for path, module in self.model.original_model.named_modules():
             plain = plain_path(path)
             if not isinstance(module, nn.Embedding) and linear_kind(module) is None:
                 continue
+            if ".parametrizations." in f".{path}.":
+                continue  # it takes part in computing another module's weight
             if plain.endswith(".qkv"):
                 self.refused[f"{plain}.weight"] = "the bridge multiplies its three parts: W_Q, W_K and W_V"
-                covered.add(storage_of(module.weight))
-            elif module.weight.dtype in READABLE and storage_of(module.weight) not in covered:
+                covered.add(storage_behind(module, "weight"))
+            elif peeked(module, "weight").dtype in READABLE and storage_behind(module, "weight") not in covered:
                 wiring = module_wiring(f"{plain}.weight", f"original_model.{path}", module)
                 self.wirings[wiring.site.name] = replace(wiring, site=replace(wiring.site, aliases=(plain,)))
-                covered.add(storage_of(module.weight))
+                covered.add(storage_behind(module, "weight"))
         self.refused |= unreachable_matrices(self.model.original_model, covered)
 
     def _run_probe(self) -> Tensor:
@@ -276,6 +284,50 @@ class TransformerBridgeAdapter(LensAdapter):
         self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch ..."]:
         return self.model(tokens) if attention_mask is None else self.model(tokens, attention_mask=attention_mask)
+
+    # --- changing weights ---------------------------------------------------------------------------------------------
+    def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
+        """As the base's; what are views of one fused matrix, such as q, k and v of GPT-2's c_attn, is written into that one,
+        which is what a bridge saves."""
+        parts = {name: self._part_of_fused(name) for name in weights}
+        for name, part in parts.items():
+            if part is None:
+                continue
+            wiring = self.wirings[name]
+            owner = find_module(self.root, wiring.owner)
+            stored = stored_weight(wiring, weights[name], read_parameter(self.root, wiring))
+            if is_computed(owner, wiring.weight):
+                made_plain(owner, wiring.weight, stored)
+                owner._parameters[wiring.weight] = part
+            with torch.no_grad():
+                part.data.copy_(stored)
+        super().write_weights({name: weight for name, weight in weights.items() if parts[name] is None})
+        keep_apart(self.model.original_model, not TABLES.isdisjoint(weights), ())
+
+    def _part_of_fused(self, name: str) -> Any:
+        """The tensor behind a site's weight that is a view of a matrix which no site reads, or the bridge's own; else None.
+
+        Raises:
+            UnsupportedSiteError: Another site reads the same entries.
+        """
+        wiring = self.wirings[name]
+        owner = find_module(self.root, wiring.owner)
+        held = peeked(owner, wiring.weight)
+        candidates = sources(owner, wiring.weight) if is_computed(owner, wiring.weight) else [held]
+        slots = {(id(find_module(self.root, w.owner)), w.weight): other for other, w in self.wirings.items()}
+        for part in candidates:
+            around = [(m, a) for m, a, t in held_tensors(self.root) if t is not part and shares_memory(t, part)]
+            sharing = [slots.get((id(m), a)) for m, a in around]
+            fused = any(other is None for other in sharing) and part.shape == held.shape
+            another = next((other for other in sharing if other not in (None, name)), None)
+            if fused and another is not None:
+                raise UnsupportedSiteError(
+                    f"{name} and {another} read the same entries of one fused matrix, so that an edit of one alone cannot be "
+                    "kept in this bridge; use edited_weights(...) or patched(...)."
+                )
+            if fused or not isinstance(part, nn.Parameter):
+                return part
+        return None
 
     # --- hook points --------------------------------------------------------------------------------------------------
     def hook_registries(self) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from tl_paramdecomp.adapters.computed import computed_tensors, peeked, plain_type, sources
 from tl_paramdecomp.adapters.convolution import computes_as_torch, patches_of
 from tl_paramdecomp.adapters.wiring import Layout, Tap, Wiring, interleaved_columns
 from tl_paramdecomp.sites import WeightSite
@@ -118,10 +119,10 @@ def linear_kind(module: nn.Module) -> LinearKind | None:
 
     The type decides, never the shape: a square Conv1D looks like a transposed Linear.
     """
-    weight = getattr(module, "weight", None)
+    weight = peeked(module, "weight")
     if weight is None or getattr(weight, "ndim", 0) != 2:
         return None
-    if type(module).__name__ == "Conv1D":
+    if plain_type(module).__name__ == "Conv1D":
         return LinearKind("in_out", weight.shape[0], weight.shape[1])
     if isinstance(module, nn.Linear):
         return LinearKind("out_in", module.in_features, module.out_features)
@@ -131,12 +132,12 @@ def linear_kind(module: nn.Module) -> LinearKind | None:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is known by its type to be called, and to compute x W + b (of patches, or to look W's rows up) and no
     more."""
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":  # nn.MultiheadAttention reads its weight, uncalled
+    kind = plain_type(module)
+    if kind.__name__ == "NonDynamicallyQuantizableLinear":  # nn.MultiheadAttention reads its weight, uncalled
         return False
-    forward = type(module).forward
-    if forward in (nn.Linear.forward, nn.Embedding.forward) or computes_as_torch(module):
+    if kind.forward in (nn.Linear.forward, nn.Embedding.forward) or computes_as_torch(module):
         return True
-    return type(module).__name__ == "Conv1D" or _scaled(module)
+    return kind.__name__ == "Conv1D" or _scaled(module)
 
 
 def _scaled(module: nn.Module) -> bool:
@@ -209,7 +210,7 @@ def module_wiring(name: str, path: str, module: nn.Module) -> Wiring:
         site = WeightSite(name, module.num_embeddings, module.embedding_dim, "embedding", aliases=aliases)
         scale = float(getattr(module, "embed_scale", 1.0))
         return Wiring(site, path, bias=None, layout="in_out", scale=scale, x=Tap(path), y=Tap(path))
-    has_bias = getattr(module, "bias", None) is not None
+    has_bias = peeked(module, "bias") is not None
     if isinstance(module, _ConvNd):
         patches = patches_of(module)
         site = WeightSite(name, patches.d_in, module.out_channels, has_bias=has_bias, aliases=aliases)
@@ -298,7 +299,10 @@ def unreachable_matrices(root: nn.Module, covered: set[int]) -> dict[str, str]:
     """Every matrix of a model that no site reads (by its storage), each with the reason."""
     reasons: dict[str, str] = {}
     for path, module in root.named_modules():
+        parts = {part for names in computed_tensors(module).values() for part in names}
         for attribute, parameter in module._parameters.items():
+            if attribute in parts or ".parametrizations." in f".{path}.":
+                continue  # a site may read what is computed from it
             if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2 or storage_of(parameter) in covered:
                 continue
             name = f"{plain_path(path)}.{attribute}"
@@ -320,3 +324,9 @@ def plain_path(path: str) -> str:
 def storage_of(tensor: Tensor) -> int:
     """What tensors share that are views of one another."""
     return tensor.untyped_storage().data_ptr()
+
+
+def storage_behind(module: nn.Module, attribute: str) -> int:
+    """The same of a module's tensor, or of the first that it is computed from."""
+    parts = sources(module, attribute)
+    return storage_of(parts[0] if parts else peeked(module, attribute))

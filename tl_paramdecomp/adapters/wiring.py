@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tl_paramdecomp.adapters.computed import read_tensor
 from tl_paramdecomp.adapters.convolution import Patches
 from tl_paramdecomp.errors import UnsupportedSiteError
 from tl_paramdecomp.sites import WeightSite
@@ -86,7 +87,8 @@ def structure(root: nn.Module) -> Hashable:
         if id(module) in seen or not (parameters or children):
             continue
         seen.add(id(module))
-        found += (id(module), type(module), *children, *map(type, children.values()))
+        compiled = slots.get("_compiled_call_impl") is not None
+        found += (id(module), type(module), compiled, *children, *map(type, children.values()))
         for name, tensor in parameters.items():
             found += (name, tensor if tensor is None else numbers.setdefault(id(tensor), len(numbers)))
             if tensor is not None and not is_lazy(tensor):
@@ -96,13 +98,14 @@ def structure(root: nn.Module) -> Hashable:
 
 
 def read_parameter(root: nn.Module, wiring: Wiring) -> Tensor:
-    """The host's own tensor that holds the site's weight.
+    """The host's own tensor that holds the site's weight; computed anew where the host computes it from others.
 
     Raises:
-        UnsupportedSiteError: The weight is on the meta device, or is not a floating-point matrix (quantised).
+        UnsupportedSiteError: The weight is on the meta device, is not a floating-point matrix (quantised), or is computed and
+            another one each time.
     """
-    tensor = getattr(find_module(root, wiring.owner), wiring.weight)
     name = wiring.site.name
+    tensor = read_tensor(find_module(root, wiring.owner), wiring.weight, name)
     if tensor.device.type == "meta":
         raise UnsupportedSiteError(
             f"The weight of {name} is on the meta device and holds no numbers; load the model's weights first."
@@ -134,13 +137,15 @@ def read_bias(root: nn.Module, wiring: Wiring) -> Float[Tensor, " d_out"] | None
     """Bias [d_out] of a site, attached to the host's parameter, or None."""
     if wiring.bias is None:
         return None
-    bias = getattr(find_module(root, wiring.owner), wiring.bias, None)
+    bias = read_tensor(find_module(root, wiring.owner), wiring.bias, wiring.site.name)
     return None if bias is None else take_columns(bias.reshape(-1), wiring.columns)
 
 
-def stored_weight(root: nn.Module, wiring: Wiring, matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "..."]:
-    """The host's whole tensor with this site's part replaced by `matrix`, in the host's layout and dtype."""
-    old = read_parameter(root, wiring).detach()
+def stored_weight(
+    wiring: Wiring, matrix: Float[Tensor, "d_in d_out"], old: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """The host's whole tensor with one site's part replaced by `matrix`, in the host's layout and dtype."""
+    old = old.detach()
     matrix = matrix.to(old.dtype) if wiring.scale == 1.0 else (matrix / wiring.scale).to(old.dtype)
     if wiring.layout == "heads_in_out":
         heads, d_model, d_head = old.shape
@@ -152,6 +157,13 @@ def stored_weight(root: nn.Module, wiring: Wiring, matrix: Float[Tensor, "d_in d
     full = (old.T if wiring.layout == "out_in" else old).clone()
     put_columns(full, wiring.columns, matrix)
     return full.T.contiguous() if wiring.layout == "out_in" else full
+
+
+def stored_bias(wiring: Wiring, bias: Float[Tensor, " d_out"], old: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The host's whole bias with one site's part replaced, in the host's shape and dtype."""
+    flat = old.detach().reshape(-1).clone()
+    put_columns(flat, wiring.columns, bias.to(old.dtype))
+    return flat.view_as(old)
 
 
 def take_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None) -> Tensor:

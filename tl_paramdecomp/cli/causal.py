@@ -62,7 +62,7 @@ def patch(
     wrong: Wrong = None,
     generate: Annotated[int | None, typer.Option(help="Also continue the prompt by so many tokens.")] = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Patch every component by itself and rank what that does to the metric.")
+        bool, typer.Option("--sweep", help="Rank what each component does for the metric: with it minus without it.")
     ] = False,
     sites: SiteGlobs = None,
     value: Annotated[
@@ -139,7 +139,7 @@ def attribute(
     host: HostName = "transformers",
     as_json: AsJson = False,
 ) -> None:
-    """Ask which components, at which tokens, make up an answer: the strongest effects on the metric."""
+    """Ask which components, at which tokens, make up an answer: the strongest effects on the metric, with minus without."""
     from tl_paramdecomp.cli.causal_runs import run_attribute
 
     opened, loaded = _opened(model, decomposition, host, device, out)
@@ -234,10 +234,10 @@ def _deliver(found: Any, as_json: bool, out: Path | None) -> None:
     from tl_paramdecomp.cli.causal_runs import written
     from tl_paramdecomp.cli.effects import print_shown
 
+    paths = [] if out is None else written(found, out)  # first: the reader of what is printed may leave
     if as_json:
         print(json.dumps(found.record))
     else:
         print_shown(console, found.shown)
-    if out is not None:
-        for path in written(found, out):
-            Console(stderr=True).print(f"Written to {path}", markup=False, highlight=False)
+    for path in paths:
+        Console(stderr=True).print(f"Written to {path}", markup=False, highlight=False)

@@ -40,7 +40,7 @@ from tl_paramdecomp.cli.effects import (
 from tl_paramdecomp.cli.questions import Question, answers_in_words, position_texts, search_and_test, task_in_words
 from tl_paramdecomp.cli.report import next_token_table
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.components.disk import replace_text
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.patching.act_patches import patched_acts
 
@@ -176,7 +176,7 @@ def run_sweep(
     positions: Sequence[int] | None,
     top: int,
 ) -> Found:
-    """The effect of patching each component by itself. Arguments and errors as `sweep`'s."""
+    """The effect of each component by itself, with it minus without it. Arguments and errors as `sweep`'s."""
     task, words = asked.only()
     made = sweep(
         asked.model, decomposition, task, default_metric(task), sites=sites, value=_value(value), direction=direction,

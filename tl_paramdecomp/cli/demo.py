@@ -64,7 +64,7 @@ def _ask(console: Console, model: Any, made: Decomposition, prompt: TaskPrompt, 
     """One prompt's next token: as it is, without the component that matters most, and without a random one."""
     tokens = prompt.tokens.unsqueeze(0)
     effects = sweep(model, made, tokens, answer_log_prob(prompt.answers), progress=False)
-    top = min(effects.rows(), key=lambda row: row.effect)
+    top = max(effects.rows(), key=lambda row: row.effect)
     drawn = int(torch.randint(made[top.site].n_components, (1,), generator=generator))
     probs = {"model": next_token_probs(model, tokens)}
     for label, component in ((f"without {top.component}", top.component), (f"without {drawn} (random)", drawn)):

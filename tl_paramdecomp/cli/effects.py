@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tl_paramdecomp.analysis.effects.attributions import Attribution
 from tl_paramdecomp.analysis.effects.edges import Graph
-from tl_paramdecomp.analysis.records import plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, plain_table
 
 SHARES = ("answer probability", "accuracy: answer likeliest", "accuracy: answer above wrong", "probability difference")
 """Scores that are shares of 1."""
@@ -59,7 +59,7 @@ def effect_rows(found: Attribution, top: int, texts: Sequence[str]) -> list[dict
 
 def effect_table(found: Attribution, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Effects, strongest first."""
-    columns = ("site", "component", "position", "token", "effect")
+    columns = ("site", "component", "position", "token", f"effect\n{WITH_WITHOUT}")
     table = Table(title=f"Strongest effects on the {found.metric}, by {found.method}", title_justify="left")
     for name in columns if found.by_position else (c for c in columns if c not in ("position", "token")):
         table.add_column(name, justify="left" if name in ("site", "token") else "right", overflow="fold")
@@ -74,8 +74,8 @@ def edge_table(graph: Graph, top: int, texts: Sequence[str]) -> Table:
     """Edges of a graph of components, strongest first, with the tokens at their ends."""
     kind = "mean absolute edges over prompts" if graph.kind == "dataset" else "strongest edges"
     table = Table(title=f"Direct effects between components: {kind}", title_justify="left")
-    for name in ("from", "to", "edge"):
-        table.add_column(name, justify="right" if name == "edge" else "left", overflow="fold")
+    for name in ("from", "to", f"edge\n{WITH_WITHOUT}"):
+        table.add_column(name, justify="left" if name in ("from", "to") else "right", overflow="fold")
     for edge in graph.strongest(top):
         ends = (_node(graph, edge[end], texts) for end in ("source", "target"))
         table.add_row(*ends, f"{edge['value']:+.4g}")

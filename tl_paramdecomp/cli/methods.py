@@ -1,13 +1,13 @@
 """Methods by the names that the command takes, or from a settings file."""
 
 import difflib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.disk import LARGEST, parse_json, read_text
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
@@ -86,7 +86,7 @@ def method_in(path: Path) -> Any:
         SettingError: It cannot be read, or names something unknown.
     """
     try:
-        found = from_settings(json.loads(path.read_text(encoding="utf-8")))
+        found = from_settings(parse_json(path, read_text(path, LARGEST)))
     except (OSError, ValueError) as error:
         raise SettingError(f"{path} cannot be read as JSON settings: {error}") from error
     if not isinstance(found, Method):

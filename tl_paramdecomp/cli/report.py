@@ -20,6 +20,7 @@ from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation.result import Evaluation, distance_name
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.disk import replace_text
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.patching.act_patches import ActPatches, patched_acts
 from tl_paramdecomp.training.progress import is_watched
@@ -98,7 +99,7 @@ def write_quality(path: Path, decomposition: Decomposition, found: Evaluation) -
         "l0": {row["site"]: row["l0"] for row in found.sites},
         "alive": {row["site"]: row["active_anywhere"] for row in found.sites},
     }
-    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    replace_text(path, json.dumps(record, indent=1))
 
 
 def next_token_table(

@@ -36,7 +36,7 @@ from tl_paramdecomp.analysis.toys.l3d_circuits import toy_scores
 from tl_paramdecomp.analysis.toys.l3d_digits import chosen_subnetworks, class_purities, digit_scores
 from tl_paramdecomp.cli.recipes import RECIPES, Recipe
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import CollapseWarning, MissingExtraError, SettingError
 from tl_paramdecomp.methods.settings import to_settings
@@ -126,7 +126,7 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, talk: Console) -> dict[str
     """Target, decomposition and scores of one seed; what is there already is used."""
     settings, path = settings_of(recipe), folder / "result.json"
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path, "settings")
         if known.pop("settings") == settings:
             return known
     begun = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Decompositions on disk: tensors as safetensors, everything else as JSON; written whole or not at all.
+"""A JSON file with tensors beside it as safetensors, written whole or not at all; decompositions are kept so, in a folder.
 
-A folder holds `components.safetensors` and `decomposition.json`. Format 2, which `save_parts` writes:
+A decomposition's folder holds `components.safetensors` and `decomposition.json`. Format 2, which `save_parts` writes:
 
 - The JSON holds the sha256 of the tensors' file, and as its last entry `checksum`, the sha256 of its own bytes before that
   entry. No other bytes are accepted, so that a change of any byte of the two files is noticed.
@@ -11,70 +11,224 @@ A folder holds `components.safetensors` and `decomposition.json`. Format 2, whic
 Format 1 is the same without `checksum`; it is read, not written.
 """
 
+import glob
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from tl_paramdecomp.components.disk import (
+    LARGEST,
+    check_replaceable,
+    digest_of,
+    distinct,
+    left_scratch,
+    made_folder,
+    open_regular,
+    parse_json,
+    read_tensors,
+    read_text,
+    remove_own,
+    replace_text,
+    scratch,
+    sync_folder,
+    write_tensors,
+    write_text,
+    writing,
+)
 from tl_paramdecomp.errors import DecompositionFileError, DeviceError
+
+__all__ = ["read_tensors", "replace_text", "write_tensors"]
 
 FORMAT = 2
 TENSORS, METADATA = "components.safetensors", "decomposition.json"
 BESIDE = "components-{}.safetensors"
 """Name, by their digest, of tensors that the JSON describes already and that are not in their place yet."""
 HEX = "[0-9a-f]"
-SCRATCH = ".saving-"
-LARGEST = 1 << 25
-"""Bytes of JSON that are written or read at most: 32 MiB, tens of thousands of sites."""
-LONGEST_EMPTY = 1 << 20
-"""Length of a tensor without numbers, at most; without a byte behind it, a header can name any."""
+OWN = rf"components(-{HEX}{{64}})?\.safetensors|decomposition\.json|\.saving-.*|\.tmp.*"
+"""Names of what a save writes into its folder; safetensors begins its own with `.tmp`."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEAL = ',\n "checksum": "'
 """What comes before the checksum, at the end of the JSON."""
 
 
+# --- a JSON file and its tensors ----------------------------------------------------------------------------------------
+class Pair(NamedTuple):
+    """A JSON file that holds the sha256 of a safetensors file in the same folder."""
+
+    json: Path
+    tensors: Path
+
+    def beside(self, digest: str) -> Path:
+        """Where tensors of this digest are until they are put in their place."""
+        return self.tensors.with_name(f"{self.tensors.stem}-{digest}.safetensors")
+
+    def left_beside(self) -> list[Path]:
+        """Tensors that killed saves left beside; their name is their digest."""
+        found = self.tensors.parent.glob(f"{glob.escape(self.tensors.stem)}-{HEX * 64}.safetensors")
+        return [path for path in found if not path.is_symlink() and path.is_file() and _digest(path) == path.stem[-64:]]
+
+
+def write_pair(pair: Pair, tensors: Mapping[str, Tensor], text_with: Callable[[str, int], str]) -> None:
+    """Put a pair in place of the one before, which stays until all is written.
+
+    Args:
+        pair: Where; the folder is there.
+        tensors: What the second file holds.
+        text_with: The first file's text, from the digest and size of the second one.
+
+    Raises:
+        OSError: The disk fails, or has no room; nothing is left beside then.
+        ValueError: The text cannot be made.
+    """
+    for path in pair:
+        check_replaceable(path)
+    folder, left, left_folders = pair.json.parent, pair.left_beside(), left_scratch(pair.json.parent)
+    with scratch(folder) as new:
+        made = Pair(new / pair.json.name, new / pair.tensors.name)
+        write_tensors(made.tensors, tensors)
+        digest = _digest(made.tensors)
+        write_text(made.json, text_with(digest, made.tensors.stat().st_size))
+        beside, described = pair.beside(digest), False
+        try:
+            os.replace(made.tensors, beside)
+            sync_folder(folder)
+            os.replace(made.json, pair.json)
+            described = True
+            sync_folder(folder)
+            os.replace(beside, pair.tensors)
+            sync_folder(folder)
+        except OSError:
+            if not described and beside not in left:
+                beside.unlink(missing_ok=True)
+            raise
+    for path in left:
+        path.unlink(missing_ok=True)
+    remove_own(left_folders, "|".join((re.escape(pair.json.name), re.escape(pair.tensors.name), r"\.tmp.*")))
+
+
+def read_pair(pair: Pair, read: Callable[[], "Described"]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Values and tensors, mapped from the file; read anew where a save came in between.
+
+    Args:
+        pair: Where.
+        read: Reads the JSON.
+
+    Raises:
+        DecompositionFileError: They are missing, broken, or not of each other.
+    """
+    found = _stamp(pair.json)
+    described = read()
+    try:
+        return described.values, _described_tensors(pair, described)
+    except DecompositionFileError:
+        if _stamp(pair.json) != found:  # saved anew in the meantime
+            return read_pair(pair, read)
+        raise
+
+
+class Described(NamedTuple):
+    """What a pair's JSON says."""
+
+    values: dict[str, Any]
+    digest: Any
+    """The sha256 of the tensors' file."""
+    size: Any = None
+    """Its bytes; None where the JSON does not say."""
+
+
+def sealed(body: str) -> str:
+    """An object's text that lacks its end, ended by its checksum."""
+    return f'{body}{SEAL}{hashlib.sha256(body.encode("utf-8")).hexdigest()}"\n}}'
+
+
+def check_seal(path: Path, text: str) -> None:
+    """See that a file is as `sealed` made it.
+
+    Raises:
+        DecompositionFileError: Some byte of it is not.
+    """
+    if text != sealed(text.rpartition(SEAL)[0]):
+        raise DecompositionFileError(
+            f"{path} is not as it was written: its own checksum does not fit. It is damaged or was edited; copy it again from "
+            "where it was saved."
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells one file of JSON from the next in its place."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _described_tensors(pair: Pair, described: Described) -> dict[str, Tensor]:
+    """The tensors of this digest, wherever a save has them at the moment."""
+    digest = described.digest
+    if not isinstance(digest, str) or not re.fullmatch(HEX + "{64}", digest):
+        raise DecompositionFileError(f"{pair.json} holds no sha256 of its tensors; it is damaged.")
+    errors = []
+    # while it is looked for, the file may move from the second place to the first
+    for path in (pair.tensors, pair.beside(digest), pair.tensors):
+        try:
+            return _tensors_of(path, described, pair.json.name)
+        except DecompositionFileError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _tensors_of(path: Path, described: Described, described_by: str) -> dict[str, Tensor]:
+    try:
+        with os.fdopen(open_regular(path, follow=True), "rb") as file:
+            found = os.fstat(file.fileno())
+            same = described.size in (None, found.st_size)
+            tensors = read_tensors(path) if same else {}
+            same = same and digest_of(file) == described.digest and os.path.samestat(found, path.stat())
+    except FileNotFoundError as error:
+        raise DecompositionFileError(f"There is no file {path}.") from error
+    except DecompositionFileError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DecompositionFileError(f"{path} cannot be used: {error}.") from error
+    if not same:
+        raise DecompositionFileError(
+            f"{path} is not the file that {described_by} describes: it is damaged, or one of the two was replaced. Copy both "
+            "again from where they were saved."
+        )
+    return tensors
+
+
+def _digest(path: Path) -> str:
+    with os.fdopen(open_regular(path), "rb") as file:
+        return digest_of(file)
+
+
+# --- a decomposition's folder -------------------------------------------------------------------------------------------
 def save_parts(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
     """Write a decomposition's tensors and JSON values into a folder; what it held before stays until all is written.
 
     Raises:
         DecompositionFileError: The path is a file, a folder of other things, or cannot be written; a tensor holds NaN or
             infinity; a value is nothing that JSON has.
+        DiskSpaceError: There is no room. The folder is then as it was.
     """
-    try:
-        _refuse_other_things(folder)
-        make_folder(folder)
-        left = [*folder.glob(BESIDE.format(HEX * 64)), *folder.glob(f"{SCRATCH}*")]
-        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
-        try:
-            write_tensors(scratch / TENSORS, check_numbers(tensors))
-            with (scratch / TENSORS).open("rb") as file:
-                digest = _digest(file)
-            write_text(scratch / METADATA, _as_text({"format": FORMAT, **metadata, "sha256": digest}))
-            beside = folder / BESIDE.format(digest)
-            for source, target in (
-                (scratch / TENSORS, beside),
-                (scratch / METADATA, folder / METADATA),
-                (beside, folder / TENSORS),
-            ):
-                os.replace(source, target)
-                sync_folder(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for path in left:  # by saves that were killed
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    except DecompositionFileError:
-        raise
-    except (OSError, TypeError, ValueError, RecursionError, NotImplementedError) as error:
-        raise DecompositionFileError(f"Could not save into {folder}: {error}") from error
+    with writing(f"Could not save into {folder}"):
+        refuse_other_things(folder)
+        check_numbers(tensors)
+        with made_folder(folder):
+            write_pair(
+                Pair(folder / METADATA, folder / TENSORS),
+                tensors,
+                lambda digest, size: _as_text({"format": FORMAT, **metadata, "sha256": digest}),
+            )
     return folder
 
 
@@ -89,14 +243,16 @@ def load_parts(folder: Path, device: torch.device | str) -> tuple[dict[str, Tens
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise DeviceError(f"Cannot load onto {device}: {error}") from error
-    found = _stamp(folder)
-    metadata = read_metadata(folder)
+
+    def read() -> Described:
+        metadata = read_metadata(folder)
+        return Described(metadata, metadata.get("sha256"))
+
+    metadata, tensors = read_pair(Pair(folder / METADATA, folder / TENSORS), read)
     try:
-        tensors = _described_tensors(folder, metadata.get("sha256"))
-    except DecompositionFileError:
-        if _stamp(folder) != found:  # saved anew in the meantime
-            return load_parts(folder, device)
-        raise
+        check_numbers(tensors)
+    except ValueError as error:
+        raise DecompositionFileError(f"{folder / TENSORS} cannot be used: {error}.") from error
     values = {key: value for key, value in metadata.items() if key not in ("format", "sha256")}
     # a copy, since what is read is the file itself as long as nobody writes to it
     return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, values
@@ -125,64 +281,26 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise DecompositionFileError(
             f"{path} is of format {version!r}; this version reads formats 1 and {FORMAT}. Install the version that wrote it."
         )
-    checksum = metadata.pop("checksum", None)
-    whole = checksum is None if version == 1 else text == _sealed(text.rpartition(SEAL)[0])
-    if not whole:
-        raise DecompositionFileError(
-            f"{path} is not as it was written: its own checksum does not fit. It is damaged or was edited; copy it again from "
-            "where it was saved."
-        )
+    if version != 1 or metadata.get("checksum") is not None:
+        check_seal(path, text)
+    metadata.pop("checksum", None)
     return metadata
 
 
-def read_text(path: Path, largest: int | None = None) -> str:
-    """The text of a regular file, line ends as they are.
+def refuse_other_things(folder: Path) -> None:
+    """See that a decomposition may be saved into a folder.
 
     Raises:
-        DecompositionFileError: It is missing, no regular file, too large, or not UTF-8.
+        DecompositionFileError: It is a file, or holds files of a decomposition's names that are none, or cannot be read.
     """
-    _check_regular(path)
-    try:
-        if largest is not None and path.stat().st_size > largest:
-            raise ValueError(f"it has {path.stat().st_size} bytes; at most {largest} are read")
-        return path.read_bytes().decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise DecompositionFileError(f"{path} cannot be read ({error}).") from error
-
-
-def parse_json(path: Path, text: str, finite: bool = True) -> Any:
-    """JSON from a file's text, where no name stands twice in an object.
-
-    Args:
-        path: The file, for messages.
-        text: What it holds.
-        finite: Refuse NaN, infinities and numbers too large for a float.
-
-    Raises:
-        DecompositionFileError: It is none.
-    """
-    try:
-        number = _finite if finite else None
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=number, parse_float=number)
-    except (ValueError, RecursionError) as error:
-        raise DecompositionFileError(f"{path} cannot be read as JSON ({error}).") from error
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """A safetensors file as a dict.
-
-    Raises:
-        DecompositionFileError: It is missing, or something else.
-    """
-    _check_regular(path)
-    try:
-        found = safetensors.torch.load_file(str(path), device=str(device))
-        for name, tensor in found.items():
-            if tensor.numel() == 0 and max(tensor.shape) > LONGEST_EMPTY:
-                raise ValueError(f"{name} is empty and of shape {list(tensor.shape)}")
-        return found
-    except Exception as error:
-        raise DecompositionFileError(f"{path} is not a readable safetensors file ({error}).") from error
+    if folder.is_file():
+        raise DecompositionFileError(f"{folder} is a file; give a folder to save a decomposition in.")
+    if os.path.lexists(folder / METADATA):
+        read_metadata(folder)  # refuses a file of that name that is not a decomposition's
+    elif os.path.lexists(folder / TENSORS):
+        raise DecompositionFileError(
+            f"{folder} holds a {TENSORS} without its {METADATA}; save into a folder of its own."
+        )
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -199,160 +317,10 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors and see them on the disk before returning."""
-    path.touch()
-    mode = path.stat().st_mode  # that of any file; safetensors makes another that only its owner can read
-    safetensors.torch.save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, str(path))
-    path.chmod(mode)
-    _sync(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text, line ends as they are, and see it on the disk before returning."""
-    path.write_bytes(text.encode("utf-8"))
-    _sync(path)
-
-
-def replace_text(path: Path, text: str, alone: bool = False) -> None:
-    """Write text, whole or not at all, and see it on the disk before returning.
-
-    Args:
-        path: The file, there or not.
-        text: All of it.
-        alone: No other process writes this file: what a killed process left beside it, the next call takes away.
-
-    Raises:
-        DecompositionFileError: The folder is not there, or cannot be written to.
-    """
-    scratch = path.with_name(f".{path.name}-{'new' if alone else os.getpid()}")
-    try:
-        try:
-            write_text(scratch, text)
-            os.replace(scratch, path)
-            sync_folder(path.parent)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise DecompositionFileError(f"Could not write {path}: {error}") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, and see them on the disk before returning."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """See what was made, renamed or removed in a folder on the disk before returning; Windows has no such call."""
-    if os.name != "nt":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    """What tells one file of JSON from the next in its place."""
-    try:
-        found = (folder / METADATA).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def _described_tensors(folder: Path, digest: Any) -> dict[str, Tensor]:
-    """The tensors of this digest, wherever a save has them at the moment."""
-    if not isinstance(digest, str) or not re.fullmatch(HEX + "{64}", digest):
-        raise DecompositionFileError(f"{folder / METADATA} holds no sha256 of its tensors; it is damaged.")
-    errors = []
-    # while it is looked for, the file may move from the second place to the first
-    for name in (TENSORS, BESIDE.format(digest), TENSORS):
-        try:
-            return _tensors_of(folder / name, digest)
-        except DecompositionFileError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def _tensors_of(path: Path, digest: str) -> dict[str, Tensor]:
-    _check_regular(path)
-    try:
-        with path.open("rb") as file:
-            tensors = read_tensors(path)
-            same = _digest(file) == digest and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        check_numbers(tensors)
-    except DecompositionFileError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DecompositionFileError(f"{path} cannot be used: {error}.") from error
-    if not same:
-        raise DecompositionFileError(
-            f"{path} is not the file that {METADATA} describes: it is damaged, or one of the two was replaced. Copy both "
-            "again from where they were saved."
-        )
-    return tensors
-
-
-def _check_regular(path: Path) -> None:
-    """Refuse what is no file, such as a pipe that would be waited for."""
-    try:
-        regular = path.is_file()
-    except OSError as error:
-        raise DecompositionFileError(f"{path} cannot be opened ({error}).") from error
-    if not regular:
-        raise DecompositionFileError(f"There is no file {path}.")
-
-
-def _refuse_other_things(folder: Path) -> None:
-    if folder.is_file():
-        raise DecompositionFileError(f"{folder} is a file; give a folder to save a decomposition in.")
-    if (folder / METADATA).exists():
-        read_metadata(folder)  # refuses a file of that name that is not a decomposition's
-    elif (folder / TENSORS).exists():
-        raise DecompositionFileError(
-            f"{folder} holds a {TENSORS} without its {METADATA}; save into a folder of its own."
-        )
-
-
 def _as_text(values: Mapping[str, Any]) -> str:
     """The JSON of a folder, with its checksum."""
-    text = _sealed(json.dumps(values, indent=1, allow_nan=False).removesuffix("\n}"))
+    text = sealed(json.dumps(values, indent=1, allow_nan=False).removesuffix("\n}"))
     if len(text) > LARGEST:
         raise ValueError(f"{METADATA} would have {len(text)} bytes, and no more than {LARGEST} are read again")
-    json.loads(text, object_pairs_hook=_distinct)  # {1: 0, "1": 0} gives JSON that would be refused
+    json.loads(text, object_pairs_hook=distinct)  # {1: 0, "1": 0} gives JSON that would be refused
     return text
-
-
-def _sealed(body: str) -> str:
-    """An object's text that lacks its end, ended by its checksum."""
-    return f'{body}{SEAL}{hashlib.sha256(body.encode("utf-8")).hexdigest()}"\n}}'
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found
-
-
-def _finite(number: str) -> float:
-    found = float(number)
-    if found - found != 0:
-        raise ValueError(f"{number} is no finite number")
-    return found
-
-
-def _digest(file: BinaryIO) -> str:
-    found = hashlib.sha256()
-    while piece := file.read(1 << 20):
-        found.update(piece)
-    return found.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

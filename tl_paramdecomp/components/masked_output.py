@@ -55,10 +55,9 @@ def delta_part(y: Tensor, bias: Tensor | None, d: Tensor | float, wide: torch.dt
 def _component_part(components: Components, mask: ResolvedMask, x: Tensor) -> Tensor:
     """((m - d) * h) U."""
     if mask.by_head:
-        weight = mask.m - (mask.d[..., None, None] if isinstance(mask.d, Tensor) else mask.d)
         if components.site.head_side == "in":
-            return (weight * components.head_acts(x)).sum(-2) @ components.U
-        return components.head_writes(weight * components.acts(x).unsqueeze(-2))
+            return (mask.weight * components.head_acts(x)).sum(-2) @ components.U
+        return components.head_writes(mask.weight * components.acts(x).unsqueeze(-2))
     if mask.only is not None:  # few components change: the others' columns need not be read
         return (mask.weight[mask.only] * components.acts(x, mask.only)) @ components.U[mask.only]
     return (mask.weight * components.acts(x)) @ components.U

@@ -9,22 +9,20 @@ Positions are columns of the token row as it was handed to the model, padding in
 cache while decoding. Negative ones count from the end of the prompt and never reach decoded tokens.
 """
 
+import functools
+import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.components.indices import ComponentsLike, component_indices
-from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions, unknown_end
-from tl_paramdecomp.errors import (
-    DtypeError,
-    HeadIndexError,
-    MaskNotConstantError,
-    ShapeError,
-)
+from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
+from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions, spread_over_rows, unknown_end
+from tl_paramdecomp.errors import DtypeError, MaskNotConstantError, SettingError, ShapeError
 from tl_paramdecomp.sites import Span, WeightSite, resolve_name
 
 
@@ -42,7 +40,9 @@ class ResolvedMask(NamedTuple):
     @property
     def weight(self) -> Float[Tensor, "... C"]:
         """m - d, what multiplies the component activations in the correction."""
-        return self.m - (self.d.unsqueeze(-1) if isinstance(self.d, Tensor) else self.d)
+        if not isinstance(self.d, Tensor):
+            return self.m - self.d
+        return self.m - (self.d[..., None, None] if self.by_head else self.d[..., None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +62,8 @@ class SiteMask:
 
     site: WeightSite
     n_components: int
-    m: Tensor | None = None
-    """Given component masks [C], [pos, C] or [batch, pos, C]; None: all ones."""
+    m: Tensor | float = 1.0
+    """Given component masks: a number, [C], [pos, C] or [batch, pos, C]."""
     d: Tensor | float = 1.0
     """Given delta masks: a number, [pos] or [batch, pos]."""
     edits: tuple[Edit, ...] = ()
@@ -72,26 +72,26 @@ class SiteMask:
     @property
     def is_identity(self) -> bool:
         """Whether this is the model itself, by construction and not by the values of a tensor."""
-        return self.m is None and isinstance(self.d, float) and self.d == 1.0 and not self.edits
+        return all(isinstance(given, float) and given == 1.0 for given in (self.m, self.d)) and not self.edits
 
     @property
     def is_constant(self) -> bool:
         """Whether the same mask holds for every row and position."""
-        m_varies = self.m is not None and self.m[..., 0].numel() > 1
+        m_varies = isinstance(self.m, Tensor) and self.m[..., 0].numel() > 1
         d_varies = isinstance(self.d, Tensor) and self.d.numel() > 1
         return not (m_varies or d_varies or self.by_position)
 
     @property
     def by_position(self) -> bool:
         """Whether positions matter: an edit names some, or a tensor has a position axis."""
-        m_rows = self.m is not None and self.m.ndim >= 2 and self.m.shape[-2] > 1
+        m_rows = isinstance(self.m, Tensor) and self.m.ndim >= 2 and self.m.shape[-2] > 1
         d_rows = isinstance(self.d, Tensor) and self.d.ndim >= 1 and self.d.shape[-1] > 1
         return m_rows or d_rows or any(edit.positions is not None for edit in self.edits)
 
     @property
     def touched(self) -> frozenset[int]:
         """Components whose masks may differ from 1."""
-        if self.m is not None:
+        if isinstance(self.m, Tensor) or self.m != 1.0:
             return frozenset(range(self.n_components))
         return frozenset(c for edit in self.edits for c in (edit.factors != 1.0).nonzero().flatten().tolist())
 
@@ -126,7 +126,7 @@ class SiteMask:
             ShapeError: A given tensor does not broadcast to the rows.
             PositionIndexError: An edit names a position the row does not have.
         """
-        plain_m = self.m is None or (self.m.ndim == 1 and not self.m.requires_grad)
+        plain_m = not isinstance(self.m, Tensor) or (self.m.ndim == 1 and not self.m.requires_grad)
         constant = plain_m and not self.by_position and not isinstance(self.d, Tensor)
         key = (device, dtype, torch.is_inference_mode_enabled())  # autograd refuses what inference mode made
         if constant and key in self._cache:
@@ -147,8 +147,8 @@ class SiteMask:
         self, rows: Sequence[int], span: Span, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | float]:
         """The given values at the columns of one pass; tokens decoded after the prompt they cover get 1 and 1."""
-        m = torch.ones(self.n_components, dtype=dtype, device=device) if self.m is None else self.m.to(device, dtype)
-        d: Tensor | float = self.d.to(device, dtype) if isinstance(self.d, Tensor) else self.d
+        m, d = (given.to(device, dtype) if isinstance(given, Tensor) else given for given in (self.m, self.d))
+        m = m if isinstance(m, Tensor) else torch.full((self.n_components,), m, dtype=dtype, device=device)
         covers = (m.ndim > 1 and m.shape[-2] > 1) or (isinstance(d, Tensor) and d.ndim > 0 and d.shape[-1] > 1)
         m = _at_columns(m, m.ndim - 2, rows, span, self.site.name, "component")
         d = _at_columns(d, d.ndim - 1, rows, span, self.site.name, "delta") if isinstance(d, Tensor) else d
@@ -157,7 +157,8 @@ class SiteMask:
             one = torch.ones((), dtype=dtype, device=device)
             m = torch.where(decoded.unsqueeze(-1), one, m)
             d = torch.where(decoded, one, torch.as_tensor(d, dtype=dtype, device=device))
-        return m, d
+        m = spread_over_rows(m, m.ndim - 2, rows)
+        return m, spread_over_rows(d, d.ndim - 1, rows) if isinstance(d, Tensor) else d
 
     def _edited(
         self, edit: Edit, m: Tensor, d: Tensor | float, by_head: bool, rows: Sequence[int], span: Span
@@ -212,28 +213,34 @@ class Masks(Mapping[str, Any]):
         self,
         site: str,
         components: ComponentsLike,
-        factor: float | int,
+        factor: SupportsFloat,
         positions: PositionsLike = None,
         head: SupportsIndex | None = None,
     ) -> "Masks":
-        """Multiply components' masks by a factor: 0 ablates, 1 leaves, 2 doubles. Arguments as in `ablate`."""
+        """Multiply components' masks by a factor: 0 ablates, 1 leaves, 2 doubles. Arguments and errors as in `ablate`.
+
+        Raises:
+            DtypeError, SettingError: The factor is no real number, or not finite.
+        """
         old = self._site_mask(site)
         factors = torch.ones(old.n_components, dtype=torch.float64)
-        factors[component_indices(components, old.n_components, old.site.name)] = float(factor)
-        edit = Edit(factors, None, parse_positions(positions), _checked_head(old.site, head))
+        factors[component_indices(components, old.n_components, old.site.name)] = _number(
+            factor, "Factors", old.site.name
+        )
+        edit = Edit(factors, None, parse_positions(positions), checked_head(old.site, head))
         return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
 
     def keep_only(
-        self, site: str, components: ComponentsLike, delta: float | int = 0.0, positions: PositionsLike = None
+        self, site: str, components: ComponentsLike, delta: SupportsFloat = 0.0, positions: PositionsLike = None
     ) -> "Masks":
-        """Remove all other components and set the delta mask; the bias always stays. Arguments as in `ablate`."""
+        """Remove all other components and set the delta mask; the bias always stays. Arguments and errors as in `scale`."""
         old = self._site_mask(site)
         factors = torch.zeros(old.n_components, dtype=torch.float64)
         factors[component_indices(components, old.n_components, old.site.name)] = 1.0
-        edit = Edit(factors, float(delta), parse_positions(positions), None)
+        edit = Edit(factors, _number(delta, "Delta masks", old.site.name), parse_positions(positions), None)
         return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
 
-    def with_values(self, site: str, m: Tensor | float | int, delta: Tensor | float | int = 1.0) -> "Masks":
+    def with_values(self, site: str, m: Tensor | SupportsFloat, delta: Tensor | SupportsFloat = 1.0) -> "Masks":
         """Replace a site's masks by given values.
 
         Args:
@@ -244,22 +251,29 @@ class Masks(Mapping[str, Any]):
         A mask with a position axis covers exactly the prompt; tokens decoded after it are left to the model.
 
         Raises:
-            ShapeError: m or delta does not end in C, or has too many axes.
+            ShapeError: m or delta does not end in C, has too many axes, or does not broadcast with the other.
             DtypeError: m or delta is complex, or no numbers at all.
+            SettingError: m or delta is a number that is not finite.
         """
         old = self._site_mask(site)
-        m = _own(m, old.site.name)
-        delta = float(delta) if isinstance(delta, float | int) else _own(delta, old.site.name)
-        if m.ndim == 0:
-            m = m.expand(1)
-        if m.ndim > 3 or m.shape[-1] not in (1, old.n_components):
-            raise ShapeError(
-                f"Component masks of {old.site.name} must broadcast to [batch, pos, C={old.n_components}]; "
-                f"given {list(m.shape)}."
-            )
+        m = _own(m, "Component masks", old.site.name)
+        delta = _own(delta, "Delta masks", old.site.name)
         if isinstance(delta, Tensor) and delta.ndim > 2:
             raise ShapeError(f"Delta masks of {old.site.name} must broadcast to [batch, pos], not {list(delta.shape)}.")
-        m = m.expand(*m.shape[:-1], old.n_components).contiguous()
+        if isinstance(m, Tensor):
+            m = m.expand(1) if m.ndim == 0 else m
+            if m.ndim > 3 or m.shape[-1] not in (1, old.n_components):
+                raise ShapeError(
+                    f"Component masks of {old.site.name} must broadcast to [batch, pos, C={old.n_components}]; "
+                    f"given {list(m.shape)}."
+                )
+            of_delta = list(delta.shape) if isinstance(delta, Tensor) else []
+            if any(1 not in sizes and sizes[0] != sizes[1] for sizes in zip(m.shape[-2::-1], of_delta[::-1])):
+                raise ShapeError(
+                    f"Component masks {list(m.shape)} and delta masks {of_delta} of {old.site.name} have no rows "
+                    "[batch, pos] in common."
+                )
+            m = m.expand(*m.shape[:-1], old.n_components).contiguous()
         return self._with(SiteMask(old.site, old.n_components, m, delta))
 
     def replaced(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> "Masks":
@@ -283,18 +297,27 @@ class Masks(Mapping[str, Any]):
                 f"The mask of {mask.site.name} names positions; ask for its values in a row of a given length with "
                 f"masks.at({mask.site.name!r}, length)."
             )
-        m_rows = () if mask.m is None else mask.m.shape[:-1]
+        m_rows = mask.m.shape[:-1] if isinstance(mask.m, Tensor) else ()
         rows = torch.broadcast_shapes(m_rows, mask.d.shape if isinstance(mask.d, Tensor) else ())
         return self._values(mask, rows or (1, 1))
 
     def at(self, site: str, length: int, batch: int = 1) -> "MaskPair":
-        """(m, d) of a site for rows of a given length."""
+        """(m, d) of a site for rows of a given length.
+
+        Raises:
+            SettingError: The length or the batch is not positive.
+            PositionIndexError, ShapeError: Such rows have no such position, or given masks do not broadcast to them.
+        """
+        if length < 1 or batch < 1:
+            raise SettingError(f"Rows have at least one position, and a batch one row; given {length} and {batch}.")
         return self._values(self._site_mask(site), (batch, length))
 
     @staticmethod
     def _values(mask: SiteMask, rows: Sequence[int]) -> "MaskPair":
-        dtype = mask.m.dtype if mask.m is not None and mask.m.is_floating_point() else torch.get_default_dtype()
-        device = mask.m.device if mask.m is not None else torch.device("cpu")
+        given = [values for values in (mask.m, mask.d) if isinstance(values, Tensor)]
+        dtypes = [values.dtype for values in given if values.is_floating_point()] or [torch.get_default_dtype()]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        device = given[0].device if given else torch.device("cpu")
         resolved = mask.resolve(rows, Span(), device, dtype)
         return MaskPair(resolved.m.clone(), torch.as_tensor(resolved.d, dtype=dtype, device=device).clone())
 
@@ -338,26 +361,44 @@ class MaskPair(NamedTuple):
     """Delta masks that broadcast to [batch, pos]."""
 
 
-def _checked_head(site: WeightSite, head: SupportsIndex | None) -> int | None:
-    if head is None:
-        return None
-    if site.n_heads is None:
-        raise HeadIndexError(f"{site.name} does not divide into heads; head= is for W_Q, W_K, W_V and W_O.")
-    if isinstance(head, bool) or not hasattr(head, "__index__") or not 0 <= head.__index__() < site.n_heads:
-        kind = "key/value" if site.name.endswith(("W_K", "W_V")) else "query"
-        raise HeadIndexError(f"{site.name} has {kind} heads 0 to {site.n_heads - 1}; given {head!r}.")
-    return head.__index__()
-
-
-def _own(values: Any, name: str) -> Tensor:
-    """A copy that the caller's later in-place changes do not reach; gradients still flow."""
+def _own(values: Any, what: str, name: str) -> Tensor | float:
+    """A number, or a copy that the caller's later in-place changes do not reach; gradients still flow."""
+    if isinstance(values, numbers.Real):
+        return _number(values, what, name)
     try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DtypeError(f"Masks of {name} must be tensors or numbers; given {type(values).__name__}.") from error
+        tensor = torch.as_tensor(values, dtype=None if hasattr(values, "dtype") else torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DtypeError(f"{what} of {name} must be tensors or numbers; given {type(values).__name__}.") from error
     if tensor.is_complex():
-        raise DtypeError(f"Masks of {name} must be real numbers or booleans, not {tensor.dtype}.")
-    return tensor.clone() if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+        raise DtypeError(f"{what} of {name} must be real numbers or booleans, not {tensor.dtype}.")
+    return tensor.clone()
+
+
+def _number(value: Any, what: str, name: str) -> float:
+    """A finite number as a Python float.
+
+    Raises:
+        DtypeError: It is no real number, or a tensor whose gradient would be lost.
+        SettingError: It is not finite, or would not be in the factors' usual precision.
+    """
+    if getattr(value, "requires_grad", False):
+        raise DtypeError(
+            f"{what} of {name} are constants here, and this tensor requires a gradient; with_values(...) lets gradients "
+            "through, and value.item() gives the number."
+        )
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):  # more than one entry
+        plain = None
+    if not isinstance(plain, numbers.Real):
+        raise DtypeError(f"{what} of {name} must be one real number here; given {value!r}.")
+    try:
+        number = float(plain)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise SettingError(f"{what} of {name} must be finite, also in float32; given {number}.")
+    return number
 
 
 def _few_changed(mask: ResolvedMask) -> Tensor | None:

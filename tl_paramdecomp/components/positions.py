@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_paramdecomp.components.indices import plain_indices
+from tl_paramdecomp.components.indices import plain_indices, plain_slice
 from tl_paramdecomp.errors import PositionIndexError, ShapeError
 from tl_paramdecomp.sites import Span
 
@@ -57,7 +57,7 @@ class Positions:
                     f"Position {p} for {name} does not exist: the row has positions 0 to {end - 1} "
                     f"(or -{prompt} to -1, counted from the end of the prompt)."
                 )
-        absolute = torch.tensor([p if p >= 0 else p + prompt for p in self.indices], dtype=torch.long)
+        absolute = torch.tensor([min(p if p >= 0 else p + prompt, end) for p in self.indices], dtype=torch.long)
         return torch.isin(here, absolute)
 
     @property
@@ -77,7 +77,7 @@ class Positions:
             )
         inside = here < prompt  # decoded tokens are beyond the mask
         picked = mask.cpu()[..., here.clamp(max=prompt - 1)]
-        return picked & inside
+        return spread_over_rows(picked & inside, mask.ndim - 1, rows)
 
     @staticmethod
     def _sliced(wanted: slice, here: Tensor, prompt: int, span: Span, name: str) -> Tensor:
@@ -94,7 +94,16 @@ class Positions:
                 f"positions={wanted} for {name} selects nothing of a row with positions 0 to {prompt - 1} (a step must "
                 "be positive)."
             )
+        start, stop, step = (min(part, int(here[-1]) + 1) for part in (start, stop, step))  # what a tensor can hold
         return (here >= start) & (here < stop) & ((here - start) % step == 0)
+
+
+def spread_over_rows(tensor: Tensor, axis: int, rows: Sequence[int]) -> Tensor:
+    """A tensor [batch, pos, ...], whose position axis is `axis`, such that it broadcasts to rows [batch, ..., pos] that have
+    axes between these; one without a batch axis does so as it is."""
+    if axis != 1 or len(rows) <= 2:
+        return tensor
+    return tensor.reshape(tensor.shape[0], *(1,) * (len(rows) - 2), *tensor.shape[1:])
 
 
 def parse_positions(positions: Any) -> Positions | None:
@@ -106,10 +115,10 @@ def parse_positions(positions: Any) -> Positions | None:
     if positions is None:
         return None
     if isinstance(positions, slice):
-        parts = (positions.start, positions.stop, positions.step)
-        if any(part is not None and not hasattr(part, "__index__") for part in parts):
+        plain = plain_slice(positions)
+        if plain is None:
             raise _no_positions(positions)
-        return Positions(slice_=positions)
+        return Positions(slice_=plain)
     if str(getattr(positions, "dtype", "")) in ("bool", "torch.bool"):
         mask = torch.as_tensor(positions).clone()
         if mask.ndim not in (1, 2):

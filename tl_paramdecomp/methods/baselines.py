@@ -1,5 +1,7 @@
 """Exact bases as decompositions: what a learned method has to beat.
 
+`SVD()` trains importances, and wants data and steps; `SVD(training=None)` is the plain basis, and wants neither.
+
 1. Factors V, U with V U = W are worked out once: singular directions, singular directions of the data-whitened weight, neurons
    (directions within heads for attention), or random directions. They stay as they are.
 2. The importance function is trained as `training` trains its own: the same losses, importance function, learning rate,
@@ -36,7 +38,8 @@ from tl_paramdecomp.sites import WeightSite
 
 @dataclass(frozen=True)
 class ExactBasis(Method[Decomposition]):
-    """Components that are worked out and stay; only their importance function is trained."""
+    """Components that are worked out and stay; only their importance function is trained, on data, in steps. With
+    `training=None` nothing is: `decompose(model, sites, SVD(training=None))` is all there is to it."""
 
     training: SPD | None = field(default_factory=SPD)
     """How the importance function is trained; what this says of components (their number, start, ties, learning rate) has
@@ -114,7 +117,7 @@ class ExactBasis(Method[Decomposition]):
 
 @dataclass(frozen=True)
 class SVD(ExactBasis):
-    """Singular directions of W."""
+    """Singular directions of W. `SVD()` also trains an importance function for them; `SVD(training=None)` does not."""
 
     def factors(
         self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
@@ -124,7 +127,8 @@ class SVD(ExactBasis):
 
 @dataclass(frozen=True)
 class WhitenedSVD(ExactBasis):
-    """Singular directions of W behind the data's own scale: those that matter most to the outputs x W come first."""
+    """Singular directions of W behind the data's own scale: those that matter most to the outputs x W come first. It looks at
+    data with `training=None` too, and then takes no steps."""
 
     batches: int = 16
     """Batches over which second moments of the inputs are taken."""
@@ -150,7 +154,8 @@ class WhitenedSVD(ExactBasis):
 
 @dataclass(frozen=True)
 class NeuronBasis(ExactBasis):
-    """One component per neuron (per row or column of W, whichever are more); for attention singular directions of each head."""
+    """One component per neuron (per row or column of W, whichever are more); for attention singular directions of each head.
+    `NeuronBasis(training=None)`: without importances, data and steps."""
 
     def factors(
         self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
@@ -160,7 +165,8 @@ class NeuronBasis(ExactBasis):
 
 @dataclass(frozen=True)
 class RandomBasis(ExactBasis):
-    """Random orthogonal directions on the smaller side of W: the null."""
+    """Random orthogonal directions on the smaller side of W: the null. `RandomBasis(training=None)`: without importances, data
+    and steps."""
 
     def factors(
         self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator

@@ -16,12 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.indices import ComponentsLike, component_indices
+from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
 from tl_paramdecomp.components.positions import PositionsLike, parse_positions
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     DtypeError,
-    HeadIndexError,
     NoMatchingSiteError,
     SettingError,
     ShapeError,
@@ -127,7 +126,7 @@ class ActPatches:
             found = acts[name]
         if not isinstance(found, Tensor):
             raise DtypeError(f"Activations of {name} must be a tensor [..., C]; given {type(found).__name__}.")
-        chosen, split = _checked_head(old.site, head), ""
+        chosen, split = checked_head(old.site, head), ""
         if chosen is not None and old.site.head_side == "in":
             split = f"heads={old.site.n_heads}, "
             if found.ndim < 2 or found.shape[-2] != old.site.n_heads:
@@ -246,7 +245,7 @@ class ActPatches:
         positions: PositionsLike,
         head: SupportsIndex | None,
     ) -> "ActPatches":
-        edit = ActEdit(components, change, parse_positions(positions), _checked_head(old.site, head))
+        edit = ActEdit(components, change, parse_positions(positions), checked_head(old.site, head))
         new = replace(old, edits=(*old.edits, edit))
         _refuse_part_and_whole(new)
         return self._with(new)
@@ -342,17 +341,6 @@ def _redirect(
     if vector.shape != (width,):
         raise ShapeError(f"What a component of {name} {verb} is a vector [{width}]; given {list(vector.shape)}.")
     return Redirect(at[0], vector.clone(), parse_positions(positions))
-
-
-def _checked_head(site: WeightSite, head: SupportsIndex | None) -> int | None:
-    if head is None:
-        return None
-    if site.n_heads is None:
-        raise HeadIndexError(f"{site.name} does not divide into heads; head= is for W_Q, W_K, W_V and W_O.")
-    if isinstance(head, bool) or not hasattr(head, "__index__") or not 0 <= head.__index__() < site.n_heads:
-        kind = "key/value" if site.name.endswith(("W_K", "W_V")) else "query"
-        raise HeadIndexError(f"{site.name} has {kind} heads 0 to {site.n_heads - 1}; given {head!r}.")
-    return head.__index__()
 
 
 def _refuse_part_and_whole(made: SiteEdits) -> None:

@@ -1,7 +1,6 @@
 """Constant masks as edited weights: for a while, or for good in a copy of the model."""
 
 import contextlib
-import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.computed import deep_copy
 from tl_paramdecomp.adapters.identity import behind, folded, is_identity
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import masked_weight
@@ -25,8 +25,8 @@ def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> It
     """Within this context the masks are in the weights themselves: W' = V diag(m) U + d (W - V U).
 
     Masks of an inserted identity make it I', and the weight behind it I' W'. The parameters are swapped, not written to:
-    afterwards the same objects are back, bit for bit, and a tied embedding is tied again; only the named side of it changes
-    meanwhile.
+    afterwards the same objects are back, bit for bit, and shared ones are shared again; only the named side changes meanwhile.
+    Where a module computes its weight from others (a parametrization, weight norm, pruning), W' stands in its place.
 
     Raises:
         MaskNotConstantError: A mask differs over batch or position.
@@ -44,11 +44,14 @@ def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> It
 def edited_model(model: Any, decomposition: Decomposition, masks: Masks) -> Any:
     """A deep copy of the model with the masks in its weights for good, to be saved like any model of its kind.
 
-    A tied embedding is untied in the copy (`config.tie_word_embeddings` becomes False), so that saving and loading
-    keeps the edit of the named side alone.
+    An edited weight becomes a parameter of its own in the copy: one that other maps share is parted from theirs, a tied
+    embedding untied (`config.tie_word_embeddings` becomes False, so that saving and loading keeps the edit of the named side
+    alone), and one that is computed from others (a parametrization, weight norm, pruning) is so no more.
 
     Raises:
         MaskNotConstantError: A mask differs over batch or position.
+        UnsupportedSiteError: A weight is computed in a way that is not known, or a bridge keeps it in one matrix with another
+            site's.
         PatchConflictError: The model is patched at present, so that a copy would carry the hooks along.
         TargetMismatchError, DeviceError: As `patched`.
     """
@@ -65,7 +68,7 @@ def edited_model(model: Any, decomposition: Decomposition, masks: Masks) -> Any:
 def _copied(model: Any) -> Any:
     """A deep copy of a model that works like the model."""
     adapter = adapt(model)
-    root = copy.deepcopy(adapter.root)
+    root = deep_copy(adapter.root)
     _share_again(adapter.root, root)
     if adapter.host != "nnsight":
         return root

@@ -74,9 +74,9 @@ def _message(adapter: ModelAdapter, decomposition: Saved, wrong: dict[str, str],
         here = adapter.processing or "as trained"
         text += (
             f" They look processed on one side only (here: {here}; decomposed: {made_on or 'as trained'}): load the "
-            "model unprocessed, with HookedTransformer.from_pretrained_no_processing(name) or "
-            "TransformerBridge.boot_transformers(name) without enable_compatibility_mode(), or load it the way it was "
-            "when it was decomposed."
+            "model unprocessed, with transformer_lens.HookedTransformer.from_pretrained_no_processing(name) or "
+            "transformer_lens.model_bridge.TransformerBridge.boot_transformers(name) without "
+            "enable_compatibility_mode(), or load it the way it was when it was decomposed."
         )
     else:
         text += " Load the model and revision it was made from, or decompose this one."

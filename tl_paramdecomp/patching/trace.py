@@ -1,6 +1,7 @@
 """Components patched inside an nnsight trace, in forward order, as the user's own interventions are."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,12 +10,12 @@ from torch import Tensor
 from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.identity import composed
 from tl_paramdecomp.adapters.interception import host_output, matching_rows
-from tl_paramdecomp.adapters.nnsight import NNsightAdapter
+from tl_paramdecomp.adapters.nnsight import NNsightAdapter, Standing, running_body
 from tl_paramdecomp.adapters.torch_module import cached_columns, input_rows
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
+from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.patching.act_patches import ActPatches, edit_claims, edit_fns, site_edits
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.hooks import claims_of, site_masks
@@ -27,12 +28,13 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
 
     Give masks, as `patched` takes, or patches of activations, as `patched_acts` takes.
 
-    It visits the changed sites in forward order, so call it before reading anything that comes after the first of them.
-    In an invoke it reaches that invoke's rows only. In generation it reaches the step it is called in; call it under
-    `for _ in tracer.iter[:]` to reach all.
+    It visits the changed sites in forward order, so call it before reading anything that comes after the first of them;
+    what comes before may have been read. In an invoke it reaches that invoke's rows only. In generation it reaches the
+    step it is called in; call it under `for _ in tracer.iter[:]` to reach all.
 
     Raises:
-        UnsupportedModelError: The model is not of nnsight.
+        UnsupportedModelError: The model is not of nnsight, or is not being traced.
+        SiteNotFiredError: The trace has gone by a changed site already, or so far that its positions are not known.
         UnsupportedSiteError: A site's output is shared by several invokes.
         TargetMismatchError, DeviceError, PatchConflictError: As `patched`.
     """
@@ -42,11 +44,13 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
             f"patch_trace is for nnsight models; on this {adapter.host} model use patched(...)."
         )
     planned = _planned(decomposition, masks)
-    columns = _columns(model) if planned.by_position else None
+    fns, standing = composed(planned.fns, adapter.weight), adapter.standing()
+    in_order = [name for name in adapter.wirings if name in fns]
+    for name in in_order:
+        _refuse_passed(name, standing, f"{adapter.envoy(adapter.wirings[name].owner).path}.input")
+    columns = _columns(model, standing) if planned.by_position else None
     with claimed(adapter.core, planned.claims):
         pass  # a context around the trace may patch the same sites
-    fns = composed(planned.fns, adapter.weight)
-    in_order = [name for name in adapter.wirings if name in fns]
     for owner, names in itertools.groupby(in_order, key=lambda name: adapter.wirings[name].owner):
         envoy = adapter.envoy(owner)
         x, y = envoy.input, envoy.output  # once for all the sites of a fused module: a trace does not go back
@@ -94,21 +98,56 @@ class _Columns(NamedTuple):
         return replace(self.span, start=self.span.start + self.length - y.shape[-2])
 
 
-def _columns(model: Any) -> _Columns:
+def _columns(model: Any, standing: Standing) -> _Columns:
     """Where the present step of a trace stands in its rows, from what the model is called with."""
-    step = _decoding_step()  # before the model's inputs are asked for, which lets go of the step
-    args, kwargs = model.inputs
-    tokens, start = input_rows(args, kwargs), cached_columns(kwargs)
+    step = standing.step
+    args, kwargs = model.inputs if standing.call is None else standing.call
+    tokens = input_rows(args, kwargs)
     length = None if tokens is None else tokens.shape[1]
+    start = cached_columns(kwargs) if standing.call is None else _cached_before(kwargs, length or 1)
     end = start + (length or 1)
     prompt = end - step if step or not start else start  # a cache in the first step is of an earlier call
     return _Columns(Span(start, prompt, generating="use_cache" in kwargs or prompt < end), length)
 
 
-def _decoding_step() -> int:
-    """Decoding steps before the one that the running trace is at: what `tracer.iter[...]` has come to."""
-    mediator = _mediator()
-    return (None if mediator is None else mediator.iteration) or 0
+def _cached_before(kwargs: Mapping[str, Any], length: int) -> int:
+    """Columns in the key/value cache before a pass that is under way, and may have added its own already.
+
+    Raises:
+        SiteNotFiredError: That cannot be told any more.
+    """
+    now = cached_columns(kwargs)
+    if not now or not hasattr(kwargs["past_key_values"], "get_seq_length"):
+        return now  # tuples of an older transformers do not grow
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    ends: list[int] = []
+    if isinstance(mask, Tensor):
+        ends = [mask.shape[1]] if mask.ndim == 2 else []  # one entry for each column, cached or new
+    elif isinstance(positions, Tensor):
+        ends = [int(positions.max()) + 1]  # without a mask there is no padding
+    layers = {layer.get_seq_length() for layer in getattr(kwargs["past_key_values"], "layers", ())}
+    if len(layers) == 2 and max(layers) - min(layers) == length:
+        ends.append(max(layers))  # some layers have run, others have not
+    for end in ends:
+        if end - length in (now, now - length):
+            return end - length
+    raise SiteNotFiredError(
+        "This trace is amid a forward pass with a key/value cache, and neither an attention mask [batch, columns] nor "
+        "position_ids say which positions it computes. Call patch_trace before reading anything else in this trace or step."
+    )
+
+
+def _refuse_passed(name: str, standing: Standing, location: str) -> None:
+    """Refuse a site that the forward pass has gone by: a trace does not go back.
+
+    Raises:
+        SiteNotFiredError: as said.
+    """
+    if standing.is_past(location):
+        raise SiteNotFiredError(
+            f"patch_trace comes too late for {name}: this trace has read something that the model computes after it. Call "
+            "patch_trace first, and read afterwards."
+        )
 
 
 def _refuse_shared_rows(name: str, y: Tensor) -> None:
@@ -117,7 +156,7 @@ def _refuse_shared_rows(name: str, y: Tensor) -> None:
     Raises:
         UnsupportedSiteError: as said.
     """
-    mediator = _mediator()
+    mediator = running_body()
     group = getattr(mediator, "batch_group", None)
     total = getattr(getattr(getattr(mediator, "interleaver", None), "batcher", None), "total", None)
     if name == "pos_embed.W_pos" and group and total and group[1] < total and y.shape[0] == 1:
@@ -125,11 +164,3 @@ def _refuse_shared_rows(name: str, y: Tensor) -> None:
             f"{name} is looked up once for all invokes of this trace, so that one of them cannot have it patched alone; "
             "trace its prompt on its own."
         )
-
-
-def _mediator() -> Any:
-    """nnsight's record of the running body of a trace, which is a greenlet; None where there is none."""
-    from greenlet import getcurrent
-
-    found = getattr(getcurrent(), "mediator", None)
-    return None if found is None else found()

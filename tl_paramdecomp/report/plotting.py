@@ -1,10 +1,12 @@
 """matplotlib, loaded when it is needed, with one look for all figures."""
 
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from tl_paramdecomp.components.disk import replace_bytes, writing
 from tl_paramdecomp.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -53,7 +55,14 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **settings: Any
 
 
 def save(made: "Figure", path: Path) -> Path:
-    """Write a figure as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path, dpi=150)
+    """Write a figure as PNG.
+
+    Raises:
+        DecompositionFileError: It cannot be written there.
+    """
+    drawn = io.BytesIO()
+    made.savefig(drawn, dpi=150)
+    with writing(f"Could not write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(path, drawn.getvalue())
     return path

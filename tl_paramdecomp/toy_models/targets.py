@@ -7,12 +7,14 @@ decomposition, and the next derived seed is tried.
 
 import json
 import os
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
@@ -135,15 +137,25 @@ def train_until_sound(
 
 
 def save_target(trained: Trained[Any], folder: Path) -> None:
-    """Write a target's weights and how it came about into a folder; the record comes last and makes it count."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a target's weights and how it came about into a folder; the record comes last and makes it count.
+
+    Raises:
+        DecompositionFileError: They cannot be written.
+    """
     record = {"config": asdict(trained.model.config), "seed": trained.seed, "tried": trained.tried}
     record |= {trained.model.measured: trained.model.strengths().tolist()}
-    scratch = folder / f".{TENSORS}"
-    safetensors.torch.save_file({k: t.contiguous() for k, t in trained.model.state_dict().items()}, str(scratch))
-    os.replace(scratch, folder / TENSORS)
-    (folder / f".{RECORD}").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(folder / f".{RECORD}", folder / RECORD)
+    tensors = {k: t.contiguous() for k, t in trained.model.state_dict().items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".saving-", dir=folder
+        ) as scratch:  # nothing of another's is written to
+            safetensors.torch.save_file(tensors, str(Path(scratch, TENSORS)))
+            Path(scratch, RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            for name in (TENSORS, RECORD):
+                os.replace(Path(scratch, name), folder / name)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DecompositionFileError(f"Could not save the target into {folder}: {error}") from error
 
 
 def load_target(empty: Toy, folder: Path) -> Trained[Toy] | None:

@@ -7,13 +7,18 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.components.disk import append_text, failure, parse_json, read_bytes, replace_text
 from tl_paramdecomp.errors import DecompositionFileError
 
+OWN = b'{"step": '
+"""What every line of a log begins with."""
+LARGEST, LONGEST = 1 << 30, 1 << 24
+"""Bytes of a log that are read at most, and of a line of it."""
 STOP = "stop"
 """A callback that returns this ends the run after the step: it is saved, and the same call goes on with it."""
 
@@ -74,7 +79,7 @@ class JsonLines:
     """A callback that appends every logged step to a file, one JSON object a line: `{"step": 10, "loss": 0.5, ...}`.
 
     Args:
-        path: The file; made where it is missing, in a folder that is there.
+        path: The file; made where it is missing, in a folder that is there. A link is not followed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -84,29 +89,63 @@ class JsonLines:
         self.write({"step": info.step, **info.figures})
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line.
+        """Append a line, all of it or nothing.
 
         Raises:
-            DecompositionFileError: The file cannot be written to.
+            DecompositionFileError: The file cannot be written to, or is no regular file.
+            DiskSpaceError: There is no room.
         """
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_text(self.path, json.dumps(line) + "\n")
         except OSError as error:
-            raise DecompositionFileError(
-                f"Could not write to {self.path}: {error}. Free some space or choose another run_dir; the checkpoints stay."
-            ) from error
+            raise failure(
+                f"Could not write to {self.path}", error,
+                "Free some space or choose another run_dir; the checkpoints stay.",
+            ) from error  # fmt: skip
 
     def cut(self, step: int) -> None:
-        """Keep the lines of the first `step` steps: what came after is done again. Torn lines, as a kill leaves them, go."""
+        """Keep the lines of the first `step` steps: what came after is done again. Torn lines, as a kill leaves them, go.
+
+        Raises:
+            DecompositionFileError: There is a link, a folder or a pipe in the file's place, or a file that is no log; or a line
+                is too long or too deep to be one.
+            DiskSpaceError: There is no room.
+        """
+        self.check()
         kept = [line for line in self._lines() if line["step"] <= step] if step else []
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), alone=True)
 
+    def check(self) -> None:
+        """See that the file is a log, or not there, before a run begins.
+
+        Raises:
+            DecompositionFileError: It is something else.
+        """
+        self._content()
+
+    def _content(self) -> bytes:
+        if not os.path.lexists(self.path):
+            return b""
+        content = read_bytes(self.path, LARGEST, follow=False)
+        if not (content.strip(b"\0") == b"" or OWN.startswith(content[: len(OWN)])):
+            raise DecompositionFileError(
+                f"{self.path}, line 1 is no line of a log ({content[:40]!r}); a run would write over the file. Move it away "
+                "or choose another run_dir."
+            )
+        return content
+
     def _lines(self) -> Iterator[dict[str, Any]]:
-        if not self.path.exists():
-            return
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    yield line
+        for number, text in enumerate(self._content().split(b"\n"), 1):
+            where = f"{self.path}, line {number}"
+            if len(text) > LONGEST:
+                raise DecompositionFileError(
+                    f"{where} has {len(text)} bytes, and a line of a log has at most {LONGEST}."
+                )
+            try:
+                line = parse_json(where, text.decode("utf-8", errors="replace"), finite=False)
+            except DecompositionFileError as error:
+                if isinstance(error.__cause__, ValueError):  # torn
+                    continue
+                raise
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line

@@ -30,7 +30,8 @@ from tl_paramdecomp.analysis.evaluation.matching import active_components, match
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.files import METADATA, replace_text
+from tl_paramdecomp.components.disk import read_json, replace_text, writing
+from tl_paramdecomp.components.files import METADATA
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
@@ -185,7 +186,8 @@ class _Run:
                     f"{self.folder} holds a comparison of other {', '.join(differing)}; choose another run_dir."
                 )
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(f"Could not make {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(self.settled, indent=1))
 
     def sparsities(self, method: Method) -> Sequence[float]:
@@ -392,14 +394,9 @@ def _digest(data: Any) -> str | None:
 def _read(path: Path, *keys: str) -> dict[str, Any]:
     """A JSON object that holds these keys."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DecompositionFileError(
-            f"{path} cannot be read as JSON ({error}); delete it to do that run again."
-        ) from error
-    if not isinstance(known, dict) or not set(keys) <= set(known):
-        raise DecompositionFileError(f"{path} holds no {' and '.join(keys)}; delete it to do that run again.")
-    return known
+        return read_json(path, *keys)
+    except DecompositionFileError as error:
+        raise DecompositionFileError(f"{str(error).removesuffix('.')}; delete it to do that run again.") from error
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from tl_paramdecomp.methods.draws import Scope
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
+from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import Callback
 from tl_paramdecomp.training.data.sources import batch_source
 from tl_paramdecomp.training.distributed import answering, joined
@@ -70,9 +70,10 @@ def decompose(
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
         data: What `token_batches` gives, token rows [rows, pos], batches, a dataset, or a function from the step's number to
-            a batch; see `training.data.sources.batch_source`. None for a method that looks at none. Every process is given
-            the same.
-        steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train.
+            a batch; see `training.data.sources.batch_source`. None for a method that looks at none: with `training=None`,
+            every basis but `WhitenedSVD`. Every process is given the same.
+        steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train (`SVD(training=None)`); a
+            number has no effect there.
         batch_size: Rows per step, of all processes together, where the data comes as rows.
         seed: Start, order of the rows and masks.
         run_dir: Where metrics, checkpoints and the result go; None keeps nothing on disk. One process at a time may have it.
@@ -109,7 +110,7 @@ def decompose(
         DecompositionFileError, DiskSpaceError: A checkpoint cannot be read or written; those before stay.
         PeerLostError: Another process of the run died.
     """
-    until = None if max_seconds is None else time.monotonic() + max_seconds
+    until = None if max_seconds is None else clock.now() + max_seconds
     adapter = adapt(model)
     steps = steps_of(method, steps, data)
     check_place(adapter, device, run_dir, resume)

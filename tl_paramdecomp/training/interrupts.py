@@ -5,11 +5,11 @@ import os
 import signal
 import sys
 import threading
-import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.training import clock
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 0.1
@@ -59,7 +59,7 @@ class Interrupts:
         return self.asked is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+        now = clock.now()
         if self.asked is None:
             self.asked, self._since = signal.Signals(number), now
             with contextlib.suppress(Exception):

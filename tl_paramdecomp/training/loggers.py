@@ -3,6 +3,7 @@
 Callbacks run in their order: put `EvaluateEvery` before the loggers, and they log what it adds.
 """
 
+import contextlib
 import json
 import math
 import secrets
@@ -13,8 +14,8 @@ from typing import Any
 from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.files import replace_text
-from tl_paramdecomp.errors import MissingExtraError, SettingError
+from tl_paramdecomp.components.disk import read_json, replace_text
+from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError, SettingError
 from tl_paramdecomp.training.callbacks import JsonLines, RunInfo, StepInfo
 
 QUICK = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
@@ -167,10 +168,8 @@ def _run_id(run: RunInfo) -> str:
     assert run.run_dir is not None
     path = run.run_dir / RUN_ID
     if run.first:
-        try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["id"])
-        except (OSError, ValueError, KeyError, TypeError):  # the run before logged nothing there
-            pass
+        with contextlib.suppress(DecompositionFileError):  # the run before logged nothing there
+            return str(read_json(path, "id")["id"])
     made = secrets.token_hex(4)
     replace_text(path, json.dumps({"id": made}))
     return made

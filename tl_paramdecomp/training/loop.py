@@ -6,7 +6,6 @@
 """
 
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
 from tl_paramdecomp.methods.draws import RandomNumbers
 from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import Callback, RunInfo, StepInfo, listening, tell
 from tl_paramdecomp.training.collapse import CollapseWatch
 from tl_paramdecomp.training.data.sources import BatchSource
@@ -45,7 +45,7 @@ class Run:
     """Of the process that talks; others have none."""
     peers: Peers
     until: float | None
-    """When the budget of time is spent, by the monotonic clock."""
+    """When the budget of time is spent, by `clock.now`."""
     folder: RunFolder | None = None
     shown: Shown = field(init=False)
     state: TrainingState = field(init=False)
@@ -90,7 +90,7 @@ class Run:
         """The steps that are left."""
         state, path = self.state, None if self.folder is None else self.folder.path
         info = RunInfo(path, self.steps, state.done, self.settings, state.decomposition, self.adapter.model)
-        interrupts, begun, stopped = Interrupts(self.folder is not None), time.perf_counter(), False
+        interrupts, begun, stopped = Interrupts(self.folder is not None), clock.now(), False
         if self.peers.leads:
             self.watch.begin()
         with interrupts, listening(self.callbacks, info), self.shown.steps(self.steps, state.done) as bar:
@@ -101,7 +101,7 @@ class Run:
                     stopped = self.log(figures, bar, interrupts)
                     if self.due(self.plan.checkpoint_every):
                         self.checkpoint(figures)
-                    late = self.until is not None and time.monotonic() >= self.until
+                    late = self.until is not None and clock.now() >= self.until
                     stopped = self.peers.any_of(stopped | late)[0] | interrupts.agree(self.peers)
             except KeyboardInterrupt:
                 if state.settled and not interrupts.leaving and self.peers.world == 1:
@@ -134,7 +134,7 @@ class Run:
         if not self.due(plan.log_every) and not (plan.keep_best and self.due(plan.checkpoint_every)):
             return {}
         skipped = {"skipped": float(self.finite.skipped)} if plan.on_nonfinite == "skip" else {}
-        return {**figures_of(report, norms, state), **skipped, "seconds": time.perf_counter() - begun}
+        return {**figures_of(report, norms, state), **skipped, "seconds": clock.now() - begun}
 
     def due(self, every: int) -> bool:
         """Whether it is time for what is done every so many steps, and after the last."""

@@ -8,6 +8,7 @@ import torch
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Method
+from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.draws import Scope
 from tl_paramdecomp.training.guards import OnNonfinite
 
@@ -48,18 +49,23 @@ class Plan:
 
 
 def steps_of(method: Method[Any], steps: int | None, data: Any) -> int:
-    """Steps to take: none where there is nothing to train.
+    """Steps to take: none where there is nothing to train, however many are given.
 
     Raises:
-        SettingError, DataError: The method trains, and steps or data are missing.
+        SettingError, DataError: The method trains, and steps or data are missing; or steps are no number of steps.
     """
+    name, hint = type(method).__name__, ""
+    if isinstance(method, ExactBasis):
+        hint = f" It trains importances; {name}(training=None) is the plain basis, and takes no steps."
+    if steps is None and not method.trains:
+        return 0
+    if steps is None or isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0:
+        raise SettingError(f"{name} needs steps, a number from 0 on; given {steps!r}.{hint if steps is None else ''}")
     if not method.trains:
         return 0
-    if steps is None or steps < 0:
-        raise SettingError(f"{type(method).__name__} needs steps, a number from 0 on; given {steps}.")
     if steps and data is None:
-        raise DataError(f"{type(method).__name__} needs data to train on: token rows, batches or a dataset.")
-    return steps
+        raise DataError(f"{name} needs data to train on: token rows, batches or a dataset.{hint}")
+    return steps.__index__()
 
 
 def check_place(adapter: ModelAdapter, device: Any, run_dir: Any, resume: Any) -> None:

@@ -95,7 +95,8 @@ class Circuit(Record):
     incompleteness: float
     """Mean |f(C without K) - f(all without K)| over random halves K of the circuit."""
     drops: list[float]
-    """f(C) - f(C without v) for units v (at most 64 of them): small ones are not needed."""
+    """f with the unit minus f without it, f(C) - f(C without v), for units v (at most 64 of them): small ones are not
+    needed."""
     groups: dict[str, float]
     """f(C) by template."""
     curve: list[list[float]]
@@ -105,6 +106,13 @@ class Circuit(Record):
     cmd: float | None
     """Area between the curve and 1: how far circuits are from the model at any size (MIB)."""
     seed: int
+
+    def check(self) -> None:
+        """Every measure is there."""
+        if not self.random_circuits:
+            raise ValueError("there are no random circuits")
+        if self.metrics.keys() != self.faithfulness.keys() or any(len(place) != 2 for place in self.curve):
+            raise ValueError("the metric and faithfulness are of other masks, or the curve is no list of pairs")
 
     def tables(self) -> "list[Table]":
         """Sizes and values."""
@@ -124,8 +132,10 @@ class Circuit(Record):
             f"{self.direction}, value {self.value}, delta {self.delta:g}, {self.prompts} prompts.",
             f"Random circuits of that size: f {min(self.random_circuits):.3f} to {max(self.random_circuits):.3f}. "
             f"Complement: {self.complement:.3f}. Incompleteness: {self.incompleteness:.3f}.",
-            f"One unit removed: f falls by {drops[len(drops) // 2]:.3f} in the median ({drops[0]:.3f} to {drops[-1]:.3f}).",
         ]
+        if drops:
+            middle, ends = drops[len(drops) // 2], f"({drops[0]:.3f} to {drops[-1]:.3f})"
+            lines.append(f"One unit removed: f falls by {middle:.3f} in the median {ends}.")
         if self.groups:
             lines.append(f"By template: f {min(self.groups.values()):.3f} to {max(self.groups.values()):.3f}.")
         if self.cpr is not None and self.cmd is not None:

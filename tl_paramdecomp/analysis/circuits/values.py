@@ -174,7 +174,8 @@ def adversarial_value(
 
 def mask_gradients(runs: TaskRuns, steps: int = 8) -> Float[Tensor, " n"]:
     """Each unit's share of the metric between everything ablated and the model: integrated gradients over one mask that all
-    units share, by the midpoint rule. They sum to m(model) - m(none) as steps grow.
+    units share, by the midpoint rule. They sum to m(model) - m(none) as steps grow: positive where the metric is higher with
+    the unit than without it.
 
     After Sundararajan et al. 2017 (arXiv 1703.01365, section 3), with masks in place of inputs.
     """

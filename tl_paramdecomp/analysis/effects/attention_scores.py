@@ -24,6 +24,7 @@ from tl_paramdecomp.adapters.rotations import Rotation, refuse_unknown_scores, r
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
 from tl_paramdecomp.analysis.effects.site_writes import SiteWrites
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.indices import checked_head
 from tl_paramdecomp.components.positions import PositionsLike, parse_positions
 from tl_paramdecomp.errors import HeadIndexError, NoMatchingSiteError, SettingError, UnsupportedModelError
 from tl_paramdecomp.patching.target import checked_adapter
@@ -43,6 +44,7 @@ class ScorePair(NamedTuple):
     key: int | str
     """Component of W_K, "delta" or "bias"."""
     value: float
+    """Score with the pair minus score without it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,10 @@ def attention_scores(
             f"{f'the model has no {missing[0]}' if missing else 'the decomposition has neither'}."
         )
     sites = [adapter.site(name) for name in names]
-    head = _checked_head(sites[0], head)
+    chosen = checked_head(sites[0], head)
+    if chosen is None:
+        raise HeadIndexError(f"Scores are those of one head of {names[0]}; given None.")
+    head = chosen
     block = adapter.block_modules()[layer]
     refuse_unknown_scores(adapter.root, block)
     seen = _see(adapter, names, block, tokens, attention_mask)
@@ -153,12 +158,6 @@ def attention_scores(
     pairs = torch.einsum("bqid,bkjd->bqkij", turned[0] * scale, turned[1])
     shown = own.to(pairs.dtype).masked_fill(~allowed, math.nan)[:, at_q][:, :, at_k]
     return AttentionScores(layer, head, at_q, at_k, pairs, shown, rotation, scale)
-
-
-def _checked_head(site: WeightSite, head: SupportsIndex) -> int:
-    if isinstance(head, bool) or not hasattr(head, "__index__") or not 0 <= head.__index__() < (site.n_heads or 0):
-        raise HeadIndexError(f"{site.name} has query heads 0 to {(site.n_heads or 0) - 1}; given {head!r}.")
-    return head.__index__()
 
 
 def _columns(positions: Any, rows: Tensor) -> list[int]:

@@ -1,7 +1,8 @@
 """How much each component at each position does for a metric: by gradients, along a path of inputs, or by ablating it.
 
-Every value is the metric with the component's write as it is minus the metric with it removed or replaced; positive values
-speak for the component. With h = x V the activations, g = dL/dy the derivative of the metric by what the site writes:
+Every value is the metric with the component's write as it is minus the metric with it removed or replaced, as in `sweep`;
+positive values speak for the component. With h = x V the activations, g = dL/dy the derivative of the metric by what the
+site writes:
 
     gradient        (h_c - h'_c) (U_c . g), of first order
     integrated      (h_c - h'_c) (U_c . mean of g along a path from the corrupt to the clean run)
@@ -67,7 +68,7 @@ def attribute(
     rows_at_once: int = 64,
     progress: bool = True,
 ) -> Attribution:
-    """Effect of every component at every position on a metric, of the model as it stands.
+    """Effect of every component at every position on a metric, of the model as it stands: metric with it minus metric without.
 
     Args:
         model: The target model, on any host.

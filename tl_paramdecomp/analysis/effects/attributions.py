@@ -1,16 +1,13 @@
 """What attribution leaves behind: an effect of every component at every position, as tensors, tables and files."""
 
-import json
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.analysis.records import Record, plain_table
-from tl_paramdecomp.components.files import replace_text
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
 from tl_paramdecomp.components.plain import from_plain
 from tl_paramdecomp.errors import MissingExtraError, SettingError
 
@@ -39,6 +36,7 @@ class Effect(NamedTuple):
     position: int | None
     """Column of the rows; None where positions are summed."""
     value: float
+    """Metric with the component minus metric without it, as `Attribution.direction` says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,7 @@ class Attribution(Record):
     """Effects on a metric. Positive values speak for a component: the metric is higher with it than without."""
 
     what: ClassVar[str] = "attribution"
+    arrays: ClassVar[tuple[str, ...]] = ("values", "delta", "bias", "embeddings")
 
     method: str
     metric: str
@@ -145,8 +144,21 @@ class Attribution(Record):
         return self.positions[place] if self.by_position else None
 
     # --- words and files --------------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """One value for each row, and as many places as there are positions; the same sites throughout."""
+        rows, places = len(self.clean), len(self.positions) if self.by_position else 1
+        if not rows or not self.positions or (self.corrupt is not None and len(self.corrupt) != rows):
+            raise ValueError(f"{rows} rows, {len(self.positions)} positions")
+        if self.delta.keys() != self.values.keys():
+            raise ValueError("delta components and components are of other sites")
+        for name in self.arrays:
+            for site, array in getattr(self, name).items():
+                if tuple(array.shape[:2]) != (rows, places):
+                    raise ValueError(f"{name} of {site} are {list(array.shape)}, with {rows} rows and {places} places")
+
     def tables(self) -> "list[Table]":
-        table = plain_table(f"Attribution by {self.method} to {self.metric}", "site", "component", "position", "effect")
+        title, effect = f"Attribution by {self.method} to {self.metric}", f"effect\n{WITH_WITHOUT}"
+        table = plain_table(title, "site", "component", "position", effect)
         for effect in self.top(SHOWN, delta=True):
             component = "delta" if effect.component is None else str(effect.component)
             position = "all" if effect.position is None else str(effect.position)
@@ -178,37 +190,16 @@ class Attribution(Record):
             lines.append(f"Held in gradients: {', '.join(held)}.")
         return lines
 
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON, tensors as nested lists, whole or not at all.
-
-        Raises:
-            DecompositionFileError: It cannot be written there.
-        """
-        path = Path(path)
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
-        for name in TENSORS:
-            values[name] = {site: _as_list(tensor) for site, tensor in getattr(self, name).items()}
-        replace_text(path, json.dumps(values, indent=1))
-        return path
-
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "Attribution":
-        """With its tensors made anew.
+        """With tensors of what version 0.1.0 kept as lists.
 
         Raises:
             TypeError, ValueError: The fields are not what they should be.
         """
-        tensors = {name: {site: _as_tensor(values) for site, values in kept[name].items()} for name in TENSORS}
-        return from_plain(cls, kept | tensors)
+        arrays = {name: {site: _as_tensor(array) for site, array in kept[name].items()} for name in cls.arrays}
+        return from_plain(cls, kept | arrays)
 
 
-TENSORS = ("values", "delta", "bias", "embeddings")
-"""Fields that hold tensors by site."""
-
-
-def _as_list(tensor: Tensor) -> dict[str, object]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
-
-
-def _as_tensor(kept: dict[str, object]) -> Tensor:
-    return torch.tensor(kept["values"], dtype=getattr(torch, str(kept["dtype"])))
+def _as_tensor(kept: Any) -> Tensor:
+    return kept if isinstance(kept, Tensor) else torch.tensor(kept["values"], dtype=getattr(torch, str(kept["dtype"])))

@@ -29,6 +29,11 @@ class ComponentHeads(Record):
     values: list[list[float]]
     """[C, heads]; over heads they sum to 1, or to 0 for a component without norm."""
 
+    def check(self) -> None:
+        """As many heads for every component."""
+        if not self.values or not self.values[0] or len(set(map(len, self.values))) != 1:
+            raise ValueError("components are of different numbers of heads, or there are none")
+
     @property
     def shares(self) -> Float[Tensor, "C heads"]:
         """The values as a tensor."""

@@ -11,7 +11,8 @@ With a the number that is explained, y_s = b_s + h_s U_s + delta_s the writes an
     a = sum over sites and positions of (h_s U_s + delta_s + b_s) . g_s + embeddings + biases + remainder
 
 where embeddings and biases are those of tables, weights and normalisations that are not decomposed. The remainder is 0 where a
-is an affine function of the writes: everything between is linear, or frozen.
+is an affine function of the writes: everything between is linear, or frozen. Each part is a with the component (its write, a
+bias, an embedding) minus a without it, the others held: exactly so in that case, to first order otherwise.
 """
 
 import contextlib
@@ -45,7 +46,8 @@ class IncomingEdges:
     value: Float[Tensor, " batch"]
     """The number itself: a component's activation at one position, or the metric."""
     values: dict[str, Float[Tensor, "batch pos _C"]]
-    """By decomposed site, the edge from each component at each position: h_c (U_c . g)."""
+    """By decomposed site, the edge from each component at each position: h_c (U_c . g), the number with its write minus
+    without it."""
     delta: dict[str, Float[Tensor, "batch pos"]]
     """By decomposed site, the edge from its delta component."""
     bias: dict[str, Float[Tensor, " batch"]]

@@ -1,8 +1,9 @@
 """Components as nodes of a graph: which components, where in the prompt, make up what a component reads.
 
 A node is (site, component, position). The edge u -> v is what u's write adds to v's activation directly, that is with what all
-other decomposed sites write held fixed: h_u (U_u . dh_v/dy_u), across positions too. `direct_effects` says what is held and
-what is differentiated on the way.
+other decomposed sites write held fixed: h_u (U_u . dh_v/dy_u), across positions too. It is v's activation (or the metric) with
+u minus without u, to first order, so that a positive edge raises its target. `direct_effects` says what is held and what is
+differentiated on the way.
 
 After Ge, Zhu, Shu, Wang, He, Qiu 2024 (arXiv 2405.13868) and Marks et al. 2024 (arXiv 2403.19647, section 3), with parameter
 components in the place of dictionary features.
@@ -10,7 +11,7 @@ components in the place of dictionary features.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, SupportsIndex, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ from tl_paramdecomp.analysis.activations import component_acts
 from tl_paramdecomp.analysis.effects.attribution import attribute
 from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges, edge_values
 from tl_paramdecomp.analysis.effects.site_writes import Prompts, chosen_sites, prompts_of
-from tl_paramdecomp.analysis.records import Record, Row, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, Row, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.indices import component_indices
@@ -101,6 +102,37 @@ def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple
     return site, component, position % length
 
 
+class NodeRow(TypedDict):
+    """One node."""
+
+    site: str
+    component: int
+    position: int | None
+    activation: float
+    attribution: float
+
+
+class EdgeRow(TypedDict):
+    """One edge."""
+
+    source: int
+    target: int | Literal["metric"]
+    value: float
+
+
+class ExplainedRow(TypedDict):
+    """What a target's value is made up of."""
+
+    target: int | Literal["metric"]
+    value: float
+    nodes: float
+    other_components: float
+    delta: float
+    bias: float
+    embeddings: float
+    remainder: float
+
+
 @dataclass(frozen=True)
 class Graph(Record):
     """Nodes, and edges between them and into the metric."""
@@ -110,18 +142,25 @@ class Graph(Record):
     metric: str
     kind: str
     """`prompt`: nodes have positions, and edges signs. `dataset`: mean absolute edges over rows and positions."""
-    nodes: list[Row]
+    nodes: Annotated[list[Row], list[NodeRow]]
     """site, component, position, activation, attribution. In a dataset's graph position is None, activation the mean absolute
     one, and attribution the mean over rows of the summed absolute ones."""
-    edges: list[Row]
-    """source (index of a node), target (index of a node, or "metric"), value."""
-    explained: list[Row]
+    edges: Annotated[list[Row], list[EdgeRow]]
+    """source (index of a node), target (index of a node, or "metric"), value: the target with the source minus without it."""
+    explained: Annotated[list[Row], list[ExplainedRow]]
     """For each target of a prompt's graph: value, and the sums of its edges from nodes, other components, delta components,
     biases and embeddings, and the remainder."""
     frozen_norms: bool
     frozen_patterns: bool
     rows: int
     """Token rows that the graph is of."""
+
+    def check(self) -> None:
+        """Edges and sums are between nodes that there are."""
+        ends = [e["source"] for e in self.edges] + [e["target"] for e in (*self.edges, *self.explained)]
+        outside = [end for end in ends if end != METRIC and not 0 <= end < len(self.nodes)]
+        if outside:
+            raise ValueError(f"there is no node {outside[0]} among {len(self.nodes)}")
 
     def label(self, node: int | str) -> str:
         """A node in words."""
@@ -141,7 +180,10 @@ class Graph(Record):
 
     def tables(self) -> "list[Table]":
         shown = self.strongest()
-        edges = plain_table(f"Edges of a {self.kind}'s graph for {self.metric}", "source", "target", "value")
+        sign = f"|{WITH_WITHOUT}|" if self.kind == "dataset" else WITH_WITHOUT
+        edges = plain_table(
+            f"Edges of a {self.kind}'s graph for {self.metric}", "source", "target", f"value\n{sign} source"
+        )
         for edge in shown:
             edges.add_row(self.label(edge["source"]), self.label(edge["target"]), f"{edge['value']:+.4g}")
         nodes = plain_table("Nodes of largest attribution", "node", "activation", "attribution")

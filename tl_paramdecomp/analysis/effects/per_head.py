@@ -1,4 +1,7 @@
-"""Components divided among attention heads: what each head reads of a component of W_O, or each writes of W_Q, W_K or W_V."""
+"""Components divided among attention heads: what each head reads of a component of W_O, or each writes of W_Q, W_K or W_V.
+
+Parts are what is there with the component minus without it, in one head: they sum to its activation, or to its write.
+"""
 
 from dataclasses import dataclass
 from typing import Any

@@ -48,7 +48,8 @@ def ablated_effects(
     plain: Float[Tensor, " batch"],
     progress: bool = True,
 ) -> tuple[dict[str, Float[Tensor, "batch columns _C"]], dict[str, Float[Tensor, "batch columns"]]]:
-    """Metric of the run minus metric with one component's activation replaced, for components and delta components.
+    """Metric of the run minus metric with one component's activation replaced, for components and delta components; in the
+    clean run, with the component minus without it.
 
     Args:
         run: What is run.

@@ -1,12 +1,21 @@
-"""What patching each component by itself does to a metric: the sweep behind activation patching, component by component.
+"""What each component by itself does for a metric: the sweep behind activation patching, component by component.
 
 Noising runs the clean prompts and puts other values in; denoising runs the corrupt prompts and puts the clean activations in
 (Heimersheim and Nanda 2024, arXiv 2404.15255). Effects are measured, not estimated from gradients.
+
+An effect is the metric with the component minus the metric without it, as in `attribute`; positive ones speak for it:
+
+    noising      m(clean run) - m(clean run with the value put in); of `zero`, an ablation
+    denoising    m(corrupt run with the clean activation put in) - m(corrupt run)
+
+`With` is the component's own clean activation in both, `without` whatever stands in its place (0, a mean, another prompt's
+activation, a number), so that the sign means the same for every value and direction. A denoising effect is what patching
+restores, a noising effect what patching breaks; both are in units of the metric, not shares of the clean run's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -17,9 +26,10 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.effects.sweep_runs import Inputs, Runner, SitePatches, Unpatched, run_group, start_of
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.plain import from_plain
 from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
 from tl_paramdecomp.errors import DataError, HeadIndexError, NoMatchingSiteError, SettingError, ShapeError
 from tl_paramdecomp.patching.act_edits import derangement
@@ -32,26 +42,38 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Direction = Literal["noising", "denoising"]
+Sign = Literal["with minus without"]
 SweepValue: TypeAlias = Literal["zero", "mean", "resample", "corrupt"] | float | int
 
 
+GRANULARITIES = [[*some, "component"] for n in range(3) for some in combinations(("position", "head"), n)]
+"""Axes that effects may have."""
+
+
 class SweepEffect(NamedTuple):
-    """One patch and what it changes."""
+    """One component and what it does for the metric."""
 
     site: str
     component: int
     effect: float
-    """Metric with the patch minus metric of the run that is patched, mean over prompts."""
+    """Metric with the component minus metric without it, mean over prompts."""
     position: int | None = None
     head: int | None = None
 
 
 @dataclass(frozen=True)
 class Sweep(Record):
-    """Effects of patching every component by itself."""
+    """Effects of every component by itself: the metric with it minus the metric without it. Positive values speak for it."""
 
     what: ClassVar[str] = "sweep"
+    arrays: ClassVar[tuple[str, ...]] = ("effects",)
+    absent: ClassVar[Mapping[str, str]] = {
+        "sign": "it does not say which way its effects are counted, and in sweeps of before, noising effects have the other "
+        "sign; sweep again"
+    }
 
+    sign: Sign
+    """Which way effects are counted; files from before there was this field have ablations the other way, and do not load."""
     direction: str
     """`noising` (clean prompts are run) or `denoising` (corrupt ones)."""
     value: str
@@ -67,7 +89,22 @@ class Sweep(Record):
     corrupt: float | None
     """Metric of the corrupt run, where there are corrupt prompts."""
     effects: dict[str, list[Any]]
-    """By site, nested lists along `granularity`: change of the metric against the run that is patched."""
+    """By site, nested lists along `granularity`: metric with the component minus metric without it, mean over prompts."""
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Sweep":
+        """With its effects as nested lists."""
+        effects = {site: a.tolist() if isinstance(a, Tensor) else a for site, a in kept["effects"].items()}
+        return from_plain(cls, kept | {"effects": effects})
+
+    def check(self) -> None:
+        """As many axes as there are words for them."""
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"{self.granularity} are no axes of effects")
+        for site in self.effects:
+            shape = self.effect(site).shape
+            if len(shape) != len(self.granularity) or 0 in shape:
+                raise ValueError(f"effects of {site} are {list(shape)}, along {', '.join(self.granularity)}")
 
     def effect(self, site: str) -> Float[Tensor, "*axes C"]:
         """Effects of one site.
@@ -88,7 +125,7 @@ class Sweep(Record):
                 yield SweepEffect(site, at["component"], effect, at.get("position"), at.get("head"))
 
     def top(self, n: int = 10) -> list[SweepEffect]:
-        """The n patches of largest absolute effect, largest first."""
+        """The n of largest absolute effect, largest first."""
         return sorted(self.rows(), key=lambda row: -abs(row.effect))[:n]
 
     def to_frame(self) -> "pandas.DataFrame":
@@ -99,12 +136,12 @@ class Sweep(Record):
         return pandas.DataFrame([{c: getattr(row, c) for c in columns} for row in self.rows()], columns=columns)
 
     def tables(self, top: int = 10) -> "list[Table]":
-        """The strongest patches, and each site's sums, for a terminal."""
+        """The strongest effects, and each site's sums, for a terminal."""
         table = plain_table(
             f"Largest effects on {self.metric} ({self.direction}, value {self.value})",
             "site",
             *self.granularity,
-            "effect",
+            f"effect\n{WITH_WITHOUT}",
         )
         for row in self.top(top):
             table.add_row(row.site, *(str(getattr(row, axis)) for axis in self.granularity), f"{row.effect:+.4f}")
@@ -141,7 +178,11 @@ def sweep(
     seed: int = 0,
     progress: bool = True,
 ) -> Sweep:
-    """The effect of patching every component by itself, many of them as rows of one batch.
+    """The effect of every component by itself, many of them as rows of one batch: metric with it minus metric without it.
+
+    Noising takes the metric of the clean run minus that of the clean run with the value put in, denoising that of the corrupt
+    run with the clean activation put in minus that of the corrupt run. With `value="zero"` it is the exact ablation, and what
+    `attribute(..., method="ablation", by_position=False)` gives.
 
     What each prompt reads at every site, and what every block returns for it, is held in memory meanwhile.
 
@@ -178,7 +219,8 @@ def sweep(
     adapter = checked_adapter(model, decomposition)
     need_answers(adapter, prompts)
     chosen = _chosen_sites(decomposition, sites, by_head)
-    base, source = (runs.corrupt, runs.clean) if direction == "denoising" else (runs.clean, runs.corrupt)
+    denoising = direction == "denoising"
+    base, source = (runs.corrupt, runs.clean) if denoising else (runs.clean, runs.corrupt)
     assert base is not None
     each = positions == "each" if isinstance(positions, str) else False
     if each and base.is_floating_point():
@@ -194,8 +236,9 @@ def sweep(
         unpatched = {"clean": _metric_of(adapter, runs, runs.clean, rows_at_once)}
         if runs.corrupt is not None:
             unpatched["corrupt"] = _metric_of(adapter, runs, runs.corrupt, rows_at_once)
-        effects = _effects(adapter, runs, base, source if values.takes_other else None, made, rows_at_once, progress)
+        changes = _changes(adapter, runs, base, source if values.takes_other else None, made, rows_at_once, progress)
     return Sweep(
+        sign="with minus without",
         direction=direction,
         value=put if isinstance(put, str) else f"{put:g}",
         metric=runs.metric_name,
@@ -204,7 +247,7 @@ def sweep(
         prompts=len(base),
         clean=unpatched["clean"],
         corrupt=unpatched.get("corrupt"),
-        effects={name: effects[name].tolist() for name in chosen},
+        effects={name: (changes[name] if denoising else 0.0 - changes[name]).tolist() for name in chosen},
     )
 
 
@@ -270,7 +313,7 @@ def _metric_of(adapter: ModelAdapter, runs: _Runs, tokens: Tensor, rows: int) ->
     return float(_runner(adapter, runs, tokens, rows, False).scores([], 0).mean())
 
 
-def _effects(
+def _changes(
     adapter: ModelAdapter,
     runs: _Runs,
     base: Tensor,
@@ -279,7 +322,8 @@ def _effects(
     rows_at_once: int,
     progress: bool,
 ) -> dict[str, Float[Tensor, "*axes C"]]:
-    """Effects of every patch, by site; with patches open elsewhere passes begin at the first block."""
+    """Metric with each patch minus metric of the run that is patched; with patches open elsewhere passes begin at the first
+    block."""
     resumes = bool(adapter.blocks) and not adapter.interceptions
     runner = _runner(adapter, runs, base, rows_at_once, resumes)
     others = None if source is None else Unpatched(adapter, source, runs.attention_mask, rows_at_once, resumes)
@@ -298,7 +342,7 @@ def _effects(
                 for name, (first, part) in scores.items():
                     found[name][first : first + len(part)] = (part - before).mean(1).cpu()
                     bar.update(len(part))
-    return {name: effects.view(made[name].shape) for name, effects in found.items()}
+    return {name: changes.view(made[name].shape) for name, changes in found.items()}
 
 
 # --- what is put in --------------------------------------------------------------------------------------------------

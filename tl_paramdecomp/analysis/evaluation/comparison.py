@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypedDict
 
 from tl_paramdecomp.analysis.evaluation.result import distance_name
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
@@ -28,6 +28,52 @@ SHARES = (1 / 4, 1 / 8, 1 / 16)
 """L0 at which methods are compared, as shares of the summed ranks of the matrices."""
 
 
+class Settled(TypedDict):
+    """What of a protocol curves depend on."""
+
+    seeds: list[int]
+
+
+class Point(TypedDict):
+    """One run."""
+
+    method: str
+    sparsity: float
+    seed: int
+    l0: float
+    active_parameters: float
+    active: int
+    components: int
+    unmasked: float | None
+    importance: float | None
+    rounded: float | None
+    stochastic: float | None
+    adversarial: float | None
+    permuted: float | None
+    zero: float
+
+
+class StabilityRow(TypedDict):
+    """Cosines between seeds, of one method at one sparsity."""
+
+    method: str
+    sparsity: float
+    trained: dict[str, float]
+    untrained: dict[str, float]
+
+
+class SplittingRow(TypedDict):
+    """One method at one capacity."""
+
+    method: str
+    capacity: float
+    components: int
+    active: int
+    split: float | None
+    l0: float
+    rounded: float | None
+
+
 @dataclass(frozen=True)
 class Comparison(Record):
     """Runs of several methods at several sparsities and seeds, all under one protocol; KL in nats per token."""
@@ -35,7 +81,7 @@ class Comparison(Record):
     what: ClassVar[str] = "comparison"
     width: ClassVar[int] = 120
 
-    protocol: Row
+    protocol: Annotated[Row, Settled]
     """What was fixed before the first run: sites, budget, seeds, sparsities, data, adversary."""
     methods: dict[str, Row]
     """Settings by label."""
@@ -43,11 +89,11 @@ class Comparison(Record):
     """Summed ranks of the matrices: the L0 of a dense basis."""
     parameters: int
     """Weights in the matrices."""
-    points: list[Row]
+    points: Annotated[list[Row], list[Point]]
     """One for each run: method, sparsity, seed, L0, active parameters, KL by kind of mask, controls."""
-    stability: list[Row]
+    stability: Annotated[list[Row], list[StabilityRow]]
     """By method and sparsity: matched cosines between seeds, and between their untrained starts."""
-    splitting: list[Row]
+    splitting: Annotated[list[Row], list[SplittingRow]]
     """By method and capacity: components, alive ones, share of the smallest's components that split."""
     versions: dict[str, str]
 

@@ -8,16 +8,18 @@
 6. Each matrix masked by itself.
 7. Controls: importances dealt out anew, and an untrained decomposition where one is given.
 
+What the headline is made of runs first, so that a time budget leaves out the rest before it.
 Read L0 with the rounded and the adversarial KL first. Stochastic masks keep half of every absent component and flatter.
 """
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +31,7 @@ from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, masks_of, target_of
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
-from tl_paramdecomp.analysis.evaluation.result import Evaluation
+from tl_paramdecomp.analysis.evaluation.result import Evaluation, headline_steps
 from tl_paramdecomp.analysis.evaluation.specificity import specificity
 from tl_paramdecomp.analysis.evaluation.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -58,6 +60,8 @@ SITE_KINDS = (
 """Of one matrix at a time."""
 ACTIVE, ALIVE = 0.1, 1e-6
 """Importance above which a component is active, and mean importance above which it is alive."""
+ROUNDED = MaskKind("rounded", threshold=ACTIVE)
+"""Of the headline."""
 DENSITIES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
 """Edges of the histogram of how often components are active; the first count is of those that never are."""
 KEPT = 1 << 30
@@ -116,7 +120,7 @@ def evaluate(
         importances: Taken instead of the decomposition's own importance function; needed where it has none.
         untrained: A control: the same method's start, `decompose(..., steps=0)`.
         protocol: Everything that can be set.
-        seconds: Leave out, and name, what would begin after so many.
+        seconds: Leave out, and name, what would begin after so many; parts of the headline begin first.
         progress: Show a progress bar.
         measure: How outputs are compared: `kl` of next-token distributions, or `mse`, the mean square of outputs as they are,
             which leaves out what only logits have. None: KL, or the mean square where the model gives no logits.
@@ -152,9 +156,13 @@ def evaluate(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for module in (adapter, *every):
             stack.enter_context(frozen(module))
-        bar = stack.enter_context(tqdm(desc="evaluate", disable=not progress, leave=False, unit="pass"))
-        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, bar, measure)
-        return run.all(untrained)
+        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, measure)
+        groups = run.parts(untrained)
+        total = 2 * run.n_batches + sum(part.cost for group in groups for part in group)
+        run.bar = stack.enter_context(
+            tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")
+        )
+        return run.all(groups)
 
 
 def rows_to_measure(data: Any, attention_mask: Tensor | None = None, rows: int = 64) -> tuple[Any, Tensor | None]:
@@ -190,8 +198,23 @@ def _first_rows(batches: Iterable[Any], n: int) -> tuple[Any, Tensor | None]:
     return tokens, None if bool(scored.all()) else scored
 
 
+class _Part(NamedTuple):
+    """Something to measure, that a time budget may leave out."""
+
+    name: str
+    run: Callable[[], Any]
+    cost: int
+    """Passes, as the bar counts them: one for each batch, or each component that is ablated."""
+    first: bool = False
+    """Whether it belongs to the headline."""
+
+
 class _Run:
     """One evaluation under way."""
+
+    ends: tuple[float, float] | None = None
+    """Cross-entropy of the model, and with everything removed; None where outputs are no logits."""
+    bar: "tqdm[Any]"
 
     def __init__(
         self,
@@ -202,11 +225,10 @@ class _Run:
         oracle: Oracle | None,
         protocol: Protocol,
         seconds: float | None,
-        bar: "tqdm[Any]",
         measure: Measure = "kl",
     ) -> None:
         self.measure: Measure = measure
-        self.adapter, self.dec, self.oracle, self.bar = adapter, decomposition, oracle, bar
+        self.adapter, self.dec, self.oracle = adapter, decomposition, oracle
         self.device = adapter.device
         self.tokens = tokens.to(self.device)
         self.mask = None if attention_mask is None else attention_mask.to(self.device)
@@ -255,35 +277,38 @@ class _Run:
             self.bar.update()
             yield step, len(step.divergence.target)
 
-    def has_time(self, what: str) -> bool:
-        """Whether the budget lets another part begin; what it does not is named."""
+    @property
+    def n_batches(self) -> int:
+        """How many `batches` gives."""
+        size = self.protocol.rows_at_once
+        return -(-len(self.tokens) // size) if self.mask is None else sum(bool(m.any()) for m in self.mask.split(size))
+
+    def has_time(self, what: str, cost: int) -> bool:
+        """Whether the budget lets another part begin; what it does not is named, and no longer counted by the bar."""
         if self.seconds is None or time.perf_counter() - self.begun < self.seconds:
             self.bar.set_postfix_str(what)
             return True
         self.left_out.append(what)
+        self.bar.total = (self.bar.total or cost) - cost
+        self.bar.refresh()
         return False
 
     # --- the parts --------------------------------------------------------------------------------------------------
-    def all(self, untrained: Decomposition | None) -> Evaluation:
-        """Every part that there is time for."""
-        model = self.sums(None)
-        zero = self.sums(MaskKind("zero"))
-        ends = None
+    def all(self, groups: Sequence[list[_Part]]) -> Evaluation:
+        """Every part that there is time for; figures stand in the order of the parts, whichever ran first."""
+        sparsity, masks, ladder, specific, by_site, controls = groups
+        parts = [part for group in groups for part in group]
+        model, zero = self.sums(None), self.sums(MaskKind("zero"))
         if self.measure == "kl":
-            ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
-        masks = [self.row(kind, ends) for kind in KINDS if self.has_time(f"{kind.name}, delta {kind.delta}")]
-        sites = self.sparsity() if self.has_time("sparsity") else []
-        ladder = [self.climbs(n) for n in self.protocol.ladder if self.has_time(f"adversary of {n} steps")]
-        found: dict[str, Any] = {}
-        if self.protocol.ablated and self.has_time("specificity"):
-            found = self.specificity()
-        by_site = []
-        if self.protocol.by_site:
-            wanted = [(name, kind) for name in self.dec for kind in SITE_KINDS]
-            by_site = [self.row(k, ends, name) for name, k in wanted if self.has_time(f"{name}, {k.name}")]
-        controls: dict[str, Any] = {}
-        if untrained is not None and self.has_time("untrained control"):
-            controls["untrained"] = self.control(untrained)
+            self.ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
+        done: dict[str, Any] = {}
+        for part in sorted(parts, key=lambda part: not part.first):
+            if self.has_time(part.name, part.cost):
+                done[part.name] = part.run()
+
+        def of(group: Sequence[_Part]) -> list[Any]:
+            return [done[part.name] for part in group if part.name in done]
+
         return Evaluation(
             protocol={
                 **dataclasses.asdict(self.protocol),
@@ -293,15 +318,50 @@ class _Run:
             },
             rows=len(self.tokens),
             positions=model.positions,
-            ce={} if ends is None else {"model": ends[0], "zero": ends[1]},
-            masks=masks + by_site,
-            adversary=ladder,
-            sites=sites,
-            specificity=found,
-            controls=controls,
+            ce={} if self.ends is None else {"model": self.ends[0], "zero": self.ends[1]},
+            masks=of(masks) + of(by_site),
+            adversary=of(ladder),
+            sites=next(iter(of(sparsity)), []),
+            specificity=next(iter(of(specific)), {}),
+            controls=dict(zip(["untrained"], of(controls))),
             run=dict(self.dec.info),
             seconds=time.perf_counter() - self.begun,
             left_out=self.left_out,
+        )
+
+    def parts(self, untrained: Decomposition | None) -> Sequence[list[_Part]]:
+        """What there is to measure: sparsity, masks, adversary, specificity, masks by site, controls."""
+        P, n = self.protocol, self.n_batches
+
+        def row(name: str, kind: MaskKind, site: str | None = None) -> _Part:
+            first = site is None and (kind == ROUNDED or kind.kind == "permuted")
+            return _Part(name, functools.partial(self.row, kind, site), n * self.draws(kind), first)
+
+        def climbs(steps: int) -> int:
+            return P.restarts * (n * (steps + 1) + 1)  # each begins with a look at the first batch
+
+        by_site = [row(f"{name}, {kind.name}", kind, name) for name in self.dec for kind in SITE_KINDS if P.by_site]
+        ablated = min(P.ablated, sum(c.n_components for c in self.dec.values()))
+        specific = [_Part("specificity", self.specificity, ablated)] if ablated else []
+        controls = []
+        if untrained is not None:
+            cost = 2 * n + (climbs(headline_steps(P.ladder)) if P.ladder else 0)
+            controls.append(_Part("untrained control", functools.partial(self.control, untrained), cost, True))
+        return (
+            [_Part("sparsity", self.sparsity, n, True)],
+            [row(f"{kind.name}, delta {kind.delta}", kind) for kind in KINDS],
+            [
+                _Part(
+                    f"adversary of {s} steps",
+                    functools.partial(self.climbs, s),
+                    climbs(s),
+                    s == headline_steps(P.ladder),
+                )
+                for s in P.ladder
+            ],
+            specific,
+            by_site,
+            controls,
         )
 
     def sums(self, kind: MaskKind | None, site: str | None = None, sample: int = 0) -> Sums:
@@ -318,9 +378,13 @@ class _Run:
             total = total.plus(target.sums(step.divergence.rows(logits)))
         return total
 
-    def row(self, kind: MaskKind, ends: tuple[float, float] | None, site: str | None = None) -> dict[str, Any]:
+    def draws(self, kind: MaskKind) -> int:
+        """How often a kind is measured: more than once where it is drawn at random."""
+        return self.protocol.samples if kind.kind in ("stochastic", "random") or kind.delta == "masked" else 1
+
+    def row(self, kind: MaskKind, site: str | None = None) -> dict[str, Any]:
         """A kind's figures; those that are drawn at random as means, with the standard deviation of the distance."""
-        n = self.protocol.samples if kind.kind in ("stochastic", "random") or kind.delta == "masked" else 1
+        n, ends = self.draws(kind), self.ends
         drawn = [self.sums(kind, site, sample) for sample in range(n)]
         distance = torch.tensor([s.mean(self.measure) for s in drawn], dtype=torch.float64)
         found = {
@@ -373,9 +437,13 @@ class _Run:
         return rows
 
     def climbs(self, steps: int) -> dict[str, Any]:
-        """The adversary's restarts."""
-        found = []
-        for restart in range(self.protocol.restarts):
+        """The adversary's restarts; after the first, only those that there is time for."""
+        found, restarts, cost = [], self.protocol.restarts, self.n_batches * (steps + 1) + 1
+        for restart in range(restarts):
+            rest = f"adversary of {steps} steps, {restarts - restart} of {restarts} restarts"
+            if restart and not self.has_time(rest, (restarts - restart) * cost):
+                break
+            self.bar.set_postfix_str(f"adversary of {steps} steps, restart {restart + 1}")
             generator = torch.Generator(device=self.device).manual_seed(self.protocol.seed + 7919 * restart)
             found.append(climb(self.weighted, steps, generator))
         worst = [c.worst for c in found]
@@ -424,15 +492,13 @@ class _Run:
 
     def control(self, untrained: Decomposition) -> dict[str, Any]:
         """The headline of another decomposition of the same model, under the same protocol."""
-        other = _Run(
-            self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.bar, self.measure
-        )
-        rounded = other.sums(MaskKind("rounded", threshold=ACTIVE))
+        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.measure)
+        other.bar = self.bar
+        rounded = other.sums(ROUNDED)
         l0 = sum(row["l0"] for row in other.sparsity())
         found = {"l0": l0, "rounded": rounded.mean(self.measure)}
         if self.protocol.ladder:
-            steps = 20 if 20 in self.protocol.ladder else max(self.protocol.ladder)
-            found["adversarial"] = other.climbs(steps)[self.measure]
+            found["adversarial"] = other.climbs(headline_steps(self.protocol.ladder))[self.measure]
         return found
 
 

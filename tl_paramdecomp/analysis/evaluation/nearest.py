@@ -31,6 +31,12 @@ class NearestComponents(Record):
     read: list[list[float]]
     """Cosines of V, with sign; `cosines` are these times those of U."""
 
+    def check(self) -> None:
+        """One row for each component, of as many entries in each table."""
+        shapes = [[len(row) for row in of] for of in (self.nearest, self.cosines, self.read)]
+        if any(shape != shapes[0] or len(shape) != len(self.components) for shape in shapes):
+            raise ValueError(f"tables of {', '.join(str(len(shape)) for shape in shapes)} rows do not fit each other")
+
     def tables(self) -> "list[Table]":
         """A row for each pair."""
         table = plain_table(

@@ -64,7 +64,8 @@ def estimated_effects(
     seed: int = 0,
     measure: Measure = "kl",
 ) -> dict[str, Float[Tensor, "batch pos C"]]:
-    """Estimated KL, in nats over all later positions, from removing each component at each position by itself.
+    """Estimated KL, in nats over all later positions, from removing each component at each position by itself: a size, without
+    a sign.
 
     Of outputs that are no logits, the mean square: (h_c U_c . d(s . y) / d y_site)^2 / width with signs s drawn at random.
 

@@ -1,13 +1,105 @@
 """What an evaluation found: as a table to read, a pandas frame, and JSON."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
 
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
+
+PARTIAL, NOT_REACHED = " (partial: time ran out)", "not reached"
+
+
+class Ends(TypedDict):
+    """Cross-entropy of the model, and with all removed."""
+
+    model: float
+    zero: float
+
+
+class MaskRow(TypedDict):
+    """Figures under one kind of mask."""
+
+    site: str
+    masks: str
+    delta: str
+    kl: float
+    kl_sd: float | None
+    ce_difference: float
+    ce_recovered: float | None
+    top1: float
+
+
+class AdversaryRow(TypedDict):
+    """Figures after so many steps."""
+
+    steps: int
+    restarts: int
+    kl: float
+    kl_worst: float
+    kl_all: list[float]
+    start: float
+
+
+class NoEnds(TypedDict):
+    """Outputs that are no logits have no cross-entropy."""
+
+
+class SquareRow(TypedDict):
+    """Figures of outputs that are no logits, under one kind of mask."""
+
+    site: str
+    masks: str
+    delta: str
+    mse: float
+    mse_sd: float | None
+
+
+class SquareAdversaryRow(TypedDict):
+    """The same after so many steps."""
+
+    steps: int
+    restarts: int
+    mse: float
+    mse_worst: float
+    mse_all: list[float]
+    start: float
+
+
+class SiteRow(TypedDict):
+    """Figures of one matrix."""
+
+    site: str
+    components: int
+    rank: int
+    relative_error: float
+    l0: float
+    l0_above_0: float
+    active_parameters: float
+    alive: int
+    active_anywhere: int
+    densities: list[int]
+
+
+class SpecificityRow(TypedDict):
+    """How well importances tell effects."""
+
+    auroc: float | None
+    spearman: float | None
+    important: float | None
+    unimportant: float | None
+    pairs: int
+
+
+class ControlRow(TypedDict, total=False):
+    """Another decomposition's headline."""
+
+    l0: float
+    rounded: float
+    adversarial: float
 
 
 @dataclass(frozen=True)
@@ -24,25 +116,31 @@ class Evaluation(Record):
     rows: int
     positions: int
     """Scored ones."""
-    ce: dict[str, float]
+    ce: Annotated[dict[str, float], Ends | NoEnds]
     """Cross-entropy of the model itself, and with all components and the delta component removed."""
-    masks: list[Row]
-    """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference, the share
-    of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is the model's."""
-    adversary: list[Row]
+    masks: Annotated[list[Row], list[MaskRow] | list[SquareRow]]
+    """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference (masked minus
+    model), the share of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is
+    the model's."""
+    adversary: Annotated[list[Row], list[AdversaryRow] | list[SquareAdversaryRow]]
     """By steps: median and largest KL over restarts, and where they began."""
-    sites: list[Row]
+    sites: Annotated[list[Row], list[SiteRow]]
     """By matrix: relative weight error, L0 above 0.1 and above 0, active parameters, alive components, how often they are
     active."""
-    specificity: dict[str, Row]
+    specificity: Annotated[dict[str, Row], dict[str, SpecificityRow]]
     """Importance against the measured effect of ablating, and the same of importances dealt out anew."""
-    controls: dict[str, Row]
+    controls: Annotated[dict[str, Row], dict[str, ControlRow]]
     """Headline of other decompositions of the model."""
     run: Row
     """Where the decomposition came from."""
     seconds: float
     left_out: list[str]
     """Parts that the time budget left no room for."""
+
+    def check(self) -> None:
+        lacking = [row for row in (*self.masks, *self.adversary) if self.measure not in row]
+        if lacking or (self.measure == "kl") != ({"model", "zero"} <= self.ce.keys()):
+            raise ValueError(f"its figures are not those of {self.measure!r}")
 
     @property
     def measure(self) -> str:
@@ -70,14 +168,18 @@ class Evaluation(Record):
 
     @property
     def headline(self) -> dict[str, float]:
-        """L0 with the KL under rounded (0.1) and adversarial masks (20 steps, or the most there are)."""
+        """L0 with the KL under rounded (0.1) and adversarial masks (20 steps, or the most there are): those of them that were
+        reached, where time ran out (`left_out`)."""
         found: dict[str, float] = {"l0": sum(row["l0"] for row in self.sites)} if self.sites else {}
         rounded = [r for r in self.masks if (r["masks"], r["delta"], r["site"]) == ("rounded 0.1", "absent", "all")]
         found |= {"rounded": rounded[0][self.measure]} if rounded else {}
-        by_steps = {row["steps"]: row[self.measure] for row in self.adversary}
-        if by_steps:
-            found["adversarial"] = by_steps.get(20, by_steps[max(by_steps)])
-        return found
+        climbs = self._headline_climbs()
+        return found | ({"adversarial": climbs[self.measure]} if climbs else {})
+
+    def _headline_climbs(self) -> Row | None:
+        """The adversary that the headline is of."""
+        by_steps = {row["steps"]: row for row in self.adversary}
+        return by_steps[headline_steps(tuple(by_steps))] if by_steps else None
 
     def frame(self) -> "pandas.DataFrame":
         """Kinds of masks as a pandas frame."""
@@ -101,6 +203,11 @@ class Evaluation(Record):
         return [f"Left out for want of time: {', '.join(self.left_out)}."] if self.left_out else []
 
 
+def headline_steps(ladder: Sequence[int]) -> int:
+    """Steps of the adversary in a headline: 20, or the most there are."""
+    return 20 if 20 in ladder else max(ladder)
+
+
 def _shown(value: float | None, places: int = 4) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
@@ -113,10 +220,15 @@ def distance_name(measure: str) -> str:
 def _headline(found: Evaluation) -> "Table":
     what = distance_name(found.measure)
     columns = ("L0", f"rounded {what}", f"adversarial {what}")
-    table = plain_table(f"Headline: {found.positions} tokens of {found.rows} held-out rows", "decomposition", *columns)
+    title = f"Headline{PARTIAL if found.left_out else ''}: {found.positions} tokens of {found.rows} held-out rows"
+    table = plain_table(title, "decomposition", *columns)
+    climbs, restarts = found._headline_climbs(), found.protocol.get("restarts", 1)
+    wanted = ["l0", "rounded", *(["adversarial"] if found.protocol.get("ladder") else [])] if found.left_out else []
     for name, values in {"this one": found.headline, **found.controls}.items():
-        l0 = _shown(values.get("l0"), 1)
-        table.add_row(name, l0, _shown(values.get("rounded")), _shown(values.get("adversarial")))
+        cells = {key: _shown(values.get(key), 1 if key == "l0" else 4) for key in ("l0", "rounded", "adversarial")}
+        if name == "this one" and climbs and climbs["restarts"] < restarts:
+            cells["adversarial"] += f" ({climbs['restarts']} of {restarts} restarts)"
+        table.add_row(name, *(cell or (NOT_REACHED if key in wanted else "") for key, cell in cells.items()))
     permuted = [row[found.measure] for row in found.masks if row["masks"].startswith("permuted")]
     if permuted:
         table.add_row("the same, importances dealt anew", _shown(found.headline.get("l0"), 1), _shown(permuted[0]), "")
@@ -146,7 +258,7 @@ def _masks(found: Evaluation) -> "Table":
 
 
 def _adversary(found: Evaluation) -> "Table":
-    restarts = found.adversary[0]["restarts"] if found.adversary else 0
+    restarts = max((row["restarts"] for row in found.adversary), default=0)
     title = f"Adversary: one for all rows, {restarts} restarts"
     what, key = distance_name(found.measure), found.measure
     table = plain_table(title, "steps", f"{what}, median", f"{what}, worst", "random start")

@@ -46,7 +46,8 @@ class LensToken:
     token: int
     text: str | None
     value: float
-    """Change of the logit per unit of the component's activation, with the last normalisation's scale at 1."""
+    """Change of the logit per unit of the component's activation, with the component minus without it, the last
+    normalisation's scale at 1."""
 
 
 @dataclass(frozen=True)

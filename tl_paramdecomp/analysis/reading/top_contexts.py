@@ -80,6 +80,13 @@ class TopContexts(Record):
     """How many counted."""
     components: list[ComponentContexts] = field(repr=False)
 
+    def check(self) -> None:
+        """Each context has a text for each token, and is at one of them."""
+        for own in self.components:
+            for context in own.contexts:
+                if len(context.texts) != len(context.tokens) or not 0 <= context.place < len(context.tokens):
+                    raise ValueError(f"a context of {own.site}[{own.component}] is not at one of its tokens")
+
     def of(self, site: str, component: int) -> list[Context]:
         """Contexts of one component, largest first.
 

@@ -3,6 +3,9 @@
 The impact of subnetwork k on a sample is |<E_k, grad D>|, the mean over references ("Local Loss Landscape Decomposition", arXiv
 2504.00194, section 3.2). With J the derivative of the outputs along E_k, which one forward pass in forward mode gives for all
 positions at once, it is |c . J| with c the divergence's gradient at the output: no backward pass for each reference.
+
+Impacts are sizes, without a sign. Where a subnetwork's effect has one (`output_derivative`), it is the output of the model
+moved along it minus the output of the model, per unit: with the movement minus without it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -102,7 +105,8 @@ def output_derivative(
     tokens: Shaped[Tensor, "rows ..."],
     attention_mask: Int[Tensor, "rows pos"] | None = None,
 ) -> Float[Tensor, "rows *pos width"]:
-    """How outputs (logits) change per unit along decoder subnetwork k, at delta 0: its top entries are what it promotes.
+    """How outputs (logits) change per unit along decoder subnetwork k, at delta 0, moved minus unmoved: its top entries are
+    what it promotes.
 
     Raises:
         ComponentIndexError: There is no such subnetwork.

@@ -66,7 +66,7 @@ class TopLogits(NamedTuple):
     """The outputs (tokens) that a subnetwork moves most, by row."""
 
     slopes: Float[Tensor, "rows n"]
-    """Change of the logit per unit along the subnetwork, largest absolute value first."""
+    """Change of the logit per unit along the subnetwork, moved minus unmoved, largest absolute value first."""
     indices: Int[Tensor, "rows n"]
 
 
@@ -99,7 +99,8 @@ def top_logits(
 
 @dataclass(frozen=True)
 class Selectivity:
-    """How far outputs change when a model is moved along each subnetwork: on the samples it matters to, and on the rest."""
+    """How far outputs change when a model is moved along each subnetwork: on the samples it matters to, and on the rest. A
+    divergence, so without a sign."""
 
     delta: float
     subnetworks: list[int]

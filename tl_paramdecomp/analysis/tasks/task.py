@@ -5,6 +5,7 @@ on (Zhang and Nanda, "Towards best practices of activation patching in language 
 """
 
 import dataclasses
+import hashlib
 import json
 import operator
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,14 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.analysis.tasks.tokens import PromptTokenizer, prompt_tokenizer
-from tl_paramdecomp.components.files import read_text, replace_text
-from tl_paramdecomp.errors import DtypeError, ShapeError, TaskError, TokenizerTaskError
+from tl_paramdecomp.components.disk import parse_json, read_text, replace_text
+from tl_paramdecomp.errors import DecompositionFileError, DtypeError, ShapeError, TaskError, TokenizerTaskError
 from tl_paramdecomp.sites import check_rows
 
+LARGEST = 1 << 27
+"""Bytes of a task's file that are written or read at most: 128 MiB."""
+CHECKSUM = '{"checksum": '
+"""How the last line of a saved task begins; a file written by hand has none."""
 FIELDS = ("clean", "answer", "corrupt", "wrong", "text", "group", "task")
 """What a line of a task's file may hold; the first two are needed."""
 
@@ -177,10 +182,12 @@ class Task:
         return dataclasses.replace(self, **moved)
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON lines of token ids, one for each prompt, that `load_task` reads back; whole or not at all.
+        """Write it as JSON lines of token ids, one for each prompt, that `load_task` reads back; whole or not at all. The last
+        line holds the sha256 of those before.
 
         Raises:
-            DecompositionFileError: It cannot be written there.
+            DecompositionFileError: It cannot be written there, or is larger than is read again.
+            DiskSpaceError: There is no room.
         """
         path, lengths = Path(path), (self.last + 1).tolist()
         lines = []
@@ -193,7 +200,12 @@ class Task:
                 if of:
                     line[field] = list(of[i]) if field == "wrong" else of[i]
             lines.append(json.dumps(line, ensure_ascii=False))
-        replace_text(path, "\n".join(lines) + "\n")
+        text = _sealed("\n".join(lines) + "\n")
+        if len(text.encode("utf-8", errors="replace")) > LARGEST:
+            raise DecompositionFileError(
+                f"{path} would have more than {LARGEST} bytes, which are not read again; save less."
+            )
+        replace_text(path, text)
         return path
 
 
@@ -205,7 +217,8 @@ def load_task(
     A line is `{"clean": ..., "corrupt": ..., "answer": ..., "wrong": ...}`, of which "corrupt" and "wrong" may be left out,
     and perhaps "text", "group" and "task" (its name). Prompts are texts, or lists of token ids, which are taken as they
     are. Answers and wrong tokens are a text or a token id, or a list of them; a text is what follows the prompt letter by
-    letter, so that for most tokenizers it begins with a space (" John"), and it must add exactly one token.
+    letter, so that for most tokenizers it begins with a space (" John"), and it must add exactly one token. A file that
+    `Task.save` wrote ends with its checksum; take that line away to edit the file.
 
     Args:
         path: The file.
@@ -217,7 +230,7 @@ def load_task(
             itself puts it there.
 
     Raises:
-        DecompositionFileError: There is no such file.
+        DecompositionFileError: There is no such file, or it is too large, or not as it was saved.
         TaskError: The file is empty or no JSON lines, a field is missing or unknown, a prompt and its counterpart differ in
             length, or only some of the lines have a counterpart or wrong tokens.
         TokenizerTaskError: An answer is not one token, or the tokenizer cannot write a text.
@@ -342,17 +355,17 @@ def _ids(name: str, what: str, given: Any) -> tuple[int, ...]:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Lines that are not blank, each with where it is."""
+    """Lines that are not blank, each with where it is; the checksum is compared and left out."""
     lines = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(_unsealed(path, read_text(path, LARGEST)).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path.name}, line {number}"
         try:
-            read = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            read = parse_json(where, line)
+        except DecompositionFileError as error:
             raise TaskError(
-                f"{where} is not JSON ({error}); a task's file holds one JSON object on each line."
+                f"{where} is not JSON ({error.__cause__}); a task's file holds one JSON object on each line."
             ) from error
         if not isinstance(read, dict):
             raise TaskError(f"{where} is no JSON object with the fields {', '.join(FIELDS)}.")
@@ -368,6 +381,22 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not lines:
         raise TaskError(f"{path} is empty; give one line of JSON for each prompt, with 'clean' and 'answer'.")
     return lines
+
+
+def _sealed(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+    return f'{text}{CHECKSUM}"{digest}"}}\n'
+
+
+def _unsealed(path: Path, text: str) -> str:
+    """The lines before the checksum, where there is one."""
+    body, mark, _ = text.rpartition(CHECKSUM)
+    if mark and text != _sealed(body):
+        raise DecompositionFileError(
+            f"{path} is not as it was saved: its checksum does not fit. It is damaged, or was edited; copy it again from where "
+            "it was saved, or take the line with the checksum away if the change was meant."
+        )
+    return body if mark else text
 
 
 def _prompt(writer: PromptTokenizer | None, where: str, given: Any) -> tuple[int, ...]:

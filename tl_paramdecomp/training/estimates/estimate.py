@@ -10,7 +10,7 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import torch
 
@@ -30,24 +30,90 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+class RunRow(TypedDict):
+    """What is run."""
+
+    method: str
+    importance: str | None
+    steps: int
+    rows: int
+    shape: list[int]
+    device: str
+
+
+class SiteRow(TypedDict):
+    """One site, or norm."""
+
+    site: str
+    d_in: int | None
+    d_out: int | None
+    components: int
+    parameters: int
+
+
+class CountRow(TypedDict):
+    """How many of each."""
+
+    components: int
+    parameters: int
+    importance: int
+    trained: int
+    optimiser: int
+
+
+class MemoryRow(TypedDict):
+    """Bytes."""
+
+    process: int
+    model: int
+    components: int
+    importance: int
+    gradients: int
+    optimiser: int
+    copy: int
+    step: int | None
+    row: int | None
+    start: int | None
+    peak: int | None
+    in_use: int
+    available: int | None
+
+
+class SecondsRow(TypedDict):
+    """Seconds."""
+
+    start: float | None
+    step: float | None
+    run: float | None
+
+
+class DiskRow(TypedDict):
+    """Bytes, and how many checkpoints."""
+
+    checkpoint: int
+    kept: int
+    result: int
+    total: int
+
+
 @dataclass(frozen=True)
 class Estimate(Record):
     """What a run needs, in bytes and seconds."""
 
     what: ClassVar[str] = "estimate"
 
-    run: Row
+    run: Annotated[Row, RunRow]
     """Method, importance function, steps, rows and their shape, device."""
-    sites: list[Row]
+    sites: Annotated[list[Row], list[SiteRow]]
     """By site: d_in, d_out, components, parameters."""
-    counts: Row
+    counts: Annotated[Row, CountRow]
     """Components; parameters of components, of the importance function, of all that is trained; numbers the optimiser keeps."""
-    memory: Row
+    memory: Annotated[Row, MemoryRow]
     """What is held throughout, by what it is for; what a `step` adds to it; the `peak`, in the start or in a step; what is
     `available` besides what is in use now. On a CPU it is the resident memory of the process."""
-    seconds: Row
+    seconds: Annotated[Row, SecondsRow]
     """Of the `start`, a `step`, and the `run` without checkpoints and evaluations; None without a trial."""
-    disk: Row
+    disk: Annotated[Row, DiskRow]
     """Of a `checkpoint` and of the `result`; how many checkpoints are `kept`, and the `total`."""
     refused: str | None = None
     """Why no trial was made."""

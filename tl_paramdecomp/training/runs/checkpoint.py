@@ -15,13 +15,28 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
-import safetensors
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.components.files import LARGEST, parse_json, read_tensors, read_text, write_tensors, write_text, replace_text, sync_folder
+from tl_paramdecomp.components.disk import (
+    LARGEST,
+    digest_of,
+    failure,
+    not_own,
+    open_regular,
+    parse_json,
+    read_json,
+    read_tensors,
+    read_text,
+    remove_own,
+    replace_text,
+    sync_folder,
+    write_tensors,
+    write_text,
+)
+from tl_paramdecomp.components.files import OWN as OWN_OF_DECOMPOSITION
 from tl_paramdecomp.components.plain import as_declared, in_short
 from tl_paramdecomp.errors import (
     DecompositionFileError,
@@ -39,6 +54,8 @@ FORMAT = 1
 METADATA, BEST, DECOMPOSITION = "checkpoint.json", "best.json", "decomposition"
 OPTIMISER, MEMORY, RANDOM = "optimiser.safetensors", "memory.safetensors", "random.safetensors"
 SCRATCH, ASIDE = ".writing", ".discarded-"
+OWN = rf"checkpoint\.json|(optimiser|memory|random)\.safetensors|{DECOMPOSITION}|{OWN_OF_DECOMPOSITION}"
+"""Names of what a checkpoint holds; nothing else is deleted."""
 FIELDS = {
     "format": int,
     "step": int,
@@ -56,6 +73,14 @@ UNFIT = (LookupError, ValueError, RuntimeError, TypeError, ArithmeticError, Attr
 """What goes wrong where tensors are of another run, or none that a run leaves."""
 SLACK = 1 << 16
 """Bytes of everything in a checkpoint that is no tensor, and more."""
+
+
+class Best(TypedDict):
+    """What `best.json` says."""
+
+    step: int
+    figure: str
+    value: float
 
 
 class Checkpoint(NamedTuple):
@@ -85,6 +110,14 @@ class Checkpoints:
         """Known to be broken; deleted once there is a newer good one."""
 
     # --- reading ------------------------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """See that what tells the best checkpoint is that, or not there.
+
+        Raises:
+            DecompositionFileError: It is something else.
+        """
+        self._known_best()
+
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose checksums hold; None where there is no checkpoint at all.
 
@@ -110,9 +143,9 @@ class Checkpoints:
         return None
 
     def _folders(self) -> list[Path]:
-        """Oldest first."""
+        """Oldest first; a folder that holds only what others put there is none of them."""
         found = [p for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]+", p.name) and p.is_dir()]
-        return sorted(found, key=_step_of)
+        return sorted((p for p in found if p.is_symlink() or _holds_own(p)), key=_step_of)
 
     # --- writing ------------------------------------------------------------------------------------------------------
     def save(self, state: SavedState, values: Mapping[str, Any], figures: Mapping[str, float] | None = None) -> Path:
@@ -133,24 +166,33 @@ class Checkpoints:
             self.clear()
             self._check_space(state)
             scratch.mkdir()
+        except DiskSpaceError:
+            raise
+        except OSError as error:
+            raise self._failure(state.done, error) from error
+        try:
             written = self._write(scratch, state, values)
-            if final.exists():  # one of this step that is broken
-                _discard(final)
+            if os.path.lexists(final):  # one of this step that is broken
+                others = _not_own(final)
+                if others is not None:
+                    raise OSError(f"{others} is nothing that a run wrote, and is in the way; move it away")
+                _put_aside(final)
             os.rename(scratch, final)
             sync_folder(self.folder)
-        except (OSError, safetensors.SafetensorError, TypeError, ValueError) as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, DiskSpaceError):
-                raise
-            raise DecompositionFileError(
-                f"Could not write the checkpoint of step {state.done} into {self.folder}: {error}. {self.told_last()} Free "
-                "some space or mend the folder, and the same call goes on from there."
-            ) from error
+        except (OSError, TypeError, ValueError) as error:
+            remove_own([scratch], OWN)
+            raise self._failure(state.done, error) from error
         self.last = Checkpoint(final, state.done, written)
         self._broken.discard(final)
         self._note_best(state.done, figures)
         self._prune()
         return final
+
+    def _failure(self, step: int, error: Exception) -> DecompositionFileError:
+        advice = "Free some space or mend the folder, and the same call goes on from there."
+        return failure(
+            f"Could not write the checkpoint of step {step} into {self.folder}", error, f"{self.told_last()} {advice}"
+        )
 
     def _write(self, scratch: Path, state: SavedState, values: Mapping[str, Any]) -> dict[str, Any]:
         state.decomposition.save(scratch / DECOMPOSITION)
@@ -189,11 +231,22 @@ class Checkpoints:
 
     # --- what stays ---------------------------------------------------------------------------------------------------
     def set_aside(self) -> None:
-        """A run begins anew here: checkpoints of another are forgotten, and deleted once this one has one."""
-        for folder in self._folders():  # oldest first: cut short, the newest is still there to go on from
-            aside = self.folder / f"{ASIDE}{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
+        """A run begins anew here: checkpoints of another are forgotten, and deleted once this one has one.
+
+        Raises:
+            DecompositionFileError: One is a link, or holds files that no run wrote.
+            OSError: One cannot be moved.
+        """
+        folders = self._folders()
+        for folder in folders:
+            others = _not_own(folder)
+            if others is not None:
+                raise DecompositionFileError(
+                    f"A run that begins anew deletes the checkpoints of before, and {others} is nothing that a run wrote; move "
+                    "it away, or choose another run_dir."
+                )
+        for folder in folders:  # oldest first: cut short, the newest is still there to go on from
+            _put_aside(folder)
         (self.folder / BEST).unlink(missing_ok=True)
 
     def best_folder(self) -> Path | None:
@@ -202,19 +255,19 @@ class Checkpoints:
         return None if known is None else self.folder / f"step-{known['step']:08d}"
 
     def _known_best(self) -> dict[str, Any] | None:
-        try:
-            known = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
-            folder = self.folder / f"step-{known['step']:08d}"
-            return (
-                known
-                if folder.is_dir()
-                and folder not in self._broken
-                and known["figure"] == self.best
-                and math.isfinite(known["value"])
-                else None
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+        path = self.folder / BEST
+        if not os.path.lexists(path):
             return None
+        try:
+            known = as_declared(read_json(path), Best)
+        except (DecompositionFileError, TypeError) as error:
+            raise DecompositionFileError(
+                f"{path} does not tell which checkpoint is the best ({in_short(error)}); move it away, and the best of before "
+                "is forgotten."
+            ) from error
+        folder = self.folder / f"step-{known['step']:08d}"
+        is_best = folder.is_dir() and folder not in self._broken and known["figure"] == self.best
+        return known if is_best and math.isfinite(known["value"]) else None
 
     def _note_best(self, step: int, figures: Mapping[str, float] | None) -> None:
         value = None if figures is None or self.best is None else figures.get(self.best)
@@ -231,16 +284,16 @@ class Checkpoints:
         kept = {*good[-self.keep :], self.best_folder()} - self._broken
         with contextlib.suppress(OSError):  # what cannot be deleted does no harm
             for folder in folders:
-                if folder not in kept:
-                    _discard(folder)
+                if folder not in kept and not folder.is_symlink():
+                    _put_aside(folder)
             self.clear()
 
     def clear(self) -> None:
         """Delete what an interrupted save or deletion left; what was set aside only where there is a good checkpoint."""
-        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
+        remove_own([self.folder / SCRATCH], OWN)
         if self.last is not None:
-            for folder in self.folder.glob(f"{ASIDE}*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            for folder in self.folder.glob(f"{ASIDE}step-*"):
+                _delete(folder)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -251,7 +304,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     path = folder / METADATA
     try:
-        values = parse_json(path, read_text(path, LARGEST), finite=False)
+        for inner in (folder, folder / DECOMPOSITION):
+            if inner.is_symlink():
+                raise ValueError(f"{inner} is a link, which is not followed")
+        values = parse_json(path, read_text(path, LARGEST, follow=False), finite=False)
         claimed = values.pop("checksum")
         if claimed != _checksum(values):
             raise ValueError(f"{METADATA} is not as it was written")
@@ -260,7 +316,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         for field, kind in FIELDS.items():  # the checksum says that it is as it was written, not by whom
             as_declared(values[field], kind)
         for name, digest in values["files"].items():
-            if not (folder / name).is_file() or _digest(folder / name) != digest:
+            if _digest(folder / name) != digest:
                 raise ValueError(f"{name} is not as it was written")
         if values["step"] != _step_of(folder):
             raise ValueError(f"it is of step {values['step']}")
@@ -307,7 +363,7 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
 
 def _own_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a file that will be deleted while they are in use: read, and not mapped from it."""
-    return {key: tensor.clone() for key, tensor in read_tensors(path).items()}
+    return {key: tensor.clone() for key, tensor in read_tensors(path, follow=False).items()}
 
 
 def size_of(state: SavedState) -> int:
@@ -366,12 +422,30 @@ def _fitting(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _discard(folder: Path) -> None:
-    """Delete a checkpoint; it stops being one at once."""
+def _not_own(folder: Path) -> Path | None:
+    """Something in a checkpoint's place that no run wrote there."""
+    return folder if folder.is_symlink() or not folder.is_dir() else not_own(folder, OWN)
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename a checkpoint, so that it stops being one at once."""
     aside = folder.parent / f"{ASIDE}{folder.name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_own([aside], OWN)
     os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _delete(aside: Path) -> None:
+    """Delete what was put aside; what others put into it goes back to where they put it, or stays."""
+    remove_own([aside], OWN)
+    back = aside.with_name(aside.name.removeprefix(ASIDE))
+    if aside.is_dir() and not aside.is_symlink() and not os.path.lexists(back):
+        os.rename(aside, back)
+
+
+def _holds_own(folder: Path) -> bool:
+    """Whether a folder holds something of a checkpoint's, or nothing at all."""
+    names = os.listdir(folder)
+    return not names or any(re.fullmatch(OWN, name) for name in names)
 
 
 def _step_of(folder: Path) -> int:
@@ -383,11 +457,8 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    with os.fdopen(open_regular(path), "rb") as file:
+        return digest_of(file)
 
 
 def _mega(size: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from tl_paramdecomp.components.disk import open_regular, read_json
 from tl_paramdecomp.errors import DecompositionFileError, RunInUseError
 
 try:
@@ -18,6 +19,10 @@ try:
 except ImportError:  # a system without it has no lock
     fcntl = None
 
+LARGEST = 1 << 12
+"""Bytes that a lock's file has at most."""
+OWN = b'{"pid": '
+"""What is in a lock's file begins so."""
 _HELD: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
 
 
@@ -29,7 +34,7 @@ class RunLock:
 
     Raises:
         RunInUseError: Another process holds the lock, or another call of this one.
-        DecompositionFileError: The file cannot be made.
+        DecompositionFileError: The file cannot be made, is a link or no regular file, or is another's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,8 +43,11 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         try:
-            self._file = self.path.open("a+", encoding="utf-8")
+            handle = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+            self._file = os.fdopen(handle, "a+", encoding="utf-8")
+            self._check_own(handle)
         except OSError as error:
+            self._close()
             raise DecompositionFileError(
                 f"{self.path.parent} cannot be written to ({error}); choose another run_dir."
             ) from error
@@ -50,6 +58,16 @@ class RunLock:
             raise
         _HELD.add(self)
         return self
+
+    def _check_own(self, handle: int) -> None:
+        """See that the file is nobody else's, as it will be emptied."""
+        size = os.fstat(handle).st_size
+        with os.fdopen(os.dup(handle), "rb") as file:
+            file.seek(0)
+            content = file.read(LARGEST)
+        # zeros are what a power cut may leave
+        if size > LARGEST or not (content.strip(b"\0") == b"" or OWN.startswith(content[: len(OWN)])):
+            raise OSError(f"{self.path} is no lock of a run, and holds something else; move it away")
 
     def _take(self, file: IO[str]) -> None:
         if fcntl is None:
@@ -74,7 +92,7 @@ class RunLock:
     def _holder(self) -> str:
         for _ in range(10):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                known = json.loads(self.path.read_text(encoding="utf-8"))
+                known = read_json(self.path, "pid", "host", "since", largest=LARGEST)
                 return f"process {known['pid']} on {known['host']}, since {known['since']}"
             time.sleep(0.02)  # it has the lock and is about to say who it is
         return "another process"

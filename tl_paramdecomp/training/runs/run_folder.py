@@ -5,18 +5,20 @@ metrics.jsonl       a line for every logged step
 checkpoints/        step-00001000/ ..., best.json
 decomposition/      the result, once there is one
 .lock               held while a process writes here
+
+The directory itself may be a link. Nothing inside is followed, written over or deleted that a run did not write.
 """
 
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from tl_paramdecomp.components.files import replace_text, sync_folder
+from tl_paramdecomp.components.disk import failure, read_json, replace_text
+from tl_paramdecomp.components.files import refuse_other_things
 from tl_paramdecomp.errors import DecompositionFileError, SettingError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.training.callbacks import JsonLines
@@ -56,7 +58,7 @@ class RunFolder:
 
         Raises:
             RunInUseError: Another process has it.
-            DecompositionFileError: It cannot be made or written to.
+            DecompositionFileError: It cannot be made or written to, or holds another's files, or links, where the run's belong.
         """
         if not self.writes:
             yield self
@@ -68,8 +70,24 @@ class RunFolder:
                 f"The run's folder {self.path} cannot be made ({error}); choose another run_dir."
             ) from error
         with RunLock(self.path / LOCK):
-            self._mend_result()
+            self._check_places()
             yield self
+
+    def _check_places(self) -> None:
+        """Refuse before the first step what would be refused after the last."""
+        for name in (CHECKPOINTS, RESULT):
+            path = self.path / name
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                found = "a link" if path.is_symlink() else "no folder"
+                raise DecompositionFileError(
+                    f"{path} is {found}, and the run keeps files there; move it away, or choose another run_dir (which may "
+                    "itself be a link)."
+                )
+        refuse_other_things(self.path / RESULT)
+        if os.path.lexists(self.path / SETTINGS):
+            read_json(self.path / SETTINGS, "settings", "versions", "target")
+        self.log.check()
+        self.checkpoints.check()
 
     def begin(self, resume: Literal["auto"] | bool) -> Checkpoint | None:
         """The checkpoint to go on from, the log cut to its step; None where the run begins anew.
@@ -119,28 +137,13 @@ class RunFolder:
 
         Raises:
             DecompositionFileError: It cannot be written.
+            DiskSpaceError: There is no room.
         """
-        new, old, final = (self.path / name for name in (f".{RESULT}-new", f".{RESULT}-old", RESULT))
-        shutil.rmtree(new, ignore_errors=True)
         try:
-            decomposition.save(new)
-            sync_folder(new)
-            shutil.rmtree(old, ignore_errors=True)
-            if final.exists():
-                os.rename(final, old)
-            os.rename(new, final)
-            sync_folder(self.path)
-        except OSError as error:
-            shutil.rmtree(new, ignore_errors=True)
-            raise DecompositionFileError(
-                f"Could not write the result into {self.path}: {error}. {self.checkpoints.told_last()} Free some space or mend "
-                "the folder, and the same call writes it."
+            return decomposition.save(self.path / RESULT)
+        except DecompositionFileError as error:
+            raise failure(
+                f"Could not write the result into {self.path}",
+                error,
+                f"{self.checkpoints.told_last()} Free some space or mend the folder, and the same call writes it.",
             ) from error
-        shutil.rmtree(old, ignore_errors=True)
-        return final
-
-    def _mend_result(self) -> None:
-        """A process that ended between the two renames of `save_result` left the result of before aside."""
-        old, final = self.path / f".{RESULT}-old", self.path / RESULT
-        if old.exists() and not final.exists():
-            os.rename(old, final)

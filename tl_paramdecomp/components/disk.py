@@ -1,0 +1,390 @@
+"""Files on a disk: opened without following links or waiting, written whole or not at all, refused by name.
+
+Everything that the package writes goes through here. A new file is written into a folder of its own beside, seen on the disk,
+and put in place by one rename; where that fails, what was there before stays and nothing is left beside it.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError
+
+LARGEST = 1 << 25
+"""Bytes of JSON that are written or read at most, where nothing else is said: 32 MiB."""
+LONGEST_EMPTY = 1 << 20
+"""Length of a tensor without numbers, at most; without a byte behind it, a header can name any."""
+SCRATCH = ".saving-"
+"""What folders begin with that a file is written in before it is put in place."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a spent quota, and a limit on the size of one file."""
+AT_ONCE = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
+"""Opened so, a pipe is not waited for; Windows has some of these, and other systems the others."""
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+def failure(what: str, error: Exception, advice: str = "") -> DecompositionFileError:
+    """The named error of something that could not be written.
+
+    Args:
+        what: What could not be done.
+        error: Why.
+        advice: More sentences, on what is there still and what to do.
+    """
+    if isinstance(error, DiskSpaceError) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+        room = "Free some space, raise the quota or the limit on a file's size, or choose another disk."
+        return DiskSpaceError(f"{what}: {error}. {advice or room}")
+    return DecompositionFileError(f"{what}: {error}{f'. {advice}' if advice else ''}")
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Say by name what could not be written.
+
+    Raises:
+        DiskSpaceError: There is no room.
+        DecompositionFileError: Anything else went wrong on the disk, or with the values.
+    """
+    try:
+        yield
+    except DecompositionFileError:
+        raise
+    except (OSError, TypeError, ValueError, RecursionError, NotImplementedError) as error:
+        raise failure(what, error) from error
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+def open_regular(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> int:
+    """A handle of a regular file; neither a pipe nor a device is waited for.
+
+    Args:
+        path: The file.
+        flags: As `os.open` takes them.
+        follow: Whether the file may be a link; a folder above it may be one always.
+
+    Raises:
+        OSError, ValueError: It is a link, no regular file, or cannot be opened.
+    """
+    flags |= AT_ONCE
+    if not follow:
+        if path.is_symlink():  # said in words; the flag closes the gap, where the system has it
+            raise OSError(f"{path} is a link, which is not followed; put the file itself there, or take the link away")
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    if path.is_dir():
+        raise OSError(f"{path} is a folder")
+    handle = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is no regular file")
+    return handle
+
+
+def read_bytes(path: Path, largest: int | None = None, follow: bool = True) -> bytes:
+    """All of a regular file.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have; None: any number.
+        follow: Whether it may be a link.
+
+    Raises:
+        DecompositionFileError: It is missing, no regular file, or too large.
+    """
+    try:
+        with os.fdopen(open_regular(path, follow=follow), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if largest is not None and size > largest:
+                raise ValueError(f"it has {size} bytes; at most {largest} are read")
+            content = file.read() if largest is None else file.read(largest + 1)
+            if largest is not None and len(content) > largest:
+                raise ValueError(f"it grew beyond {largest} bytes while it was read")
+            return content
+    except FileNotFoundError as error:
+        raise DecompositionFileError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise DecompositionFileError(f"{path} cannot be read ({error}).") from error
+
+
+def read_text(path: Path, largest: int | None = None, follow: bool = True) -> str:
+    """The text of a regular file, line ends as they are.
+
+    Raises:
+        DecompositionFileError: It is missing, no regular file, too large, or not UTF-8.
+    """
+    content = read_bytes(path, largest, follow)
+    try:
+        return content.decode("utf-8")
+    except ValueError as error:
+        raise DecompositionFileError(f"{path} cannot be read ({error}).") from error
+
+
+def parse_json(path: Path | str, text: str, finite: bool = True) -> Any:
+    """JSON from a file's text, where no name stands twice in an object and no number is too large for a float.
+
+    Args:
+        path: The file, or a place in it, for messages.
+        text: What it holds.
+        finite: Refuse NaN and infinities.
+
+    Raises:
+        DecompositionFileError: It is none.
+    """
+    try:
+        constant = _finite if finite else None
+        return json.loads(text, object_pairs_hook=distinct, parse_constant=constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise DecompositionFileError(f"{path} cannot be read as JSON ({error}).") from error
+
+
+def read_json(path: Path, *keys: str, largest: int = LARGEST) -> dict[str, Any]:
+    """A JSON object that the package wrote for itself, in a file that is no link.
+
+    Args:
+        path: The file.
+        keys: What the object must hold.
+        largest: Bytes that it may have.
+
+    Raises:
+        DecompositionFileError: It is missing, no regular file, too large, no JSON, or lacks a key.
+    """
+    found = parse_json(path, read_text(path, largest, follow=False), finite=False)
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise DecompositionFileError(f"{path} holds no object with {' and '.join(keys) or 'names'}.")
+    return found
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu", follow: bool = True) -> dict[str, Tensor]:
+    """A safetensors file as a dict.
+
+    Raises:
+        DecompositionFileError: It is missing, or something else.
+    """
+    try:
+        os.close(open_regular(path, follow=follow))
+        found = safetensors.torch.load_file(str(path), device=str(device))
+        for name, tensor in found.items():
+            if tensor.numel() == 0 and max(tensor.shape) > LONGEST_EMPTY:
+                raise ValueError(f"{name} is empty and of shape {list(tensor.shape)}")
+        return found
+    except FileNotFoundError as error:
+        raise DecompositionFileError(f"There is no file {path}.") from error
+    except Exception as error:
+        raise DecompositionFileError(f"{path} is not a readable safetensors file ({error}).") from error
+
+
+def digest_of(file: BinaryIO) -> str:
+    """The sha256 of what is left of a file."""
+    found = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ.
+
+    Raises:
+        ValueError: Two are the same.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def _finite(number: str) -> float:
+    found = float(number)
+    if found - found != 0:
+        raise ValueError(f"{number} is no finite number")
+    return found
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and see them on the disk before returning.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # that of any file; safetensors makes another that only its owner can read
+    try:
+        safetensors.torch.save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, str(path))
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+    path.chmod(mode)
+    _sync(path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file and see it on the disk before returning."""
+    path.write_bytes(content)
+    _sync(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, line ends as they are, and see it on the disk before returning."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes, alone: bool = False) -> None:
+    """Write a file, whole or not at all, and see it on the disk before returning.
+
+    Args:
+        path: A regular file or none yet, in a folder that is there.
+        content: All of it.
+        alone: No other process writes here: what a killed process left beside the file is taken away.
+
+    Raises:
+        DecompositionFileError: The folder is not there or cannot be written to, or what is there is no regular file.
+        DiskSpaceError: There is no room.
+    """
+    with writing(f"Could not write {path}"):
+        check_replaceable(path)
+        left = left_scratch(path.parent) if alone else []
+        with scratch(path.parent) as folder:
+            write_bytes(folder / path.name, content)
+            os.replace(folder / path.name, path)
+            sync_folder(path.parent)
+        remove_own(left, re.escape(path.name))
+
+
+def replace_text(path: Path, text: str, alone: bool = False) -> None:
+    """`replace_bytes` with text, line ends as they are."""
+    with writing(f"Could not write {path}"):
+        content = text.encode("utf-8")
+    replace_bytes(path, content, alone)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text to the end of a file that is no link, all of it or nothing; the file is made where there is none.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as file:
+        before, content = os.fstat(file.fileno()).st_size, memoryview(text.encode("utf-8"))
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+def check_replaceable(path: Path) -> None:
+    """See that a rename onto this path puts a file in the place of a file, or of nothing.
+
+    Raises:
+        OSError: There is a link, a folder, a pipe or a device.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
+        found = kinds.get(stat.S_IFMT(mode), "a device or socket")
+        raise OSError(f"there is {found} of that name, which is not written to; choose another name, or take it away")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A new folder inside another, for files before they are put in place; it goes, with what is in it."""
+    made = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def left_scratch(folder: Path) -> list[Path]:
+    """Scratch folders that are there, such as killed processes leave."""
+    return [path for path in folder.glob(f"{SCRATCH}*") if path.is_dir() and not path.is_symlink()]
+
+
+def remove_own(folders: Collection[Path], own: str) -> None:
+    """Delete files and folders inside these whose whole name fits the pattern, and each that is empty then.
+
+    What is not of such a name stays, as do links and the folders they are in. Nothing is raised: what cannot be deleted does no
+    harm.
+    """
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            if folder.is_symlink():
+                continue
+            for entry in _entries(folder):
+                if not re.fullmatch(own, entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    remove_own([Path(entry.path)], own)
+                elif not entry.is_symlink():
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+            folder.rmdir()
+
+
+def not_own(folder: Path, own: str) -> Path | None:
+    """Something inside a folder that `remove_own` would leave; None where there is nothing."""
+    for entry in _entries(folder):
+        fits = re.fullmatch(own, entry.name)
+        if fits and entry.is_dir(follow_symlinks=False):
+            inner = not_own(Path(entry.path), own)
+            if inner is not None:
+                return inner
+        elif not fits or entry.is_symlink():
+            return Path(entry.path)
+    return None
+
+
+def _entries(folder: Path) -> "list[os.DirEntry[str]]":
+    with os.scandir(folder) as found:
+        return list(found)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it, seen on the disk; where the body fails, those that were made go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            sync_folder(path.parent)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """See what was made, renamed or removed in a folder on the disk before returning; Windows has no such call."""
+    if os.name != "nt":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
