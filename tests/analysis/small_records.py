@@ -48,7 +48,7 @@ RECORDS: dict[str, Record] = {
         {"b": torch.zeros(1, 2), "a": torch.tensor([[0.5, -0.0]], dtype=torch.float64)}, {}, {"embed.W_E": torch.ones(1, 2)},
     ),
     "sweep": Sweep(
-        "noising", "zero", "answer", ["position", "component"], "each", 3, 0.5, None,
+        "with minus without", "noising", "zero", "answer", ["position", "component"], "each", 3, 0.5, None,
         {"b": [[0.1, -0.25], [1 / 3, float("nan")]], "a": [[1e-300], [2.0]]},
     ),
     "graph": tlpd.Graph(

@@ -63,6 +63,10 @@ def test_a_record_comes_back_bit_for_bit(tmp_path: Path, what: str) -> None:
 def test_records_of_version_0_1_0_are_read(what: str) -> None:
     """They have no checksum, and arrays as lists."""
     assert "checksum" not in json.loads((FORMAT_1 / f"{what}.json").read_text())
+    if what == "sweep":  # whose effects had another sign
+        with pytest.raises(DecompositionFileError, match="sweep again"):
+            tlpd.Sweep.load(FORMAT_1 / "sweep.json")
+        return
     assert same(type(RECORDS[what]).load(FORMAT_1 / f"{what}.json"), RECORDS[what])
     assert same_task(load_task(FORMAT_1 / "task.jsonl"), task())
 

@@ -19,6 +19,7 @@ from tl_paramdecomp.cli.demo import TASKS, _ask
 from tl_paramdecomp.errors import DecompositionFileError
 
 from ..support.models import BUILDERS, VOCAB, build, decomposition_of, dtype_of, gpt2, logits
+from ..support.saved_folders import sealed_lines
 
 W_OUT, W_O, W_V, W_U = "blocks.1.mlp.W_out", "blocks.0.attn.W_O", "blocks.1.attn.W_V", "unembed.W_U"
 SITES = [W_O, W_V, W_OUT, W_U]
@@ -178,10 +179,10 @@ def test_a_sweep_of_the_other_sign_does_not_load(tmp_path: Any) -> None:
     kept = json.loads(path.read_text())
     assert kept["sign"] == "with minus without" and Sweep.load(path) == found
     for sign in (None, "without minus with", "", 1):
-        path.write_text(json.dumps({**kept, "sign": sign}))
+        path.write_bytes(sealed_lines({**kept, "sign": sign}))
         with pytest.raises(DecompositionFileError):
             Sweep.load(path)
     del kept["sign"]
-    path.write_text(json.dumps(kept))
+    path.write_bytes(sealed_lines(kept))
     with pytest.raises(DecompositionFileError, match="other sign"):
         Sweep.load(path)

@@ -167,7 +167,7 @@ def test_chosen_positions(positions: Any) -> None:
 def without_short_cuts(model: Any) -> Any:
     """The model, on whose adapter passes begin at the first block and run to all logits."""
     adapter = adapt(model)
-    adapter._skippable.update({True: False, False: False})
+    adapter.__dict__["_skips_blocks"] = False
     adapter.__dict__["_after_unembedding"] = None
     assert not adapter.blocks and not adapter.splits_at_unembedding
     return model

@@ -76,6 +76,23 @@ def test_the_last_of_the_prompt_is_that_of_the_call(host: str, way: str) -> None
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:.*was never reached")  # how nnsight ends an open loop
+def test_a_trace_of_a_generation_knows_the_prompt_of_the_call(way: str) -> None:
+    model = on_host("nnsight")
+    dec = decomposition_of(model, "blocks.*.mlp.*")
+    right, more = one_pass_a_token(model, dec, LENGTH - 1), dict(WAYS[way])
+    if "assistant_model" in more:
+        more["assistant_model"] = gpt2(torch.float32, seed=1).requires_grad_(False)
+    with torch.no_grad(), model.generate(**SETTINGS, **more) as tracer:
+        with tracer.invoke(PROMPT):
+            for _ in tracer.iter[:]:
+                tlpd.patch_trace(model, dec, reversed_at(dec, -1))
+        with tracer.invoke():
+            rows = tracer.result.save()
+    assert torch.equal(rows, right)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_given_values_cover_the_prompt_of_the_call(way: str) -> None:
     model = on_host("gpt2")
     dec = decomposition_of(model, "blocks.*.mlp.*")

@@ -7,7 +7,8 @@ to a site's input are then seen, and its `.output` shows the patched value.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -96,19 +97,36 @@ def _call_of(root: nn.Module) -> tuple[tuple, dict] | None:
 
     nnsight serves the input of a call once; later it is only in the frame of the controller that runs the call.
     """
-    from greenlet import getcurrent
     from nnsight.intervention.source import Controller
+
+    for frame in _waiting_frames():
+        found = frame.f_locals if frame.f_code is Controller.__call__.__code__ else {}
+        if found.get("module") is root:
+            return found["args"], found["kwargs"]
+    return None
+
+
+def generate_call(root: nn.Module) -> tuple[tuple, dict] | None:
+    """What transformers' `generate`, whose decoding loop waits for the running body, was called with; None outside of one."""
+    for frame in _waiting_frames():
+        found = frame.f_locals if frame.f_code.co_name == "generate" else {}
+        if found.get("self") is root and "kwargs" in found:
+            inputs = found.get("inputs")
+            return () if inputs is None else (inputs,), found["kwargs"]
+    return None
+
+
+def _waiting_frames() -> Iterator[FrameType]:
+    """Frames of the model's side of a trace, innermost first."""
+    from greenlet import getcurrent
 
     model_side = getcurrent().parent
     while model_side is not None:
         frame = model_side.gr_frame
         while frame is not None:
-            found = frame.f_locals if frame.f_code is Controller.__call__.__code__ else {}
-            if found.get("module") is root:
-                return found["args"], found["kwargs"]
+            yield frame
             frame = frame.f_back
         model_side = model_side.parent
-    return None
 
 
 def _inside_controller(state: Any, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.identity import composed
 from tl_paramdecomp.adapters.interception import host_output, matching_rows
-from tl_paramdecomp.adapters.nnsight import NNsightAdapter, Standing, running_body
-from tl_paramdecomp.adapters.torch_module import cached_columns, input_rows
+from tl_paramdecomp.adapters.nnsight import NNsightAdapter, Standing, generate_call, running_body
+from tl_paramdecomp.adapters.torch_module import cached_columns, input_rows, prompt_columns
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.components.masks import Masks
@@ -106,6 +107,10 @@ def _columns(model: Any, standing: Standing) -> _Columns:
     length = None if tokens is None else tokens.shape[1]
     start = cached_columns(kwargs) if standing.call is None else _cached_before(kwargs, length or 1)
     end = start + (length or 1)
+    generate = generate_call(adapt(model).root)
+    if generate is not None:
+        prompt = prompt_columns(*generate)
+        return _Columns(Span(start, prompt, generating=True, prompt_known=prompt is not None), length)
     prompt = end - step if step or not start else start  # a cache in the first step is of an earlier call
     return _Columns(Span(start, prompt, generating="use_cache" in kwargs or prompt < end), length)
 
