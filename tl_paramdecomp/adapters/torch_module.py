@@ -203,7 +203,13 @@ class TorchModuleAdapter(ModelAdapter):
         out = self.root(tokens, **given)
         for name in ("logits", "last_hidden_state"):
             out = getattr(out, name, out)
-        return out[0] if isinstance(out, (tuple, list)) else out
+        out = out[0] if isinstance(out, (tuple, list)) else out
+        if not isinstance(out, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self.root).__name__} gives {type(out).__name__}, which holds neither logits nor last_hidden_state; "
+                "give a model, or the part of it, that returns one tensor."
+            )
+        return out
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         super().write_weights(weights)

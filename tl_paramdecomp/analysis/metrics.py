@@ -8,8 +8,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
+from tl_paramdecomp.methods.base import KL_NEEDS
 from tl_paramdecomp.patching.hooks import patched
 from tl_paramdecomp.patching.interventions import MaskKind, importance_masks
 from tl_paramdecomp.patching.target import checked_adapter
@@ -47,10 +49,12 @@ def masked_kl(
     """KL of the model with masked components from the model itself, on these tokens.
 
     Raises:
+        UnsupportedModelError: The model gives no logits.
         TargetMismatchError, DeviceError: As `patched`.
     """
     check_rows(tokens, attention_mask)
     adapter = adapt(model)
+    need_logits(adapter, KL_NEEDS, "evaluate compares outputs by their mean square")
     with torch.no_grad():
         target = adapter.forward(tokens, attention_mask)
         with patched(model, decomposition, masks):

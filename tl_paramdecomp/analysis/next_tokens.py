@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.outputs import need_logits
 
 RowMetric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 """From logits to one number per row, such as the log probability of an answer at the last position."""
@@ -23,6 +24,12 @@ def answer_log_prob(answers: tuple[int, ...]) -> RowMetric:
 
 
 def next_token_probs(model: Any, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, " vocab"]:
-    """Probabilities of the next token, of the model as it stands."""
+    """Probabilities of the next token, of the model as it stands.
+
+    Raises:
+        UnsupportedModelError: It gives no logits.
+    """
+    adapter = adapt(model)
+    need_logits(adapter, "The next token's probabilities need", "ask for the outputs themselves")
     with torch.no_grad():
-        return torch.softmax(adapt(model).forward(tokens)[0, -1].float(), -1)
+        return torch.softmax(adapter.forward(tokens)[0, -1].float(), -1)

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
-from tl_paramdecomp.analysis.evaluation.result import Evaluation
+from tl_paramdecomp.analysis.evaluation.result import Evaluation, distance_name
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import replace_text
@@ -55,21 +55,21 @@ def measure_quality(model: Any, decomposition: Decomposition, tokens: Int[Tensor
 
 
 def kl_by_kind(found: Evaluation) -> dict[str, float]:
-    """KL under the kinds of masks that `MEANINGS` explains."""
+    """KL, or mean square, under the kinds of masks that `MEANINGS` explains."""
     kinds = {"stochastic": ("stochastic", "masked"), "rounded": ("rounded 0.1", "absent")}
     return {
-        kind: found.headline["adversarial"]
-        if kind == "adversarial"
-        else found.mask_row(*kinds.get(kind, (kind,)))["kl"]
+        kind: found.headline["adversarial"] if kind == "adversarial" else found.distance(*kinds.get(kind, (kind,)))
         for kind in MEANINGS
     }
 
 
 def print_quality(console: Console, found: Evaluation) -> None:
     """The two tables a user judges a decomposition by first."""
-    table = Table(title="KL from the target on held-out rows, nats per token", title_justify="left")
+    kl = found.measure == "kl"
+    title = "KL from the target on held-out rows, nats per token" if kl else "Mean square from the target's outputs"
+    table = Table(title=title, title_justify="left")
     table.add_column("masks")
-    table.add_column("KL", justify="right")
+    table.add_column(distance_name(found.measure), justify="right")
     table.add_column("what runs", style="dim")
     for kind, kl in kl_by_kind(found).items():
         table.add_row(kind, f"{kl:.4f}", MEANINGS[kind])
@@ -95,7 +95,7 @@ def write_quality(path: Path, decomposition: Decomposition, found: Evaluation) -
         "versions": decomposition.info["versions"],
         "settings": decomposition.info.get("run"),
         "components": decomposition.n_components,
-        "kl": kl_by_kind(found),
+        found.measure: kl_by_kind(found),
         "l0": {row["site"]: row["l0"] for row in found.sites},
         "alive": {row["site"]: row["active_anywhere"] for row in found.sites},
     }

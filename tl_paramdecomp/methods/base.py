@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import Importance
@@ -33,6 +34,18 @@ Progress: TypeAlias = Callable[[str, int], Iterable[int]]
 
 Measure = Literal["kl", "mse"]
 """How outputs are compared: KL of next-token distributions, or mean square."""
+
+KL_NEEDS, MSE_INSTEAD = (
+    "KL compares distributions of next tokens and needs",
+    "use measure='mse', of outputs as they are",
+)
+"""Why KL is refused where there are no logits, and what works."""
+
+
+def measure_of(adapter: ModelAdapter) -> Measure:
+    """What outputs are compared by where nobody says: KL of logits, else their mean square."""
+    return "kl" if adapter.gives_logits else "mse"
+
 
 SiteMasks: TypeAlias = Mapping[str, InterpolatedMask]
 """Masks by site; a site that is missing runs the target's own weight."""
@@ -115,7 +128,12 @@ class LossStep:
             piece: Where these rows stand in their batch.
             before: `memory` as it was when the step began, where other pieces have run since.
             scale: Factor on losses while gradients are taken.
+
+        Raises:
+            UnsupportedModelError: KL is asked of a model that gives no logits.
         """
+        if measure == "kl":
+            need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
         scored = None if attention_mask is None else attention_mask.bool()
         in_chunks = kl_chunk is not None and measure == "kl" and _can_chunk(adapter, decomposition)
         with torch.no_grad():
@@ -125,6 +143,8 @@ class LossStep:
             divergence = ChunkedKL(clean.output, scored, adapter.unembed, kl_chunk)
         else:
             divergence = (KL if measure == "kl" else MeanSquare)(clean.output, scored)
+            if divergence.by_row and piece is not WHOLE:  # a mean over rows, while pieces weigh as their positions do
+                divergence.share = piece.window.rows / piece.window.of / piece.weight
         if importances is None:
             importances = decomposition.importances(clean.inputs, attention_mask)
         return cls(
@@ -141,7 +161,12 @@ class LossStep:
     @property
     def scored(self) -> Bool[Tensor, "..."] | None:
         """Positions that count; None where all do."""
-        return self.divergence.scored
+        return None if self.attention_mask is None else self.attention_mask.bool()
+
+    def at_scored(self, values: Float[Tensor, "batch *pos width"]) -> Float[Tensor, "n width"]:
+        """What stands at the positions that count, one after the other."""
+        flat, scored = values.flatten(0, -2), self.scored
+        return flat if scored is None else flat[scored.flatten().to(flat.device)]
 
     @property
     def device(self) -> torch.device:
@@ -411,6 +436,13 @@ class Method(ABC, Generic[Made]):
     def rows_together(self) -> int:
         """Rows of the data that must stay neighbours when it is shuffled."""
         return 1
+
+    def check(self, adapter: ModelAdapter) -> None:
+        """See that the method can be used on a model, before anything is written.
+
+        Raises:
+            UnsupportedModelError: It cannot.
+        """
 
     @abstractmethod
     def initialise(

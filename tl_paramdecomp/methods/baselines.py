@@ -64,6 +64,10 @@ class ExactBasis(Method[Decomposition]):
     def trains(self) -> bool:
         return self.training is not None
 
+    def check(self, adapter: ModelAdapter) -> None:
+        if self.training is not None:
+            self.training.check(adapter)
+
     def initialise(
         self,
         adapter: ModelAdapter,

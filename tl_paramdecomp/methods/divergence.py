@@ -20,7 +20,14 @@ Scored = Bool[Tensor, "..."] | None
 class Divergence(ABC):
     """Distance from one batch's target output; `of` takes what the masked model gives in its place."""
 
+    share: float = 1.0
+    """Factor on a piece's distance, where it is not the piece's share of all positions that it weighs by."""
+
     def __init__(self, target: Float[Tensor, "*rows width"], scored: Scored) -> None:
+        self.by_row = target.ndim == 2
+        """Whether there is one output for each row, as a classifier gives."""
+        if scored is not None and self.by_row:
+            scored = scored.flatten(1).any(1)
         self.scored = scored
         self.target = self.rows(target).detach()
 
@@ -41,7 +48,7 @@ class MeanSquare(Divergence):
         wide, rows = torch.promote_types(output.dtype, torch.float32), self.rows(output)
         if rows.numel() == 0:
             return rows.to(wide).sum()  # a piece of a batch that is padding alone: 0, and not 0 / 0
-        return torch.nn.functional.mse_loss(rows.to(wide), self.target.to(wide))
+        return self.share * torch.nn.functional.mse_loss(rows.to(wide), self.target.to(wide))
 
 
 class KL(Divergence):
@@ -54,7 +61,7 @@ class KL(Divergence):
         self.probs = self.target.exp()
 
     def of(self, output: Float[Tensor, "*rows vocab"]) -> Float[Tensor, ""]:
-        return _KLFromLogits.apply(self.rows(output), self.target, self.probs) / max(1, len(self.target))
+        return self.share * _KLFromLogits.apply(self.rows(output), self.target, self.probs) / max(1, len(self.target))
 
 
 class ChunkedKL(Divergence):

@@ -70,7 +70,7 @@ class HiddenActsReconstruction(Loss):
 
 
 def _rows(step: LossStep, values: Float[Tensor, "*rows d"]) -> Float[Tensor, "n d"]:
-    return _wide(step.divergence.rows(values))
+    return _wide(step.at_scored(values))
 
 
 def _mean(values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
@@ -116,7 +116,7 @@ def _pattern_kl(
 ) -> Float[Tensor, ""]:
     p, q = (_wide(t).transpose(1, 2) for t in (clean, masked))
     kl = (torch.xlogy(p, p) - torch.xlogy(p, q.clamp(min=1e-30))).sum(-1)
-    return _mean(step.divergence.rows(kl))
+    return _mean(step.at_scored(kl))
 
 
 def _wide(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -23,11 +23,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import Backend, Gradients, SampleGradient, random_subnetworks
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
-from tl_paramdecomp.methods.base import Batch, BatchPiece, LossReport, Method, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.methods.base import (
+    KL_NEEDS,
+    Batch,
+    BatchPiece,
+    LossReport,
+    Method,
+    ParameterGroup,
+    Progress,
+    TrainingStep,
+)
 from tl_paramdecomp.methods.draws import Draws
 from tl_paramdecomp.methods.from_factors import origin_of
 from tl_paramdecomp.methods.pieces import ALONE, WHOLE, Every, Peers, Work, run_alone, run_together
@@ -151,6 +161,10 @@ class L3D(Method[SubnetworkDecomposition]):
         return 2 if self.reference == "pairs" else 1
 
     # --- Method -----------------------------------------------------------------------------------------------------
+    def check(self, adapter: ModelAdapter) -> None:
+        if self.divergence == "kl":
+            need_logits(adapter, KL_NEEDS, "use divergence='mse', of outputs as they are")
+
     def initialise(
         self,
         adapter: ModelAdapter,

@@ -163,8 +163,7 @@ class ImportanceMinimality(Loss):
 
 def _scored(step: LossStep, name: str) -> Float[Tensor, "n C"]:
     """Upper importances at the positions that count."""
-    g = step.importances[name].upper.flatten(0, -2)
-    return g if step.scored is None else g[step.scored.flatten().to(g.device)]
+    return step.at_scored(step.importances[name].upper)
 
 
 class _Penalty(torch.autograd.Function):

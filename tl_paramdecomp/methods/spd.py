@@ -20,11 +20,14 @@ from typing import Any, Literal
 import torch
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.base import (
+    KL_NEEDS,
+    MSE_INSTEAD,
     Batch,
     Loss,
     LossReport,
@@ -180,6 +183,10 @@ class SPD(Method[Decomposition]):
         return replace(self, n_components=counts)
 
     # --- Method -------------------------------------------------------------------------------------------------------
+    def check(self, adapter: ModelAdapter) -> None:
+        if self.measure == "kl":
+            need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
+
     def initialise(
         self,
         adapter: ModelAdapter,

@@ -10,7 +10,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import source_masks, start_sources, worst_sources
-from tl_paramdecomp.methods.base import LossStep, SiteMasks
+from tl_paramdecomp.methods.base import LossStep, SiteMasks, measure_of
 from tl_paramdecomp.methods.reconstruction import stochastic_masks
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
@@ -65,7 +65,7 @@ def importance_masks(
     if kind in ("zero", "unmasked", "random"):
         return masks.replaced(_without_importances(decomposition, tokens, kind, generator))
     with torch.no_grad():
-        step = LossStep.of(adapter, decomposition, tokens, attention_mask, generator)
+        step = LossStep.of(adapter, decomposition, tokens, attention_mask, generator, measure=measure_of(adapter))
         importances = step.importances
         if kind == "importance":
             return masks.replaced({name: (g.lower, 0.0) for name, g in importances.items()})

@@ -24,7 +24,8 @@ def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     made, panels = subplots(len(AXES), len(found.measured), (11.5, 7.0), sharey="col")
-    zero = found.points[0]["zero"]
+    zero, kl = found.points[0]["zero"], found.measure == "kl"
+    what = "KL" if kl else "Mean square"
     for row, (axis_name, axis_label) in enumerate(AXES.items()):
         for column, metric in enumerate(found.measured):
             panel = panels[row, column]
@@ -56,10 +57,10 @@ def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
             panel.grid(alpha=0.3)
             if not row:
                 steps = f" of {adversary_steps(found)} steps" if metric == "adversarial" else ""
-                panel.set_title(f"KL, {METRICS[metric]}{steps}")
+                panel.set_title(f"{what}, {METRICS[metric]}{steps}")
             panel.set_xlabel(axis_label)
-    panels[0, 0].set_ylabel("nats per token")
-    panels[1, 0].set_ylabel("nats per token")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("nats per token" if kl else "mean square")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     made.suptitle(title)

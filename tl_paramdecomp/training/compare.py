@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.analysis.evaluation.comparison import Comparison, Row
-from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate, rows_to_measure
 from tl_paramdecomp.analysis.evaluation.matching import active_components, matched_cosines, split_share
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
@@ -38,6 +39,8 @@ from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.sites import check_rows
 from tl_paramdecomp.training.callbacks import StepInfo
+from tl_paramdecomp.training.data.sources import digest_of_rows
+from tl_paramdecomp.training.data.tables import Table, as_known
 from tl_paramdecomp.training.data.token_batches import TokenBatches
 from tl_paramdecomp.training.fit import decompose
 
@@ -82,7 +85,7 @@ def compare(
     methods: Mapping[str, Method],
     protocol: ComparisonProtocol,
     data: Any,
-    held_out: Int[Tensor, "rows pos"],
+    held_out: Any,
     *,
     attention_mask: Int[Tensor, "rows pos"] | None = None,
     run_dir: str | Path | None = None,
@@ -95,10 +98,11 @@ def compare(
         methods: By the label that tables and plots show. Bases with `training=None` take their importances from an oracle.
         protocol: What is the same for all.
         data: Rows to train on, as `decompose` takes them.
-        held_out: Rows to measure on.
+        held_out: Rows to measure on, as `evaluate` takes them.
         attention_mask: Of the held-out rows: 1 where a position counts.
         run_dir: Where every run goes, and is found again; None keeps nothing on disk. What is found must be of the same
-            weights, protocol and rows; of rows that are neither tensors nor lists of them only the type can be compared.
+            weights, protocol and rows; of rows that are neither tensors, tables nor lists of tensors only the type can be
+            compared.
         progress: Show a progress bar.
 
     Raises:
@@ -121,7 +125,7 @@ class _Run:
         methods: dict[str, Method],
         protocol: ComparisonProtocol,
         data: Any,
-        held_out: Tensor,
+        held_out: Any,
         attention_mask: Tensor | None,
         run_dir: str | Path | None,
         bar: "tqdm[Any]",
@@ -129,11 +133,13 @@ class _Run:
         if not methods:
             raise SettingError("There is no method to compare; give {'SPD': tlpd.SPD(), 'SVD': tlpd.SVD()}.")
         self.model, self.methods, self.protocol, self.data = model, methods, protocol, data
-        self.held_out, self.mask, self.bar = held_out, attention_mask, bar
+        self.bar = bar
+        adapter = adapt(model)
+        held_out, attention_mask = self.held_out, self.mask = rows_to_measure(held_out, attention_mask)
         check_rows(held_out, attention_mask)
         if not len(held_out):
             raise DataError("There are no held-out rows to measure on.")
-        adapter = adapt(model)
+        Limits.of(adapter).refuse(held_out, "The held-out data", attention_mask)
         self.sites = adapter.select(list(protocol.sites))
         self.ranks = sum(min(site.d_in, site.d_out) for site in self.sites.values())
         self.folder = None if run_dir is None else Path(run_dir)
@@ -160,6 +166,7 @@ class _Run:
         if len(set(slugs)) < len(slugs):
             raise SettingError(f"Labels must differ in letters or digits; given {', '.join(self.methods)}.")
         for method in self.methods.values():
+            method.check(adapt(self.model))
             for sparsity in self.sparsities(method):
                 self.variant(method, sparsity, 1.0)
             if not isinstance(method, ExactBasis):
@@ -324,24 +331,26 @@ def figures(found: Evaluation) -> Row:
     """What of an evaluation a comparison keeps."""
     sites = found.sites
     kl = found.headline.get("adversarial")
-    worst = [row["kl_worst"] for row in found.adversary if row["kl"] == kl]
+    key = found.measure
+    worst = [row[f"{key}_worst"] for row in found.adversary if row[key] == kl]
     return {
         "l0": sum(row["l0"] for row in sites),
         "active_parameters": sum(row["active_parameters"] for row in sites),
         "active": sum(row["active_anywhere"] for row in sites),
         "components": sum(row["components"] for row in sites),
-        "unmasked": found.mask_row("unmasked")["kl"],
-        "importance": found.mask_row("importance")["kl"],
-        "rounded": found.mask_row("rounded 0.1")["kl"],
-        "rounded_ce_recovered": found.mask_row("rounded 0.1")["ce_recovered"],
-        "stochastic": found.mask_row("stochastic", "masked")["kl"],
-        "random": found.mask_row("random")["kl"],
-        "zero": found.mask_row("zero")["kl"],
-        "permuted": found.mask_row("permuted 0.1")["kl"],
+        "unmasked": found.distance("unmasked"),
+        "importance": found.distance("importance"),
+        "rounded": found.distance("rounded 0.1"),
+        "rounded_ce_recovered": found.mask_row("rounded 0.1").get("ce_recovered"),
+        "stochastic": found.distance("stochastic", "masked"),
+        "random": found.distance("random"),
+        "zero": found.distance("zero"),
+        "permuted": found.distance("permuted 0.1"),
         "adversarial": kl,
         "adversarial_worst": worst[0] if worst else None,
         "relative_error": max(row["relative_error"] for row in sites),
         "measured_in": found.seconds,
+        **({} if key == "kl" else {"measure": key}),
     }
 
 
@@ -365,7 +374,7 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(data: Any) -> str | None:
-    """What says whether data is the same: a hash of tensors, lists of them and `token_batches`, else only the type."""
+    """What says whether data is the same: a hash of tensors, lists of them, tables and `token_batches`, else the type."""
     if data is None:
         return None
     if isinstance(data, Tensor):
@@ -373,6 +382,10 @@ def _digest(data: Any) -> str | None:
         return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + raw).hexdigest()[:16]
     if isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):
         return hashlib.sha256(" ".join(str(_digest(part)) for part in data).encode()).hexdigest()[:16]
+    if isinstance(data := as_known(data), Table):
+        return digest_of_rows(data, len(data))
+    if isinstance(data, Mapping):
+        return hashlib.sha256(" ".join(f"{key} {_digest(data[key])}" for key in sorted(data)).encode()).hexdigest()[:16]
     if isinstance(data, TokenBatches):
         return hashlib.sha256(json.dumps(data.info).encode()).hexdigest()[:16]
     return type(data).__name__

@@ -119,6 +119,8 @@ def decompose(
         accumulate, random_numbers, shard,
     )  # fmt: skip
     chosen = adapter.select(sites)
+    if steps:
+        method.check(adapter)
     tokenizer = getattr(model, "tokenizer", None)
     source, looked_at = (
         None if data is None else batch_source(data, batch_size, seed, tokenizer, None, method.rows_together, adapter)

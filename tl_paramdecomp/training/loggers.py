@@ -157,8 +157,8 @@ def figures_of(found: Evaluation) -> dict[str, float]:
     """An evaluation in a few numbers: its headline, and KL with all components whole and under stochastic masks."""
     figures = {
         **found.headline,
-        "unmasked": found.mask_row("unmasked")["kl"],
-        "stochastic": found.mask_row("stochastic", "masked")["kl"],
+        "unmasked": found.distance("unmasked"),
+        "stochastic": found.distance("stochastic", "masked"),
     }
     return {f"evaluation_{name}": value for name, value in figures.items()}
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import DivergedError, SettingError
 from tl_paramdecomp.methods.base import Batch
@@ -61,6 +62,8 @@ def tune_along(
         ComponentIndexError, TargetMismatchError, DeviceError, DataError: As `perturbed` and `decompose`.
     """
     adapter = checked_adapter(model, decomposition)
+    if loss is None:
+        need_logits(adapter, "The loss of next tokens needs", "give a loss of the outputs (loss=...)")
     chosen = [decomposition.index(k) for k in subnetworks]
     if not chosen or len(set(chosen)) < len(chosen):
         raise SettingError(f"Give at least one subnetwork, each once; given {chosen}.")

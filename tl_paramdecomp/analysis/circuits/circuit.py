@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.circuits.search import LearnedMasks, members, pruned, shortest_good
 from tl_paramdecomp.analysis.circuits.units import Units, component_units
 from tl_paramdecomp.analysis.circuits.values import (
@@ -259,6 +260,7 @@ def _runs(
     delta: float,
 ) -> TaskRuns:
     adapter = checked_adapter(model, decomposition)
+    need_answers(adapter, task)
     task = task.to(adapter.device)
     return TaskRuns(
         adapter, decomposition, units or component_units(decomposition), task, metric or default_metric(task), delta,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.norm_scales import opened_norms
+from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
 from tl_paramdecomp.analysis.effects.attributions import Attribution, Direction
 from tl_paramdecomp.analysis.effects.single_ablations import Ablations, ablated_effects
@@ -109,6 +110,7 @@ def attribute(
     if method == "ablation" and (frozen_norms or frozen_patterns):
         raise SettingError("Ablations run the model as it is; frozen_norms and frozen_patterns are for gradients.")
     adapter, names = checked_adapter(model, decomposition), chosen_sites(decomposition, sites)
+    need_answers(adapter, tokens)
     columns = _columns(positions, prompts.clean)
     if prompts.corrupt is None:
         towards: Direction = "removal"

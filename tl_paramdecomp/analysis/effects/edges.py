@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.activations import component_acts
 from tl_paramdecomp.analysis.effects.attribution import attribute
 from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges, edge_values
@@ -232,6 +233,7 @@ def prompt_graph(
         UnsupportedModelError, TargetMismatchError, DeviceError, ShapeError, DtypeError: As `edges_into` and `attribute`.
     """
     prompts = prompts_of(tokens, metric, None, attention_mask)
+    need_answers(adapt(model), tokens)
     if len(prompts.clean) != 1:
         raise SettingError(f"A prompt's graph is of one row; given {len(prompts.clean)}. See dataset_graph for many.")
     components, mask = _components(decomposition, sites), prompts.attention_mask
@@ -329,6 +331,7 @@ def dataset_graph(
     if batch_size < 1:
         raise SettingError(f"batch_size is at least 1; given {batch_size}.")
     whole = prompts_of(tokens, metric, None, attention_mask)
+    need_answers(adapt(model), tokens)
     batches = list(_batches(tokens, whole, metric, batch_size))
     components = _components(decomposition, sites)
     strengths, activations = _mean_strengths(model, decomposition, components, batches)

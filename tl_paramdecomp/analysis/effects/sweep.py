@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.effects.sweep_runs import Inputs, Runner, SitePatches, Unpatched, run_group, start_of
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -216,6 +217,7 @@ def sweep(
     runs = _Runs.of(prompts, metric, corrupt, attention_mask)
     put = _checked_value(value, direction, runs, rows_at_once)
     adapter = checked_adapter(model, decomposition)
+    need_answers(adapter, prompts)
     chosen = _chosen_sites(decomposition, sites, by_head)
     denoising = direction == "denoising"
     base, source = (runs.corrupt, runs.clean) if denoising else (runs.clean, runs.corrupt)

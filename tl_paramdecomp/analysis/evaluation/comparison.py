@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypedDict
 
+from tl_paramdecomp.analysis.evaluation.result import distance_name
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
 
 if TYPE_CHECKING:
@@ -142,6 +143,11 @@ class Comparison(Record):
         }
 
     # --- to look at, and to keep ------------------------------------------------------------------------------------
+    @property
+    def measure(self) -> str:
+        """`kl` or `mse`: what outputs were compared by."""
+        return self.points[0].get("measure", "kl") if self.points else "kl"
+
     def frame(self) -> "pandas.DataFrame":
         """Runs as a pandas frame."""
         import pandas
@@ -194,7 +200,8 @@ def _matched(found: Comparison, metric: Metric) -> "Table":
     shared = {name: found.shared_range(axis) for axis, name in AXES.items()}
     over = [f"mean, {name} {r[0]:,.0f}-{r[1]:,.0f}" for name, r in shared.items() if r is not None]
     columns = [f"L0 {share * found.ranks:.0f} (1/{round(1 / share)})" for share in SHARES]
-    title = f"KL, {metric} masks, at equal L0 (dense: {found.ranks}): median over seeds, and range"
+    what = "KL" if found.measure == "kl" else "Mean square"
+    title = f"{what}, {metric} masks, at equal L0 (dense: {found.ranks}): median over seeds, and range"
     table = plain_table(title, "method", *columns, *over)
     at = [found.at(share, metric) for share in SHARES]
     at += [found.areas(metric, axis) for axis, name in AXES.items() if shared[name] is not None]
@@ -215,7 +222,8 @@ POINTS = {
 
 def _points(found: Comparison) -> "Table":
     zero = found.points[0]["zero"] if found.points else math.nan
-    title = f"Runs: KL in nats per token; all components removed {zero:.3f}; perm.: rounded, importances dealt anew"
+    what = "KL in nats per token" if found.measure == "kl" else "mean square of outputs"
+    title = f"Runs: {what}; all components removed {zero:.3f}; perm.: rounded, importances dealt anew"
     table = plain_table(title, "method", "factor", "seed", *POINTS.values())
     last = None
     for row in found.points:
@@ -246,7 +254,8 @@ def _stability(found: Comparison) -> "Table":
 
 
 def _splitting(found: Comparison) -> "Table":
-    columns = ("components", "active", "split in the largest", "L0", "rounded KL")
+    what = f"rounded {distance_name(found.measure)}"
+    columns = ("components", "active", "split in the largest", "L0", what)
     table = plain_table("Splitting: more capacity should not mean more components", "method, capacity", *columns)
     for row in found.splitting:
         share = "" if row["split"] is None else f"{row['split']:.1%}"

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target, masks_of
+from tl_paramdecomp.adapters.limits import Limits
+from tl_paramdecomp.adapters.outputs import need_logits
+from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, masks_of, target_of
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation, headline_steps
 from tl_paramdecomp.analysis.evaluation.specificity import specificity
@@ -36,7 +38,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
-from tl_paramdecomp.methods.base import Batch, LossStep
+from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, Batch, LossStep, Measure, measure_of
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
@@ -104,13 +106,15 @@ def evaluate(
     protocol: Protocol | None = None,
     seconds: float | None = None,
     progress: bool = True,
+    measure: Measure | None = None,
 ) -> Evaluation:
     """How good a decomposition is on held-out rows.
 
     Args:
         model: Its target, on any host.
         decomposition: Any.
-        data: Token rows [rows, pos] that it was not trained on, or batches of such rows, as `token_batches` gives them.
+        data: Token rows [rows, pos] that it was not trained on, a dict of them and their attention mask, such as a tokenizer's
+            `BatchEncoding`, or batches of such rows, as `token_batches` gives them.
         attention_mask: 1 where a position counts; padding is left out of every figure. Batches bring their own.
         rows: How many of the first rows of batches are taken.
         importances: Taken instead of the decomposition's own importance function; needed where it has none.
@@ -118,15 +122,16 @@ def evaluate(
         protocol: Everything that can be set.
         seconds: Leave out, and name, what would begin after so many; parts of the headline begin first.
         progress: Show a progress bar.
+        measure: How outputs are compared: `kl` of next-token distributions, or `mse`, the mean square of outputs as they are,
+            which leaves out what only logits have. None: KL, or the mean square where the model gives no logits.
 
     Raises:
+        UnsupportedModelError: KL is asked of a model that gives no logits.
         NoImportanceError: The decomposition has no importance function, and no oracle is given.
-        DataError: There are no rows, or no position of them counts.
+        DataError: There are no rows, no position of them counts, or the model cannot read them.
         TargetMismatchError, DeviceError, DtypeError, ShapeError: As `patched`.
     """
-    tokens: Any = data
-    if not isinstance(data, Tensor) and isinstance(data, Iterable) and attention_mask is None:
-        tokens, attention_mask = _first_rows(data, rows)
+    tokens, attention_mask = rows_to_measure(data, attention_mask, rows)
     check_rows(tokens, attention_mask)
     if not len(tokens) or (attention_mask is not None and not attention_mask.any()):
         raise DataError("There are no rows to evaluate on, or the attention mask leaves no position of them.")
@@ -137,7 +142,13 @@ def evaluate(
                 "the k components per position that the model's gradients call for."
             )
     adapter = checked_adapter(model, decomposition)
+    Limits.of(adapter).refuse(tokens, "The data", attention_mask)
     protocol = protocol or Protocol()
+    if measure not in (None, "kl", "mse"):
+        raise SettingError(f"measure must be 'kl' or 'mse'; given {measure!r}.")
+    measure = measure or measure_of(adapter)
+    if measure == "kl":
+        need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
     every = [decomposition]
     if untrained is not None:
         checked_adapter(model, untrained)
@@ -145,13 +156,22 @@ def evaluate(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for module in (adapter, *every):
             stack.enter_context(frozen(module))
-        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds)
+        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, measure)
         groups = run.parts(untrained)
         total = 2 * run.n_batches + sum(part.cost for group in groups for part in group)
         run.bar = stack.enter_context(
             tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")
         )
         return run.all(groups)
+
+
+def rows_to_measure(data: Any, attention_mask: Tensor | None = None, rows: int = 64) -> tuple[Any, Tensor | None]:
+    """Token rows and what of them counts, of data in any form that `evaluate` takes."""
+    if isinstance(data, Tensor) or attention_mask is not None:
+        return data, attention_mask
+    if isinstance(data, Mapping):
+        return Batch.of(data)
+    return _first_rows(data, rows) if isinstance(data, Iterable) else (data, None)
 
 
 def _first_rows(batches: Iterable[Any], n: int) -> tuple[Any, Tensor | None]:
@@ -192,8 +212,8 @@ class _Part(NamedTuple):
 class _Run:
     """One evaluation under way."""
 
-    ends: tuple[float, float]
-    """Cross-entropy of the model, and with everything removed."""
+    ends: tuple[float, float] | None = None
+    """Cross-entropy of the model, and with everything removed; None where outputs are no logits."""
     bar: "tqdm[Any]"
 
     def __init__(
@@ -205,7 +225,9 @@ class _Run:
         oracle: Oracle | None,
         protocol: Protocol,
         seconds: float | None,
+        measure: Measure = "kl",
     ) -> None:
+        self.measure: Measure = measure
         self.adapter, self.dec, self.oracle = adapter, decomposition, oracle
         self.device = adapter.device
         self.tokens = tokens.to(self.device)
@@ -241,14 +263,16 @@ class _Run:
     def _step(self, tokens: Tensor, mask: Tensor | None) -> LossStep:
         given = None
         if self.oracle is not None:
-            given = self.oracle.importances(self.adapter, self.dec, tokens, mask)
-        step = LossStep.of(self.adapter, self.dec, tokens, mask, torch.Generator(), importances=given)
+            given = self.oracle.importances(self.adapter, self.dec, tokens, mask, self.measure)
+        step = LossStep.of(
+            self.adapter, self.dec, tokens, mask, torch.Generator(), measure=self.measure, importances=given
+        )
         # what is kept between passes holds what they need, and no more
         alone = {name: Importance(i.lower, i.lower) for name, i in step.importances.items()}
         return dataclasses.replace(step, inputs={}, importances=alone)
 
     def weighted(self) -> Iterator[tuple[LossStep, int]]:
-        """Batches with their numbers of scored positions."""
+        """Batches with their numbers of scored outputs."""
         for step in self.batches():
             self.bar.update()
             yield step, len(step.divergence.target)
@@ -275,7 +299,8 @@ class _Run:
         sparsity, masks, ladder, specific, by_site, controls = groups
         parts = [part for group in groups for part in group]
         model, zero = self.sums(None), self.sums(MaskKind("zero"))
-        self.ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
+        if self.measure == "kl":
+            self.ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
         done: dict[str, Any] = {}
         for part in sorted(parts, key=lambda part: not part.first):
             if self.has_time(part.name, part.cost):
@@ -289,10 +314,11 @@ class _Run:
                 **dataclasses.asdict(self.protocol),
                 "ladder": list(self.protocol.ladder),
                 "oracle": None if self.oracle is None else dataclasses.asdict(self.oracle),
+                **({} if self.measure == "kl" else {"measure": self.measure}),
             },
             rows=len(self.tokens),
             positions=model.positions,
-            ce={"model": self.ends[0], "zero": self.ends[1]},
+            ce={} if self.ends is None else {"model": self.ends[0], "zero": self.ends[1]},
             masks=of(masks) + of(by_site),
             adversary=of(ladder),
             sites=next(iter(of(sparsity)), []),
@@ -343,9 +369,9 @@ class _Run:
         generator = torch.Generator(device=self.device).manual_seed(self.protocol.seed + sample)
         total = Sums()
         for step, _ in self.weighted():
-            target = Target.of(step)
+            target = target_of(step)
             if kind is None:
-                total = total.plus(target.sums(target.log_p))
+                total = total.plus(target.sums(target[0]))
                 continue
             masks = masks_of(step, kind, generator, self.dealt)
             logits = step.run_masked(masks if site is None else {site: masks[site]})
@@ -357,18 +383,22 @@ class _Run:
         return self.protocol.samples if kind.kind in ("stochastic", "random") or kind.delta == "masked" else 1
 
     def row(self, kind: MaskKind, site: str | None = None) -> dict[str, Any]:
-        """A kind's figures; those that are drawn at random as means, with the standard deviation of the KL."""
+        """A kind's figures; those that are drawn at random as means, with the standard deviation of the distance."""
         n, ends = self.draws(kind), self.ends
         drawn = [self.sums(kind, site, sample) for sample in range(n)]
-        kl = torch.tensor([s.kl / s.positions for s in drawn], dtype=torch.float64)
-        ce = sum(s.ce / max(1, s.predicted) for s in drawn) / n
-        gap = ends[1] - ends[0]
-        return {
+        distance = torch.tensor([s.mean(self.measure) for s in drawn], dtype=torch.float64)
+        found = {
             "site": site or "all",
             "masks": kind.name,
             "delta": kind.delta,
-            "kl": kl.mean().item(),
-            "kl_sd": kl.std().item() if n > 1 else None,
+            self.measure: distance.mean().item(),
+            f"{self.measure}_sd": distance.std().item() if n > 1 else None,
+        }
+        if ends is None:
+            return found
+        ce = sum(s.ce / max(1, s.predicted) for s in drawn) / n
+        gap = ends[1] - ends[0]
+        return found | {
             "ce_difference": ce - ends[0],
             "ce_recovered": (ends[1] - ce) / gap if gap else None,
             "top1": sum(s.agree / s.positions for s in drawn) / n,
@@ -377,10 +407,10 @@ class _Run:
     def sparsity(self) -> list[dict[str, Any]]:
         """What importances say of each site."""
         positions, over, active, mean = 0, {}, {}, {}
-        for step, count in self.weighted():
-            positions += count
-            for name, importance in step.importances.items():
-                g = importance.lower.flatten(0, -2) if step.scored is None else importance.lower[step.scored]
+        for step, _ in self.weighted():
+            for i, (name, importance) in enumerate(step.importances.items()):
+                g = step.at_scored(importance.lower)
+                positions += 0 if i else len(g)
                 for sums, values in ((over, g > 0.0), (active, g > ACTIVE), (mean, g)):
                     sums[name] = sums.get(name, 0.0) + values.double().sum(0)
         rows = []
@@ -420,19 +450,16 @@ class _Run:
         return {
             "steps": steps,
             "restarts": len(found),
-            "kl": statistics.median(worst),
-            "kl_worst": max(worst),
-            "kl_all": worst,
+            self.measure: statistics.median(worst),
+            f"{self.measure}_worst": max(worst),
+            f"{self.measure}_all": worst,
             "start": statistics.median(c.start for c in found),
         }
 
     def specificity(self) -> dict[str, Any]:
         """Components ablated by themselves on the first rows: half of them active somewhere, half drawn from the others."""
         step = next(iter(self.batches()))
-        flat = {
-            name: g.lower.flatten(0, -2) if step.scored is None else g.lower[step.scored]
-            for name, g in step.importances.items()
-        }
+        target, flat = target_of(step), {name: _by_output(step, g.lower) for name, g in step.importances.items()}
         effects, given, dealt = [], [], []
         for name, c in self._sampled(flat):
             self.bar.update()
@@ -440,9 +467,7 @@ class _Run:
             q = torch.zeros(g.shape[-1], dtype=g.dtype, device=g.device)
             q[c] = 1.0
             logits = step.run_masked({name: InterpolatedMask(g.new_zeros(g.shape), q, 0.0)})
-            log_p = step.divergence.target
-            log_q = torch.log_softmax(step.divergence.rows(logits).to(log_p.dtype), -1)
-            effects.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            effects.append(target.distances(step.divergence.rows(logits)))
             given.append(flat[name][:, c])
             dealt.append(flat[name][:, self.dealt[name][c]])
         effect = torch.cat(effects)
@@ -467,11 +492,19 @@ class _Run:
 
     def control(self, untrained: Decomposition) -> dict[str, Any]:
         """The headline of another decomposition of the same model, under the same protocol."""
-        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None)
+        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.measure)
         other.bar = self.bar
         rounded = other.sums(ROUNDED)
         l0 = sum(row["l0"] for row in other.sparsity())
-        found = {"l0": l0, "rounded": rounded.kl / rounded.positions}
+        found = {"l0": l0, "rounded": rounded.mean(self.measure)}
         if self.protocol.ladder:
-            found["adversarial"] = other.climbs(headline_steps(self.protocol.ladder))["kl"]
+            found["adversarial"] = other.climbs(headline_steps(self.protocol.ladder))[self.measure]
         return found
+
+
+def _by_output(step: LossStep, g: Float[Tensor, "batch pos C"]) -> Float[Tensor, "n C"]:
+    """Importances where an output is scored; the largest of a row where each row has one output."""
+    if step.divergence.by_row and g.ndim == 3:
+        whole = g if step.scored is None else g.masked_fill(~step.scored.unsqueeze(-1), 0.0)
+        return step.divergence.rows(whole.amax(1))
+    return step.at_scored(g)

@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.components.interpolated import InterpolatedMask
-from tl_paramdecomp.methods.base import LossStep, SiteMasks
+from tl_paramdecomp.methods.base import LossStep, Measure, SiteMasks
+from tl_paramdecomp.methods.divergence import KL
 
 Delta = Literal["absent", "kept", "masked"]
 Kind = Literal["unmasked", "importance", "rounded", "stochastic", "random", "zero", "permuted"]
@@ -40,7 +41,7 @@ class MaskKind:
 
 
 class Sums(NamedTuple):
-    """Totals over scored positions, in nats; they add up."""
+    """Totals over scored outputs, in nats; they add up."""
 
     kl: float = 0.0
     agree: float = 0.0
@@ -50,10 +51,16 @@ class Sums(NamedTuple):
     """Cross-entropy of the row's own next tokens."""
     predicted: int = 0
     """Positions that have a next token."""
+    square: float = 0.0
+    """Mean square over the width, where outputs are no logits."""
 
     def plus(self, other: "Sums") -> "Sums":
         """Totals of both."""
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))  # type: ignore[arg-type]
+
+    def mean(self, measure: Measure) -> float:
+        """KL, or mean square, of one output."""
+        return (self.kl if measure == "kl" else self.square) / self.positions
 
 
 class Target(NamedTuple):
@@ -73,14 +80,42 @@ class Target(NamedTuple):
         rows = following.flatten() if step.scored is None else following[step.scored]
         return cls(step.divergence.target, rows)
 
+    def distances(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+        """KL of other logits at the same positions from it."""
+        return self._kl(torch.log_softmax(logits.to(self.log_p.dtype), -1))
+
+    def _kl(self, log_q: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+        return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
+
     def sums(self, logits: Float[Tensor, "n vocab"]) -> Sums:
         """How far other logits at the same positions are from it."""
         log_q = torch.log_softmax(logits.to(self.log_p.dtype), -1)
-        kl = (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
+        kl = self._kl(log_q)
         agree = self.log_p.argmax(-1) == log_q.argmax(-1)
         followed = self.following >= 0
         ce = -log_q[followed].gather(-1, self.following[followed].unsqueeze(-1))
         return Sums(kl.double().sum().item(), int(agree.sum()), len(kl), ce.double().sum().item(), int(followed.sum()))
+
+
+class OutputTarget(NamedTuple):
+    """What a model gives that has no logits, where outputs are scored."""
+
+    output: Float[Tensor, "n width"]
+
+    def distances(self, output: Float[Tensor, "n width"]) -> Float[Tensor, " n"]:
+        """Mean square over the width of other outputs from it."""
+        wide = torch.promote_types(self.output.dtype, torch.float32)
+        return (output.to(wide) - self.output.to(wide)).square().mean(-1)
+
+    def sums(self, output: Float[Tensor, "n width"]) -> Sums:
+        """How far other outputs are from it."""
+        square = self.distances(output)
+        return Sums(positions=len(square), square=square.double().sum().item())
+
+
+def target_of(step: LossStep) -> Target | OutputTarget:
+    """The target of a step, as its divergence compares outputs."""
+    return Target.of(step) if isinstance(step.divergence, KL) else OutputTarget(step.divergence.target)
 
 
 def masks_of(

@@ -16,10 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, along_writes
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, Measure
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class Oracle:
         decomposition: Decomposition,
         tokens: Int[Tensor, "batch pos"],
         attention_mask: Int[Tensor, "batch pos"] | None = None,
+        measure: Measure = "kl",
     ) -> dict[str, Importance]:
         """Importances [batch, pos, C] of every site."""
-        effects = estimated_effects(adapter, decomposition, tokens, attention_mask, self.samples, self.seed)
+        effects = estimated_effects(adapter, decomposition, tokens, attention_mask, self.samples, self.seed, measure)
         together = torch.cat(list(effects.values()), -1)
         kept = torch.zeros_like(together)
         kept.scatter_(-1, together.topk(min(self.k, together.shape[-1]), -1).indices, 1.0)
@@ -59,9 +62,12 @@ def estimated_effects(
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     samples: int = 4,
     seed: int = 0,
+    measure: Measure = "kl",
 ) -> dict[str, Float[Tensor, "batch pos C"]]:
     """Estimated KL, in nats over all later positions, from removing each component at each position by itself: a size, without
     a sign.
+
+    Of outputs that are no logits, the mean square: (h_c U_c . d(s . y) / d y_site)^2 / width with signs s drawn at random.
 
     Args:
         adapter: The target's.
@@ -70,21 +76,39 @@ def estimated_effects(
         attention_mask: 1 where a position counts; the others predict nothing.
         samples: Draws of next tokens.
         seed: Of the draws.
+        measure: `mse` for outputs that are no logits.
+
+    Raises:
+        UnsupportedModelError: KL is asked of a model that gives no logits.
     """
+    if measure == "kl":
+        need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
     names, writes = list(decomposition), SiteWrites(len(tokens))
     with torch.enable_grad(), adapter.intercept(writes.fns(names, "open")):
-        log_p = torch.log_softmax(adapter.forward(tokens, attention_mask).float(), -1)
+        output = adapter.forward(tokens, attention_mask).float()
+        scores = torch.log_softmax(output, -1) if measure == "kl" else output / output.shape[-1] ** 0.5
     acts = {name: writes.acts(name, decomposition[name]) for name in names}
-    probs = log_p.detach().exp().flatten(0, -2)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     found = {name: torch.zeros((), device=tokens.device) for name in decomposition}
     for i in range(samples):
-        drawn = torch.multinomial(probs, 1, generator=generator).view(*log_p.shape[:-1], 1)
         with torch.enable_grad():
-            chosen = log_p.gather(-1, drawn).squeeze(-1)
-            total = chosen.sum() if attention_mask is None else (chosen * attention_mask).sum()
+            chosen = _drawn(scores, measure, generator)
+            if attention_mask is not None and chosen.ndim > 1:  # a classifier's outputs have no positions
+                chosen = chosen * attention_mask
+            total = chosen.sum()
         gradients = writes.gradients(total, names, retain=i + 1 < samples)
         for name in names:
             change = along_writes(decomposition[name], acts[name], gradients[name])
-            found[name] = found[name] + change.square_().mul_(0.5 / samples)
+            found[name] = found[name] + change.square_().mul_((0.5 if measure == "kl" else 1.0) / samples)
     return found
+
+
+def _drawn(
+    scores: Float[Tensor, "*rows width"], measure: Measure, generator: torch.Generator
+) -> Float[Tensor, "*rows"]:
+    """Log probabilities of next tokens drawn from the model's own prediction; or sums of outputs with random signs."""
+    if measure == "mse":
+        signs = torch.randint(0, 2, scores.shape, generator=generator, device=scores.device)
+        return (scores * (2 * signs - 1)).sum(-1)
+    drawn = torch.multinomial(scores.detach().exp().flatten(0, -2), 1, generator=generator)
+    return scores.gather(-1, drawn.view(*scores.shape[:-1], 1)).squeeze(-1)

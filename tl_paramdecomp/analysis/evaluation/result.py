@@ -44,6 +44,31 @@ class AdversaryRow(TypedDict):
     start: float
 
 
+class NoEnds(TypedDict):
+    """Outputs that are no logits have no cross-entropy."""
+
+
+class SquareRow(TypedDict):
+    """Figures of outputs that are no logits, under one kind of mask."""
+
+    site: str
+    masks: str
+    delta: str
+    mse: float
+    mse_sd: float | None
+
+
+class SquareAdversaryRow(TypedDict):
+    """The same after so many steps."""
+
+    steps: int
+    restarts: int
+    mse: float
+    mse_worst: float
+    mse_all: list[float]
+    start: float
+
+
 class SiteRow(TypedDict):
     """Figures of one matrix."""
 
@@ -79,7 +104,10 @@ class ControlRow(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Evaluation(Record):
-    """Figures of one decomposition on held-out rows; KL in nats per token, summed over the vocabulary."""
+    """Figures of one decomposition on held-out rows; KL in nats per token, summed over the vocabulary.
+
+    Where the model gives no logits, figures are the mean square of outputs under `mse` instead of `kl`.
+    """
 
     what: ClassVar[str] = "evaluation"
 
@@ -88,13 +116,13 @@ class Evaluation(Record):
     rows: int
     positions: int
     """Scored ones."""
-    ce: Annotated[dict[str, float], Ends]
+    ce: Annotated[dict[str, float], Ends | NoEnds]
     """Cross-entropy of the model itself, and with all components and the delta component removed."""
-    masks: Annotated[list[Row], list[MaskRow]]
+    masks: Annotated[list[Row], list[MaskRow] | list[SquareRow]]
     """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference (masked minus
     model), the share of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is
     the model's."""
-    adversary: Annotated[list[Row], list[AdversaryRow]]
+    adversary: Annotated[list[Row], list[AdversaryRow] | list[SquareAdversaryRow]]
     """By steps: median and largest KL over restarts, and where they began."""
     sites: Annotated[list[Row], list[SiteRow]]
     """By matrix: relative weight error, L0 above 0.1 and above 0, active parameters, alive components, how often they are
@@ -108,6 +136,24 @@ class Evaluation(Record):
     seconds: float
     left_out: list[str]
     """Parts that the time budget left no room for."""
+
+    def check(self) -> None:
+        lacking = [row for row in (*self.masks, *self.adversary) if self.measure not in row]
+        if lacking or (self.measure == "kl") != ({"model", "zero"} <= self.ce.keys()):
+            raise ValueError(f"its figures are not those of {self.measure!r}")
+
+    @property
+    def measure(self) -> str:
+        """`kl` or `mse`: what outputs were compared by, and the key of its figures."""
+        return self.protocol.get("measure", "kl")
+
+    def distance(self, masks: str, delta: str = "absent", site: str = "all") -> float:
+        """KL, or mean square, under one kind of mask.
+
+        Raises:
+            KeyError: It was not measured.
+        """
+        return self.mask_row(masks, delta, site)[self.measure]
 
     def mask_row(self, masks: str, delta: str = "absent", site: str = "all") -> Row:
         """The row of one kind of mask.
@@ -126,9 +172,9 @@ class Evaluation(Record):
         reached, where time ran out (`left_out`)."""
         found: dict[str, float] = {"l0": sum(row["l0"] for row in self.sites)} if self.sites else {}
         rounded = [r for r in self.masks if (r["masks"], r["delta"], r["site"]) == ("rounded 0.1", "absent", "all")]
-        found |= {"rounded": rounded[0]["kl"]} if rounded else {}
+        found |= {"rounded": rounded[0][self.measure]} if rounded else {}
         climbs = self._headline_climbs()
-        return found | ({"adversarial": climbs["kl"]} if climbs else {})
+        return found | ({"adversarial": climbs[self.measure]} if climbs else {})
 
     def _headline_climbs(self) -> Row | None:
         """The adversary that the headline is of."""
@@ -166,8 +212,14 @@ def _shown(value: float | None, places: int = 4) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
+def distance_name(measure: str) -> str:
+    """In the heads of tables."""
+    return "KL" if measure == "kl" else "mean square"
+
+
 def _headline(found: Evaluation) -> "Table":
-    columns = ("L0", "rounded KL", "adversarial KL")
+    what = distance_name(found.measure)
+    columns = ("L0", f"rounded {what}", f"adversarial {what}")
     title = f"Headline{PARTIAL if found.left_out else ''}: {found.positions} tokens of {found.rows} held-out rows"
     table = plain_table(title, "decomposition", *columns)
     climbs, restarts = found._headline_climbs(), found.protocol.get("restarts", 1)
@@ -177,18 +229,30 @@ def _headline(found: Evaluation) -> "Table":
         if name == "this one" and climbs and climbs["restarts"] < restarts:
             cells["adversarial"] += f" ({climbs['restarts']} of {restarts} restarts)"
         table.add_row(name, *(cell or (NOT_REACHED if key in wanted else "") for key, cell in cells.items()))
-    permuted = [row["kl"] for row in found.masks if row["masks"].startswith("permuted")]
+    permuted = [row[found.measure] for row in found.masks if row["masks"].startswith("permuted")]
     if permuted:
         table.add_row("the same, importances dealt anew", _shown(found.headline.get("l0"), 1), _shown(permuted[0]), "")
     return table
 
 
 def _masks(found: Evaluation) -> "Table":
+    what, key = distance_name(found.measure), found.measure
+    if not found.ce:
+        table = plain_table("Masks", "masks", "delta", what, "± draws")
+        for row in (r for r in found.masks if r["site"] == "all"):
+            table.add_row(row["masks"], row["delta"], _shown(row[key]), _shown(row[f"{key}_sd"]))
+        return table
     title = f"Masks (cross-entropy: model {found.ce['model']:.3f}, all removed {found.ce['zero']:.3f})"
-    table = plain_table(title, "masks", "delta", "KL", "± draws", "CE difference", "CE recovered", "same top token")
+    table = plain_table(title, "masks", "delta", what, "± draws", "CE difference", "CE recovered", "same top token")
     for row in (r for r in found.masks if r["site"] == "all"):
         share = "" if row["ce_recovered"] is None else f"{row['ce_recovered']:.1%}"
-        figures = (_shown(row["kl"]), _shown(row["kl_sd"]), f"{row['ce_difference']:+.4f}", share, f"{row['top1']:.1%}")
+        figures = (
+            _shown(row[key]),
+            _shown(row[f"{key}_sd"]),
+            f"{row['ce_difference']:+.4f}",
+            share,
+            f"{row['top1']:.1%}",
+        )
         table.add_row(row["masks"], row["delta"], *figures)
     return table
 
@@ -196,14 +260,16 @@ def _masks(found: Evaluation) -> "Table":
 def _adversary(found: Evaluation) -> "Table":
     restarts = max((row["restarts"] for row in found.adversary), default=0)
     title = f"Adversary: one for all rows, {restarts} restarts"
-    table = plain_table(title, "steps", "KL, median", "KL, worst", "random start")
+    what, key = distance_name(found.measure), found.measure
+    table = plain_table(title, "steps", f"{what}, median", f"{what}, worst", "random start")
     for row in found.adversary:
-        table.add_row(str(row["steps"]), *(_shown(row[key]) for key in ("kl", "kl_worst", "start")))
+        table.add_row(str(row["steps"]), *(_shown(row[name]) for name in (key, f"{key}_worst", "start")))
     return table
 
 
 def _specificity(found: Evaluation) -> "Table":
-    columns = ("AUROC", "Spearman", "KL where g > 0.5", "KL where g < 0.01")
+    what = distance_name(found.measure)
+    columns = ("AUROC", "Spearman", f"{what} where g > 0.5", f"{what} where g < 0.01")
     table = plain_table("Does importance predict what ablating one component does?", "importances", *columns)
     for what, row in found.specificity.items():
         figures = (
@@ -217,9 +283,10 @@ def _specificity(found: Evaluation) -> "Table":
 
 
 def _sites(found: Evaluation) -> "Table":
-    columns = ("rel. error", "L0", "rank", "active params", "alive", "of", "rounded KL, alone")
+    columns = ("rel. error", "L0", "rank", "active params", "alive", "of")
+    columns = (*columns, f"rounded {distance_name(found.measure)}, alone")
     table = plain_table("Matrices", "site", *columns)
-    alone = {row["site"]: row["kl"] for row in found.masks if row["masks"] == "rounded 0.1"}
+    alone = {row["site"]: row[found.measure] for row in found.masks if row["masks"] == "rounded 0.1"}
     for row in found.sites:
         counts = f"{row['l0']:.1f}", str(row["rank"]), f"{row['active_parameters']:.0f}", str(row["alive"])
         error = f"{row['relative_error']:.1e}"

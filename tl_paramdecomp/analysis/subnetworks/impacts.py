@@ -19,10 +19,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.gain_subnetworks import GainGradient, pairwise_gains
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import CHUNK, Gradients, SampleGradient, Subnetworks
 from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.base import KL_NEEDS
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
 from tl_paramdecomp.methods.settings import from_settings
@@ -60,6 +62,8 @@ def impacts(
     if references < 1:
         raise SettingError(f"Impacts need at least one reference; given {references}.")
     adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
+    if method.divergence == "kl":
+        need_logits(adapter, KL_NEEDS, "decompose it with L3D(divergence='mse')")
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
     tokens = tokens.to(adapter.device)
     attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.identity import behind
+from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
 from tl_paramdecomp.adapters.wiring import Wiring, find_module
 from tl_paramdecomp.analysis.tasks.task import Task
@@ -312,6 +313,7 @@ def _in_batches(
     if corrupt and task.corrupt is None:
         raise TaskError(f"Task {task.name!r} has no corrupt prompts to score.")
     adapter = adapt(model)
+    need_answers(adapter, task)
     for start in range(0, len(task), batch_size):
         rows = slice(start, start + batch_size)
         yield rows, _answer_logits(adapter, task.select(rows).to(adapter.device), corrupt)

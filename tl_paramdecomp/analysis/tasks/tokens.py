@@ -159,7 +159,7 @@ def _is_micro_gpt2(root: Any) -> bool:
 
 
 def _vocabulary_of(adapter: Any) -> int:
-    found = next((site.d_in for site in adapter.sites.values() if site.kind == "embedding"), None)
+    found = adapter.vocabulary_size
     if found is None:
         raise SettingError(
             f"This {type(adapter.root).__name__} embeds no tokens, so there is nothing to write prompts for."

@@ -13,7 +13,8 @@ from torch import Tensor
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.training.data.cursors import Items, items_of, told_in_one_line
 from tl_paramdecomp.training.data.sources import digest_of_rows
-from tl_paramdecomp.training.data.text import text_column, unknown_column
+from tl_paramdecomp.training.data.tables import Table, as_known
+from tl_paramdecomp.training.data.text import TOKEN_COLUMNS, text_column, unknown_column
 from tl_paramdecomp.training.data.text_files import (
     JsonLineFiles,
     TextFiles,
@@ -68,12 +69,18 @@ def opened(
     Raises:
         DataError: There is no such data, or nothing in it that can be read.
     """
-    if isinstance(data, Tensor) or (hasattr(data, "__array__") and hasattr(data, "dtype")):
-        return _tokens(torch.as_tensor(data))
+    data = as_known(data)
+    if isinstance(data, Tensor):
+        return _tokens(data)
+    if isinstance(data, Mapping) and not hasattr(data, "column_names"):
+        data = Table(type(data).__name__, data) if set(TOKEN_COLUMNS) & set(data) else data
+    if isinstance(data, Table):
+        return _dataset(data, f"the given {data.kind}", column)
     if hasattr(data, "column_names"):
         return _dataset(data, f"the {type(data).__name__}", column)
-    if isinstance(data, str | Path):
-        data = [data]
+    if isinstance(data, list | tuple) and data and all(_is_text(part) for part in data):
+        return _records(items_of(data), f"the {type(data).__name__} of texts", column, None, {})
+    data = [data] if isinstance(data, str | Path) else data
     if isinstance(data, list | tuple) and data and all(isinstance(path, str | Path) for path in data):
         if len(data) == 1 and not _is_local(str(data[0])):
             return _hub(str(data[0]), name, split, streaming, column)
@@ -137,6 +144,16 @@ def _records(items: Items, name: str, column: str | None, by_number: Any, origin
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+def _is_text(part: Any) -> bool:
+    """Whether this is text itself, rather than the name of a file or dataset: it has a space, and no file has that name."""
+    if not isinstance(part, str) or not any(letter.isspace() for letter in part):
+        return False
+    try:
+        return Path(part).suffix.lower() not in (*TEXT, *JSON, *PARQUET, *PACKED) and not Path(part).exists()
+    except (OSError, ValueError):  # too long for a name, or holds what none may
+        return True
+
+
 def _is_local(path: str) -> bool:
     """Whether this names files, rather than a dataset by its name or folder."""
     place = Path(path).expanduser()

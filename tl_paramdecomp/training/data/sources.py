@@ -142,7 +142,7 @@ class RowSource(BatchSource):
             self.limits.refuse(self.rows, "The tensor of token rows", self.attention_mask)
             return
         if isinstance(getattr(self.rows, "items", self.rows), Table):  # in memory: all of it is looked at
-            self._refuse(range(len(self.rows)), self.rows)
+            self._refuse(range(len(self.rows)), [self.rows[i] for i in range(len(self.rows))])
         self.batch(0)
 
     def _row(self, place: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.methods.base import TOKEN_COLUMNS
+from tl_paramdecomp.training.data import text_files
 from tl_paramdecomp.training.data.cursors import Cursor, Items, Place, items_of
 from tl_paramdecomp.training.data.text_files import Piece
 from tl_paramdecomp.training.data.vocabulary import RowRules
@@ -56,19 +57,25 @@ class TextRows(Items):
     def open(self) -> Cursor:
         """A new pass from the first text on."""
         bos = self.tokenizer.bos_token_id
-        return JoinedCursor(self._items.open(), self._encode, self.length, [] if bos is None else [bos])
+        pieces = PieceCursor(self._items.open(), self._text)
+        return JoinedCursor(pieces, self._encode, self.length, [] if bos is None else [bos])
 
     def describe(self) -> dict[str, Any]:
         """What the texts are, and the rows' length."""
         return {"kind": "text rows", "texts": self._items.describe(), "length": self.length}
 
+    def _text(self, item: Any) -> Any:
+        return item.get(self.column) if isinstance(item, Mapping) else item
+
     def _encode(self, item: Any) -> list[int]:
-        text, eos = item.get(self.column) if isinstance(item, Mapping) else item, self.tokenizer.eos_token_id
+        piece = item if isinstance(item, Piece) else Piece(self._text(item), True)
+        text, eos = piece.text, self.tokenizer.eos_token_id
         if text is None:
             return []
         if not isinstance(text, str):
             raise DataError(f"The data holds {type(text).__name__} ({str(text)[:40]}) where text should be.")
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + ([eos] if eos is not None else [])
+        ends = [eos] if eos is not None and piece.ends else []
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + ends
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class JoinedRows(Items):
     """Rows of documents of any form, as a model's rules say."""
 
     documents: Items
-    encode: Callable[[Any], list[int]]
+    encode: "Encoder"
     """Tokens of a document, with what ends it."""
     length: int
     """Tokens of a row, the first included."""
@@ -90,11 +97,57 @@ class JoinedRows(Items):
 
     def open(self) -> Cursor:
         """A new pass from the first document on."""
-        return JoinedCursor(self.documents.open(), self.encode, self.length, self.start)
+        pieces = PieceCursor(self.documents.open(), self.encode.value)
+        return JoinedCursor(pieces, self.encode, self.length, self.start)
 
     def describe(self) -> dict[str, Any]:
         """What the documents are."""
         return self.documents.describe()
+
+
+class PieceCursor(Cursor):
+    """Documents of which a long text comes in pieces, each to be tokenised by itself: some tokenizers take far more than
+    twice as long for twice the text, and few rows are not to wait for all of a document.
+    """
+
+    def __init__(self, documents: Cursor, text_of: Callable[[Any], Any]) -> None:
+        self._documents, self._text_of = documents, text_of
+        self._before: Place | None = None
+        self._text, self._from, self._number = "", 0, 0
+
+    def __next__(self) -> Any:
+        if self._before is None:
+            before = self._documents.place()
+            item = next(self._documents)
+            text = None if isinstance(item, Piece) else self._text_of(item)
+            if not isinstance(text, str) or len(text) <= text_files.PIECE:
+                return item
+            self._before, self._text, self._from, self._number = before, text, 0, 0
+        begins, end = self._from == 0, self._end()
+        piece = Piece(self._text[self._from : end], end == len(self._text), begins)
+        self._from, self._number = end, self._number + 1
+        if piece.ends:
+            self._before, self._text = None, ""
+        return piece
+
+    def _end(self) -> int:
+        """Where the piece ends that begins now: behind its last line, else before its last word, else where it is full."""
+        full = self._from + text_files.PIECE
+        if full >= len(self._text):
+            return len(self._text)
+        line, word = (self._text.rfind(mark, self._from + 1, full) for mark in "\n ")
+        return line + 1 if line > 0 else word if word > 0 else full
+
+    def place(self) -> Place:
+        if self._before is None:
+            return self._documents.place()
+        return {"document": self._before, "piece": self._number}
+
+    def go_to(self, place: Mapping[str, Any], reread: bool = False) -> None:
+        self._before, self._text = None, ""
+        self._documents.go_to(place.get("document", place), reread)
+        for _ in range(place.get("piece", 0)):
+            next(self, None)
 
 
 class JoinedCursor(Cursor):

@@ -46,7 +46,8 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         if not files:
             what = "matches no file" if glob.has_magic(str(path)) else "is no file"
             raise DataError(
-                f"{str(path)!r} {what} here (in {Path.cwd()}); give the path of a file, or a glob such as 'text/*.txt'."
+                f"{str(path)!r} {what} here (in {Path.cwd()}); give the path of a file, or a glob such as 'text/*.txt'; texts "
+                "themselves are read from records: [{'text': ...}]."
             )
         found += [Path(p) for p in files]
     return found

@@ -51,8 +51,9 @@ def token_batches(
     Args:
         data: The name of a dataset on the hub (`"roneneldan/TinyStories"`) or a folder with one; a `datasets` Dataset or
             IterableDataset; the path of a file, a glob, or a list of them (`.parquet`, `.jsonl`, and everything else as plain
-            text in UTF-8); token ids, as a tensor [rows, pos] or one long [tokens]; or an iterable of texts or records that
-            can be read again.
+            text in UTF-8); token ids, as a tensor or array [rows, pos] or one long [tokens]; a DataFrame, Series, Arrow table
+            or dict with a column of tokens or text; or a list of texts, or an iterable of texts or records that can be read
+            again.
         model: Who is to read the rows, on any host; or a tokenizer. None: whoever reads them says how they begin.
         tokenizer: The model's, where it holds none.
         length: Tokens of a row, the beginning token included. None: as many as model and tokenizer take, at most 1024; rows

@@ -191,6 +191,11 @@ def estimate_run(
         for i, rows in enumerate((data, background))
     )
     steps = steps_of(method, steps, data)
+    if steps:
+        method.check(adapter)
+    for used in (source, other):
+        if used is not None:
+            used.check()
     now = _Now.of(adapter)
     devices = [adapter.device] if adapter.device.type == "cuda" else []
     with frozen(adapter), torch.random.fork_rng(devices):
