@@ -66,6 +66,11 @@ def test_patched_forward_against_the_plain_one(host, report):
         with tlpd.patched(model, dec, masks):
             model(tokens)
 
+    def entered():
+        with tlpd.patched(model, dec, one):
+            pass
+
+    report(f"entering and leaving a context of 72 sites / plain forward, {host}", ratio(entered, plain))
     for label, masks in (("one component ablated at each site", one), ("mask tensors at each site", given)):
         measured = ratio(lambda masks=masks: patched(masks), plain)
         report(f"patched / plain forward, {host}, {label}", measured)
