@@ -274,7 +274,8 @@ class ModelAdapter(ABC):
         """
         self.check_readable(tokens, attention_mask)
         with self.evaluating():
-            if attention_mask is not None and starts_later(attention_mask) and not self._pads_left:
+            padded = attention_mask is not None and self.reads_tokens and starts_later(attention_mask)
+            if padded and not self._pads_left:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
                     "the right (tokenizer.padding_side = 'right')."
