@@ -68,3 +68,12 @@ def test_the_command_trains_on_json_lines(files, tmp_path):
     shown = command("decompose", "micro-gpt2", *what, "--text", tmp_path / "bad.txt", "--out", tmp_path / "other")
     assert shown.returncode == 1 and "byte 8 (0xff)" in shown.stderr and "Traceback" not in shown.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_rows_of_unequal_length_are_cut_before_they_are_measured_on(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"tokens": [3] * (5 + i % 3)}) + "\n" for i in range(100)))
+    model = tlpd.load_micro_gpt2()
+    with pytest.raises(DataError, match=r"differ in length \(5 to 7 tokens\).*--length"):
+        open_rows("micro-gpt2", model, path, None, None)
+    assert open_rows("micro-gpt2", model, path, None, 5).held_out.shape == (HELD_OUT, 5)

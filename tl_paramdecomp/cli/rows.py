@@ -72,4 +72,9 @@ def open_rows(
         separator=separator, join=join, bos=bos, shuffle=shuffle, seed=seed, skip=HELD_OUT,
     )  # fmt: skip
     first = train.first_rows(2 * HELD_OUT)
+    if first.attention_mask is not None:
+        raise DataError(
+            f"The first rows differ in length ({int(first.attention_mask.sum(1).min())} to {first.tokens.shape[1]} tokens), and "
+            "are measured on as they are; cut all to one with --length."
+        )
     return Rows(train, first.tokens[:HELD_OUT])
