@@ -63,7 +63,7 @@ def centring_differs(known: Fingerprint, found: Fingerprint) -> bool:
     return known.shape == found.shape and centred[0] != centred[1]
 
 
-N_SAMPLED = 4096
+N_SAMPLED = 512
 """Entries by which a change of a whole tensor is noticed where torch has not counted one."""
 
 

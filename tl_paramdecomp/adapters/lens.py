@@ -88,8 +88,8 @@ class LensAdapter(ModelAdapter):
             length = rows.y.shape[-2]
             if by_position and (length == 1 < longest[0] or _inside_generate()):
                 raise SiteNotFiredError(
-                    "Masks by position as plain hooks cannot tell where a pass of a generation stands in its row; generate "
-                    "inside tl_paramdecomp.patched(...) instead."
+                    "Masks by position as plain hooks cannot tell where a prompt ends or a decoding step stands in its row; "
+                    "generate inside tl_paramdecomp.patched(...) instead."
                 )
             longest[0] = max(longest[0], length)
             new = fn(SiteCall(rows.x, rows.y, self.bias(name), Span(prompt=length)))
