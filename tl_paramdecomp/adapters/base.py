@@ -28,7 +28,7 @@ from tl_paramdecomp.adapters.interception import Interception, OnError
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_gain, read_norm_bias, replaced_gains
 from tl_paramdecomp.adapters.norms import Norms, find_norms, module_norms
-from tl_paramdecomp.adapters.padding import pads_left, starts_later
+from tl_paramdecomp.adapters.padding import bridges_gaps, has_gaps, pads_left, starts_later
 from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
 from tl_paramdecomp.adapters.shortcuts import (
     AfterUnembedding,
@@ -36,6 +36,7 @@ from tl_paramdecomp.adapters.shortcuts import (
     find_after_unembedding,
     find_blocks_to_skip,
     kept_outputs,
+    logit_settings,
     product,
     run_until_unembedding,
     skipped,
@@ -109,6 +110,7 @@ class ModelAdapter(ABC):
         self._model_ref = weakref.ref(model)
         self._fingerprints: dict[str, _Remembered] = {}
         self._seen_rows: tuple[weakref.ref[Tensor], int | None] | None = None
+        self._bridged = 0
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
@@ -143,7 +145,7 @@ class ModelAdapter(ABC):
 
     def signature(self) -> Hashable:
         """What the wiring depends on; an adapter made of another is made anew."""
-        return structure(self.root), self.flags()
+        return structure(self.root), self.flags(), tuple(logit_settings(self.root))
 
     def flags(self) -> tuple[Hashable, ...]:
         """Settings of the host that change the wiring."""
@@ -274,11 +276,8 @@ class ModelAdapter(ABC):
         """
         self.check_readable(tokens, attention_mask)
         with self.evaluating():
-            if attention_mask is not None and starts_later(attention_mask) and not self._pads_left:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
-                    "the right (tokenizer.padding_side = 'right')."
-                )
+            if attention_mask is not None and starts_later(attention_mask):
+                self._check_padding(attention_mask)
             return self.run(tokens, attention_mask)
 
     def check_readable(
@@ -293,6 +292,22 @@ class ModelAdapter(ABC):
         if seen is None or now is None or seen[0]() is not tokens or seen[1] != now:
             Limits.of(self).refuse(tokens, "The batch", attention_mask)
             self._seen_rows = (weakref.ref(tokens), now)
+
+    def _check_padding(self, attention_mask: Int[Tensor, "batch pos"]) -> None:
+        if not self._pads_left:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
+                "the right (tokenizer.padding_side = 'right')."
+            )
+        columns = attention_mask.shape[1]
+        if columns <= self._bridged or not has_gaps(attention_mask):
+            return
+        if not bridges_gaps(self, columns):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads rows with gaps in their attention mask otherwise than without: its "
+                "attention counts the columns between two tokens. Leave the masked tokens out, and pad at the end."
+            )
+        self._bridged = columns
 
     @functools.cached_property
     def _pads_left(self) -> bool:
