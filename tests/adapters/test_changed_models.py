@@ -194,3 +194,17 @@ def test_a_bias_changed_through_data_is_noticed() -> None:
     model.transformer.h[0].mlp.c_fc.bias.data.add_(0.1)
     with pytest.raises(TargetMismatchError, match="bias"), tlpd.patched(model, dec, dec.masks()):
         pass
+
+
+@pytest.mark.parametrize("host", ["hooked", "llama"])
+def test_a_cap_on_the_logits_that_is_set_later(host: str, tokens: Tensor) -> None:
+    from tl_paramdecomp.adapters import adapt
+
+    model = build(host)
+    assert adapt(model).splits_at_unembedding
+    if host == "hooked":
+        model.cfg.output_logits_soft_cap = 2.0
+    else:  # its forward caps nothing: the setting changes nothing
+        model.config.final_logit_softcapping = 2.0
+    adapter = adapt(model)
+    assert (adapter.unembed(adapter.hidden(tokens)) - adapter.forward(tokens)).abs().max() < 1e-4

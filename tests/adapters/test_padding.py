@@ -9,6 +9,7 @@ from transformers import GPT2LMHeadModel
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.errors import UnsupportedModelError
 
 from ..support import zoo
 from ..support.hosts import on_host
@@ -88,3 +89,31 @@ def test_an_evaluation_of_padded_rows_is_that_of_the_rows_alone() -> None:
     beside = tlpd.evaluate(model, dec, tokens, attention_mask=mask, **settings)
     for kind in ("unmasked", "zero"):  # the others draw numbers for every column
         assert beside.mask_row(kind)["kl"] == pytest.approx(alone.mask_row(kind)["kl"], rel=1e-6), kind
+
+
+GAP = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("host", BUILDERS)
+def test_gaps_in_a_row_on_every_host(host: str) -> None:
+    model = build(host)
+    rows = torch.where(GAP.bool(), torch.arange(10, 20), 3)
+    with torch.no_grad():
+        found = adapt(model).forward(rows, GAP)[GAP.bool()]
+        alone = adapt(model).forward(rows[GAP.bool()].unsqueeze(0))[0]
+    assert (found - alone).abs().max() < tolerance(model)
+
+
+def test_gaps_that_local_attention_counts_are_refused() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "sliding_window": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**sizes, **heads)).eval().requires_grad_(False)
+    adapter, short = adapt(model), torch.tensor([[1, 1, 0, 1, 1]])
+    rows = torch.arange(5, 15).unsqueeze(0)
+    alone = adapter.forward(rows[:, :5][short.bool()].unsqueeze(0))[0]
+    assert (adapter.forward(rows[:, :5], short)[short.bool()] - alone).abs().max() < 3e-4, "within the window"
+    with pytest.raises(UnsupportedModelError, match="gaps"):
+        adapter.forward(rows, GAP)

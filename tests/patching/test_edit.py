@@ -246,3 +246,21 @@ def test_gpt2s_fused_projection_stays_in_step_in_a_bridge(tokens: Tensor) -> Non
     for i, name in enumerate(("W_Q", "W_K", "W_V")):
         part = fused[:, 24 * i : 24 * i + 24]
         assert torch.equal(part, tlpd.site_weight(made, f"blocks.0.attn.{name}")), name
+
+
+@pytest.mark.parametrize("change", ["loaded", "converted", "trained"])
+def test_what_is_done_to_an_edited_weight_is_not_lost_without_a_word(change: str) -> None:
+    model, other = gpt2(), gpt2(seed=3)
+    dec = decomposition_of(model, "blocks.0.mlp.W_in")
+    before = model.transformer.h[0].mlp.c_fc.weight
+    kept = before.detach().clone()
+    with pytest.raises(PatchConflictError, match="was changed"):
+        with tlpd.edited_weights(model, dec, dec.masks().ablate("blocks.0.mlp.W_in", [0])):
+            if change == "loaded":
+                model.load_state_dict(other.state_dict())
+            elif change == "converted":
+                model.float()
+            else:
+                model(torch.arange(5).unsqueeze(0)).logits.sum().backward()
+                torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model.transformer.h[0].mlp.c_fc.weight is before and torch.equal(before, kept)

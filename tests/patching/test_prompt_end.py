@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tl_paramdecomp as tlpd
+from tl_paramdecomp.errors import PositionIndexError
 
 from ..support.models import bridge, build, decomposition_of, gpt2, logits, nnsight_lm, tokenizer
 
@@ -170,3 +171,41 @@ def test_plain_hooks_by_position_refuse_to_generate(host: str) -> None:
         by_hooks = model.generate(PROMPT, **settings)
     with torch.no_grad(), tlpd.patched(model, dec, everywhere):
         assert torch.equal(model.generate(PROMPT, **settings), by_hooks)
+
+
+def test_a_call_with_a_filled_cache_and_the_rows_that_come_after_it() -> None:
+    model = gpt2(torch.float32).requires_grad_(False)
+    dec = decomposition_of(model, "blocks.*.mlp.*")
+    right, cached = one_pass_a_token(model, dec, LENGTH - 1)[:, LENGTH:], 5
+    mask = torch.ones_like(PROMPT)
+    for given in (PROMPT[:, cached:], PROMPT):
+        cache = model(PROMPT[:, :cached], use_cache=True).past_key_values
+        with tlpd.patched(model, dec, reversed_at(dec, -1)):
+            found = generated(model, "gpt2", given, past_key_values=cache, attention_mask=mask)
+        assert torch.equal(found[:, given.shape[1] :], right)
+    cache = model(PROMPT[:, :cached], use_cache=True).past_key_values
+    with tlpd.patched(model, dec, reversed_at(dec, -1)), pytest.raises(PositionIndexError, match="not known"):
+        generated(model, "gpt2", PROMPT[:, cached:], past_key_values=cache)
+
+
+def test_two_rows_that_are_decoded_in_turn() -> None:
+    model = gpt2().requires_grad_(False)
+    dec = decomposition_of(model, "blocks.*.mlp.*")
+    with tlpd.patched(model, dec, reversed_at(dec, -1)):
+        cache = model(PROMPT[:, :5], use_cache=True).past_key_values
+        model(PROMPT)
+        with pytest.raises(PositionIndexError, match="not known"):
+            model(PROMPT[:, :1], past_key_values=cache)
+
+
+def test_a_part_that_is_called_after_a_pass_has_rows_of_its_own() -> None:
+    model = gpt2().requires_grad_(False)
+    dec, part = decomposition_of(model, "blocks.0.mlp.*"), model.transformer.h[0].mlp
+    x = torch.randn(1, 5, 24, dtype=torch.float64)
+    with tlpd.patched(model, dec, reversed_at(dec, -1)):
+        first = part(x)
+    with tlpd.patched(model, dec, reversed_at(dec, -1)):
+        cache = model(PROMPT, use_cache=True).past_key_values
+        model(PROMPT[:, :1], past_key_values=cache)
+        assert torch.equal(part(x), first)
+        assert (part(x[:, -1:]) - first[:, -1:]).abs().max() < 1e-10

@@ -28,7 +28,7 @@ from tl_paramdecomp.adapters.interception import Interception, OnError
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_gain, read_norm_bias, replaced_gains
 from tl_paramdecomp.adapters.norms import Norms, find_norms, module_norms
-from tl_paramdecomp.adapters.padding import pads_left, starts_later
+from tl_paramdecomp.adapters.padding import bridges_gaps, has_gaps, pads_left, starts_later
 from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
 from tl_paramdecomp.adapters.shortcuts import (
     AfterUnembedding,
@@ -36,6 +36,7 @@ from tl_paramdecomp.adapters.shortcuts import (
     find_after_unembedding,
     find_blocks_to_skip,
     kept_outputs,
+    logit_settings,
     product,
     run_until_unembedding,
     skipped,
@@ -109,6 +110,7 @@ class ModelAdapter(ABC):
         self._model_ref = weakref.ref(model)
         self._fingerprints: dict[str, _Remembered] = {}
         self._seen_rows: tuple[weakref.ref[Tensor], int | None] | None = None
+        self._bridged = 0
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
@@ -143,7 +145,7 @@ class ModelAdapter(ABC):
 
     def signature(self) -> Hashable:
         """What the wiring depends on; an adapter made of another is made anew."""
-        return structure(self.root), self.flags()
+        return structure(self.root), self.flags(), tuple(logit_settings(self.root))
 
     def flags(self) -> tuple[Hashable, ...]:
         """Settings of the host that change the wiring."""
@@ -274,12 +276,6 @@ class ModelAdapter(ABC):
         """
         self.check_readable(tokens, attention_mask)
         with self.evaluating():
-            padded = attention_mask is not None and self.reads_tokens and starts_later(attention_mask)
-            if padded and not self._pads_left:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
-                    "the right (tokenizer.padding_side = 'right')."
-                )
             return self.run(tokens, attention_mask)
 
     def check_readable(
@@ -287,13 +283,35 @@ class ModelAdapter(ABC):
     ) -> None:
         """Refuse rows that the model cannot read; rows that were seen last are not looked at again.
 
+        What this tries out it cannot try out amid a pass that is cut short: passes that are cut short ask first.
+
         Raises:
             DataError: A row is too long, no token ids, or holds an id that the model has not.
+            UnsupportedModelError: The model reads rows that are padded like this otherwise than alone.
         """
         seen, now = self._seen_rows, None if tokens.is_inference() else tokens._version
         if seen is None or now is None or seen[0]() is not tokens or seen[1] != now:
             Limits.of(self).refuse(tokens, "The batch", attention_mask)
             self._seen_rows = (weakref.ref(tokens), now)
+        if attention_mask is not None and self.reads_tokens and starts_later(attention_mask):
+            with self.evaluating():
+                self._check_padding(attention_mask)
+
+    def _check_padding(self, attention_mask: Int[Tensor, "batch pos"]) -> None:
+        if not self._pads_left:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
+                "the right (tokenizer.padding_side = 'right')."
+            )
+        columns = attention_mask.shape[1]
+        if columns <= self._bridged or not has_gaps(attention_mask):
+            return
+        if not bridges_gaps(self, columns):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads rows with gaps in their attention mask otherwise than without: its "
+                "attention counts the columns between two tokens. Leave the masked tokens out, and pad at the end."
+            )
+        self._bridged = columns
 
     @functools.cached_property
     def _pads_left(self) -> bool:
@@ -335,6 +353,7 @@ class ModelAdapter(ABC):
         """
         inputs: dict[str, Tensor] = {}
         run = self.hidden if to_hidden else self.forward
+        self.check_readable(tokens, attention_mask)
 
         fns = {name: functools.partial(_keep_input, inputs, name, len(tokens)) for name in names}
         with self.intercept(fns), kept_outputs(self.blocks if keep_blocks else ()) as blocks:
@@ -431,6 +450,7 @@ class ModelAdapter(ABC):
             SiteNotFiredError: An intercepted site was not reached; the unembedding itself never is.
             UnsupportedModelError: The model has no unembedding that is called.
         """
+        self.check_readable(tokens, attention_mask)
         hidden = run_until_unembedding(self, functools.partial(self.forward, tokens, attention_mask))
         for interception in self.interceptions:
             interception.check_fired()

@@ -43,6 +43,7 @@ class RowTracker:
         self._start: int | None = None
         self._length: int | None = None
         self._batch: int | None = None
+        self._end: int | None = None
         self._prompt: int | None = None
         self._prompt_known = True
         self._generating = False
@@ -56,13 +57,16 @@ class RowTracker:
         if not self._generating:
             if start == 0:
                 self._prompt, self._prompt_known = None, True
-            elif self._prompt is not None and rows[1] != 1:  # more of the prompt, or tokens that were guessed ahead?
-                self._prompt_known = False
+            elif self._prompt is not None and (rows[1] != 1 or start != self._end):
+                self._prompt_known = (
+                    False  # more of the prompt, tokens that were guessed ahead, or another row's cache?
+                )
+        self._end = None if rows[1] is None else start + rows[1]
         self.fired.clear()
 
     def end(self) -> None:
         """The forward pass is over, however it ended."""
-        self._start = self.thread = None
+        self._start = self._batch = self._length = self.thread = None
 
     @contextlib.contextmanager
     def generating(self, prompt: int | None = None, known: bool = True) -> Iterator[None]:
@@ -106,7 +110,8 @@ class RowTracker:
         if y.ndim < 3:
             return Span()
         span = self._span(y, name)
-        return span if self._prompt_known else replace(span, prompt_known=False)
+        alone = self._start is None and not self._generating  # a module called by itself, between two passes
+        return span if self._prompt_known or alone else replace(span, prompt_known=False)
 
     def _span(self, y: Tensor, name: str) -> Span:
         length = y.shape[-2]

@@ -22,12 +22,41 @@ def positions_of(mask: Shaped[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def has_gaps(mask: Shaped[Tensor, "batch pos"]) -> bool:
+    """Whether what does not count stands between tokens that do."""
+    begun = (mask != 0).cumsum(-1)[:, :-1] > 0
+    return bool(((mask[:, :-1] == 0) & (mask[:, 1:] != 0) & begun).any())
+
+
 def pads_left(adapter: Any) -> bool:
     """Whether rows padded on the left give a model's own logits where they count; tried out on a few tokens."""
+    tokens = _short(adapter, N_PADDED)
+    return _reads_apart(adapter, tokens[:, :0], N_PADDED, tokens)
+
+
+def bridges_gaps(adapter: Any, columns: int) -> bool:
+    """Whether rows with gaps, of so many columns, give a model's own logits where they count; tried out on a few tokens.
+
+    Local attention counts the columns of a gap, and so do some biases by distance, whatever the positions are.
+    """
+    tokens = _short(adapter, 1)
+    return _reads_apart(adapter, tokens[:, :1], max(columns - tokens.shape[1], 1), tokens[:, 1:])
+
+
+def _short(adapter: Any, n_padded: int) -> Int[Tensor, "batch pos"]:
     tokens, room = probe_tokens(adapter), adapter.context_length
-    tokens = tokens if room is None else tokens[:, : max(room - N_PADDED, 1)]
-    padding = tokens.new_zeros(len(tokens), N_PADDED)
-    mask = torch.cat([padding, torch.ones_like(tokens)], 1)
+    return tokens if room is None else tokens[:, : max(room - n_padded, 1)]
+
+
+def _reads_apart(
+    adapter: Any, before: Int[Tensor, "batch left"], n_padded: int, after: Int[Tensor, "batch right"]
+) -> bool:
+    padding = after.new_zeros(len(after), n_padded)
+    rows = torch.cat([before, padding, after], 1)
+    mask = torch.cat([torch.ones_like(before), padding, torch.ones_like(after)], 1)
     with torch.no_grad(), adapter.undisturbed():
-        alone, padded = adapter.run(tokens), adapter.run(torch.cat([padding, tokens], 1), mask)
-    return alone.ndim != 3 or same(padded[:, N_PADDED:], alone)
+        alone, padded = adapter.run(torch.cat([before, after], 1)), adapter.run(rows, mask)
+    if alone.ndim != 3:
+        return True
+    kept = torch.cat([padded[:, : before.shape[1]], padded[:, before.shape[1] + n_padded :]], 1)
+    return same(kept, alone)

@@ -239,17 +239,19 @@ def _resized(calls: list[tuple[Tensor, Tensor]], size: float | None, call: SiteC
     return y
 
 
-def _candidates(adapter: Runner) -> list[AfterUnembedding]:
-    root: Any = adapter.root
-    configs: list[Any] = [getattr(root, "cfg", None), getattr(getattr(root, "original_model", root), "config", None)]
+def logit_settings(root: nn.Module) -> list[tuple[str, float]]:
+    """What the host's configurations say is done to its logits after the unembedding."""
+    held: Any = root
+    configs: list[Any] = [getattr(held, "cfg", None), getattr(getattr(held, "original_model", held), "config", None)]
     configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
-    factors = [
-        to_factor(value)
-        for name, to_factor in LOGIT_FACTORS.items()
-        for config in configs
-        if _is_number(value := getattr(config, name, None))
-    ]
-    caps = [value for name in LOGIT_CAPS for config in configs if _is_number(value := getattr(config, name, None))]
+    names = (*LOGIT_FACTORS, *LOGIT_CAPS)
+    return [(name, value) for name in names for c in configs if _is_number(value := getattr(c, name, None))]
+
+
+def _candidates(adapter: Runner) -> list[AfterUnembedding]:
+    settings = logit_settings(adapter.root)
+    factors = [LOGIT_FACTORS[name](value) for name, value in settings if name in LOGIT_FACTORS]
+    caps = [value for name, value in settings if name in LOGIT_CAPS]
     return [functools.partial(_finished, factor, cap) for factor in (None, *factors) for cap in (None, *caps)]
 
 

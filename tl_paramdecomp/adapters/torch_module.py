@@ -278,7 +278,14 @@ def prompt_columns(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     known = [
         part.shape[1] for part in (rows, embedded) if isinstance(part, Tensor) and part.ndim >= 2 and part.shape[1]
     ]
-    return known[0] if len(known) == 1 else None
+    cached, mask = cached_columns(kwargs), kwargs.get("attention_mask")
+    if len(known) != 1 or not cached:
+        return known[0] if len(known) == 1 else None
+    if (
+        isinstance(mask, Tensor) and mask.ndim == 2
+    ):  # the rows are the whole prompt, or what comes after the cached columns
+        return mask.shape[1] if mask.shape[1] in (known[0], cached + known[0]) else None
+    return known[0] if known[0] > cached else None
 
 
 def cached_columns(kwargs: Mapping[str, Any]) -> int:
