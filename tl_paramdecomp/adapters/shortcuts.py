@@ -245,7 +245,8 @@ def logit_settings(root: nn.Module) -> list[tuple[str, float]]:
     configs: list[Any] = [getattr(held, "cfg", None), getattr(getattr(held, "original_model", held), "config", None)]
     configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
     names = (*LOGIT_FACTORS, *LOGIT_CAPS)
-    return [(name, value) for name in names for c in configs if _is_number(value := getattr(c, name, None))]
+    found = [(name, getattr(config, name, None)) for name in names for config in configs]
+    return [(name, value) for name, value in found if isinstance(value, (int, float)) and value > 0]
 
 
 def _candidates(adapter: Runner) -> list[AfterUnembedding]:
@@ -253,10 +254,6 @@ def _candidates(adapter: Runner) -> list[AfterUnembedding]:
     factors = [LOGIT_FACTORS[name](value) for name, value in settings if name in LOGIT_FACTORS]
     caps = [value for name, value in settings if name in LOGIT_CAPS]
     return [functools.partial(_finished, factor, cap) for factor in (None, *factors) for cap in (None, *caps)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 0
 
 
 def _finished(factor: float | None, cap: float | None, y: Tensor) -> Tensor:
