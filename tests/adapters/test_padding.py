@@ -117,3 +117,21 @@ def test_gaps_that_local_attention_counts_are_refused() -> None:
     assert (adapter.forward(rows[:, :5], short)[short.bool()] - alone).abs().max() < 3e-4, "within the window"
     with pytest.raises(UnsupportedModelError, match="gaps"):
         adapter.forward(rows, GAP)
+
+
+@pytest.mark.parametrize("shorter", ["hidden", "capture", "blocks"])
+@pytest.mark.parametrize("host", BUILDERS)
+def test_a_first_padded_pass_that_is_cut_short(host: str, shorter: str) -> None:
+    """What is tried out when padding is first seen must not be tried out amid a pass that ends early."""
+    tokens, mask = padded(torch.arange(5, 5 + N).unsqueeze(0), 3, 0)
+    model, other = build(host), build(host)
+    with torch.no_grad():
+        if shorter == "hidden":
+            found = adapt(model).unembed(adapt(model).hidden(tokens, mask))
+        else:
+            captured = adapt(model).capture(tokens, (), mask, keep_blocks=True, to_hidden=shorter == "capture")
+            found = adapt(model).unembed(captured.output) if shorter == "capture" else captured.output
+            with adapt(model).resumed(captured.blocks, 1):
+                assert torch.equal(adapt(model).forward(tokens, mask)[:, 3:], adapt(model).forward(tokens, mask)[:, 3:])
+        expected = adapt(other).forward(tokens, mask)
+    assert (found[:, 3:] - expected[:, 3:]).abs().max() < tolerance(model)

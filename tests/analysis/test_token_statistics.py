@@ -88,7 +88,8 @@ def test_by_importance_and_over_batches(left: bool) -> None:
     model = gpt2()
     dec, (tokens, mask) = with_importance(decomposition_of(model, [W_IN, W_O])), few(left=left)
     found = token_statistics(model, dec, tokens, n=VOCAB, threshold=0.3, attention_mask=mask, rows_at_once=2)
-    predicted = logits(model, tokens, attention_mask=mask).topk(1, dim=-1).indices
+    places = (mask.long().cumsum(-1) - 1).clamp(min=0)  # transformers would count the padding, too
+    predicted = logits(model, tokens, attention_mask=mask, position_ids=places).topk(1, dim=-1).indices
     g = tlpd.causal_importances(model, dec, tokens, mask)
     assert found.active_by == "importance" and len(found.components) == 10
     for own in found.components:

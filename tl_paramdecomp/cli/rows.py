@@ -74,7 +74,7 @@ def open_rows(
     first = train.first_rows(2 * HELD_OUT)
     if first.attention_mask is not None:
         raise DataError(
-            f"The first rows differ in length ({int(first.attention_mask.sum(1).min())} to {first.tokens.shape[1]} tokens), and "
-            "are measured on as they are; cut all to one with --length."
+            f"The first rows differ in length ({int(first.attention_mask.sum(1).min())} to {first.tokens.shape[1]} tokens), "
+            "and are measured on as they are; cut all to one with --length."
         )
     return Rows(train, first.tokens[:HELD_OUT])
