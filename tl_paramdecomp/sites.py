@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.errors import DtypeError, NoMatchingSiteError, ShapeError, UnsupportedSiteError
+from tl_paramdecomp.errors import DataError, DtypeError, NoMatchingSiteError, ShapeError, UnsupportedSiteError
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,11 @@ def check_rows(tokens: object, attention_mask: object = None) -> None:
     Raises:
         DtypeError: Tokens or mask are no tensors, or the mask is not of whole numbers.
         ShapeError: Token ids are not [batch, pos], or the mask has another shape.
+        DataError: They have no values to look at, or the mask holds something else than 0 and 1.
     """
     if not isinstance(tokens, Tensor):
         raise DtypeError(f"Tokens must be a tensor [batch, pos]; given {type(tokens).__name__}. Tokenise text first.")
+    check_dense(tokens, "The tensor of rows")
     if not tokens.is_floating_point() and tokens.ndim != 2:
         raise ShapeError(f"Token rows are [batch, pos]; given {list(tokens.shape)}. For one row: tokens.unsqueeze(0).")
     if attention_mask is None:
@@ -176,6 +179,33 @@ def check_rows(tokens: object, attention_mask: object = None) -> None:
         raise DtypeError(f"An attention mask is a tensor of 0 and 1 (integers or booleans); given {given}.")
     if attention_mask.shape != tokens.shape[:2]:
         raise ShapeError(f"The attention mask is {list(attention_mask.shape)}, the token rows {list(tokens.shape)}.")
+    check_mask_values(attention_mask)
+
+
+def check_dense(given: Tensor, what: str) -> None:
+    """Refuse tensors whose numbers cannot be looked at.
+
+    Raises:
+        DataError: It is sparse or nested, or has a shape and no values.
+    """
+    if given.layout != torch.strided or given.is_meta or given.is_nested:
+        raise DataError(f"{what} is {given.layout} on {given.device}; give a dense tensor with values.")
+
+
+def check_mask_values(attention_mask: Tensor) -> None:
+    """Refuse a mask of anything but 0 and 1: hosts read it as yes or no, and sums over positions would weigh by it.
+
+    Raises:
+        DataError: It is something else, such as labels, or has no values to look at.
+    """
+    check_dense(attention_mask, "The attention mask")
+    if attention_mask.dtype != torch.bool and attention_mask.numel():
+        other = ~((attention_mask == 0) | (attention_mask == 1))
+        if bool(other.any()):
+            raise DataError(
+                f"An attention mask holds 1 where a position counts and 0 where not; given {attention_mask[other][0].item()}, "
+                "as in labels or position numbers. For tokens != padding: (tokens != pad).long()."
+            )
 
 
 def select_norms(

@@ -367,3 +367,58 @@ def test_rows_that_the_model_cannot_read_are_not_measured_on(fault: str, tmp_pat
             call()
         assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "x").exists()
+
+
+# --- masks and forms that would be read as something else ---------------------------------------------------------------
+@pytest.mark.parametrize("values", ["labels", "twos", "negative"])
+def test_a_mask_of_anything_but_0_and_1_is_refused_everywhere(values: str):
+    mask = {"labels": ROWS + 2, "twos": torch.full_like(ROWS, 2), "negative": -torch.ones_like(ROWS)}[values]
+    model = gpt2()
+    dec = tlpd.decompose(model, "blocks.0.mlp.W_in", METHOD, ROWS, 1, 4, progress=False)
+    for data in ({"tokens": ROWS, "attention_mask": mask}, [(ROWS, mask)], [[ROWS, mask]], lambda step: (ROWS, mask)):
+        with pytest.raises(DataError, match="holds 1 where a position counts"):
+            tlpd.decompose(model, "blocks.0.mlp.W_in", METHOD, data, 1, 4, progress=False)
+    for question in (
+        tlpd.component_acts,
+        tlpd.causal_importances,
+        tlpd.activation_means,
+        tlpd.top_contexts,
+        tlpd.evaluate,
+    ):
+        with pytest.raises(DataError, match="holds 1 where a position counts"):
+            question(model, dec, ROWS, attention_mask=mask)
+
+
+def test_rows_with_one_label_each_are_no_rows_with_a_mask():
+    with pytest.raises(DataError, match=r"mask is \[12\].*\[12, 7\]"):
+        batch_source([[ROWS, ROWS[:, 0]]], 4, 0, model=gpt2()).check()
+
+
+def test_a_pair_of_rows_and_mask_is_not_two_batches():
+    mask = torch.ones_like(ROWS)
+    for pair in ((ROWS, mask), (ROWS, mask.bool())):
+        with pytest.raises(DataError, match="read as two batches"):
+            batch_source(pair, 4, 0, model=gpt2())
+    assert torch.equal(batch_source((ROWS, ROWS.flip(0)), 4, 0, model=gpt2()).batch(1).tokens, ROWS.flip(0))
+    assert torch.equal(batch_source([(ROWS, mask)], 4, 0, model=gpt2()).batch(0).attention_mask, mask)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "uint8", "int16", "no rows"])
+def test_rows_without_values_and_small_integers_are_named_in_questions(kind: str):
+    rows = {
+        "meta": ROWS.to("meta"), "sparse": ROWS.to_sparse(), "uint8": ROWS.to(torch.uint8), "int16": ROWS.short(),
+        "no rows": ROWS[:0],
+    }[kind]  # fmt: skip
+    model = gpt2()
+    dec = tlpd.decompose(model, "blocks.0.mlp.W_in", METHOD, ROWS, 1, 4, progress=False)
+    for question in (tlpd.component_acts, tlpd.importance_masks, tlpd.activation_means, tlpd.top_contexts):
+        if kind == "no rows" and question is tlpd.top_contexts:
+            continue
+        with pytest.raises(DataError, match="dense|tokens.long|one row|no rows"):
+            question(model, dec, rows)
+    for data in (rows, [rows]):
+        if kind in ("uint8", "int16"):
+            assert batch_source(data, 4, 0, model=model).batch(0).tokens.dtype == torch.long
+        else:
+            with pytest.raises(DataError):
+                batch_source(data, 4, 0, model=model).check()

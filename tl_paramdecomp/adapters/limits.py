@@ -8,6 +8,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.sites import check_dense, check_mask_values
 
 if TYPE_CHECKING:
     from tl_paramdecomp.adapters.base import ModelAdapter
@@ -46,14 +47,19 @@ class Limits:
 
         Raises:
             DataError: A row is too long, no token ids, or holds an id that the model has not; names the row, the number and
-                the limit.
+                the limit. Or there is nothing to look at: no values, or a mask of anything but 0 and 1.
         """
+        check_dense(tokens, what)
+        if attention_mask is not None:
+            check_mask_values(attention_mask)
         integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if self.reads_tokens and (not integers or tokens.ndim != 2 or not tokens.shape[1]):
+        if self.reads_tokens and (not integers or tokens.ndim != 2 or not tokens.numel()):
             raise DataError(
                 f"{what} holds {tokens.dtype} {list(tokens.shape)}, and the model reads token ids: integers [rows, pos], one "
-                "token a row at least."
+                "token a row and one row at least."
             )
+        if self.reads_tokens and tokens.dtype not in (torch.long, torch.int32):
+            raise DataError(f"{what} holds {tokens.dtype}, which no embedding takes; give tokens.long().")
         if self.context is not None and tokens.ndim == 2 and tokens.shape[1] > self.context:
             longest = 0 if attention_mask is None else int(attention_mask[:, self.context :].any(1).int().argmax())
             raise DataError(

@@ -26,7 +26,7 @@ def need_logits(adapter: "ModelAdapter", what: str, instead: str) -> None:
         )
 
 
-def need_answers(adapter: "ModelAdapter", prompts: object) -> None:
+def need_answers(adapter: "ModelAdapter", prompts: object, metric: object = None) -> None:
     """See that a model can answer prompts, where they are a task's; metrics of other prompts are of whatever it gives.
 
     Raises:
@@ -34,3 +34,5 @@ def need_answers(adapter: "ModelAdapter", prompts: object) -> None:
     """
     if hasattr(prompts, "at_answer"):
         need_logits(adapter, "Answers of a task are scored by", "give token rows and a metric of the outputs")
+    if getattr(metric, "reads_logits", False):
+        need_logits(adapter, "The loss of next tokens needs", "give a metric of the outputs")

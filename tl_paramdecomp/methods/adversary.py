@@ -155,7 +155,7 @@ def _scaled_gradients(
     """Gradients of what a piece's loss adds to the batch's."""
     with torch.enable_grad():
         scaled = step.piece.weight * step.scale * loss
-    found = torch.autograd.grad(scaled, list(leaves.values()))
+    found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True, materialize_grads=True)  # a pooler's
     return {name: g if step.scale == 1.0 else g / step.scale for name, g in zip(leaves, found, strict=True)}
 
 

@@ -27,7 +27,7 @@ from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare
 from tl_paramdecomp.methods.draws import AnyGenerator, Draws, RandomNumbers, Window, as_draws
 from tl_paramdecomp.methods.pieces import ALONE, WHOLE, Peers, Piece, Work, run_alone, windows
-from tl_paramdecomp.sites import SiteCall, WeightSite
+from tl_paramdecomp.sites import SiteCall, WeightSite, check_dense
 
 Progress: TypeAlias = Callable[[str, int], Iterable[int]]
 """Shows a phase: from its name and length to the numbers 0 to length - 1, shown as they pass."""
@@ -345,7 +345,10 @@ def as_tensor(values: Any, what: str) -> Tensor:
     """
     try:
         found = torch.as_tensor(values)
+        check_dense(found, what)
         return found.long() if found.dtype in SMALL_INTEGERS else found
+    except DataError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{what} holds {type(values).__name__} that is no array of numbers ({error}); give token rows of equal length, or "

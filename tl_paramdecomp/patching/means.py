@@ -1,6 +1,6 @@
 """What to put in a component's place: mean activations over many rows, and what the delta component writes elsewhere."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -95,6 +95,8 @@ def _batches(tokens: Any, attention_mask: Tensor | None, rows_at_once: int) -> I
         masks = [None] * len(tokens) if attention_mask is None else attention_mask.split(rows_at_once)
         yield from zip(tokens.split(rows_at_once) if len(tokens) else (), masks)
         return
+    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable):
+        raise DataError(f"Means are over token rows [rows, pos], or batches of them; given {type(tokens).__name__}.")
     for item in tokens:
         yield item if isinstance(item, tuple) else (item, None)
 

@@ -37,7 +37,7 @@ from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.settings import to_settings
-from tl_paramdecomp.sites import check_rows
+from tl_paramdecomp.sites import check_dense, check_rows
 from tl_paramdecomp.training.callbacks import StepInfo
 from tl_paramdecomp.training.data.sources import digest_of_rows
 from tl_paramdecomp.training.data.tables import Table, as_known
@@ -378,6 +378,7 @@ def _digest(data: Any) -> str | None:
     if data is None:
         return None
     if isinstance(data, Tensor):
+        check_dense(data, "The data")
         raw = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + raw).hexdigest()[:16]
     if isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):

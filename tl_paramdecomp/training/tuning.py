@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.errors import DivergedError, SettingError
+from tl_paramdecomp.errors import DataError, DivergedError, SettingError
 from tl_paramdecomp.methods.base import Batch
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
@@ -80,6 +80,10 @@ def tune_along(
         for step in bar:
             batch = source.batch(step).to(adapter.device)
             check_rows(batch.tokens, batch.attention_mask)
+            if loss is None and batch.tokens.is_floating_point():
+                raise DataError(
+                    f"The rows are {batch.tokens.dtype}, no token ids with a next one; give a loss (loss=...)."
+                )
             value = (loss or next_token_loss)(adapter.forward(batch.tokens, batch.attention_mask), batch)
             if not bool(torch.isfinite(value)):
                 raise DivergedError(f"The loss is {value.item()} at step {step} of tuning; lower lr, now {lr}.")

@@ -110,7 +110,7 @@ def attribute(
     if method == "ablation" and (frozen_norms or frozen_patterns):
         raise SettingError("Ablations run the model as it is; frozen_norms and frozen_patterns are for gradients.")
     adapter, names = checked_adapter(model, decomposition), chosen_sites(decomposition, sites)
-    need_answers(adapter, tokens)
+    need_answers(adapter, tokens, metric)
     columns = _columns(positions, prompts.clean)
     if prompts.corrupt is None:
         towards: Direction = "removal"

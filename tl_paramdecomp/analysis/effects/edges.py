@@ -233,7 +233,7 @@ def prompt_graph(
         UnsupportedModelError, TargetMismatchError, DeviceError, ShapeError, DtypeError: As `edges_into` and `attribute`.
     """
     prompts = prompts_of(tokens, metric, None, attention_mask)
-    need_answers(adapt(model), tokens)
+    need_answers(adapt(model), tokens, metric)
     if len(prompts.clean) != 1:
         raise SettingError(f"A prompt's graph is of one row; given {len(prompts.clean)}. See dataset_graph for many.")
     components, mask = _components(decomposition, sites), prompts.attention_mask
@@ -331,7 +331,7 @@ def dataset_graph(
     if batch_size < 1:
         raise SettingError(f"batch_size is at least 1; given {batch_size}.")
     whole = prompts_of(tokens, metric, None, attention_mask)
-    need_answers(adapt(model), tokens)
+    need_answers(adapt(model), tokens, metric)
     batches = list(_batches(tokens, whole, metric, batch_size))
     components = _components(decomposition, sites)
     strengths, activations = _mean_strengths(model, decomposition, components, batches)

@@ -217,7 +217,7 @@ def sweep(
     runs = _Runs.of(prompts, metric, corrupt, attention_mask)
     put = _checked_value(value, direction, runs, rows_at_once)
     adapter = checked_adapter(model, decomposition)
-    need_answers(adapter, prompts)
+    need_answers(adapter, prompts, metric)
     chosen = _chosen_sites(decomposition, sites, by_head)
     denoising = direction == "denoising"
     base, source = (runs.corrupt, runs.clean) if denoising else (runs.clean, runs.corrupt)

@@ -61,7 +61,8 @@ def _value_and_gradient(batches: Steps, sources: dict[str, Tensor], wanted: bool
         with torch.set_grad_enabled(wanted):
             kl = step.divergence.of(step.run_masked(source_masks(step, leaves, detached=True))) * positions
         if wanted:
-            for name, gradient in zip(leaves, torch.autograd.grad(kl, list(leaves.values())), strict=True):
+            found = torch.autograd.grad(kl, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(leaves, found, strict=True):
                 gradients[name] = gradients[name] + gradient if name in gradients else gradient
         total, count = total + kl.item(), count + positions
     return total / count, gradients

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.analysis.reading.component_streams import (
     SeenBatch,
     chosen_components,
@@ -119,7 +120,7 @@ def token_statistics(
     active: Active | None = None,
     threshold: float = 0.1,
     quantile: float = 0.99,
-    predictions: int = 1,
+    predictions: int | None = None,
     rank_by: RankBy = "pmi",
     min_count: int = 2,
     attention_mask: Tensor | None = None,
@@ -143,7 +144,7 @@ def token_statistics(
         threshold: Of importance.
         quantile: Of absolute activations, below 1.
         predictions: How many of the model's most probable next tokens count at each position; 0 for none, which spares the
-            logits.
+            logits. None: one, or none where the model gives no logits.
         rank_by: `pmi` (ties by count), or `count` where the component is active (ties by PMI).
         min_count: Tokens that come fewer times with an active component are left out.
         attention_mask: Of one tensor of rows: 1 where a position counts.
@@ -155,11 +156,16 @@ def token_statistics(
         SettingError: A setting that makes no sense, or no components.
         NoMatchingSiteError, ComponentIndexError: There are no such components.
         DataError, ShapeError, DtypeError: The data is not token rows, or empty.
+        UnsupportedModelError: Predictions are asked of a model that gives no logits.
         TargetMismatchError, DeviceError: As `component_acts`.
     """
     active = active or ("activation" if decomposition.importance is None else "importance")
+    adapter = checked_adapter(model, decomposition)
+    predictions = int(adapter.gives_logits) if predictions is None else predictions
     _check(decomposition, active, rank_by, n, min_count, predictions, quantile)
-    adapter, chosen = checked_adapter(model, decomposition), chosen_components(decomposition, components)
+    if predictions:
+        need_logits(adapter, "Predicted tokens need", "give predictions=0")
+    chosen = chosen_components(decomposition, components)
     names = [(name, c) for name in chosen for c in chosen[name]]
     tallies = {kind: _Tally(len(names)) for kind in KINDS}
     fired, positions, thresholds = torch.zeros(len(names), dtype=torch.long), 0, [threshold] * len(names)

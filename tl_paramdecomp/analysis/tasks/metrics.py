@@ -152,6 +152,8 @@ class TokenLoss:
     attention_mask: Int[Tensor, "rows pos"] | None = None
 
     name: ClassVar[str] = "token loss"
+    reads_logits: ClassVar[bool] = True
+    """Of a model without logits it would read hidden states as if they were."""
     higher_is_better: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
 
@@ -174,7 +176,7 @@ class TokenLoss:
         """Cross entropy of each next token, 0 where none counts."""
         if logits.shape[1] != self.tokens.shape[1] or len(self.tokens) not in (1, len(logits)):
             raise ShapeError(f"TokenLoss holds rows {list(self.tokens.shape)}; given logits {list(logits.shape)}.")
-        targets = self.tokens[:, 1:, None].to(logits.device).expand(len(logits), -1, -1)
+        targets = self.tokens[:, 1:, None].to(logits.device, torch.long).expand(len(logits), -1, -1)
         losses = -torch.log_softmax(_at_least_float32(logits[:, :-1]), -1).gather(-1, targets).squeeze(-1)
         return losses.masked_fill(~self.counts.to(logits.device), 0.0)
 

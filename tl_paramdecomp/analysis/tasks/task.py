@@ -20,6 +20,7 @@ from torch import Tensor
 from tl_paramdecomp.analysis.tasks.tokens import PromptTokenizer, prompt_tokenizer
 from tl_paramdecomp.components.disk import parse_json, read_text, replace_text
 from tl_paramdecomp.errors import DecompositionFileError, DtypeError, ShapeError, TaskError, TokenizerTaskError
+from tl_paramdecomp.methods.base import SMALL_INTEGERS
 from tl_paramdecomp.sites import check_rows
 
 LARGEST = 1 << 27
@@ -95,6 +96,14 @@ class Task:
             DtypeError, ShapeError: Prompts are no token rows, or those that belong together differ in shape.
             TaskError: A prompt and its counterpart differ in length, or as `Task`.
         """
+        for what, given in (
+            ("prompts", clean),
+            ("answers", answers),
+            ("wrong tokens", wrong),
+            ("corrupt prompts", corrupt),
+        ):
+            if not hasattr(given, "__len__") and not (given is None and what.startswith(("wrong", "corrupt"))):
+                raise TaskError(f"Task {name!r}: {what} are one entry for each prompt; given {given!r}.")
         rows, mask = _padded(name, clean, pad_token)
         if attention_mask is not None:
             if mask is not None:
@@ -269,7 +278,8 @@ def _check_rows_of(name: str, clean: Any, corrupt: Any, mask: Any) -> None:
     for what, rows in (("clean", clean), ("corrupt", corrupt)):
         if rows is None:
             continue
-        if rows.is_floating_point() or rows.dtype == torch.bool:
+        check_rows(rows)
+        if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
             raise DtypeError(f"Task {name!r}: {what} prompts are token ids (integers); given {rows.dtype}.")
         if rows.shape != clean.shape:
             raise ShapeError(
@@ -280,7 +290,7 @@ def _check_rows_of(name: str, clean: Any, corrupt: Any, mask: Any) -> None:
             raise TaskError(f"Task {name!r} has no prompts, or empty ones ({list(rows.shape)}).")
         if int(rows.min()) < 0:
             raise TaskError(f"Task {name!r}: {what} prompts hold {int(rows.min())}, which is no token id.")
-    if mask is not None and not bool(mask[:, 0].eq(1).all() & mask.ge(0).all() & (mask[:, 1:] <= mask[:, :-1]).all()):
+    if mask is not None and not bool(mask[:, 0].eq(1).all() & (mask[:, 1:] <= mask[:, :-1]).all()):
         raise TaskError(
             f"Task {name!r}: prompts are padded on the right, so that a row of the attention mask is ones and then "
             "zeros. Give rows of different lengths to Task.from_tokens, which pads them."
@@ -326,7 +336,7 @@ def _check_lengths(name: str, clean: Any, corrupt: Any) -> None:
 def _padded(name: str, rows: Any, pad_token: int) -> tuple[Shaped[Tensor, "..."], Int[Tensor, "n pos"] | None]:
     """Rows as one tensor, and a mask where they differ in length."""
     if isinstance(rows, Tensor):
-        return rows, None
+        return (rows.long() if rows.dtype in SMALL_INTEGERS else rows), None
     try:
         made = [torch.as_tensor(row) for row in rows]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

@@ -308,6 +308,11 @@ def batch_source(
             f"Data must be a tensor of token rows, batches, a table, or a dataset; given {type(data).__name__}. Files and "
             "datasets on the hub are opened with token_batches(name, model)."
         )
+    if _is_pair_with_mask(data):
+        raise DataError(
+            "A pair of rows and their attention mask would be read as two batches; give {'tokens': rows, 'attention_mask': mask}, "
+            "or a list with the pair in it."
+        )
     if not isinstance(data, Iterator):  # a stream need not know its columns before it is read
         first = next(iter(data), None)
         if isinstance(first, str) or (
@@ -315,6 +320,20 @@ def batch_source(
         ):
             return StreamSource(_text_rows(data, tokenizer, length, limits), batch_size, limits)
     return StreamSource(data, batch_size, limits)
+
+
+def _is_pair_with_mask(data: Any) -> bool:
+    """Whether data is (rows, mask) and no batches: of one shape, the second of nothing but 0 and 1."""
+    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(one, Tensor) for one in data)):
+        return False
+    rows, mask = data
+    return (
+        rows.ndim == 2
+        and rows.shape == mask.shape
+        and mask.layout == torch.strided
+        and not mask.is_meta
+        and (mask.dtype == torch.bool or (not mask.is_floating_point() and bool(((mask == 0) | (mask == 1)).all())))
+    )
 
 
 def _column_of(data: Any) -> str:
@@ -364,7 +383,7 @@ def as_batch(item: Any) -> Batch:
     if isinstance(item, Mapping):
         return Batch.of(item)
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
-        return Batch(item[0], item[1] if len(item) > 1 else None)
+        return Batch.of({"tokens": item[0], "attention_mask": item[1] if len(item) > 1 else None})
     tokens = as_tensor(item, "A batch")
     if tokens.ndim < 2:
         raise DataError(f"A batch of token rows is [batch, pos]; given {list(tokens.shape)}.")
