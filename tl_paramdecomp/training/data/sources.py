@@ -310,8 +310,8 @@ def batch_source(
         )
     if _is_pair_with_mask(data):
         raise DataError(
-            "A pair of rows and their attention mask would be read as two batches; give {'tokens': rows, 'attention_mask': mask}, "
-            "or a list with the pair in it."
+            "A pair of rows and their attention mask would be read as two batches; give {'tokens': rows, 'attention_mask': "
+            "mask}, or a list with the pair in it."
         )
     if not isinstance(data, Iterator):  # a stream need not know its columns before it is read
         first = next(iter(data), None)
