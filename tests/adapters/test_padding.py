@@ -1,5 +1,6 @@
 """Padded rows are worth what they are alone, on every host; what cannot read them says so."""
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -55,6 +56,8 @@ def test_padded_rows_on_every_host(host: str, padding: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.filterwarnings("ignore")  # tiny models are odd, and their hosts say so
 def test_kinds_of_positions(architecture: str, host: str) -> None:
+    if version("transformers").startswith("4."):
+        pytest.skip("the tiny models are configured for transformers 5")
     try:
         model = on_host(zoo.tiny(architecture), host, zoo.bridge_name(architecture))
     except zoo.ArchitectureMissing as missing:

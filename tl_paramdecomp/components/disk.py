@@ -354,7 +354,7 @@ def not_own(folder: Path, own: str) -> Path | None:
     return None
 
 
-def _entries(folder: Path) -> "list[os.DirEntry[str]]":
+def _entries(folder: Path) -> list[Any]:
     with os.scandir(folder) as found:
         return list(found)
 
