@@ -148,3 +148,9 @@ def test_bad_components_are_refused(saved, bad):
 def test_wrong_usage_is_status_2():
     shown = command("decompose", "micro-gpt2")
     assert shown.returncode == 2 and "--sites" in shown.stderr
+
+
+def test_numbers_of_rows_and_lines_are_at_least_one(tmp_path):
+    for arguments in (("evaluate", "micro-gpt2", tmp_path, "--rows"), ("patch", "micro-gpt2", tmp_path, "--top")):
+        shown = command(*arguments, -1)
+        assert shown.returncode == 2 and arguments[-1] in shown.stderr

@@ -13,7 +13,7 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
 from tl_paramdecomp.analysis.metrics import masked_kl
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
-from tl_paramdecomp.errors import UnsupportedModelError
+from tl_paramdecomp.errors import TLParamDecompError, UnsupportedModelError
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.internals import HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
@@ -264,3 +264,96 @@ def test_an_evaluation_of_logits_can_be_by_the_mean_square():
         twin.transformer.h[0].mlp.c_fc.weight.zero_()
         wanted = mean_square(model, twin, ROWS, None)
     assert found.distance("zero") == pytest.approx(wanted, rel=1e-9)
+
+
+# --- outputs and sites without positions -------------------------------------------------------------------------------
+def vectors(shape: tuple[int, ...]) -> tuple[Any, tlpd.Decomposition, torch.Tensor]:
+    """A model that reads vectors, a decomposition, and some of them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5)).requires_grad_(False)
+    x = torch.randn(shape)
+    method = tlpd.SPD(n_components=4, measure="mse", importance=tlpd.SPD.paper().importance)
+    return model, tlpd.decompose(model, "*", method, x, 1, 2, progress=False), x
+
+
+def bert() -> Any:
+    """A model whose pooler writes once for a row, and leads to nothing that is compared."""
+    from transformers import BertConfig, BertModel
+
+    small = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertModel(BertConfig(vocab_size=31, max_position_embeddings=8, **small)).eval().requires_grad_(False)
+
+
+def first_output(out: torch.Tensor) -> torch.Tensor:
+    return out.flatten(1)[:, 0]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)])
+def test_a_model_of_vectors_is_measured_by_mean_squares(shape: tuple[int, ...]):
+    model, dec, x = vectors(shape)
+    protocol = tlpd.Protocol(ladder=(), ablated=0, by_site=False, samples=1)
+    found, clean = tlpd.evaluate(model, dec, x, protocol=protocol, progress=False), model(x)
+    zero = next(row for row in found.masks if row["masks"] == "zero")
+    with tlpd.patched(model, dec, dec.masks().keep_only("0.weight", []).keep_only("2.weight", [])):
+        wanted = (model(x) - clean).square().mean().item()
+    assert found.ce == {} and zero["mse"] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(tlpd.errors.DataError, match="KL is of next tokens"):
+        tlpd.evaluate(model, dec, x, protocol=protocol, progress=False, measure="kl")
+    for seconds in (-1.0, float("nan")):
+        with pytest.raises(tlpd.errors.SettingError, match="seconds"):
+            tlpd.evaluate(model, dec, x, protocol=protocol, progress=False, seconds=seconds)
+
+
+def test_effects_need_tokens_and_positions():
+    pooled = tlpd.decompose(
+        host := bert(), ["pooler.dense.weight", "*.mlp.W_in"], tlpd.SVD(training=None), progress=False
+    )
+    model, dec, x = vectors((4, 6))
+    for target, own, rows, error in ((model, dec, x, "token ids"), (host, pooled, ROWS, "no positions")):
+        for method in ("gradient", "ablation"):
+            with pytest.raises(TLParamDecompError, match=error):
+                tlpd.attribute(target, own, rows, first_output, method=method)
+        with pytest.raises(TLParamDecompError, match=error):
+            tlpd.prompt_graph(target, own, rows[:1], first_output)
+    with pytest.raises(TLParamDecompError, match="no positions"):
+        tlpd.edges_into(host, pooled, ROWS, (next(iter(pooled)), 0, 0))
+    with pytest.raises(TLParamDecompError, match="chosen over all sites"):
+        tlpd.evaluate(host, pooled, ROWS, importances=tlpd.Oracle(2), protocol=FEW, progress=False)
+
+
+@pytest.mark.parametrize("coefficient", [-1.0, float("nan"), float("inf")])
+def test_a_coefficient_that_rewards_a_loss_is_refused(coefficient: float):
+    with pytest.raises(tlpd.errors.SettingError, match="from 0 on"):
+        tlpd.SPD(losses=(ImportanceMinimality(coefficient),))
+
+
+def test_seeds_are_whole_numbers_of_64_bits():
+    model, _, x = vectors((4, 6))
+    method = tlpd.SPD(n_components=4, measure="mse")
+    for seed in (True, 1 << 64, -(1 << 70)):
+        with pytest.raises(tlpd.errors.SettingError, match="seed is a whole number"):
+            tlpd.decompose(model, "*", method, x, 1, 2, seed=seed, progress=False)
+    tlpd.decompose(model, "*", method, x, 3, 2, seed=1_764_570_000_000_000_000, progress=False)
+
+
+def test_token_losses_and_predicted_tokens_need_logits():
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(vocab_size=31, n_positions=8, n_embd=40, n_layer=1, n_head=2)
+    model = GPT2Model(config).eval().requires_grad_(False)
+    dec = tlpd.decompose(model, "*.mlp.*", tlpd.SVD(training=None), progress=False)
+    for question in (
+        lambda: tlpd.attribute(model, dec, ROWS, tlpd.TokenLoss(ROWS)),
+        lambda: tlpd.sweep(model, dec, ROWS, tlpd.TokenLoss(ROWS), value="zero"),
+        lambda: tlpd.dataset_graph(model, dec, ROWS, tlpd.TokenLoss(ROWS)),
+        lambda: tlpd.token_statistics(model, dec, ROWS, predictions=1),
+    ):
+        with pytest.raises(UnsupportedModelError, match="logits"):
+            question()
+    assert all(not own.predicted for own in tlpd.token_statistics(model, dec, ROWS).components)
+
+
+def test_a_site_that_leads_nowhere_can_be_trained_with_an_adversary():
+    method = tlpd.SPD(n_components=4, measure="mse", importance=tlpd.SPD.paper().importance)
+    dec = tlpd.decompose(bert(), ["pooler.dense.weight", "*.mlp.W_in"], method, ROWS, 2, 2, progress=False)
+    assert all(torch.isfinite(own.V).all() for own in dec.values())

@@ -497,3 +497,13 @@ def test_wrong_models_batches_and_means(tokens: Tensor) -> None:
     padded[:, 6] = 0
     with pytest.raises(DataError, match="No row counts"):
         activation_means(model, dec, tokens, by_position=True, attention_mask=padded)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**39])
+def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
+    dec = decomposition_of(build("gpt2"), "blocks.0.mlp.W_in")
+    for change in (act_patches(dec).set, act_patches(dec).scale):
+        with pytest.raises(SettingError, match="finite"):
+            change("blocks.0.mlp.W_in", 0, value)
+    with pytest.raises(SettingError, match="finite"):
+        act_patches(dec).delta("blocks.0.mlp.W_in", value)

@@ -422,3 +422,20 @@ def test_rows_without_values_and_small_integers_are_named_in_questions(kind: str
         else:
             with pytest.raises(DataError):
                 batch_source(data, 4, 0, model=model).check()
+
+
+def test_masks_that_would_be_lost_are_refused():
+    columns = {"input_ids": ROWS.tolist(), "attention_mask": torch.full_like(ROWS, 2).tolist()}
+    for data in (np.ma.masked_array(ROWS.numpy(), ROWS.numpy() == 3), pandas_frame(columns)):
+        with pytest.raises(DataError, match="would be lost|holds 1 where a position counts"):
+            batch_source(data, 4, 0, model=gpt2()).check()
+
+
+def test_a_batch_of_which_nothing_counts_is_not_trained_on():
+    data = {"tokens": ROWS, "attention_mask": torch.zeros_like(ROWS)}
+    with pytest.raises(DataError, match="No position of this batch counts"):
+        tlpd.decompose(gpt2(), "blocks.0.mlp.W_in", METHOD, data, 1, 4, progress=False)
+
+
+def pandas_frame(columns: dict[str, Any]) -> Any:
+    return pytest.importorskip("pandas").DataFrame(columns)

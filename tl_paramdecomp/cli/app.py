@@ -178,7 +178,7 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="Held-out text; left out for micro-gpt2: its own.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Dataset on the hub with a text or tokens column.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
-    rows: Annotated[int, typer.Option(help="Held-out rows, 32 at most.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows, 32 at most.")] = 32,
     restarts: Annotated[int, typer.Option(help="Starts of the adversary.")] = 3,
     oracle: Annotated[
         int | None, typer.Option(help="Importances from the model's gradients: so many components per position.")
@@ -248,7 +248,7 @@ def compare(
     text: Annotated[Path | None, typer.Option(help="Text file; left out for micro-gpt2: its own text.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Dataset on the hub with a text or tokens column.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
-    rows: Annotated[int, typer.Option(help="Held-out rows to measure on, 32 at most.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure on, 32 at most.")] = 32,
     restarts: Annotated[int, typer.Option(help="Starts of the adversary.")] = 3,
     shuffled: Annotated[
         bool, typer.Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")

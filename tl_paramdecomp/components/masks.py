@@ -224,7 +224,7 @@ class Masks(Mapping[str, Any]):
         """
         old = self._site_mask(site)
         factors = torch.ones(old.n_components, dtype=torch.float64)
-        factors[component_indices(components, old.n_components, old.site.name)] = _number(
+        factors[component_indices(components, old.n_components, old.site.name)] = finite_number(
             factor, "Factors", old.site.name
         )
         edit = Edit(factors, None, parse_positions(positions), checked_head(old.site, head))
@@ -237,7 +237,7 @@ class Masks(Mapping[str, Any]):
         old = self._site_mask(site)
         factors = torch.zeros(old.n_components, dtype=torch.float64)
         factors[component_indices(components, old.n_components, old.site.name)] = 1.0
-        edit = Edit(factors, _number(delta, "Delta masks", old.site.name), parse_positions(positions), None)
+        edit = Edit(factors, finite_number(delta, "Delta masks", old.site.name), parse_positions(positions), None)
         return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
 
     def with_values(self, site: str, m: Tensor | SupportsFloat, delta: Tensor | SupportsFloat = 1.0) -> "Masks":
@@ -364,7 +364,7 @@ class MaskPair(NamedTuple):
 def _own(values: Any, what: str, name: str) -> Tensor | float:
     """A number, or a copy that the caller's later in-place changes do not reach; gradients still flow."""
     if isinstance(values, numbers.Real):
-        return _number(values, what, name)
+        return finite_number(values, what, name)
     try:
         tensor = torch.as_tensor(values, dtype=None if hasattr(values, "dtype") else torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -374,7 +374,7 @@ def _own(values: Any, what: str, name: str) -> Tensor | float:
     return tensor.clone()
 
 
-def _number(value: Any, what: str, name: str) -> float:
+def finite_number(value: Any, what: str, name: str) -> float:
     """A finite number as a Python float.
 
     Raises:

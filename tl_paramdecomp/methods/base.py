@@ -383,8 +383,12 @@ class TrainingStep:
         """This process's micro-batches, on the model's device; the batch itself where it is not divided.
 
         Raises:
-            DataError: It cannot be divided evenly.
+            DataError: It cannot be divided evenly, or no position of it counts.
         """
+        if batch.attention_mask is not None and not bool(batch.attention_mask.any()):
+            raise DataError(
+                "No position of this batch counts: its attention mask is 0 everywhere. Leave such rows out."
+            )
         mine = windows(len(batch.tokens), self.peers, self.accumulate, together)
         if mine[0].rows == mine[0].of:
             return [BatchPiece(batch.to(self.adapter.device), WHOLE, self._draws(mine[0]))]

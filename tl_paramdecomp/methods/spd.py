@@ -96,6 +96,11 @@ class SPD(Method[Decomposition]):
         if not self.losses:
             raise SettingError("SPD needs at least one loss.")
         for losses in (self.losses, self.background_losses):
+            for loss in losses:
+                if not 0.0 <= loss.coefficient < math.inf:
+                    raise SettingError(
+                        f"The coefficient of {loss.name} is a number from 0 on; given {loss.coefficient}."
+                    )
             names = [loss.name for loss in losses]
             if len(set(names)) < len(names):
                 raise SettingError(

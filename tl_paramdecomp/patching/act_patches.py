@@ -7,6 +7,7 @@ site and its delta component from another prompt is activation patching of the s
 
 import contextlib
 import functools
+import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, SupportsIndex
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
+from tl_paramdecomp.components.masks import finite_number
 from tl_paramdecomp.components.positions import PositionsLike, parse_positions
 from tl_paramdecomp.errors import (
     ComponentIndexError,
@@ -318,7 +320,10 @@ def _values(value: Any, name: str, n: int) -> Tensor:
 
     Raises:
         DtypeError, ShapeError: It is no tensor or number, or does not broadcast to [batch, pos, n].
+        SettingError: It is a number that is not finite.
     """
+    if isinstance(value, numbers.Real):
+        value = finite_number(value, "Values", name)
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float | int) else None)
     except (TypeError, ValueError, RuntimeError) as error:

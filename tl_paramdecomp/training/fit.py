@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Made, Method
 from tl_paramdecomp.methods.draws import Scope
 from tl_paramdecomp.methods.settings import to_settings
@@ -118,6 +119,8 @@ def decompose(
         log_every, checkpoint_every, keep_checkpoints, keep_best, on_nonfinite, max_skips, max_seconds,
         accumulate, random_numbers, shard,
     )  # fmt: skip
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < (1 << 63) - 1:
+        raise SettingError(f"seed is a whole number of 64 bits; given {seed!r}.")
     chosen = adapter.select(sites)
     if steps:
         method.check(adapter)

@@ -195,7 +195,7 @@ class _Run:
         fns = writes.fns([*self.names, *(self.embeddings if embeddings else ())], "read")
         with torch.no_grad(), self.adapter.intercept(fns):
             found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
-        return writes, found
+        return writes.check_positions(), found
 
     def opened(self, rows: Tensor) -> tuple[SiteWrites, Float[Tensor, " batch"], dict[str, Tensor]]:
         """The same with the derivative of the metric by what every site writes."""
@@ -206,6 +206,7 @@ class _Run:
     def _measured(self, writes: SiteWrites, fns: Mapping[str, Any], rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.enable_grad(), self.frozen.in_(self.adapter.root), self.adapter.intercept(fns):
             found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
+        writes.check_positions()
         if not found.requires_grad:
             raise SettingError(
                 f"The metric {self.prompts.metric} has no gradient (a rank or a comparison has none); use method='ablation'."

@@ -109,7 +109,7 @@ class DirectPass:
                 stack.enter_context(attention_softmaxes(adapter.root, hold=True))
             stack.enter_context(adapter.intercept(fns))
             metric = prompts.measure(adapter.forward(prompts.clean, prompts.attention_mask))
-        made = cls(adapter, components, writes, dict(norms), metric)
+        made = cls(adapter, components, writes.check_positions(), dict(norms), metric)
         for name, own in components.items():
             made.acts[name] = writes.acts(name, own)
             made.rest[name] = writes.delta_write(name, own)

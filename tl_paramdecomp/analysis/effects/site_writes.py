@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.errors import SettingError, ShapeError, UnsupportedSiteError
+from tl_paramdecomp.errors import DtypeError, SettingError, ShapeError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, check_rows, select_sites
 
 Role = Literal["read", "open", "pinned"]
@@ -40,6 +40,20 @@ class SiteWrites:
     """[batch, pos, d_out], bias included, cut from the graph."""
     bias: dict[str, Tensor | None] = field(default_factory=dict)
     leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    def check_positions(self) -> "SiteWrites":
+        """Itself, where every site writes at positions.
+
+        Raises:
+            ShapeError: One writes once for a row, such as a pooler.
+        """
+        for name, y in self.y.items():
+            if y.ndim < 3:
+                raise ShapeError(
+                    f"{name} writes {list(y.shape)}, which has no positions that effects could be told by; leave it out "
+                    "(sites=..., or another decomposition)."
+                )
+        return self
 
     def acts(self, name: str, components: Components) -> Float[Tensor, "batch pos C"]:
         """Component activations, cut from the graph."""
@@ -157,6 +171,7 @@ def prompts_of(tokens: Any, metric: Any, corrupt: Any = None, attention_mask: An
 
     Raises:
         SettingError: Rows or a mask are given beside a task.
+        DtypeError: The rows are no token ids.
         ShapeError: Corrupt rows are not aligned with the clean ones.
     """
     name = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__
@@ -177,6 +192,8 @@ def prompts_of(tokens: Any, metric: Any, corrupt: Any = None, attention_mask: An
 
         measure = of_rows
     check_rows(tokens, attention_mask)
+    if tokens.is_floating_point():
+        raise DtypeError(f"Effects are told by token and position, of token ids [batch, pos]; given {tokens.dtype}.")
     if corrupt is not None:
         check_rows(corrupt, attention_mask)
         if corrupt.shape != tokens.shape:

@@ -123,7 +123,8 @@ def evaluate(
         seconds: Leave out, and name, what would begin after so many; parts of the headline begin first.
         progress: Show a progress bar.
         measure: How outputs are compared: `kl` of next-token distributions, or `mse`, the mean square of outputs as they are,
-            which leaves out what only logits have. None: KL, or the mean square where the model gives no logits.
+            which leaves out what only logits have. None: KL, or the mean square where the model gives no logits
+            or reads no tokens.
 
     Raises:
         UnsupportedModelError: KL is asked of a model that gives no logits.
@@ -144,9 +145,16 @@ def evaluate(
     adapter = checked_adapter(model, decomposition)
     Limits.of(adapter).refuse(tokens, "The data", attention_mask)
     protocol = protocol or Protocol()
+    if seconds is not None and not seconds >= 0.0:
+        raise SettingError(f"seconds is a number from 0 on; given {seconds}.")
     if measure not in (None, "kl", "mse"):
         raise SettingError(f"measure must be 'kl' or 'mse'; given {measure!r}.")
-    measure = measure or measure_of(adapter)
+    numbers = tokens.is_floating_point()
+    measure = measure or ("mse" if numbers else measure_of(adapter))
+    if measure == "kl" and numbers:
+        raise DataError(
+            f"KL is of next tokens, and the data is {tokens.dtype}; use measure='mse', of outputs as they are."
+        )
     if measure == "kl":
         need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
     every = [decomposition]

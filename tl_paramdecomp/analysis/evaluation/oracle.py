@@ -20,7 +20,7 @@ from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, along_writes
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.sigmoids import Importance
-from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, Measure
 
 
@@ -80,6 +80,7 @@ def estimated_effects(
 
     Raises:
         UnsupportedModelError: KL is asked of a model that gives no logits.
+        ShapeError: Sites write at different positions, such as a pooler beside others.
     """
     if measure == "kl":
         need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
@@ -87,6 +88,9 @@ def estimated_effects(
     with torch.enable_grad(), adapter.intercept(writes.fns(names, "open")):
         output = adapter.forward(tokens, attention_mask).float()
         scores = torch.log_softmax(output, -1) if measure == "kl" else output / output.shape[-1] ** 0.5
+    if len({y.shape[:-1] for y in writes.y.values()}) > 1:
+        shapes = ", ".join(f"{name} {list(y.shape[:-1])}" for name, y in writes.y.items())
+        raise ShapeError(f"The k components of a position are chosen over all sites, and theirs differ: {shapes}.")
     acts = {name: writes.acts(name, decomposition[name]) for name in names}
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     found = {name: torch.zeros((), device=tokens.device) for name in decomposition}

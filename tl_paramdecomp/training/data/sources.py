@@ -150,7 +150,8 @@ class RowSource(BatchSource):
         if not self.shuffled:
             return offset
         if self._epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            number = self.seed * 1_000_003 + epoch  # of a clock's nanoseconds, more than torch takes
+            generator = torch.Generator().manual_seed(number if abs(number) < 1 << 63 else number % (1 << 63))
             groups = torch.randperm(len(self.rows) // self.together, generator=generator) * self.together
             self._epoch = (epoch, (groups[:, None] + torch.arange(self.together)).flatten().tolist())
         return self._epoch[1][offset]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.methods.base import TOKEN_COLUMNS, Batch, as_tensor
+from tl_paramdecomp.sites import check_mask_values
 
 
 class Table(Sequence[Any]):
@@ -64,6 +65,8 @@ class Table(Sequence[Any]):
             return None
         tokens = torch.from_numpy(np.stack(rows))
         mask = None if masks is None else torch.from_numpy(np.stack(masks)).long()
+        if mask is not None:
+            check_mask_values(mask)
         return Batch(tokens, None if mask is None or bool(mask.all()) else mask)
 
     def _cell(self, name: str, i: int) -> Any:
@@ -153,6 +156,10 @@ def _missing(cell: Any) -> bool:
 
 
 def _numbers(data: Any) -> Tensor:
+    if isinstance(data, np.ma.MaskedArray):
+        raise DataError(
+            "A masked array's mask would be lost; give {'tokens': data.filled(0), 'attention_mask': (~data.mask).astype(int)}."
+        )
     if data.dtype.kind not in "iufb":
         raise DataError(f"An array of token rows holds integers [rows, pos]; given {data.dtype} {list(data.shape)}.")
     return torch.from_numpy(np.ascontiguousarray(data.astype(np.int64) if data.dtype.kind in "iu" else data))
