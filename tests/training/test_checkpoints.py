@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tl_paramdecomp.components.files import read_tensors
+from tl_paramdecomp.components.disk import read_tensors
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, DivergedError, SettingError
 from tl_paramdecomp.methods.draws import RandomNumbers, Window
 from tl_paramdecomp.methods.pieces import ALONE

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.components.files import read_tensors
+from tl_paramdecomp.components.disk import read_tensors
 from tl_paramdecomp.errors import CollapseWarning, DivergedError
 from tl_paramdecomp.methods.base import LossReport, ParameterGroup
 from tl_paramdecomp.methods.losses import ImportanceMinimality

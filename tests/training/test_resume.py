@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.components.files import read_tensors
+from tl_paramdecomp.components.disk import read_tensors
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import TargetMismatchError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
@@ -73,7 +73,7 @@ def test_vpd(tmp_path):
 
 def test_without_its_sources_a_run_would_go_on_otherwise(tmp_path):
     """What is remembered matters: the same checkpoint with sources of its start gives another result."""
-    from tl_paramdecomp.components.files import write_tensors
+    from tl_paramdecomp.components.disk import write_tensors
 
     method, model = tlpd.VPD(n_components=12, importance=SMALL), tiny_gpt2()
     settings = {"steps": 6, "method": method, "run_dir": tmp_path, "log_every": 1}

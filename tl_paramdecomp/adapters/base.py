@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.boundary import evaluating, interceptions_of, one_thread
 from tl_paramdecomp.adapters.computed import made_plain, read_tensor
-from tl_paramdecomp.adapters.fingerprint import fingerprint, sampled
+from tl_paramdecomp.adapters.fingerprint import Remembered, fingerprint
 from tl_paramdecomp.adapters.identity import (
     behind,
     composed,
@@ -28,7 +28,7 @@ from tl_paramdecomp.adapters.interception import Interception, OnError
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_gain, read_norm_bias, replaced_gains
 from tl_paramdecomp.adapters.norms import Norms, find_norms, module_norms
-from tl_paramdecomp.adapters.padding import bridges_gaps, has_gaps, pads_left, starts_later
+from tl_paramdecomp.adapters.padding import PaddingTrials, starts_later
 from tl_paramdecomp.adapters.patterns import Patterns, collected_patterns, why_no_patterns
 from tl_paramdecomp.adapters.shortcuts import (
     AfterUnembedding,
@@ -72,31 +72,6 @@ class Captured(NamedTuple):
         return self.output
 
 
-class _Remembered(NamedTuple):
-    """A fingerprint, and the parameters it was taken of in the state they were in."""
-
-    parameters: "tuple[weakref.ref[Tensor], ...]"
-    states: tuple[Hashable, ...] | None
-    entries: tuple[Tensor, ...]
-    found: Fingerprint
-
-    def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the very same parameters, unchanged since as far as torch counts and some entries show."""
-        alive = len(parameters) == len(self.parameters) and all(
-            ref() is t for ref, t in zip(self.parameters, parameters)
-        )
-        counted = alive and self.states is not None and self.states == _states(parameters)
-        return counted and all(torch.equal(known, sampled(t)) for known, t in zip(self.entries, parameters))
-
-
-def _states(parameters: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
-    """What changes with every in-place change; None for inference tensors, which keep no count."""
-    try:
-        return tuple((t._version, t.data_ptr(), t.dtype) for t in parameters)
-    except RuntimeError:
-        return None
-
-
 class ModelAdapter(ABC):
     """Reads and runs one host model. It knows hosts; it knows no components.
 
@@ -108,9 +83,9 @@ class ModelAdapter(ABC):
 
     def __init__(self, model: Any) -> None:
         self._model_ref = weakref.ref(model)
-        self._fingerprints: dict[str, _Remembered] = {}
+        self._fingerprints: dict[str, Remembered] = {}
         self._seen_rows: tuple[weakref.ref[Tensor], int | None] | None = None
-        self._bridged = 0
+        self._padding = PaddingTrials()
         self.wirings: dict[str, Wiring] = {}
         self.refused: dict[str, str] = {}
         """Names this host has but cannot decompose exactly, each with the reason."""
@@ -206,8 +181,7 @@ class ModelAdapter(ABC):
             return known.found
         weight, bias = (self.weight, self.bias) if name in self.wirings else (self._gain_row, self.gain_bias)
         found = fingerprint(weight(name), bias(name))
-        entries = tuple(map(sampled, parameters))
-        self._fingerprints[name] = _Remembered(tuple(map(weakref.ref, parameters)), _states(parameters), entries, found)
+        self._fingerprints[name] = Remembered.of(parameters, found)
         return found
 
     def _parameters_of(self, name: str) -> list[Tensor]:
@@ -295,27 +269,7 @@ class ModelAdapter(ABC):
             self._seen_rows = (weakref.ref(tokens), now)
         if attention_mask is not None and self.reads_tokens and starts_later(attention_mask):
             with self.evaluating():
-                self._check_padding(attention_mask)
-
-    def _check_padding(self, attention_mask: Int[Tensor, "batch pos"]) -> None:
-        if not self._pads_left:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
-                "the right (tokenizer.padding_side = 'right')."
-            )
-        columns = attention_mask.shape[1]
-        if columns <= self._bridged or not has_gaps(attention_mask):
-            return
-        if not bridges_gaps(self, columns):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} reads rows with gaps in their attention mask otherwise than without: its "
-                "attention counts the columns between two tokens. Leave the masked tokens out, and pad at the end."
-            )
-        self._bridged = columns
-
-    @functools.cached_property
-    def _pads_left(self) -> bool:
-        return pads_left(self)
+                self._padding.check(self, attention_mask)
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the model is in evaluation mode, and this thread's alone.

@@ -7,6 +7,9 @@ two hosts of one model agree to rounding.
 
 import functools
 import math
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -61,6 +64,36 @@ def centring_differs(known: Fingerprint, found: Fingerprint) -> bool:
     """Whether exactly one of the two weights is centred, as folding LayerNorm or centring writing weights leaves them."""
     centred = [[mean < 1e-4 * f.norm for mean in f.means] for f in (known, found)]
     return known.shape == found.shape and centred[0] != centred[1]
+
+
+class Remembered(NamedTuple):
+    """A fingerprint, and the parameters it was taken of in the state they were in."""
+
+    parameters: "tuple[weakref.ref[Tensor], ...]"
+    states: tuple[Hashable, ...] | None
+    entries: tuple[Tensor, ...]
+    found: Fingerprint
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor], found: Fingerprint) -> "Remembered":
+        """A fingerprint that was just taken."""
+        return cls(tuple(map(weakref.ref, parameters)), _states(parameters), tuple(map(sampled, parameters)), found)
+
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the very same parameters, unchanged since as far as torch counts and some entries show."""
+        alive = len(parameters) == len(self.parameters) and all(
+            ref() is t for ref, t in zip(self.parameters, parameters)
+        )
+        counted = alive and self.states is not None and self.states == _states(parameters)
+        return counted and all(torch.equal(known, sampled(t)) for known, t in zip(self.entries, parameters))
+
+
+def _states(parameters: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
+    """What changes with every in-place change; None for inference tensors, which keep no count."""
+    try:
+        return tuple((t._version, t.data_ptr(), t.dtype) for t in parameters)
+    except RuntimeError:
+        return None
 
 
 N_SAMPLED = 512

@@ -7,6 +7,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.adapters.shortcuts import probe_tokens
+from tl_paramdecomp.errors import UnsupportedModelError
 
 ROUNDING, FLOAT32 = 8.0, 1e-4
 """Largest difference of two ways to read a row, relative to its largest logit: in units of the dtype's rounding, and at least,
@@ -31,13 +32,45 @@ def has_gaps(mask: Shaped[Tensor, "batch pos"]) -> bool:
     return bool(((mask[:, :-1] == 0) & (mask[:, 1:] != 0) & begun).any())
 
 
-def pads_left(adapter: Any) -> bool:
+class PaddingTrials:
+    """What was found when one model's reading of padded rows was tried out; each is tried when such a row first comes."""
+
+    def __init__(self) -> None:
+        self._pads_left: bool | None = None
+        self._bridged = 0
+        """Columns of the widest rows whose gaps made no difference."""
+
+    def check(self, adapter: Any, mask: Int[Tensor, "batch pos"]) -> None:
+        """See that a model reads rows that are padded on the left, or between, as it reads them alone.
+
+        Raises:
+            UnsupportedModelError: It does not.
+        """
+        if self._pads_left is None:
+            self._pads_left = _pads_left(adapter)
+        if not self._pads_left:
+            raise UnsupportedModelError(
+                f"{type(adapter.model).__name__} reads rows that are padded on the left otherwise than alone; pad them on "
+                "the right (tokenizer.padding_side = 'right')."
+            )
+        columns = mask.shape[1]
+        if columns <= self._bridged or not has_gaps(mask):
+            return
+        if not _bridges_gaps(adapter, columns):
+            raise UnsupportedModelError(
+                f"{type(adapter.model).__name__} reads rows with gaps in their attention mask otherwise than without: its "
+                "attention counts the columns between two tokens. Leave the masked tokens out, and pad at the end."
+            )
+        self._bridged = columns
+
+
+def _pads_left(adapter: Any) -> bool:
     """Whether rows padded on the left give a model's own logits where they count; tried out on a few tokens."""
     tokens = _short(adapter, N_PADDED)
     return _reads_apart(adapter, tokens[:, :0], N_PADDED, tokens)
 
 
-def bridges_gaps(adapter: Any, columns: int) -> bool:
+def _bridges_gaps(adapter: Any, columns: int) -> bool:
     """Whether rows with gaps, of so many columns, give a model's own logits where they count; tried out on a few tokens.
 
     Local attention counts the columns of a gap, and so do some biases by distance, whatever the positions are.

@@ -35,7 +35,6 @@ from tl_paramdecomp.components.disk import (
     read_tensors,
     read_text,
     remove_own,
-    replace_text,
     scratch,
     sync_folder,
     write_tensors,
@@ -43,8 +42,6 @@ from tl_paramdecomp.components.disk import (
     writing,
 )
 from tl_paramdecomp.errors import DecompositionFileError, DeviceError
-
-__all__ = ["read_tensors", "replace_text", "write_tensors"]
 
 FORMAT = 2
 TENSORS, METADATA = "components.safetensors", "decomposition.json"
