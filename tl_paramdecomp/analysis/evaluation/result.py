@@ -200,7 +200,7 @@ class Evaluation(Record):
 
     def footnotes(self) -> list[str]:
         """What the time budget left out."""
-        return [f"Left out for want of time: {', '.join(self.left_out)}."] if self.left_out else []
+        return [f"Left out for want of time: {'; '.join(self.left_out)}."] if self.left_out else []
 
 
 def headline_steps(ladder: Sequence[int]) -> int:
