@@ -146,7 +146,7 @@ class TorchModuleAdapter(ModelAdapter):
             interception = make_interception(self, fns, on_error, stack)
             interception.install(stack, self.call_hook)
             PassWatch(self.root, interception).install(stack)
-            watch_generate(stack, self.root, interception)
+            watch_transformers_generate(stack, self.root, interception)
             yield
 
     @functools.cached_property
@@ -256,7 +256,7 @@ class PassWatch:
             self.interception.check_fired(exempt=lambda name: embedded and name == "embed.W_E")
 
 
-def watch_generate(stack: contextlib.ExitStack, owner: Any, interception: Interception) -> None:
+def watch_transformers_generate(stack: contextlib.ExitStack, owner: Any, interception: Interception) -> None:
     """Let the tracker know that transformers' own decoding loop is running, and over which rows it was called."""
 
     def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -281,9 +281,8 @@ def prompt_columns(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     cached, mask = cached_columns(kwargs), kwargs.get("attention_mask")
     if len(known) != 1 or not cached:
         return known[0] if len(known) == 1 else None
-    if (
-        isinstance(mask, Tensor) and mask.ndim == 2
-    ):  # the rows are the whole prompt, or what comes after the cached columns
+    # the rows are the whole prompt, or what comes after the cached columns
+    if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.shape[1] if mask.shape[1] in (known[0], cached + known[0]) else None
     return known[0] if known[0] > cached else None
 

@@ -22,8 +22,7 @@ from tl_paramdecomp.adapters.norm_wiring import NormWiring
 from tl_paramdecomp.adapters.norms import canonical_norms, norm_candidate, renamed
 from tl_paramdecomp.adapters.probe import probe
 from tl_paramdecomp.adapters.shared_parameters import held_tensors, keep_apart, repeated, shares_memory, with_ties
-from tl_paramdecomp.adapters.torch_module import TABLES, PassWatch, refuse_wrapped
-from tl_paramdecomp.adapters.torch_module import watch_generate as watch_transformers_generate
+from tl_paramdecomp.adapters.torch_module import TABLES, PassWatch, refuse_wrapped, watch_transformers_generate
 from tl_paramdecomp.adapters.transformers_names import (
     ROLES,
     block_refusals,
