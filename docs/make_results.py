@@ -13,7 +13,7 @@ from typing import Any
 
 from tl_paramdecomp.analysis.evaluation.comparison import SHARES, Comparison, spread
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
-from tl_paramdecomp.cli.recipes import RECIPES
+from tl_paramdecomp.experiments.recipes import RECIPES
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -11,12 +11,11 @@ import json
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from small_models import record
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.cli.recipes import RECIPES
-from tl_paramdecomp.cli.reproduce import data_of, find_target, heldout_rows
+from tl_paramdecomp.experiments.recipes import RECIPES
+from tl_paramdecomp.experiments.reproduce import data_of, find_target, heldout_rows
 
 SWEEPS = {
     "squares": ("l3d-squared", [{"n_subnetworks": n, "rank": 1, "warm_start": 0.1} for n in (3, 5, 10, 15)], 4000),
@@ -38,7 +37,7 @@ def main() -> None:
             errors, bounds = [], []
             for seed in range(args.seeds):
                 target = args.out / "targets" / name / f"seed-{seed}"
-                model = find_target(recipe, seed, target, Console(quiet=True)).model
+                model = find_target(recipe, seed, target, lambda text: None).model
                 made = tlpd.decompose(
                     model, "*", tlpd.L3D.paper_code(**change), data_of(recipe, recipe.batch_size, seed), steps,
                     recipe.batch_size, seed, progress=args.progress,

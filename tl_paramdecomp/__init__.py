@@ -58,6 +58,10 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.components.decomposition import Decomposition
     from tl_paramdecomp.components.masks import Masks
     from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+    from tl_paramdecomp.data.sources import TextRows
+    from tl_paramdecomp.data.token_batches import token_batches
+    from tl_paramdecomp.experiments.compare import ComparisonProtocol, compare
+    from tl_paramdecomp.experiments.tuning import tune_along
     from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
     from tl_paramdecomp.methods.from_factors import from_factors
     from tl_paramdecomp.methods.l3d import L3D
@@ -80,13 +84,9 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     )
     from tl_paramdecomp.sites import WeightSite
     from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
-    from tl_paramdecomp.training.compare import ComparisonProtocol, compare
-    from tl_paramdecomp.training.data.sources import TextRows
-    from tl_paramdecomp.training.data.token_batches import token_batches
     from tl_paramdecomp.training.estimates.estimate import Estimate, estimate_run
     from tl_paramdecomp.training.fit import decompose
     from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
-    from tl_paramdecomp.training.tuning import tune_along
 
 __all__ = [
     "ActPatches",

@@ -11,6 +11,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.analysis.reading.top_contexts import TopContexts, top_contexts
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     DataError,
@@ -20,7 +21,6 @@ from tl_paramdecomp.errors import (
     SettingError,
     ShapeError,
 )
-from tl_paramdecomp.methods.base import Batch
 
 from ..support.models import BUILDERS, VOCAB, build, decomposition_of, gpt2, plain, tokenizer
 

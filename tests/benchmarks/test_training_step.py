@@ -15,7 +15,8 @@ from tests.benchmarks.textbook import matmul_speed, textbook_of
 from tests.benchmarks.timing import ratio
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
-from tl_paramdecomp.methods.base import Batch, TrainingStep
+from tl_paramdecomp.data.batch import Batch
+from tl_paramdecomp.methods.base import TrainingStep
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.spd import SPD

@@ -10,8 +10,8 @@ import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.metrics import masked_kl
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.base import Batch
 from tl_paramdecomp.methods.baselines import second_moments
 from tl_paramdecomp.methods.bases import head_factors, neuron_factors, random_factors, svd_factors, whitened_factors
 from tl_paramdecomp.sites import WeightSite

@@ -9,8 +9,9 @@ import tl_paramdecomp as tlpd
 from tests.support.models import BUILDERS, build, dtype_of, gpt2, module_of
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
-from tl_paramdecomp.methods.base import Batch, LossStep, TrainingStep
+from tl_paramdecomp.methods.base import LossStep, TrainingStep
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, MeanSquare
 from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction

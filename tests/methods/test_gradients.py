@@ -9,8 +9,9 @@ import tl_paramdecomp as tlpd
 from tests.support.models import VOCAB, gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.base import Batch, LossStep, TrainingStep
+from tl_paramdecomp.methods.base import LossStep, TrainingStep
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.pieces import run_alone

@@ -221,7 +221,8 @@ def test_repeats_must_divide_the_batch():
 def test_two_streams_have_sources_of_their_own():
     """The same loss on a behaviour's rows and on the others: each as if it were alone, whatever their batches' shapes."""
     from tl_paramdecomp.adapters import adapt
-    from tl_paramdecomp.methods.base import Batch, TrainingStep
+    from tl_paramdecomp.data.batch import Batch
+    from tl_paramdecomp.methods.base import TrainingStep
 
     of, memory = case(), {}
     loss = PersistentAdversarialReconstruction(0.5, ramp=0.0)

@@ -5,17 +5,18 @@ import torch
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.base import Batch, TrainingStep
+from tl_paramdecomp.methods.base import TrainingStep
 from tl_paramdecomp.methods.draws import RandomNumbers
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.methods.pieces import ALONE
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
     StochasticReconstruction,
     UnmaskedReconstruction,
 )
+from tl_paramdecomp.parallel import ALONE
 from tl_paramdecomp.patching.frozen import frozen
 
 from .models import VOCAB, gpt2

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from tl_paramdecomp.components.disk import read_tensors
+from tl_paramdecomp.data.batch import Batch
+from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, DivergedError, SettingError
-from tl_paramdecomp.methods.draws import RandomNumbers, Window
-from tl_paramdecomp.methods.pieces import ALONE
+from tl_paramdecomp.methods.draws import RandomNumbers
+from tl_paramdecomp.parallel import ALONE, Window
 from tl_paramdecomp.training.callbacks import STOP
-from tl_paramdecomp.training.data.sources import Batch, BatchSource
 from tl_paramdecomp.training.random_state import random_tensors, set_random
 from tl_paramdecomp.training.runs import checkpoint as room
 from tl_paramdecomp.training.runs.checkpoint import Checkpoints, read_checkpoint, size_of

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
+from tests.data.texts import FORMS, LENGTH, Texts, batches, documents, in_every_form
+from tl_paramdecomp.data import text_files
+from tl_paramdecomp.data.cursors import items_of, own_copy
+from tl_paramdecomp.data.sources import batch_source, rows_of_rank
+from tl_paramdecomp.data.text import TextRows
 from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.training.data import text_files
-from tl_paramdecomp.training.data.cursors import items_of, own_copy
-from tl_paramdecomp.training.data.sources import batch_source, rows_of_rank
-from tl_paramdecomp.training.data.text import TextRows
 
 from ..support.models import tokenizer
-from .texts import FORMS, LENGTH, Texts, batches, documents, in_every_form
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tests.support.divided import difference, methods, train
-from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.parallel import Peers
 from tl_paramdecomp.training.distributed import Replicas, joined
 from tl_paramdecomp.training.shards import shard, whole
 

@@ -1,5 +1,6 @@
 """The sub-commands and their options."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -267,9 +268,9 @@ def compare(
     from tl_paramdecomp.cli.models import open_model
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.errors import MissingExtraError
+    from tl_paramdecomp.experiments.compare import ComparisonProtocol
+    from tl_paramdecomp.experiments.compare import compare as run
     from tl_paramdecomp.report.comparison import draw_comparison
-    from tl_paramdecomp.training.compare import ComparisonProtocol
-    from tl_paramdecomp.training.compare import compare as run
 
     methods = {name: method_named(name) for name in method_names}
     protocol = ComparisonProtocol(
@@ -321,11 +322,13 @@ def reproduce(
     """Redo a published toy result: train the target, decompose it, score it. Run it again to go on."""
     import torch
 
-    from tl_paramdecomp.cli.reproduce import reproduce as run
-    from tl_paramdecomp.cli.reproduce import result_table
+    from tl_paramdecomp.cli.reproduced import result_table
+    from tl_paramdecomp.experiments.reproduce import reproduce as run
 
     torch.set_num_threads(threads)
-    record = run(name, seeds, out, Console(stderr=True), steps, batch_size)
+    talk = Console(stderr=True)
+    say = functools.partial(talk.print, markup=False, highlight=False)
+    record = run(name, seeds, out, say, steps, batch_size)
     if as_json:
         print(json.dumps(record))
     else:

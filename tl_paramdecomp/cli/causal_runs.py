@@ -27,7 +27,6 @@ from tl_paramdecomp.analysis.tasks.metrics import (
     default_metric,
 )
 from tl_paramdecomp.analysis.tasks.task import Task
-from tl_paramdecomp.analysis.tasks.tokens import context_of
 from tl_paramdecomp.cli.edits import Edits, Rows
 from tl_paramdecomp.cli.effects import (
     edge_table,
@@ -41,6 +40,7 @@ from tl_paramdecomp.cli.questions import Question, answers_in_words, position_te
 from tl_paramdecomp.cli.report import next_token_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import replace_text
+from tl_paramdecomp.data.prompt_tokens import context_of
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.patching.act_patches import patched_acts
 

@@ -10,9 +10,9 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.analysis.tasks.makers import TASKS, make_task
 from tl_paramdecomp.analysis.tasks.task import Task, load_task
-from tl_paramdecomp.analysis.tasks.tokens import prompt_tokenizer
 from tl_paramdecomp.cli.models import EMBEDDED, tokenizer_of
 from tl_paramdecomp.cli.report import prompt_tokens
+from tl_paramdecomp.data.prompt_tokens import prompt_tokenizer
 from tl_paramdecomp.errors import SettingError, TokenizerTaskError
 
 SHOWN = 2

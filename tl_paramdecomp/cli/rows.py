@@ -8,9 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_paramdecomp.cli.models import EMBEDDED, tokenizer_of
+from tl_paramdecomp.data.token_batches import token_batches
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.pretrained import micro_gpt2_tokens
-from tl_paramdecomp.training.data.token_batches import token_batches
 
 HELD_OUT = 32
 

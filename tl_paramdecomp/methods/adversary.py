@@ -20,9 +20,9 @@ from torch import Tensor
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
-from tl_paramdecomp.methods.draws import Window
 from tl_paramdecomp.methods.pieces import Request, Total, Work, run_alone
 from tl_paramdecomp.methods.reconstruction import DeltaUse, Replaced, check_masks, routed, subset_routes
+from tl_paramdecomp.parallel import Window
 
 Scope = Literal["single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position"]
 """What shares a source: everything [C+1]; all rows, each position its own [pos, C+1]; every n-th row [n, pos, C+1]; nothing

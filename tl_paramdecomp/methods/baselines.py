@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.base import Batch, LossReport, Method, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.bases import (
     Factors,
     head_factors,

@@ -10,24 +10,16 @@ alike everywhere, and what each row has of its own (its masks) in one of two way
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.parallel import Window
 
 Scope = Literal["per_rank", "global"]
-
-
-class Window(NamedTuple):
-    """Which rows of a batch a piece holds."""
-
-    first: int
-    rows: int
-    of: int
-    """Rows of the whole batch."""
 
 
 class Draws:

@@ -27,20 +27,12 @@ from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import Backend, Gradients, SampleGradient, random_subnetworks
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
-from tl_paramdecomp.methods.base import (
-    KL_NEEDS,
-    Batch,
-    BatchPiece,
-    LossReport,
-    Method,
-    ParameterGroup,
-    Progress,
-    TrainingStep,
-)
+from tl_paramdecomp.methods.base import KL_NEEDS, BatchPiece, LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.draws import Draws
 from tl_paramdecomp.methods.from_factors import origin_of
-from tl_paramdecomp.methods.pieces import ALONE, WHOLE, Every, Peers, Work, run_alone, run_together
+from tl_paramdecomp.methods.pieces import WHOLE, Every, Work, run_alone, run_together
 from tl_paramdecomp.methods.sample_gradients import (
     Divergence,
     GradientPass,
@@ -49,6 +41,7 @@ from tl_paramdecomp.methods.sample_gradients import (
     Reference,
     piece_gradients,
 )
+from tl_paramdecomp.parallel import ALONE, Peers
 from tl_paramdecomp.sites import NormSite, WeightSite, select_norms
 
 Norm = Literal["l2", "paper_code"]

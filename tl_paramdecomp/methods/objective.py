@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.methods.base import Batch, BatchPiece, Loss, LossStep, Measure, TrainingStep
+from tl_paramdecomp.data.batch import Batch
+from tl_paramdecomp.methods.base import BatchPiece, Loss, LossStep, Measure, TrainingStep
 from tl_paramdecomp.methods.pieces import Work, run_together
 
 ALIVE = 0.1

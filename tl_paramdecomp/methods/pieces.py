@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tl_paramdecomp.errors import DataError
-from tl_paramdecomp.methods.draws import Window
+from tl_paramdecomp.parallel import ALONE, Peers, Window
 
 
 @dataclass(frozen=True)
@@ -61,64 +59,6 @@ class Piece(NamedTuple):
 
 
 WHOLE = Piece()
-
-
-class Peers:
-    """The processes that a batch is divided among; by itself, one.
-
-    Args:
-        group: Their process group.
-        device: Where its messages must be; None: anywhere.
-    """
-
-    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
-        self.group, self.device = group, device
-        self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes and talks."""
-        return self.rank == 0
-
-    def total(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over processes, in one message for each dtype and device."""
-        if self.world == 1:
-            return tensors
-        found: dict[str, Tensor] = {}
-        kinds = dict.fromkeys((t.dtype, t.device) for t in tensors.values())
-        for dtype, device in kinds:
-            some = {name: t for name, t in tensors.items() if (t.dtype, t.device) == (dtype, device)}
-            flat = torch.cat([t.reshape(-1) for t in some.values()]).to(self.device)
-            dist.all_reduce(flat, group=self.group)
-            parts = flat.to(device).split([t.numel() for t in some.values()])
-            found |= {name: part.view(t.shape) for (name, t), part in zip(some.items(), parts, strict=True)}
-        return {name: found[name] for name in tensors}
-
-    def every(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all processes, in their order; they may differ in their first dimension."""
-        if self.world == 1:
-            return [tensor]
-        sizes = [0] * self.world
-        sizes[self.rank] = len(tensor)
-        sizes = self.total({"": torch.tensor(sizes)})[""].tolist()
-        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:])).to(self.device)
-        padded[: len(tensor)] = tensor
-        found = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(found, padded, group=self.group)
-        return [t[:size].to(tensor.device) for t, size in zip(found, sizes, strict=True)]
-
-    def any_of(self, *flags: bool) -> list[bool]:
-        """Each of some flags, whether it is set on any process."""
-        if self.world == 1:
-            return list(flags)
-        return [bool(n) for n in self.total({"": torch.tensor([int(flag) for flag in flags])})[""].tolist()]
-
-    def wait(self) -> None:
-        """Go on when all processes are here."""
-        self.any_of(False)
-
-
-ALONE = Peers()
 
 
 def run_together(
@@ -191,23 +131,3 @@ def _answer(requests: Sequence[Request], peers: Peers) -> dict[str, Tensor]:
         return peers.total(sums)
     own = {name: torch.cat([request.tensors[name] for request in requests]) for name in first}
     return {name: torch.cat(peers.every(t)) for name, t in own.items()}
-
-
-def windows(rows: int, peers: Peers, accumulate: int, together: int = 1) -> list[Window]:
-    """Rows of this process's micro-batches, of a batch of so many rows.
-
-    Raises:
-        DataError: The batch cannot be divided evenly; rows that belong together stay together.
-    """
-    parts = peers.world * accumulate
-    if rows % (parts * together):
-        among = (
-            f"{peers.world} processes x {accumulate} micro-batches"
-            if peers.world > 1
-            else f"{accumulate} micro-batches"
-        )
-        pairs = f", {together} rows together" if together > 1 else ""
-        raise DataError(f"A batch of {rows} rows cannot be divided among {among}{pairs}; choose another batch_size.")
-    each = rows // parts
-    first = peers.rank * accumulate * each
-    return [Window(first + i * each, each, rows) for i in range(accumulate)]

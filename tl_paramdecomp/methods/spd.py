@@ -23,12 +23,12 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.base import (
     KL_NEEDS,
     MSE_INSTEAD,
-    Batch,
     Loss,
     LossReport,
     Measure,

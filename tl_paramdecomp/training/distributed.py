@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tl_paramdecomp.errors import PeerLostError
 from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
-from tl_paramdecomp.methods.pieces import ALONE, Peers
+from tl_paramdecomp.parallel import ALONE, Peers
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for another that is alive but does not answer."""

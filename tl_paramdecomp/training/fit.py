@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.data.sources import batch_source
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Made, Method
 from tl_paramdecomp.methods.draws import Scope
@@ -23,7 +24,6 @@ from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import Callback
-from tl_paramdecomp.training.data.sources import batch_source
 from tl_paramdecomp.training.distributed import answering, joined
 from tl_paramdecomp.training.guards import OnNonfinite
 from tl_paramdecomp.training.loop import Run

@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.parallel import Peers
 from tl_paramdecomp.training import clock
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -13,14 +13,14 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
 from tl_paramdecomp.methods.draws import RandomNumbers
-from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.parallel import Peers
 from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import Callback, RunInfo, StepInfo, listening, tell
 from tl_paramdecomp.training.collapse import CollapseWatch
-from tl_paramdecomp.training.data.sources import BatchSource
 from tl_paramdecomp.training.distributed import Replicas
 from tl_paramdecomp.training.guards import FiniteGuard
 from tl_paramdecomp.training.interrupts import Interrupts

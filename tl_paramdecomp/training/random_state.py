@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.methods.draws import RandomNumbers
-from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.parallel import Peers
 
 
 def random_tensors(numbers: RandomNumbers, peers: Peers) -> dict[str, Tensor]:

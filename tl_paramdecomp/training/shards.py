@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.pieces import Peers
+from tl_paramdecomp.parallel import Peers
 
 
 def shard(decomposition: Any, peers: Peers, device: torch.device) -> None:

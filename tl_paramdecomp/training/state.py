@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup
 from tl_paramdecomp.methods.draws import RandomNumbers
-from tl_paramdecomp.methods.pieces import ALONE, Peers
-from tl_paramdecomp.training.data.sources import BatchSource
+from tl_paramdecomp.parallel import ALONE, Peers
 from tl_paramdecomp.training.random_state import random_tensors
 from tl_paramdecomp.training.shards import brought_together, clip, like, whole
 

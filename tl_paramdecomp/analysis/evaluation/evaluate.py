@@ -37,8 +37,9 @@ from tl_paramdecomp.analysis.evaluation.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
-from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, Batch, LossStep, Measure, measure_of
+from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows

@@ -12,8 +12,8 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import ComponentIndexError, DataError, SettingError, ShapeError
-from tl_paramdecomp.methods.base import Batch
 from tl_paramdecomp.sites import check_rows, resolve_name
 
 COLUMNS = ("tokens", "input_ids")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tl_paramdecomp.analysis.tasks import words
 from tl_paramdecomp.analysis.tasks.task import Task
-from tl_paramdecomp.analysis.tasks.tokens import PromptTokenizer, named_words, prompt_tokenizer
+from tl_paramdecomp.data.prompt_tokens import PromptTokenizer, named_words, prompt_tokenizer
 from tl_paramdecomp.errors import SettingError, TokenizerTaskError
 from tl_paramdecomp.pretrained import grammar, micro_gpt2_prompts
 from tl_paramdecomp.pretrained.grammar import split_of

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_paramdecomp.analysis.tasks.tokens import PromptTokenizer, prompt_tokenizer
 from tl_paramdecomp.components.disk import parse_json, read_text, replace_text
+from tl_paramdecomp.data.batch import SMALL_INTEGERS
+from tl_paramdecomp.data.prompt_tokens import PromptTokenizer, prompt_tokenizer
 from tl_paramdecomp.errors import DecompositionFileError, DtypeError, ShapeError, TaskError, TokenizerTaskError
-from tl_paramdecomp.methods.base import SMALL_INTEGERS
 from tl_paramdecomp.sites import check_rows
 
 LARGEST = 1 << 27

@@ -1,0 +1,271 @@
+"""The toy results of SPD and L3D, from training the target to the figures (`tl-paramdecomp reproduce`).
+
+1. Train the target from the seed, and again from another where it lacks a mechanism (toy_models).
+2. Decompose it (`decompose`), with checkpoints: the same command goes on where it was stopped.
+3. Score it against the known mechanisms or classes (`scores`), draw the figures.
+
+    OUT/NAME/seed-0/target/        weights and how they came about
+    OUT/NAME/seed-0/run/           metrics, checkpoint, decomposition
+    OUT/NAME/seed-0/result.json    settings and scores; a finished seed is not run again
+    OUT/NAME/seed-0/*.png          figures, where matplotlib is installed
+"""
+
+import datetime
+import fnmatch
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from tl_paramdecomp.analysis.metrics import sparsity
+from tl_paramdecomp.analysis.subnetworks.impacts import impacts
+from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.disk import read_json, replace_text
+from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.errors import CollapseWarning, MissingExtraError, SettingError
+from tl_paramdecomp.experiments import scores as toys
+from tl_paramdecomp.experiments.l3d_circuits import toy_scores
+from tl_paramdecomp.experiments.l3d_digits import chosen_subnetworks, class_purities, digit_scores
+from tl_paramdecomp.experiments.recipes import RECIPES, Recipe
+from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.toy_models import (
+    TMS,
+    Circuits,
+    Digits,
+    InductionRows,
+    InductionTransformer,
+    ResidMLP,
+    SparseFeatures,
+    Trained,
+    fresh,
+    load_digits,
+    load_target,
+    save_target,
+    train_circuits,
+    train_digits,
+    train_induction,
+    train_resid_mlp,
+    train_tms,
+    train_until_sound,
+)
+from tl_paramdecomp.training.fit import decompose
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "TMSConfig": (TMS, train_tms),
+    "ResidMLPConfig": (ResidMLP, train_resid_mlp),
+    "InductionConfig": (InductionTransformer, train_induction),
+    "CircuitsConfig": (Circuits, train_circuits),
+    "DigitsConfig": (Digits, train_digits),
+}
+"""What is built from a target's configuration, and what trains it."""
+SAMPLE, SAMPLE_SEED = 8192, 1_000_000
+"""Rows that L0 and alive components are counted on, and their seed."""
+L3D_SAMPLE = 1000
+"""Rows that subnetworks are measured on."""
+
+
+def reproduce(
+    name: str,
+    seeds: int,
+    out: Path,
+    say: Callable[[str], None],
+    steps: int | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Run one result for seeds 0 to seeds - 1, and return its record.
+
+    Raises:
+        SettingError: No such name, no seed, or a folder that holds a run of other settings.
+    """
+    if name not in RECIPES:
+        raise SettingError(f"{name!r} is none of {', '.join(RECIPES)}.")
+    if seeds < 1:
+        raise SettingError(f"--seeds must be at least 1; given {seeds}.")
+    recipe = RECIPES[name]
+    recipe = replace(recipe, steps=steps or recipe.steps, batch_size=batch_size or recipe.batch_size)
+    folder, versions = out / name, {}
+    results = []
+    for seed in range(seeds):
+        say(f"{name}, seed {seed}")
+        results.append(run_seed(recipe, seed, folder / f"seed-{seed}", say))
+        versions = results[-1].pop("versions")
+    record = {
+        "name": name,
+        "seeds": results,
+        "expected": dict(recipe.expected),
+        "command": shlex.join(["tl-paramdecomp", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+        "settings": settings_of(recipe),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+    replace_text(folder / "result.json", json.dumps(record, indent=1))
+    return record
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What a seed's result depends on, as JSON values."""
+    settings = {
+        "target": {"type": type(recipe.target).__name__, **asdict(recipe.target)},
+        "sites": list(recipe.sites),
+        "method": to_settings(recipe.method),
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def run_seed(recipe: Recipe, seed: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Target, decomposition and scores of one seed; what is there already is used."""
+    settings, path = settings_of(recipe), folder / "result.json"
+    if path.is_file():
+        known = read_json(path, "settings")
+        if known.pop("settings") == settings:
+            return known
+    begun = time.perf_counter()
+    trained = find_target(recipe, seed, folder / "target", say)
+    found = time.perf_counter()
+    data = data_of(recipe, recipe.batch_size, seed)
+    method: Any = recipe.method  # of one kind or the other
+    with warnings.catch_warnings():  # of settings that are published so
+        warnings.filterwarnings("ignore", "Importance minimality goes down", CollapseWarning)
+        made = decompose(
+            trained.model, list(recipe.sites), method, data, recipe.steps, recipe.batch_size, seed, folder / "run"
+        )
+    result = {
+        "seed": seed,
+        **score(recipe, trained.model, made),
+        "target_seed": trained.seed,
+        "targets_tried": trained.tried,
+        "seconds": {"target": found - begun, "decomposition": seconds_of(folder / "run" / "metrics.jsonl")},
+        "versions": made.info["versions"],
+    }
+    try:
+        draw(recipe, trained.model, made, folder, result)
+    except MissingExtraError as error:
+        say(f"No figures: {error}")
+    replace_text(path, json.dumps({**result, "settings": settings}, indent=1))
+    return result
+
+
+def find_target(recipe: Recipe, seed: int, folder: Path, say: Callable[[str], None]) -> Trained[Any]:
+    """The target in the folder, or a new one that has all its mechanisms."""
+    build, train = KINDS[type(recipe.target).__name__]
+    trained = load_target(fresh(build, recipe.target), folder)
+    if trained is None:
+        trained = train_until_sound(train, recipe.target, seed, _progress, say)
+        save_target(trained, folder)
+    return trained
+
+
+def score(recipe: Recipe, model: Any, made: Decomposition | SubnetworkDecomposition) -> dict[str, Any]:
+    """All scores that a target of this kind has."""
+    if isinstance(made, SubnetworkDecomposition):
+        if isinstance(model, Digits):
+            return digit_scores(model, made, *load_digits("held_out", model.config.held_out))
+        return toy_scores(model, made, heldout_rows(recipe))
+    sample = recipe.target.data(SAMPLE, SAMPLE_SEED)
+    rows = sample(0)
+    scores: dict[str, Any] = {}
+    if isinstance(model, TMS):
+        scores |= toys.tms_scores(model, made)
+    if isinstance(model, ResidMLP):
+        scores["scrubbed"] = toys.scrubbed_errors(model, made, rows)
+    if isinstance(sample, InductionRows):
+        scores |= toys.induction_scores(model, made, rows, sample.answers(rows))
+    else:
+        scores["mean_active_features"] = (rows != 0).sum(1).float().mean().item()
+        matrices = toys.importance_matrices(model, made, rows.shape[1])
+        identity, dense = toys.pattern_errors(matrices, recipe.one_per_feature, recipe.dense)
+        scores |= {"identity_ci_error": sum(identity.values()), "identity_ci_error_by_site": identity}
+        scores |= {"dense_ci_error": sum(dense.values()), "dense_ci_error_by_site": dense} if dense else {}
+        layers = [name for glob in recipe.one_per_feature for name in fnmatch.filter(matrices, glob)]
+        if len(layers) > len(recipe.one_per_feature):
+            scores["identity_ci_error_by_layer"] = toys.pattern_errors(matrices, layers, {})[0]
+    found = sparsity(model, made, rows, toys.TOLERANCE)
+    several = [glob for glob in (*recipe.one_per_feature, *recipe.dense) if glob not in found.alive]
+    in_all = {glob: sum(found.alive[name] for name in fnmatch.filter(found.alive, glob)) for glob in several}
+    return {**scores, "alive": found.alive, **({"alive_in_all": in_all} if in_all else {}), "l0": found.l0}
+
+
+def data_of(recipe: Recipe, batch_size: int, seed: int) -> Any:
+    """Rows as a function of the step, none of them empty."""
+    data = recipe.target.data(batch_size, seed)
+    return replace(data, without_empty=True) if isinstance(data, SparseFeatures) else data
+
+
+def heldout_rows(recipe: Recipe) -> Any:
+    """Rows that subnetworks are measured on."""
+    return data_of(recipe, L3D_SAMPLE, SAMPLE_SEED)(0)
+
+
+def draw(
+    recipe: Recipe,
+    model: Any,
+    made: Decomposition | SubnetworkDecomposition,
+    folder: Path,
+    scores: Mapping[str, Any],
+) -> None:
+    """The figures that a target of this kind has.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    from tl_paramdecomp.experiments.toy_figures import importance_figure, neuron_figure, vector_figure
+    from tl_paramdecomp.report.plotting import save
+
+    if isinstance(made, SubnetworkDecomposition):
+        from tl_paramdecomp.experiments.l3d_figures import (
+            coefficient_figure,
+            effect_figure,
+            image_figure,
+            subnetwork_figure,
+        )
+
+        if isinstance(model, Digits):
+            images, labels = load_digits("held_out", model.config.held_out)
+            impact = impacts(model, made, images)
+            pure, _ = class_purities(impact, labels)
+            chosen = chosen_subnetworks(impact, labels, scores["active"])
+            titles = {k: f"subnetwork {k}\n{pure[k].item():.0%} on {c}" for k, c in chosen.items()}
+            heading = "Each class's purest subnetwork: its share of impact there, its top held-out images, their classes in red"
+            save(image_figure(impact, images, labels, titles, heading), folder / "images.png")
+            return
+        save(subnetwork_figure(model, made), folder / "subnetworks.png")
+        save(effect_figure(model, made, heldout_rows(recipe)), folder / "effects.png")
+        if isinstance(model, Circuits) and model.config.function == "linear" and model.config.group == 1:
+            save(coefficient_figure(model, made), folder / "coefficients.png")
+        return
+    if isinstance(model, InductionTransformer):
+        return
+    matrices = toys.importance_matrices(model, made, model.config.n_features)
+    dense = {name for glob in recipe.dense for name in fnmatch.filter(matrices, glob)}
+    save(importance_figure(matrices, dense=dense), folder / "importances.png")
+    if isinstance(model, TMS) and model.config.n_hidden == 2:
+        save(vector_figure(model, made), folder / "vectors.png")
+    if isinstance(model, ResidMLP):
+        save(neuron_figure(model, made), folder / "neurons.png")
+
+
+def seconds_of(log: Path) -> float:
+    """Seconds that all sessions of a run took: each line has the seconds since its own session began."""
+    total = last = 0.0
+    for line in log.read_text(encoding="utf-8").splitlines():
+        seconds = json.loads(line)["seconds"]
+        total += seconds - last if seconds >= last else seconds
+        last = seconds
+    return total
+
+
+def _progress(what: str, total: int) -> Iterable[int]:
+    return tqdm(range(total), desc=what, leave=False)
