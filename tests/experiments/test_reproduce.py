@@ -9,10 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tl_paramdecomp.cli import recipes, reproduce
 from tl_paramdecomp.cli.app import app
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.experiments import recipes, reproduce
 from tl_paramdecomp.experiments.recipes import RECIPES
 from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.settings import from_settings, to_settings

@@ -12,7 +12,7 @@ from tl_paramdecomp.toy_models import TMS, ResidMLP, ResidMLPConfig, TMSConfig
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from tl_paramdecomp.report import toys  # noqa: E402
+from tl_paramdecomp.experiments import toy_figures as toys  # noqa: E402
 from tl_paramdecomp.report.plotting import save  # noqa: E402
 
 METHOD = tlpd.SPD(n_components=6, measure="mse", start="random", warm_up_steps=5,
