@@ -84,7 +84,7 @@ def test_it_can_be_read_framed_kept_and_drawn(found, tmp_path):
         "3.500 (3.000-4.000)" in text and "0.700" in text and "25.0%" in text and "all components removed 7.000" in text
     )
     assert max(map(len, text.splitlines())) <= 120
-    assert len(found.frame()) == 10 and {"method", "l0", "rounded"} <= set(found.frame().columns)
+    assert len(found.to_frame()) == 10 and {"method", "l0", "rounded"} <= set(found.to_frame().columns)
     assert tlpd.Comparison.load(found.save(tmp_path / "found.json")) == found
     (tmp_path / "other.json").write_text(json.dumps({"kl": 3}))
     for name in ("other.json", "none.json"):

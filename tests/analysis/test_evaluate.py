@@ -306,8 +306,10 @@ def test_it_can_be_read_framed_and_kept(model, dec, found, tmp_path):
     text = str(found)
     assert "Headline" in text and "rounded 0.1" in text and "blocks.0.mlp.W_in" in text
     assert max(map(len, text.splitlines())) <= 110
-    frame = found.frame()
+    frame = found.to_frame()
     assert {"masks", "delta", "kl", "ce_recovered", "top1"} <= set(frame.columns) and len(frame) == len(found.masks)
+    with pytest.warns(DeprecationWarning, match="to_frame"):
+        assert found.frame().equals(frame)
     assert list(found.sites_frame().index) == list(dec)
     assert tlpd.Evaluation.load(found.save(tmp_path / "found.json")) == found
     (tmp_path / "other.json").write_text(json.dumps({"kl": 3}))

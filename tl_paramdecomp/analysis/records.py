@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from tl_paramdecomp.components.plain import as_declared, from_plain, in_short
 from tl_paramdecomp.errors import DecompositionFileError
 
 if TYPE_CHECKING:
+    import pandas
     from rich.table import Table
 
 Row = dict[str, Any]
@@ -126,6 +128,12 @@ class Record:
         for line in self.footnotes():
             console.print(line, highlight=False)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def old_frame(self: Any) -> "pandas.DataFrame":
+    """The same as `to_frame`, by its old name, which the next release takes away."""
+    warnings.warn("frame() is called to_frame(); the old name goes next.", DeprecationWarning, stacklevel=2)
+    return self.to_frame()
 
 
 def _as_tensor(array: Any) -> Tensor:

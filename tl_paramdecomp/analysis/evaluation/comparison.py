@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypedDict
 
 from tl_paramdecomp.analysis.evaluation.result import distance_name
-from tl_paramdecomp.analysis.records import Record, Row, plain_table
+from tl_paramdecomp.analysis.records import Record, Row, old_frame, plain_table
 
 if TYPE_CHECKING:
     import pandas
@@ -148,11 +148,13 @@ class Comparison(Record):
         """`kl` or `mse`: what outputs were compared by."""
         return self.points[0].get("measure", "kl") if self.points else "kl"
 
-    def frame(self) -> "pandas.DataFrame":
+    def to_frame(self) -> "pandas.DataFrame":
         """Runs as a pandas frame."""
         import pandas
 
         return pandas.DataFrame(self.points)
+
+    frame = old_frame
 
     @property
     def measured(self) -> tuple[Metric, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 
-from tl_paramdecomp.analysis.records import Record, Row, plain_table
+from tl_paramdecomp.analysis.records import Record, Row, old_frame, plain_table
 
 if TYPE_CHECKING:
     import pandas
@@ -181,11 +181,13 @@ class Evaluation(Record):
         by_steps = {row["steps"]: row for row in self.adversary}
         return by_steps[headline_steps(tuple(by_steps))] if by_steps else None
 
-    def frame(self) -> "pandas.DataFrame":
+    def to_frame(self) -> "pandas.DataFrame":
         """Kinds of masks as a pandas frame."""
         import pandas
 
         return pandas.DataFrame(self.masks)
+
+    frame = old_frame
 
     def sites_frame(self) -> "pandas.DataFrame":
         """Matrices as a pandas frame."""
