@@ -18,11 +18,11 @@ import statistics
 from pathlib import Path
 
 import torch
+from directions import random_directions, singular_directions
 from small_models import open_model, record
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.methods.directions import random_directions, singular_directions
 
 HELD_OUT, INSPECTED = 1024, 48
 """Rows for errors; rows for impacts, moves and top samples."""

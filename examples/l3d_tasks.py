@@ -16,10 +16,10 @@ import json
 from pathlib import Path
 
 import torch
+from directions import random_directions
 from small_models import record
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.methods.directions import random_directions
 
 TASKS = ("ioi", "pronoun", "greater_than", "induction")
 LADDER = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)

@@ -10,7 +10,7 @@ from tl_paramdecomp.errors import DataError
 
 
 class Window(NamedTuple):
-    """Which rows of a batch a piece holds."""
+    """Which rows of a batch a microbatch holds."""
 
     first: int
     rows: int
@@ -18,7 +18,33 @@ class Window(NamedTuple):
     """Rows of the whole batch."""
 
 
-class Peers:
+class Place(NamedTuple):
+    """Where a microbatch stands in its batch."""
+
+    window: Window = Window(0, 1, 1)
+    weight: float = 1.0
+    """Share of its positions that count among those of the whole batch: a mean over the batch is the sum of the
+    microbatches' means, each times its weight."""
+    n_processes: int = 1
+    """Among which gradients are averaged."""
+    local: Window | None = None
+    """Its rows among those of its own process; None where it is the whole batch."""
+
+    @property
+    def share(self) -> float:
+        """Factor on a mean over the microbatch, so that gradients averaged over processes are those of the batch's mean."""
+        return self.weight * self.n_processes
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first of its process, which does what is to be done once."""
+        return self.local is None or self.local.first == 0
+
+
+WHOLE = Place()
+
+
+class ProcessGroup:
     """The processes that a batch is divided among; by itself, one.
 
     Args:
@@ -73,24 +99,24 @@ class Peers:
         self.any_of(False)
 
 
-ALONE = Peers()
+ALONE = ProcessGroup()
 
 
-def windows(rows: int, peers: Peers, accumulate: int, together: int = 1) -> list[Window]:
+def windows(rows: int, processes: ProcessGroup, accumulate: int, together: int = 1) -> list[Window]:
     """Rows of this process's micro-batches, of a batch of so many rows.
 
     Raises:
         DataError: The batch cannot be divided evenly; rows that belong together stay together.
     """
-    parts = peers.world * accumulate
+    parts = processes.world * accumulate
     if rows % (parts * together):
         among = (
-            f"{peers.world} processes x {accumulate} micro-batches"
-            if peers.world > 1
+            f"{processes.world} processes x {accumulate} micro-batches"
+            if processes.world > 1
             else f"{accumulate} micro-batches"
         )
         pairs = f", {together} rows together" if together > 1 else ""
         raise DataError(f"A batch of {rows} rows cannot be divided among {among}{pairs}; choose another batch_size.")
     each = rows // parts
-    first = peers.rank * accumulate * each
+    first = processes.rank * accumulate * each
     return [Window(first + i * each, each, rows) for i in range(accumulate)]

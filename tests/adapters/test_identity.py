@@ -18,8 +18,8 @@ from tl_paramdecomp.errors import (
 )
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.divergence import MeanSquare
-from tl_paramdecomp.methods.draws import as_draws
 from tl_paramdecomp.methods.losses import Faithfulness
+from tl_paramdecomp.methods.random_streams import as_streams
 
 from ..support.models import (
     BUILDERS,
@@ -392,7 +392,7 @@ def test_faithfulness_is_relative_to_the_identity() -> None:
     model = make("gpt2")
     dec = random_decomposition(model, [before("blocks.0.mlp.W_in")])
     x = torch.zeros(1, 1)
-    step = LossStep(adapt(model), dec, x, None, {}, {}, MeanSquare(x, None), as_draws(torch.Generator()))
+    step = LossStep(adapt(model), dec, x, None, {}, {}, MeanSquare(x, None), as_streams(torch.Generator()))
     expected = (eye(24) - dec[before("blocks.0.mlp.W_in")].product()).square().sum() / 24
     assert close(Faithfulness()(step), expected)
 

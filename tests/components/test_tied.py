@@ -15,8 +15,8 @@ from tl_paramdecomp.components.factors import Components, TiedComponents
 from tl_paramdecomp.errors import DecompositionFileError, NoMatchingSiteError, SettingError, ShapeError
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.divergence import MeanSquare
-from tl_paramdecomp.methods.draws import as_draws
 from tl_paramdecomp.methods.losses import Faithfulness
+from tl_paramdecomp.methods.random_streams import as_streams
 from tl_paramdecomp.methods.starts import warm_up
 from tl_paramdecomp.methods.ties import resolved_ties
 
@@ -110,7 +110,7 @@ def test_faithfulness_pulls_from_both_sides() -> None:
     model = toy()
     dec = tied_toy(model)
     x = double(7, 5)
-    step = LossStep(adapt(model), dec, x, None, {}, {}, MeanSquare(model(x), None), as_draws(torch.Generator()))
+    step = LossStep(adapt(model), dec, x, None, {}, {}, MeanSquare(model(x), None), as_streams(torch.Generator()))
     value = Faithfulness(1.0)(step)
     value.backward()
     V, U = (p.detach().clone().requires_grad_(True) for p in (dec[FIRST].V, dec[FIRST].U))

@@ -14,7 +14,7 @@ from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.l3d import reconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.methods.objective import ALIVE, _l0
+from tl_paramdecomp.methods.objective import ACTIVE, _l0
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, subset_routes
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, references
 
@@ -185,7 +185,7 @@ def test_subsets_are_drawn_for_each_image_and_counts_are_means_over_positions() 
         assert torch.equal(route.view(400, -1), by_image[i, :, None].expand(400, route[0].numel()))
     shares = torch.bincount(by_image.sum(0), minlength=5) / 400
     assert shares[0] == 0 and (shares[1:] - 0.25).abs().max() < 0.1  # four standard deviations
-    expected = sum((g.lower > ALIVE).sum().item() / g.lower[..., 0].numel() for g in step.importances.values())
+    expected = sum((g.lower > ACTIVE).sum().item() / g.lower[..., 0].numel() for g in step.importances.values())
     assert _l0(step).item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -193,7 +193,7 @@ def test_padding_is_not_counted() -> None:
     model, mask = gpt2(), torch.tensor([[1, 1, 0], [1, 0, 0]])
     made = tlpd.decompose(model, "blocks.0.mlp.*", tlpd.SPD(), torch.ones(2, 3, dtype=torch.int64), 0, progress=False)
     step = LossStep.of(adapt(model), made, torch.tensor([[1, 2, 3], [4, 5, 6]]), mask, generator())
-    counts = sum((g.lower > ALIVE).sum(-1).float() for g in step.importances.values())
+    counts = sum((g.lower > ACTIVE).sum(-1).float() for g in step.importances.values())
     assert _l0(step).item() == pytest.approx((counts * mask).sum().item() / 3, rel=1e-6)
     assert counts.mean().item() != pytest.approx(_l0(step).item(), rel=1e-6)
 

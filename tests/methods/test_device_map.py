@@ -15,7 +15,7 @@ from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt, base, wiring
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.methods.base import TrainingStep
-from tl_paramdecomp.methods.draws import Generators, RandomNumbers
+from tl_paramdecomp.methods.random_streams import Generators, RandomNumbers
 from tl_paramdecomp.patching.frozen import frozen
 
 FAR = torch.device("meta")

@@ -9,7 +9,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.interpolated import InterpolatedMask
 from tl_paramdecomp.methods.base import LossStep
-from tl_paramdecomp.methods.draws import as_draws
+from tl_paramdecomp.methods.random_streams import as_streams
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
     StochasticReconstruction,
@@ -239,7 +239,7 @@ def test_layerwise_passes_begin_at_the_masked_sites_block():
         g = {n: torch.rand(2, 5, c.n_components, generator=draw, dtype=torch.float64) for n, c in dec.items()}
         importances = {n: Importance(t, t) for n, t in g.items()}
         step = LossStep(adapt(model), dec, tokens, None, inputs.inputs, importances, KL(inputs.output, None),
-                        as_draws(generator.manual_seed(5)), 1.0, {}, inputs.blocks)  # fmt: skip
+                        as_streams(generator.manual_seed(5)), 1.0, {}, inputs.blocks)  # fmt: skip
         value = StochasticReconstruction(sites="layerwise")(step)
         found.append((value, torch.autograd.grad(value, list(dec.parameters()))))
     assert abs(found[0][0] - found[1][0]) < 1e-13
@@ -270,7 +270,7 @@ def test_an_embedding_site_is_a_one_hot_times_v():
 
     g = {n: torch.rand(2, 3, 3).double() for n in dec}
     step = LossStep(adapt(model), dec, x, None, {}, {n: Importance(t, t) for n, t in g.items()}, KL(model(x), None),
-                    as_draws(torch.Generator().manual_seed(2)))  # fmt: skip
+                    as_streams(torch.Generator().manual_seed(2)))  # fmt: skip
     masks = stochastic_masks(step)
     h = one_hot
     for name, layer in (("table.weight", None), ("out.weight", model.out)):

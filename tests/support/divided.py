@@ -8,9 +8,9 @@ from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.base import TrainingStep
-from tl_paramdecomp.methods.draws import RandomNumbers
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
     StochasticReconstruction,
@@ -94,12 +94,12 @@ def batches(padded=True):
     return Batch(tokens[0], mask if padded else None), Batch(tokens[1], None)
 
 
-def train(name, peers=ALONE, accumulate=1, steps=3, replicate=None, padded=True):
+def train(name, processes=ALONE, accumulate=1, steps=3, replicate=None, padded=True):
     """Some steps of plain gradient descent; the gradients and figures of each, and what is remembered at the end.
 
     Args:
         name: Of `methods`.
-        peers: The processes among which batches are divided.
+        processes: The processes among which batches are divided.
         accumulate: Micro-batches of each.
         steps: How many.
         replicate: From decomposition, to a function that takes a step's gradients and averages them over processes.
@@ -119,14 +119,14 @@ def train(name, peers=ALONE, accumulate=1, steps=3, replicate=None, padded=True)
         made.requires_grad_(False)
         for p in [p for group in method.parameter_groups(made) for p in group.parameters]:
             p.requires_grad_(True)
-        numbers = RandomNumbers(3, "cpu", peers.rank, divided=True, scope="global")
+        numbers = RandomNumbers(3, "cpu", processes.rank, divided=True, scope="global")
         take = method.gradients if replicate is None else replicate(method, made)
         parameters = [p for group in method.parameter_groups(made) for p in group.parameters]  # shards, by now
         memory = {}
         for i in range(steps):
             made.zero_grad()
             background = other if name == "SPD.targeted" else None
-            step = TrainingStep(adapter, made, batch, numbers, 0.5, memory, background, peers, accumulate, i)
+            step = TrainingStep(adapter, made, batch, numbers, 0.5, memory, background, processes, accumulate, i)
             report = take(step)
             figures = {k: v.item() for k, v in (report.terms | report.figures()).items()}
             seen.append((figures, {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}))

@@ -48,7 +48,7 @@ def spoiled(method, rank, step):
 
     def after(now):
         after_step(now)
-        if (now.peers.rank, now.number) == (rank, step):
+        if (now.processes.rank, now.number) == (rank, step):
             parameter = now.decomposition["blocks.0.mlp.W_in"].parameter_pair[0].detach()
             getattr(parameter, "to_local", lambda: parameter)()[0, 1] = float("nan")
 

@@ -18,7 +18,7 @@ from tl_paramdecomp.components.disk import read_tensors
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, DivergedError, SettingError
-from tl_paramdecomp.methods.draws import RandomNumbers
+from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.parallel import ALONE, Window
 from tl_paramdecomp.training.callbacks import STOP
 from tl_paramdecomp.training.random_state import random_tensors, set_random
@@ -98,7 +98,7 @@ def test_random_numbers_as_tensors_and_back(odd):
 
     def draw():
         found = [random.random() for _ in range(3)], [random.gauss(0, 1) for _ in range(2 + odd)]
-        drawn = numbers.of_piece(0, Window(0, 9, 9))
+        drawn = numbers.of_microbatch(0, Window(0, 9, 9))
         ours = np.random.rand(700).tolist(), np.random.randn(2 + odd).tolist()
         return *found, *ours, torch.rand(9).tolist(), drawn.uniform([9], torch.zeros(1)).tolist()
 

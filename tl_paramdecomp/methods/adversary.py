@@ -24,10 +24,10 @@ from tl_paramdecomp.methods.pieces import Request, Total, Work, run_alone
 from tl_paramdecomp.methods.reconstruction import DeltaUse, Replaced, check_masks, routed, subset_routes
 from tl_paramdecomp.parallel import Window
 
-Scope = Literal["single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position"]
+SourceScope = Literal["single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position"]
 """What shares a source: everything [C+1]; all rows, each position its own [pos, C+1]; every n-th row [n, pos, C+1]; nothing
 [batch, pos, C+1]."""
-OWN: Scope = "per_batch_per_position"
+OWN: SourceScope = "per_batch_per_position"
 """The scope in which rows share nothing."""
 SCOPES = ("single_source", "broadcast_across_batch", "repeat_across_batch", OWN)
 
@@ -47,7 +47,7 @@ class AdversarialReconstruction(Loss):
     step_size: float = 1.0
     """Of a sign step; steps times size should be about 1 to 2."""
     sites: Replaced = "all"
-    scope: Scope = "single_source"
+    scope: SourceScope = "single_source"
     start: Literal["random", "ones", "zeros"] = "random"
     """`ones` is the target itself unless `delta` is absent: the gradient there is 0, and the adversary stays."""
     delta: DeltaUse = "masked"
@@ -94,7 +94,7 @@ def _climbed(
     step_size: float,
     routes: Routes | None = None,
     delta: DeltaUse = "masked",
-    scope: Scope = "single_source",
+    scope: SourceScope = "single_source",
 ) -> Generator[Request, Any, Sources]:
     """The same for a piece of a batch: what rows share moves by the gradient of all of them."""
     for _ in range(steps):
@@ -108,7 +108,7 @@ def _climbed(
 def start_sources(
     step: LossStep,
     names: Sequence[str] | None = None,
-    scope: Scope = "single_source",
+    scope: SourceScope = "single_source",
     start: Literal["random", "ones", "zeros"] = "random",
     repeats: int = 1,
 ) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def start_sources(
         g = step.importances[name].lower
         shape = (*_scope_shape(scope, g.shape[:-1], repeats), g.shape[-1] + 1)
         if start == "random":
-            sources[name] = step.draws.uniform(shape, g, rows=0 if scope == OWN else None)
+            sources[name] = step.random.uniform(shape, g, rows=0 if scope == OWN else None)
         else:
             sources[name] = g.new_full(shape, 1.0 if start == "ones" else 0.0)
     return sources
@@ -154,7 +154,7 @@ def _scaled_gradients(
 ) -> dict[str, Float[Tensor, "..."]]:
     """Gradients of what a piece's loss adds to the batch's."""
     with torch.enable_grad():
-        scaled = step.piece.weight * step.scale * loss
+        scaled = step.place.weight * step.scale * loss
     found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True, materialize_grads=True)  # a pooler's
     return {name: g if step.scale == 1.0 else g / step.scale for name, g in zip(leaves, found, strict=True)}
 
@@ -168,7 +168,7 @@ class PersistentAdversarialReconstruction(Loss):
     """
 
     coefficient: float = 1.0
-    scope: Scope = "per_batch_per_position"
+    scope: SourceScope = "per_batch_per_position"
     repeats: int = 1
     """n of the scope `repeat_across_batch`; must divide the batch."""
     sites: Literal["all", "subset"] = "all"
@@ -210,7 +210,7 @@ class PersistentAdversarialReconstruction(Loss):
         routes = subset_routes(step) if self.sites == "subset" else None
         yield step.divergence.of(step.run_masked(source_masks(step, sources, routes, self.delta)))
         if self.coefficient and all(leaf.grad is not None for leaf in leaves.values()):
-            scale = self.coefficient * step.piece.processes * step.scale
+            scale = self.coefficient * step.place.n_processes * step.scale
             gradients = {name: leaf.grad / scale for name, leaf in leaves.items() if leaf.grad is not None}
             yield from self._ascend(step, kept, gradients, moves + self.ascents + 1)
 
@@ -222,7 +222,7 @@ class PersistentAdversarialReconstruction(Loss):
 
     def _remembered(self, step: LossStep) -> dict[str, Tensor]:
         """Sources as stored, [*scope, C+1]; made at the first step. Where rows have their own, those of this piece."""
-        local = step.piece.local if self.scope == OWN else None
+        local = step.place.local if self.scope == OWN else None
         if any(self._key(site, "source") not in step.known for site in step.importances):
             self._begin(step, local)
         kept = {site: step.memory[self._key(site, "source")] for site in step.importances}
@@ -231,11 +231,11 @@ class PersistentAdversarialReconstruction(Loss):
     def _begin(self, step: LossStep, local: Window | None) -> None:
         for site, fresh in start_sources(step, None, self.scope, "random", self.repeats).items():
             start = torch.logit(fresh, 1e-3) if self.parametrisation == "sigmoid" else fresh
-            if step.piece.leads:
+            if step.place.leads:
                 rows = start.shape[:1] if local is None else (local.of,)
                 for what in ("source", "mean", "square"):
                     step.memory[self._key(site, what)] = start.new_zeros((*rows, *start.shape[1:]))
-            if step.piece.leads or local is not None:
+            if step.place.leads or local is not None:
                 _of_piece(step.memory[self._key(site, "source")], local).copy_(start)
 
     def _moves(self, step: LossStep) -> int:
@@ -258,12 +258,12 @@ class PersistentAdversarialReconstruction(Loss):
         """Move the stored sources uphill, in place; what rows share by the gradient of all of them, and once."""
         if self.scope != OWN:
             gradients = yield Total(dict(gradients))
-        if step.piece.leads:
+        if step.place.leads:
             step.memory[self._key("", "moves")] = torch.tensor(moves)
         elif self.scope != OWN:
             return
         lr = self.lr * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
-        local = step.piece.local if self.scope == OWN else None
+        local = step.place.local if self.scope == OWN else None
         for site, source in kept.items():
             move = gradients[site]
             if self.optimiser == "sign":
@@ -289,7 +289,7 @@ def _check_scope(scope: str) -> None:
         raise SettingError(f"The scope of sources must be one of {', '.join(SCOPES)}; given {scope!r}.")
 
 
-def _scope_shape(scope: Scope, rows: Sequence[int], repeats: int) -> tuple[int, ...]:
+def _scope_shape(scope: SourceScope, rows: Sequence[int], repeats: int) -> tuple[int, ...]:
     if scope == "single_source":
         return ()
     if scope == "broadcast_across_batch":
@@ -301,7 +301,7 @@ def _scope_shape(scope: Scope, rows: Sequence[int], repeats: int) -> tuple[int, 
     return (repeats, *rows[1:])
 
 
-def _at_rows(source: Tensor, scope: Scope, rows: Sequence[int]) -> Tensor:
+def _at_rows(source: Tensor, scope: SourceScope, rows: Sequence[int]) -> Tensor:
     """Sources [*scope, C+1] as they broadcast to the rows of a batch, which may be shorter than the first one.
 
     Raises:

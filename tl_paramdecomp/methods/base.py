@@ -26,9 +26,9 @@ from tl_paramdecomp.components.saved import Saved
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare
-from tl_paramdecomp.methods.draws import AnyGenerator, Draws, RandomNumbers, as_draws
-from tl_paramdecomp.methods.pieces import WHOLE, Piece, Work, run_alone
-from tl_paramdecomp.parallel import ALONE, Peers, Window, windows
+from tl_paramdecomp.methods.pieces import Work, run_alone
+from tl_paramdecomp.methods.random_streams import AnyGenerator, RandomNumbers, RandomStreams, as_streams
+from tl_paramdecomp.parallel import ALONE, WHOLE, Place, ProcessGroup, Window, windows
 from tl_paramdecomp.sites import SiteCall, WeightSite
 
 Progress: TypeAlias = Callable[[str, int], Iterable[int]]
@@ -75,7 +75,7 @@ class LossStep:
     importances: Mapping[str, Importance]
     divergence: Divergence
     """Distance of an output from the target's."""
-    draws: Draws
+    random: RandomStreams
     """Draws every mask of the step."""
     progress: float = 1.0
     """Share of the run that is over, in [0, 1]."""
@@ -83,7 +83,7 @@ class LossStep:
     """Tensors that outlive the step."""
     blocks: Sequence[object] = ()
     """What each block of the target returned, where passes may begin at a later one."""
-    piece: Piece = WHOLE
+    place: Place = WHOLE
     """Where these rows stand, where they are not the whole batch."""
     before: Mapping[str, Tensor] | None = None
     """`memory` as it was when the step began; None: as it is now."""
@@ -109,7 +109,7 @@ class LossStep:
         kl_chunk: int | None = None,
         keep_blocks: bool = False,
         importances: Mapping[str, Importance] | None = None,
-        piece: Piece = WHOLE,
+        place: Place = WHOLE,
         before: Mapping[str, Tensor] | None = None,
         scale: float = 1.0,
     ) -> "LossStep":
@@ -127,7 +127,7 @@ class LossStep:
             kl_chunk: Positions whose logits may exist at once; None: all.
             keep_blocks: Let passes that mask later sites alone begin at their block.
             importances: Taken instead of what the decomposition's own function gives.
-            piece: Where these rows stand in their batch.
+            place: Where these rows stand in their batch.
             before: `memory` as it was when the step began, where other pieces have run since.
             scale: Factor on losses while gradients are taken.
 
@@ -145,13 +145,15 @@ class LossStep:
             divergence = ChunkedKL(clean.output, scored, adapter.unembed, kl_chunk)
         else:
             divergence = (KL if measure == "kl" else MeanSquare)(clean.output, scored)
-            if divergence.by_row and piece is not WHOLE:  # a mean over rows, while pieces weigh as their positions do
-                divergence.share = piece.window.rows / piece.window.of / piece.weight
+            if (
+                divergence.by_row and place is not WHOLE
+            ):  # a mean over rows, while microbatches weigh as their positions do
+                divergence.share = place.window.rows / place.window.of / place.weight
         if importances is None:
             importances = decomposition.importances(clean.inputs, attention_mask)
         return cls(
-            adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, as_draws(generator),
-            progress, {} if memory is None else memory, clean.blocks, piece, before, scale,
+            adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, as_streams(generator),
+            progress, {} if memory is None else memory, clean.blocks, place, before, scale,
         )  # fmt: skip
 
     @property
@@ -309,14 +311,14 @@ class TrainingStep:
     """Tensors that outlive the step; saved with checkpoints."""
     background: Batch | None = None
     """Rows of a second stream, for methods that take one."""
-    peers: Peers = ALONE
+    processes: ProcessGroup = ALONE
     """The processes among which the rows are divided."""
     accumulate: int = 1
     """Micro-batches into which each process divides its rows."""
     number: int = 0
     """Steps done before."""
 
-    def pieces(self, batch: Batch, together: int = 1) -> list["BatchPiece"]:
+    def microbatches(self, batch: Batch, together: int = 1) -> list["Microbatch"]:
         """This process's micro-batches, on the model's device; the batch itself where it is not divided.
 
         Raises:
@@ -326,31 +328,31 @@ class TrainingStep:
             raise DataError(
                 "No position of this batch counts: its attention mask is 0 everywhere. Leave such rows out."
             )
-        mine = windows(len(batch.tokens), self.peers, self.accumulate, together)
+        mine = windows(len(batch.tokens), self.processes, self.accumulate, together)
         if mine[0].rows == mine[0].of:
-            return [BatchPiece(batch.to(self.adapter.device), WHOLE, self._draws(mine[0]))]
+            return [Microbatch(batch.to(self.adapter.device), WHOLE, self._random(mine[0]))]
         counts = None if batch.attention_mask is None else batch.attention_mask.flatten(1).sum(1).double().cpu()
         found = []
-        for place in mine:
-            rows = slice(place.first, place.first + place.rows)
-            weight = place.rows / place.of if counts is None else float(counts[rows].sum() / counts.sum())
-            local = Window(place.first - mine[0].first, place.rows, place.rows * len(mine))
+        for window in mine:
+            rows = slice(window.first, window.first + window.rows)
+            weight = window.rows / window.of if counts is None else float(counts[rows].sum() / counts.sum())
+            local = Window(window.first - mine[0].first, window.rows, window.rows * len(mine))
             part = batch.rows(rows).to(self.adapter.device)
-            found.append(BatchPiece(part, Piece(place, weight, self.peers.world, local), self._draws(place)))
+            found.append(Microbatch(part, Place(window, weight, self.processes.world, local), self._random(window)))
         return found
 
-    def _draws(self, window: Window) -> Draws:
+    def _random(self, window: Window) -> RandomStreams:
         if isinstance(self.generator, RandomNumbers):
-            return self.generator.of_piece(self.number, window)
-        return as_draws(self.generator)
+            return self.generator.of_microbatch(self.number, window)
+        return as_streams(self.generator)
 
 
-class BatchPiece(NamedTuple):
+class Microbatch(NamedTuple):
     """Some rows of a batch, where they stand in it, and their random numbers."""
 
     batch: Batch
-    piece: Piece
-    draws: Draws
+    place: Place
+    random: RandomStreams
 
 
 @dataclass(frozen=True)

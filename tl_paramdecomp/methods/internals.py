@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks, SiteValues
-from tl_paramdecomp.methods.pieces import WHOLE, Total, Work
+from tl_paramdecomp.methods.pieces import Total, Work
 from tl_paramdecomp.methods.reconstruction import importance_masks_of, stochastic_masks
+from tl_paramdecomp.parallel import WHOLE
 
 Masking = Literal["stochastic", "importance"]
 """Random masks m = g + (1 - g) r with the delta component masked too, or m = g without it."""
@@ -48,8 +49,8 @@ class HiddenActsReconstruction(Loss):
         if not names:
             raise SettingError("None of the sites reads activations; compare at='outputs'.")
         sizes = {}
-        if self.relative and step.piece is not WHOLE:  # relative to the whole batch's activations
-            own = {name: step.piece.weight * _mean(self._clean(step, name).square()) for name in names}
+        if self.relative and step.place is not WHOLE:  # relative to the whole batch's activations
+            own = {name: step.place.weight * _mean(self._clean(step, name).square()) for name in names}
             sizes = yield Total(own)
         kept: dict[str, SiteValues] = {}
         step.run_masked(_masks(step, self.masks), kept)

@@ -29,19 +29,19 @@ from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecompo
 from tl_paramdecomp.components.subnetworks import Backend, Gradients, SampleGradient, random_subnetworks
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
-from tl_paramdecomp.methods.base import KL_NEEDS, BatchPiece, LossReport, Method, ParameterGroup, Progress, TrainingStep
-from tl_paramdecomp.methods.draws import Draws
+from tl_paramdecomp.methods.base import KL_NEEDS, LossReport, Method, Microbatch, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.from_factors import origin_of
-from tl_paramdecomp.methods.pieces import WHOLE, Every, Work, run_alone, run_together
+from tl_paramdecomp.methods.pieces import Every, Work, run_alone, run_together
+from tl_paramdecomp.methods.random_streams import RandomStreams
 from tl_paramdecomp.methods.sample_gradients import (
-    Divergence,
     GradientPass,
     Outputs,
     Positions,
     Reference,
+    SampleDivergence,
     piece_gradients,
 )
-from tl_paramdecomp.parallel import ALONE, Peers
+from tl_paramdecomp.parallel import ALONE, WHOLE, ProcessGroup
 from tl_paramdecomp.sites import NormSite, WeightSite, select_norms
 
 Norm = Literal["l2", "paper_code"]
@@ -67,7 +67,7 @@ class L3D(Method[SubnetworkDecomposition]):
     """Whether biases of the sites, and of the norms, take part."""
     gains: bool | str | Sequence[str] = field(default=False, metadata=OMIT_DEFAULT)
     """Which normalisation gains take part: none, all of the model's, or those that globs such as `blocks.0.ln*` match."""
-    divergence: Divergence = "kl"
+    divergence: SampleDivergence = "kl"
     reference: Reference = "sample"
     positions: Positions = "one"
     norm: Norm = "l2"
@@ -87,7 +87,12 @@ class L3D(Method[SubnetworkDecomposition]):
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
         if self.n_subnetworks < 1 or min(ranks, default=1) < 1:
             raise SettingError(f"L3D needs n_subnetworks >= 1 and rank >= 1; given {self.n_subnetworks}, {self.rank}.")
-        for name, kinds in (("divergence", Divergence), ("reference", Reference), ("norm", Norm), ("backend", Backend)):
+        for name, kinds in (
+            ("divergence", SampleDivergence),
+            ("reference", Reference),
+            ("norm", Norm),
+            ("backend", Backend),
+        ):
             if getattr(self, name) not in get_args(kinds):
                 raise SettingError(f"{name} is one of {', '.join(get_args(kinds))}; given {getattr(self, name)!r}.")
         if not isinstance(self.positions, int) and self.positions not in ("one", "all", "last"):
@@ -192,27 +197,27 @@ class L3D(Method[SubnetworkDecomposition]):
 
     def gradients(self, step: TrainingStep) -> LossReport:
         made: SubnetworkDecomposition = step.decomposition
-        pieces = step.pieces(step.batch, self.rows_together)
+        microbatches = step.microbatches(step.batch, self.rows_together)
 
         def take(_: int, part: Tensor) -> None:
-            (step.peers.world * part).backward()
+            (step.processes.world * part).backward()
 
-        work = [self._work(step, piece, len(pieces) > 1) for piece in pieces]
-        found = joined(run_together(work, step.peers, take))
+        work = [self._work(step, each, len(microbatches) > 1) for each in microbatches]
+        found = joined(run_together(work, step.processes, take))
         with torch.no_grad():
             if step.progress >= self.warm_start:
                 kept = self.threshold_memory if made.threshold > 0 else 0.0
                 made.threshold.lerp_(found.threshold, 1.0 - kept)
             sums = {"loss": found.loss, "active": found.mask.sum(0), "rows": torch.tensor(len(found.mask))}
-            sums = step.peers.total(sums)
-            self._count(step, found, sums["active"], pieces[0].draws)
+            sums = step.processes.total(sums)
+            self._count(step, found, sums["active"], microbatches[0].random)
         figures = {"l0": sums["active"].sum() / sums["rows"], "unused_in_batch": (sums["active"] == 0).float().sum()}
         return LossReport(sums["loss"], {"reconstruction": sums["loss"]}, lambda: figures)
 
-    def _work(self, step: TrainingStep, place: BatchPiece, several: bool) -> Work:
+    def _work(self, step: TrainingStep, microbatch: Microbatch, several: bool) -> Work:
         """Reconstruction of one piece's gradients."""
         made: SubnetworkDecomposition = step.decomposition
-        tokens, mask = place.batch
+        tokens, mask = microbatch.batch
         opened = functools.partial(GradientPass, step.adapter, list(made.decoder), tokens, mask)
         if several:  # of several micro-batches only one at a time keeps what a backward pass needs
             with torch.no_grad():
@@ -220,9 +225,9 @@ class L3D(Method[SubnetworkDecomposition]):
         else:
             seen = opened()
             opened = functools.partial(_given, seen)
-        places = seen.places(self.positions, place.draws, every=place.piece is not WHOLE)
+        places = seen.places(self.positions, microbatch.random, every=microbatch.place is not WHOLE)
         groups = yield from piece_gradients(
-            opened, seen, places, self.reference, self.divergence, place.draws, place.piece
+            opened, seen, places, self.reference, self.divergence, microbatch.random, microbatch.place
         )
         active = 1.0 if step.progress < self.warm_start else self.active
         found = yield from piece_reconstruction(made, groups, active, self.backend)
@@ -233,7 +238,9 @@ class L3D(Method[SubnetworkDecomposition]):
         made: SubnetworkDecomposition = step.decomposition
         made.decoder.normalise(self.norm)
 
-    def _count(self, step: TrainingStep, found: "Reconstruction", active: Int[Tensor, " K"], draws: Draws) -> None:
+    def _count(
+        self, step: TrainingStep, found: "Reconstruction", active: Int[Tensor, " K"], random: RandomStreams
+    ) -> None:
         """Note which subnetworks were active; those that never were begin anew when it is time."""
         if not self.revive_every:
             return
@@ -243,7 +250,7 @@ class L3D(Method[SubnetworkDecomposition]):
         counts += active
         seen += 1
         if int(seen) % self.revive_every == 0:
-            revive(step.decomposition, found, counts == 0, draws.shared.on(device), step.peers)
+            revive(step.decomposition, found, counts == 0, random.shared.on(device), step.processes)
             counts.zero_()
 
 
@@ -326,7 +333,7 @@ def revive(
     found: Reconstruction,
     dead: Bool[Tensor, " K"],
     generator: torch.Generator,
-    peers: Peers = ALONE,
+    processes: ProcessGroup = ALONE,
 ) -> None:
     """Let dead subnetworks begin anew, each as the best low-rank form of a sample's gradient, in both dictionaries.
 
@@ -335,11 +342,11 @@ def revive(
     places = dead.nonzero().flatten()
     if not len(places):
         return
-    residuals = peers.every(found.residuals)
+    residuals = processes.every(found.residuals)
     weights = torch.cat(residuals).clamp(min=0.0)
     if not bool(weights.sum() > 0):
         return
-    first = sum(len(t) for t in residuals[: peers.rank])
+    first = sum(len(t) for t in residuals[: processes.rank])
     drawn = torch.multinomial(weights.float(), len(places), replacement=True, generator=generator)
     sizes = [len(next(iter(group.values()))[1]) for group in found.groups]
     for side in (made.decoder, made.encoder):
@@ -353,10 +360,10 @@ def revive(
             n, group = n - sizes[group], group + 1
         for name, part in made.decoder.items():
             _begin_anew([part, made.encoder[name]], k, found.groups[group][name], n)
-    if peers.world > 1:
+    if processes.world > 1:
         for side in (made.decoder, made.encoder):
             for parameter in side.parameters():
-                parameter[places] = peers.total({"": parameter[places]})[""]
+                parameter[places] = processes.total({"": parameter[places]})[""]
     norms = made.decoder.norms().clamp(min=1e-30)
     factors = torch.where(dead, 1.0 / norms, torch.ones_like(norms))
     for side in (made.decoder, made.encoder):

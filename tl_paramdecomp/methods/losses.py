@@ -15,7 +15,8 @@ from torch import Tensor
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep
-from tl_paramdecomp.methods.pieces import WHOLE, Total, Work
+from tl_paramdecomp.methods.pieces import Total, Work
+from tl_paramdecomp.parallel import WHOLE
 
 EPSILON = 1e-12
 """Added to importances before a power is taken."""
@@ -52,7 +53,7 @@ class Faithfulness(Loss):
                 scale = 1.0 / sum(sizes.values())
             draw = None
             if self.rows is not None and self.rows < components.site.d_in:
-                draw = step.draws.permutation(components.site.d_in, weight.device)[: self.rows]
+                draw = step.random.permutation(components.site.d_in, weight.device)[: self.rows]
                 scale = scale * components.site.d_in / self.rows
             gathered = gathered + components(_squared_rest, weight, scale, draw).to(step.device)
             entries += sizes[name]
@@ -143,12 +144,12 @@ class ImportanceMinimality(Loss):
         """One part."""
         sharpness, total = self.sharpness(step.progress), torch.zeros((), device=step.device)
         sums: dict[str, Tensor] = {}
-        if self.frequency and step.piece is not WHOLE:  # it asks how much each component is used in the whole batch
+        if self.frequency and step.place is not WHOLE:  # it asks how much each component is used in the whole batch
             own = {name: self._sums(_scored(step, name), sharpness) for name in step.importances}
             sums = yield Total(own)
         for name in step.importances:
             g = _scored(step, name)
-            value = _Penalty.apply(g, self, sharpness, sums.get(name), round(len(g) / (step.piece.weight or 1.0)))
+            value = _Penalty.apply(g, self, sharpness, sums.get(name), round(len(g) / (step.place.weight or 1.0)))
             total = total + value.to(total.device)
         yield total
 

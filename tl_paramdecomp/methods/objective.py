@@ -1,6 +1,6 @@
 """Several losses on one batch: each part's gradient is taken before the next is made, and micro-batches take turns.
 
-1. A clean forward pass over a piece of the batch gives the target's output and the importances (`LossStep`).
+1. A clean forward pass over a microbatch of the batch gives the target's output and the importances (`LossStep`).
 2. Losses see importances as leaves; what gathers there is passed on to the importance function once, at the end.
 3. Of several micro-batches only the one whose turn it is holds what its clean pass gave: when losses ask for something of the
    whole batch it lets go, and makes it anew when its turn comes again.
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.methods.base import BatchPiece, Loss, LossStep, Measure, TrainingStep
+from tl_paramdecomp.methods.base import Loss, LossStep, Measure, Microbatch, TrainingStep
 from tl_paramdecomp.methods.pieces import Work, run_together
 
-ALIVE = 0.1
+ACTIVE = 0.1
 """Importance above which a component counts as active in L0."""
 FLOAT16_SCALE = 256.0
 """Factor on losses of a target in float16, whose smallest number is 6e-8: gradients of means over positions are small. A power
@@ -40,41 +40,41 @@ class Objective:
 
         The loss functions run under autocast where it is asked for, gradients are taken outside it, as torch wants.
         """
-        pieces, before, device = run.pieces(batch), dict(run.memory), run.adapter.device
-        clean = [functools.partial(self._clean, run, piece, before, losses) for piece in pieces]
-        seats = [_Seat(make, several=len(pieces) > 1) for make in clean]
+        microbatches, before, device = run.microbatches(batch), dict(run.memory), run.adapter.device
+        clean = [functools.partial(self._clean, run, microbatch, before, losses) for microbatch in microbatches]
+        seats = [_Seat(make, several=len(microbatches) > 1) for make in clean]
         values = {loss.name: torch.zeros((), device=device) for loss in losses}
 
         def add(number: int, part: Tensor) -> None:
-            seat, place = seats[number], pieces[number].piece
-            share, weight = (place.share, place.weight) if seat.loss.of_rows else (1.0, 1.0 / place.processes)
+            seat, place = seats[number], microbatches[number].place
+            share, weight = (place.share, place.weight) if seat.loss.of_rows else (1.0, 1.0 / place.n_processes)
             if part.requires_grad:
                 (seat.loss.coefficient * share * scale_of(run) * part).backward()
             values[seat.loss.name] = values[seat.loss.name] + weight * part.detach().to(device)
 
-        work = [seat.work(losses, piece.piece.leads) for seat, piece in zip(seats, pieces, strict=True)]
-        run_together(work, run.peers, add, lambda i: seats[i].taken(), lambda: self._autocast(run))
+        work = [seat.work(losses, microbatch.place.leads) for seat, microbatch in zip(seats, microbatches, strict=True)]
+        run_together(work, run.processes, add, lambda i: seats[i].taken(), lambda: self._autocast(run))
         for seat in seats:
             seat.leave()
 
         def l0() -> Tensor:
-            own = [piece.piece.weight * seat.l0() for piece, seat in zip(pieces, seats, strict=True)]
-            return run.peers.total({"": torch.stack(own).sum()})[""]
+            own = [microbatch.place.weight * seat.l0() for microbatch, seat in zip(microbatches, seats, strict=True)]
+            return run.processes.total({"": torch.stack(own).sum()})[""]
 
-        return run.peers.total(values), l0
+        return run.processes.total(values), l0
 
     def _autocast(self, run: TrainingStep) -> torch.autocast:
         return torch.autocast(run.adapter.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _clean(
-        self, run: TrainingStep, piece: BatchPiece, before: Mapping[str, Tensor], losses: tuple[Loss, ...]
+        self, run: TrainingStep, microbatch: Microbatch, before: Mapping[str, Tensor], losses: tuple[Loss, ...]
     ) -> LossStep:
-        """The clean forward pass over a piece."""
+        """The clean forward pass over a microbatch."""
         with self._autocast(run):
             return LossStep.of(
-                run.adapter, run.decomposition, *piece.batch, piece.draws, run.progress, self.measure, run.memory,
+                run.adapter, run.decomposition, *microbatch.batch, microbatch.random, run.progress, self.measure, run.memory,
                 self.kl_chunk, keep_blocks=any(getattr(loss, "sites", None) == "layerwise" for loss in losses),
-                piece=piece.piece, before=before, scale=scale_of(run),
+                place=microbatch.place, before=before, scale=scale_of(run),
             )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class _Seat:
     loss: Loss
     """Whose parts are being taken."""
     step: LossStep
-    """What losses see, throughout; made when it is first this piece's turn."""
+    """What losses see, throughout; made when it is first this microbatch's turn."""
 
     def __init__(self, make: Callable[[], LossStep], several: bool) -> None:
         self.make, self.several = make, several
@@ -94,7 +94,7 @@ class _Seat:
         self._l0: Tensor | None = None
 
     def work(self, losses: tuple[Loss, ...], leads: bool) -> Work:
-        """All losses one after the other; those that rows do not matter to by one piece of a process."""
+        """All losses one after the other; those that rows do not matter to by one microbatch of a process."""
         for loss in losses:
             if loss.of_rows or leads:
                 self.loss = loss
@@ -103,7 +103,7 @@ class _Seat:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """It is this piece's turn."""
+        """It is this microbatch's turn."""
         if self.whole is None:
             self.whole = self.make()
             if self.begun:
@@ -125,7 +125,7 @@ class _Seat:
             self.whole = None
 
     def l0(self) -> Tensor:
-        """Active components of this piece."""
+        """Active components of this microbatch."""
         return _l0(self.step) if self._l0 is None else self._l0
 
 
@@ -147,7 +147,7 @@ def _l0(step: LossStep) -> Tensor:
     """Active components over all sites, each site's a mean over its scored positions."""
     means = []
     for importance in step.importances.values():
-        counts = (importance.lower.detach() > ALIVE).sum(-1).float()
+        counts = (importance.lower.detach() > ACTIVE).sum(-1).float()
         scored = step.scored is not None and step.scored.shape == counts.shape
         counted = counts[step.scored.to(counts.device)] if scored and step.scored is not None else counts
         means.append((counted.sum() / max(1, counted.numel())).to(step.device))

@@ -8,12 +8,12 @@ theirs, and each piece goes on with the answer. A batch that is whole is answere
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.parallel import ALONE, Peers, Window
+from tl_paramdecomp.parallel import ALONE, ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -35,35 +35,9 @@ Work: TypeAlias = Generator[Tensor | Request, Any, Any]
 """One piece's work: yields terms, whose gradients are taken at once, and requests, whose answers it is sent."""
 
 
-class Piece(NamedTuple):
-    """Where a piece stands in its batch."""
-
-    window: Window = Window(0, 1, 1)
-    weight: float = 1.0
-    """Share of its positions that count among those of the whole batch: a mean over the batch is the sum of the pieces' means,
-    each times its weight."""
-    processes: int = 1
-    """Among which gradients are averaged."""
-    local: Window | None = None
-    """Its rows among those of its own process; None where it is the whole batch."""
-
-    @property
-    def share(self) -> float:
-        """Factor on a mean over the piece, so that gradients averaged over processes are those of the batch's mean."""
-        return self.weight * self.processes
-
-    @property
-    def leads(self) -> bool:
-        """Whether it is the first of its process, which does what is to be done once."""
-        return self.local is None or self.local.first == 0
-
-
-WHOLE = Piece()
-
-
 def run_together(
     pieces: Sequence[Work],
-    peers: Peers = ALONE,
+    processes: ProcessGroup = ALONE,
     on_term: Callable[[int, Tensor], None] | None = None,
     around: Callable[[int], AbstractContextManager[Any]] | None = None,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -72,7 +46,7 @@ def run_together(
 
     Args:
         pieces: Their work, all asking for the same things in the same order.
-        peers: The processes that hold the other pieces.
+        processes: The processes that hold the other pieces.
         on_term: Given a piece's number and each term it yields.
         around: Makes a context for a piece's number, entered from one request to the next.
         within: Makes a context for the work itself, without what `on_term` does.
@@ -90,7 +64,7 @@ def run_together(
             return results
         if len(requests) < len(pieces):
             raise RuntimeError("Pieces of one batch asked for different things; this is a fault of the loss.")
-        answers = [_answer(requests, peers)] * len(pieces)
+        answers = [_answer(requests, processes)] * len(pieces)
 
 
 def run_alone(work: Work, on_term: Callable[[Tensor], None] | None = None) -> Any:
@@ -120,14 +94,14 @@ def _advance(
         answer = None
 
 
-def _answer(requests: Sequence[Request], peers: Peers) -> dict[str, Tensor]:
+def _answer(requests: Sequence[Request], processes: ProcessGroup) -> dict[str, Tensor]:
     first = requests[0].tensors
-    if len(requests) == peers.world == 1:
+    if len(requests) == processes.world == 1:
         return first
     if isinstance(requests[0], Total):
         sums = dict(first)
         for request in requests[1:]:
             sums = {name: value + request.tensors[name] for name, value in sums.items()}
-        return peers.total(sums)
+        return processes.total(sums)
     own = {name: torch.cat([request.tensors[name] for request in requests]) for name in first}
-    return {name: torch.cat(peers.every(t)) for name, t in own.items()}
+    return {name: torch.cat(processes.every(t)) for name, t in own.items()}

@@ -137,13 +137,13 @@ def stochastic_masks(step: LossStep, delta: DeltaUse = "masked", sampling: Sampl
     masks = {}
     for name, importance in step.importances.items():
         g = importance.lower
-        q = step.draws.uniform(g.shape, g)
+        q = step.random.uniform(g.shape, g)
         if sampling == "binomial":
             assert importance.raw is not None and step.decomposition.importance is not None
             sigmoid = step.decomposition.importance.config.sigmoid
-            g = binomial_lower(importance.raw, step.draws.uniform(g.shape, g), sigmoid)
+            g = binomial_lower(importance.raw, step.random.uniform(g.shape, g), sigmoid)
             q = q.round_()
-        a = step.draws.uniform(g.shape[:-1], g) if delta == "masked" else float(delta == "absent")
+        a = step.random.uniform(g.shape[:-1], g) if delta == "masked" else float(delta == "absent")
         masks[name] = InterpolatedMask(g, q, a)
     return masks
 
@@ -172,8 +172,8 @@ def subset_routes(step: LossStep) -> dict[str, Bool[Tensor, "..."]]:
     alike = all(step.rows_of(name) == rows for name in names)
     rows = rows if alike else rows[:1]
     like = torch.empty(0, device=device)
-    noise = step.draws.uniform((len(names), *rows), like, rows=1)
-    chosen = step.draws.integers(1, len(names) + 1, rows, device)
+    noise = step.random.uniform((len(names), *rows), like, rows=1)
+    chosen = step.random.integers(1, len(names) + 1, rows, device)
     ranks = noise.argsort(0).argsort(0)
     routes = {name: ranks[i] < chosen for i, name in enumerate(names)}
     return routes if alike else {name: _spread(route, step.rows_of(name)) for name, route in routes.items()}

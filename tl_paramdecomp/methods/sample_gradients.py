@@ -18,11 +18,12 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetworks import Gradients, SampleGradient
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedSiteError
-from tl_paramdecomp.methods.draws import AnyGenerator, as_draws
-from tl_paramdecomp.methods.pieces import WHOLE, Every, Piece, Work, run_alone
+from tl_paramdecomp.methods.pieces import Every, Work, run_alone
+from tl_paramdecomp.methods.random_streams import AnyGenerator, as_streams
+from tl_paramdecomp.parallel import WHOLE, Place
 from tl_paramdecomp.sites import SiteCall
 
-Divergence = Literal["kl", "mse", "paper_code"]
+SampleDivergence = Literal["kl", "mse", "paper_code"]
 """Of an output from a reference: KL(reference || output) of next tokens; mean square over outputs; or p (p - r) averaged over
 outputs, which the published code has in its place for toys."""
 Reference = Literal["sample", "mean", "uniform", "pairs", "paper_code"]
@@ -74,7 +75,7 @@ class Outputs:
             return [place for place in places.T if every or bool((place >= 0).any())]
         if positions == "one":
             like = torch.empty(0, device=self.output.device)
-            drawn = as_draws(generator).uniform((n, length), like)
+            drawn = as_streams(generator).uniform((n, length), like)
             return [(drawn * self.scored).argmax(1)]
         if positions == "last":
             order = torch.arange(length, device=self.output.device)
@@ -151,7 +152,7 @@ class GradientPass(Outputs):
 
 
 def output_gradient(
-    output: Float[Tensor, "n width"], reference: Float[Tensor, "n width"], divergence: Divergence
+    output: Float[Tensor, "n width"], reference: Float[Tensor, "n width"], divergence: SampleDivergence
 ) -> Float[Tensor, "n width"]:
     """Gradient of each row's divergence with respect to its output, the reference a constant.
 
@@ -169,7 +170,7 @@ def output_gradient(
 def references(
     output: Float[Tensor, "n width"],
     kind: Reference,
-    divergence: Divergence,
+    divergence: SampleDivergence,
     generator: AnyGenerator,
     among: "Among | None" = None,
 ) -> Float[Tensor, "n width"]:
@@ -207,7 +208,7 @@ def references(
     if kind == "mean":
         return others.mean(0, keepdim=True).expand_as(values)
     itself = kind == "paper_code"
-    drawn = as_draws(generator).integers(0 if itself else 1, n, (among.rows,), device)[among.drawn]
+    drawn = as_streams(generator).integers(0 if itself else 1, n, (among.rows,), device)[among.drawn]
     return others[drawn if itself else (among.places + drawn) % n]
 
 
@@ -223,7 +224,7 @@ class Among(NamedTuple):
     """Rows of the piece."""
 
 
-def _values(output: Float[Tensor, "n width"], divergence: Divergence) -> Float[Tensor, "n width"]:
+def _values(output: Float[Tensor, "n width"], divergence: SampleDivergence) -> Float[Tensor, "n width"]:
     output = _wide(output.detach())
     return torch.softmax(output, -1) if divergence == "kl" else output
 
@@ -232,7 +233,7 @@ def all_gradients(
     run: GradientPass,
     places: Sequence[Int[Tensor, " n"]],
     reference: Reference,
-    divergence: Divergence,
+    divergence: SampleDivergence,
     generator: AnyGenerator,
 ) -> Iterator[Gradients]:
     """Gradients of the samples at each of the places, one group after the other; references are drawn from all of them."""
@@ -244,9 +245,9 @@ def piece_gradients(
     seen: Outputs,
     places: Sequence[Int[Tensor, " n"]],
     reference: Reference,
-    divergence: Divergence,
+    divergence: SampleDivergence,
     generator: AnyGenerator,
-    piece: Piece = WHOLE,
+    place: Place = WHOLE,
 ) -> Work:
     """The same for a piece of a batch, whose references come from the whole batch.
 
@@ -257,12 +258,12 @@ def piece_gradients(
         reference: Which.
         divergence: Of which divergence.
         generator: Draws other samples.
-        piece: Where the rows stand in their batch.
+        place: Where the rows stand in their batch.
     """
     every = torch.arange(len(seen.output), device=seen.output.device)
-    rows = [every[place >= 0] if seen.by_position else every for place in places]
-    outputs = {f"output {i}": seen.at(place).detach() for i, place in enumerate(places)}
-    numbers = {f"row {i}": some + piece.window.first for i, some in enumerate(rows)}
+    rows = [every[at >= 0] if seen.by_position else every for at in places]
+    outputs = {f"output {i}": seen.at(at).detach() for i, at in enumerate(places)}
+    numbers = {f"row {i}": some + place.window.first for i, some in enumerate(rows)}
     whole = outputs | numbers
     if reference in ("sample", "mean", "paper_code"):  # what the others are compared with does not leave the piece
         whole = yield Every(whole)
@@ -274,10 +275,10 @@ def piece_gradients(
         among = Among(together, own, some, len(every))
         against.append(references(outputs[f"output {i}"], reference, divergence, generator, among))
     run, groups = opened(), []
-    for i, place in enumerate(places):
-        output = run.at(place)
+    for i, at in enumerate(places):
+        output = run.at(at)
         cotangent = output_gradient(_wide(output.detach()), against[i], divergence)
-        some = rows[i] if run.by_position and bool((place < 0).any()) else None
+        some = rows[i] if run.by_position and bool((at < 0).any()) else None
         found = run.gradients(output, cotangent, some, keep=i + 1 < len(places))
         groups.append(_firsts(found) if reference == "pairs" else found)
     return groups

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tl_paramdecomp.errors import PeerLostError
 from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
-from tl_paramdecomp.parallel import ALONE, Peers
+from tl_paramdecomp.parallel import ALONE, ProcessGroup
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for another that is alive but does not answer."""
@@ -28,7 +28,7 @@ LOST = ("connection", "gloo", "nccl", "timed out", "timeout", "socket", "broken 
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Peers]:
+def joined(device: torch.device) -> Iterator[ProcessGroup]:
     """The processes of this run: those of the process group where there is one, those `torchrun` started, or this one alone.
 
     A process group that is made here is ended here, unless an error ends the run.
@@ -42,7 +42,7 @@ def joined(device: torch.device) -> Iterator[Peers]:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     messages = None if dist.get_backend() == "gloo" else device
-    yield Peers(dist.group.WORLD, messages) if dist.get_world_size() > 1 else ALONE
+    yield ProcessGroup(dist.group.WORLD, messages) if dist.get_world_size() > 1 else ALONE
     if mine:  # after an error it ends with the process: others may wait for what this one no longer sends
         gc.collect()  # a DDP module that outlives its group can block when it is freed at last
         dist.destroy_process_group()
@@ -59,7 +59,7 @@ def own_device(name: str) -> str:
 
 
 @contextlib.contextmanager
-def answering(peers: Peers, where: Callable[[], str]) -> Iterator[None]:
+def answering(processes: ProcessGroup, where: Callable[[], str]) -> Iterator[None]:
     """Turns what torch says of a process that is gone into an error that names it as such.
 
     Raises:
@@ -69,11 +69,12 @@ def answering(peers: Peers, where: Callable[[], str]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         told = str(error).lower()
-        if peers.world == 1 or not (isinstance(error, dist.DistError) or any(word in told for word in LOST)):
+        if processes.world == 1 or not (isinstance(error, dist.DistError) or any(word in told for word in LOST)):
             raise
         raise PeerLostError(
-            f"Process {peers.rank} of {peers.world} does not hear from another one {where()} The other died or stopped; see "
-            f"what it printed. Start the run again to go on from its last checkpoint. ({str(error).splitlines()[0]})"
+            f"Process {processes.rank} of {processes.world} does not hear from another one {where()} The other died or "
+            "stopped; see what it printed. Start the run again to go on from its last checkpoint. "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -84,9 +85,9 @@ class Replicas:
     every parameter once, so that DDP sends each bucket of gradients once.
     """
 
-    def __init__(self, method: Method[Any], decomposition: Any, peers: Peers) -> None:
+    def __init__(self, method: Method[Any], decomposition: Any, processes: ProcessGroup) -> None:
         self._learner = _Learner(method, decomposition)
-        self._wrapped = DistributedDataParallel(self._learner, process_group=peers.group)
+        self._wrapped = DistributedDataParallel(self._learner, process_group=processes.group)
 
     def gradients(self, step: TrainingStep) -> LossReport:
         """The method's gradients, averaged over processes."""

@@ -18,7 +18,7 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.data.sources import batch_source
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Made, Method
-from tl_paramdecomp.methods.draws import Scope
+from tl_paramdecomp.methods.random_streams import RandomScope
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
@@ -56,7 +56,7 @@ def decompose(
     max_seconds: float | int | None = None,
     progress: bool | None = None,
     accumulate: int = 1,
-    random_numbers: Scope = "per_rank",
+    random_numbers: RandomScope = "per_rank",
     shard: bool = False,
 ) -> Made:
     """Learn components of a model's weights.
@@ -138,21 +138,21 @@ def decompose(
         **{name: used.info for name, used in read.items()},
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        peers = stack.enter_context(joined(adapter.device))
-        run = Run(adapter, method, settings, plan, steps, tuple(callbacks) if peers.leads else (), peers, until)
-        run.shown = Shown(progress if peers.leads else False)
+        processes = stack.enter_context(joined(adapter.device))
+        run = Run(adapter, method, settings, plan, steps, tuple(callbacks) if processes.leads else (), processes, until)
+        run.shown = Shown(progress if processes.leads else False)
         if run_dir is not None:
-            run.folder = RunFolder(Path(run_dir), settings, keep_checkpoints, keep_best, peers.leads)
+            run.folder = RunFolder(Path(run_dir), settings, keep_checkpoints, keep_best, processes.leads)
             stack.enter_context(run.folder.opened())
         stack.enter_context(frozen(adapter))
-        stack.enter_context(answering(peers, run.told))
+        stack.enter_context(answering(processes, run.told))
         begun = run.begin(resume)
         made = method.initialise(
             adapter, chosen, torch.Generator().manual_seed(seed), run.shown.phase, looked_at and looked_at.batch
         )
         made.info["run"] = settings
         made.requires_grad_(False)
-        if run.folder is not None and peers.leads:
+        if run.folder is not None and processes.leads:
             run.folder.describe(made, loop=asdict(plan), model=type(model).__name__, device=str(adapter.device))
         if source is not None and steps:
             run.prepare(made, seed, source, other, begun)
@@ -160,6 +160,6 @@ def decompose(
                 run.train()
             run.gradients = method.gradients  # DDP must go before its process group does
             made = brought_together(made).requires_grad_(False)
-        if run.folder is not None and peers.leads:
+        if run.folder is not None and processes.leads:
             run.folder.save_result(made)
     return made

@@ -61,7 +61,7 @@ class FiniteGuard:
             DivergedError: Something is not finite, and steps are not taken back, or too many were, or it was so before.
         """
         before, self._before = self._before, None
-        if not state.peers.any_of(not bool(finite(report, norms, state)))[0]:
+        if not state.processes.any_of(not bool(finite(report, norms, state)))[0]:
             self.in_a_row = 0
             return True
         step, self.fault = state.done + 1, fault_of(report, norms, state)
@@ -164,7 +164,7 @@ def nonfinite_parameters(state: TrainingState) -> list[str]:
 
 def _not_finite(state: TrainingState, tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors that are not finite on any process."""
-    bad = state.peers.any_of(*(not bool(own_part(t.detach()).isfinite().all()) for t in tensors.values()))
+    bad = state.processes.any_of(*(not bool(own_part(t.detach()).isfinite().all()) for t in tensors.values()))
     return [name for name, is_bad in zip(tensors, bad, strict=True) if is_bad]
 
 

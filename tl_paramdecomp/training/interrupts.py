@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from tl_paramdecomp.parallel import Peers
+from tl_paramdecomp.parallel import ProcessGroup
 from tl_paramdecomp.training import clock
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -51,9 +51,9 @@ class Interrupts:
         if kind is None and self.asked is not None:
             raise _meaning(self.asked)
 
-    def agree(self, peers: Peers) -> bool:
+    def agree(self, processes: ProcessGroup) -> bool:
         """Whether a signal came to any process, to all of which it then came."""
-        for which, came in zip(SIGNALS, peers.any_of(*(self.asked == which for which in SIGNALS)), strict=True):
+        for which, came in zip(SIGNALS, processes.any_of(*(self.asked == which for which in SIGNALS)), strict=True):
             if came and self.asked is None:
                 self.asked = which
         return self.asked is not None

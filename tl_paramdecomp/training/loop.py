@@ -16,8 +16,8 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
-from tl_paramdecomp.methods.draws import RandomNumbers
-from tl_paramdecomp.parallel import Peers
+from tl_paramdecomp.methods.random_streams import RandomNumbers
+from tl_paramdecomp.parallel import ProcessGroup
 from tl_paramdecomp.training import clock
 from tl_paramdecomp.training.callbacks import Callback, RunInfo, StepInfo, listening, tell
 from tl_paramdecomp.training.collapse import CollapseWatch
@@ -43,7 +43,7 @@ class Run:
     steps: int
     callbacks: tuple[Callback, ...]
     """Of the process that talks; others have none."""
-    peers: Peers
+    processes: ProcessGroup
     until: float | None
     """When the budget of time is spent, by `clock.now`."""
     folder: RunFolder | None = None
@@ -57,23 +57,23 @@ class Run:
         """The checkpoint to go on from, if any; the process that writes looks first."""
         begun = None
         for turn in (True, False):
-            if self.folder is not None and self.peers.leads == turn:
+            if self.folder is not None and self.processes.leads == turn:
                 begun = self.folder.begin(resume)
-            self.peers.wait()
+            self.processes.wait()
         return begun
 
     def prepare(
         self, made: Any, seed: int, source: BatchSource, background: BatchSource | None, begun: Checkpoint | None
     ) -> None:
         """All that the first step needs, from a checkpoint where there is one."""
-        plan, peers, device = self.plan, self.peers, self.adapter.device
+        plan, processes, device = self.plan, self.processes, self.adapter.device
         if plan.shard:
-            shard_over(made, peers, device)
-        divided = peers.world * plan.accumulate > 1
+            shard_over(made, processes, device)
+        divided = processes.world * plan.accumulate > 1
         numbers = RandomNumbers(
-            seed, device, peers.rank, divided or plan.random_numbers == "global", plan.random_numbers
+            seed, device, processes.rank, divided or plan.random_numbers == "global", plan.random_numbers
         )
-        self.state = start_state(self.method, made, numbers, source, background, peers, plan.accumulate)
+        self.state = start_state(self.method, made, numbers, source, background, processes, plan.accumulate)
         counts = made.n_components if getattr(made, "importance", None) is not None else None
         self.finite = FiniteGuard(plan.on_nonfinite, plan.max_skips)
         self.watch = CollapseWatch(
@@ -83,15 +83,15 @@ class Run:
             restore(begun, self.state)
             self.finite.restore(begun.values["guards"])
             self.watch.warned |= set(begun.values["warned"])
-        replicated = peers.world > 1 and not plan.shard
-        self.gradients = Replicas(self.method, made, peers).gradients if replicated else self.method.gradients
+        replicated = processes.world > 1 and not plan.shard
+        self.gradients = Replicas(self.method, made, processes).gradients if replicated else self.method.gradients
 
     def train(self) -> None:
         """The steps that are left."""
         state, path = self.state, None if self.folder is None else self.folder.path
         info = RunInfo(path, self.steps, state.done, self.settings, state.decomposition, self.adapter.model)
         interrupts, begun, stopped = Interrupts(self.folder is not None), clock.now(), False
-        if self.peers.leads:
+        if self.processes.leads:
             self.watch.begin()
         with interrupts, listening(self.callbacks, info), self.shown.steps(self.steps, state.done) as bar:
             try:
@@ -102,9 +102,9 @@ class Run:
                     if self.due(self.plan.checkpoint_every):
                         self.checkpoint(figures)
                     late = self.until is not None and clock.now() >= self.until
-                    stopped = self.peers.any_of(stopped | late)[0] | interrupts.agree(self.peers)
+                    stopped = self.processes.any_of(stopped | late)[0] | interrupts.agree(self.processes)
             except KeyboardInterrupt:
-                if state.settled and not interrupts.leaving and self.peers.world == 1:
+                if state.settled and not interrupts.leaving and self.processes.world == 1:
                     self.stop()
                 raise
             if stopped and (state.done < self.steps or interrupts.asked):
@@ -121,7 +121,7 @@ class Run:
         share = done / max(1, self.steps - 1)
         now = TrainingStep(
             self.adapter, state.decomposition, batch, state.numbers, share, state.memory, other,
-            self.peers, plan.accumulate, done,
+            self.processes, plan.accumulate, done,
         )  # fmt: skip
         report = self.gradients(now)
         norms = optimise(state.groups, state.optimiser, method.learning_rate_factor(done, self.steps))
@@ -142,7 +142,7 @@ class Run:
 
     def log(self, figures: dict[str, float] | None, bar: "tqdm[Any]", interrupts: Interrupts) -> bool:
         """Show, tell and write down a step's figures, where they are due; whether a callback wants the run to stop."""
-        if not figures or not self.due(self.plan.log_every) or not self.peers.leads:
+        if not figures or not self.due(self.plan.log_every) or not self.processes.leads:
             return False
         state, stopped = self.state, False
         bar.set_postfix(loss=f"{figures['loss']:.4g}", L0=f"{figures.get('l0', float('nan')):.1f}")
@@ -150,7 +150,7 @@ class Run:
         try:
             stopped = tell(self.callbacks, info)
         except KeyboardInterrupt:
-            if self.peers.world == 1:
+            if self.processes.world == 1:
                 raise
             interrupts.asked = signal.SIGINT  # the others must hear of it
         finally:
@@ -161,7 +161,7 @@ class Run:
 
     def note_skip(self) -> None:
         """Write down a step that was left out, and why."""
-        if not self.peers.leads:
+        if not self.processes.leads:
             return
         fault, count = self.finite.fault, self.finite.skipped
         say(f"Step {self.state.done} was left out, {count} so far: {fault}")
@@ -173,7 +173,7 @@ class Run:
         if self.folder is None:
             return
         saved = self.state.saved()
-        if not self.peers.leads:
+        if not self.processes.leads:
             return
         best = self.plan.keep_best
         if best is not None and figures and best not in figures and not self.callbacks:
@@ -186,10 +186,10 @@ class Run:
         """Leave early: save what is not saved, and say so."""
         done, checkpoints = self.state.done, None if self.folder is None else self.folder.checkpoints
         if checkpoints is not None and done:
-            unsaved = self.peers.leads and (checkpoints.last is None or checkpoints.last.step != done)
-            if self.peers.any_of(unsaved)[0]:
+            unsaved = self.processes.leads and (checkpoints.last is None or checkpoints.last.step != done)
+            if self.processes.any_of(unsaved)[0]:
                 self.checkpoint()
-            if self.peers.leads:
+            if self.processes.leads:
                 say(f"Stopped after step {done} of {self.steps}; the same call goes on from {checkpoints.folder}.")
         self.state.decomposition.info["stopped_after"] = done
 

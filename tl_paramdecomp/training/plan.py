@@ -9,7 +9,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
-from tl_paramdecomp.methods.draws import Scope
+from tl_paramdecomp.methods.random_streams import RandomScope
 from tl_paramdecomp.training.guards import OnNonfinite
 
 
@@ -29,7 +29,7 @@ class Plan:
     max_skips: int = 10
     max_seconds: float | int | None = None
     accumulate: int = 1
-    random_numbers: Scope = "per_rank"
+    random_numbers: RandomScope = "per_rank"
     shard: bool = False
 
     def __post_init__(self) -> None:

@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.methods.draws import RandomNumbers
-from tl_paramdecomp.parallel import Peers
+from tl_paramdecomp.methods.random_streams import RandomNumbers
+from tl_paramdecomp.parallel import ProcessGroup
 
 
-def random_tensors(numbers: RandomNumbers, peers: Peers) -> dict[str, Tensor]:
+def random_tensors(numbers: RandomNumbers, processes: ProcessGroup) -> dict[str, Tensor]:
     """The state of the masks' generators of every process, and of this one's global ones of torch, CUDA, numpy and Python.
 
     Data code draws from the global ones.
     """
     found = {"torch": torch.get_rng_state()}
     for name, state in numbers.state().items():
-        for rank, each in enumerate(peers.every(state)):
+        for rank, each in enumerate(processes.every(state)):
             found[f"masks.{rank}.{name}"] = each
     if numbers.device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(numbers.device)
@@ -33,14 +33,14 @@ def random_tensors(numbers: RandomNumbers, peers: Peers) -> dict[str, Tensor]:
 
 
 def set_random(
-    tensors: Mapping[str, Tensor], numbers: RandomNumbers, peers: Peers, step: int, as_before: bool = True
+    tensors: Mapping[str, Tensor], numbers: RandomNumbers, processes: ProcessGroup, step: int, as_before: bool = True
 ) -> None:
     """Put every source where `random_tensors` found it.
 
     Args:
         tensors: What it gave.
         numbers: The masks'.
-        peers: The processes of the run now.
+        processes: The processes of the run now.
         step: Steps done.
         as_before: Whether batches are divided among processes and micro-batches as they were; else the masks begin anew.
 
@@ -48,11 +48,11 @@ def set_random(
         KeyError, RuntimeError: Something is missing, or is of a device of another kind.
     """
     if as_before:
-        own = f"masks.{peers.rank}."
+        own = f"masks.{processes.rank}."
         state = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
         numbers.restore({"": state.pop(""), **state})
     else:
-        numbers.begin_anew(peers.rank, step)
+        numbers.begin_anew(processes.rank, step)
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and numbers.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], numbers.device)

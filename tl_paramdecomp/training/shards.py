@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.parallel import Peers
+from tl_paramdecomp.parallel import ProcessGroup
 
 
-def shard(decomposition: Any, peers: Peers, device: torch.device) -> None:
+def shard(decomposition: Any, processes: ProcessGroup, device: torch.device) -> None:
     """Keep a decomposition's parameters in shards, one of each on every process.
 
     Raises:
@@ -30,12 +30,12 @@ def shard(decomposition: Any, peers: Peers, device: torch.device) -> None:
         raise SettingError(
             "shard=True needs every process to hold its target on one device; this one is spread over several."
         )
-    if peers.world == 1:
+    if processes.world == 1:
         raise SettingError("shard=True needs several processes: start the run with torchrun, or leave it out.")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (peers.world,))
+    mesh = init_device_mesh(device.type, (processes.world,))
     for components in decomposition.values():
         fully_shard(components, mesh=mesh)
     if decomposition.importance is not None:

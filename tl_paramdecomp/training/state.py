@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup
-from tl_paramdecomp.methods.draws import RandomNumbers
-from tl_paramdecomp.parallel import ALONE, Peers
+from tl_paramdecomp.methods.random_streams import RandomNumbers
+from tl_paramdecomp.parallel import ALONE, ProcessGroup
 from tl_paramdecomp.training.random_state import random_tensors
 from tl_paramdecomp.training.shards import brought_together, clip, like, whole
 
@@ -33,7 +33,7 @@ class TrainingState:
     """Steps taken."""
     settled: bool = True
     """False while a step is under way: what is here then belongs to no number of steps."""
-    peers: Peers = ALONE
+    processes: ProcessGroup = ALONE
     accumulate: int = 1
     """Micro-batches of every process."""
     goes_over_rows: Callable[[str], bool] = lambda key: False
@@ -61,7 +61,7 @@ class TrainingState:
     def saved(self) -> "SavedState":
         """What a checkpoint holds, brought together from all processes, each of which must ask."""
         memory = {
-            key: torch.cat(self.peers.every(t)) if self.goes_over_rows(key) else t for key, t in self.memory.items()
+            key: torch.cat(self.processes.every(t)) if self.goes_over_rows(key) else t for key, t in self.memory.items()
         }
         return SavedState(
             self.done,
@@ -69,9 +69,9 @@ class TrainingState:
             brought_together(self.decomposition),
             self.optimiser_tensors(),
             memory,
-            random_tensors(self.numbers, self.peers),
+            random_tensors(self.numbers, self.processes),
             {"data": self.source.state(), "background": None if self.background is None else self.background.state()},
-            {"processes": self.peers.world, "accumulate": self.accumulate},
+            {"processes": self.processes.world, "accumulate": self.accumulate},
             [group.parameters for group in self.groups],
         )
 
@@ -99,7 +99,7 @@ def start_state(
     numbers: RandomNumbers,
     source: BatchSource,
     background: BatchSource | None,
-    peers: Peers = ALONE,
+    processes: ProcessGroup = ALONE,
     accumulate: int = 1,
 ) -> TrainingState:
     """A run before its first step; only what the method trains has gradients."""
@@ -111,7 +111,7 @@ def start_state(
     )
     return TrainingState(
         decomposition, groups, optimiser, numbers, source, background,
-        peers=peers, accumulate=accumulate, goes_over_rows=method.goes_over_rows,
+        processes=processes, accumulate=accumulate, goes_over_rows=method.goes_over_rows,
     )  # fmt: skip
 
 

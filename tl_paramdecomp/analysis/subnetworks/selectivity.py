@@ -17,7 +17,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.subnetworks.impacts import impacts, method_of, output_derivative
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.sample_gradients import Divergence
+from tl_paramdecomp.methods.sample_gradients import SampleDivergence
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.patching.target import checked_adapter
@@ -184,7 +184,7 @@ def _changes(
     tokens: Tensor,
     attention_mask: Tensor | None,
     rows_at_once: int,
-    divergence: Divergence,
+    divergence: SampleDivergence,
 ) -> Float[Tensor, "some rows *pos"]:
     """Divergence of the moved model's outputs from the model's, mean of both signs."""
     parts = []
@@ -201,7 +201,7 @@ def _changes(
     return torch.cat(parts, 1)
 
 
-def _divergence(before: Tensor, after: Tensor, divergence: Divergence) -> Float[Tensor, "rows *pos"]:
+def _divergence(before: Tensor, after: Tensor, divergence: SampleDivergence) -> Float[Tensor, "rows *pos"]:
     wide = torch.promote_types(before.dtype, torch.float32)
     if divergence != "kl":
         return (after.to(wide) - before.to(wide)).square().mean(-1)

@@ -349,15 +349,15 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
         state.memory = {
             key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
         }
-        for key in [key for key in state.memory if state.peers.world > 1 and state.goes_over_rows(key)]:
+        for key in [key for key in state.memory if state.processes.world > 1 and state.goes_over_rows(key)]:
             state.memory[key] = _own_rows(state.memory[key], state, folder)
         state.source.restore(values["data"])
         if state.background is not None:
             state.background.restore(values["background"] or {})
-        division = {"processes": state.peers.world, "accumulate": state.accumulate}
+        division = {"processes": state.processes.world, "accumulate": state.accumulate}
         as_before = all(values[key] == n for key, n in division.items())
         # last, as all that comes before may draw
-        set_random(_own_tensors(folder / RANDOM), state.numbers, state.peers, checkpoint.step, as_before)
+        set_random(_own_tensors(folder / RANDOM), state.numbers, state.processes, checkpoint.step, as_before)
     state.done = checkpoint.step
 
 
@@ -400,13 +400,13 @@ def _check_target(folder: Path, known: Mapping[str, Any], found: Mapping[str, An
 
 def _own_rows(tensor: Tensor, state: TrainingState, folder: Path) -> Tensor:
     """Of what has an entry for each row of the batch, those of this process."""
-    rows, rest = divmod(len(tensor), state.peers.world)
+    rows, rest = divmod(len(tensor), state.processes.world)
     if rest:
         raise SettingError(
-            f"{folder} remembers {len(tensor)} rows, which {state.peers.world} processes do not divide; go on with another "
+            f"{folder} remembers {len(tensor)} rows, which {state.processes.world} processes do not divide; go on with another "
             "number of processes."
         )
-    return tensor[state.peers.rank * rows : (state.peers.rank + 1) * rows].clone()
+    return tensor[state.processes.rank * rows : (state.processes.rank + 1) * rows].clone()
 
 
 @contextlib.contextmanager

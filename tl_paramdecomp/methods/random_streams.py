@@ -19,10 +19,10 @@ from torch import Tensor
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.parallel import Window
 
-Scope = Literal["per_rank", "global"]
+RandomScope = Literal["per_rank", "global"]
 
 
-class Draws:
+class RandomStreams:
     """Random numbers for one piece of a batch.
 
     Args:
@@ -124,7 +124,7 @@ class RandomNumbers:
         device: torch.device | str = "cpu",
         rank: int = 0,
         divided: bool = False,
-        scope: Scope = "per_rank",
+        scope: RandomScope = "per_rank",
     ) -> None:
         if scope not in ("per_rank", "global"):
             raise SettingError(f"random_numbers is 'per_rank' or 'global'; given {scope!r}.")
@@ -132,15 +132,15 @@ class RandomNumbers:
         own = seed if not divided else seed_of(seed, 1 + rank)
         self.own = Generators(torch.Generator(device).manual_seed(own))
 
-    def of_piece(self, step: int, window: Window) -> Draws:
+    def of_microbatch(self, step: int, window: Window) -> RandomStreams:
         """Numbers of one piece of a step's batch."""
         if not self.divided and self.scope == "per_rank":
-            return Draws(self.own)
+            return RandomStreams(self.own)
         shared = Generators(torch.Generator(self.device).manual_seed(seed_of(self.seed, 0, step)))
         if self.scope == "per_rank":
-            return Draws(self.own, shared)
+            return RandomStreams(self.own, shared)
         own = Generators(torch.Generator(self.device).manual_seed(seed_of(self.seed, 1, step)))
-        return Draws(own, shared, window)
+        return RandomStreams(own, shared, window)
 
     def state(self) -> dict[str, Tensor]:
         """What the numbers of the steps to come depend on."""
@@ -156,13 +156,13 @@ class RandomNumbers:
         self.own = Generators(torch.Generator(self.device).manual_seed(seed))
 
 
-AnyGenerator: TypeAlias = torch.Generator | Draws
+AnyGenerator: TypeAlias = torch.Generator | RandomStreams
 """What functions that draw take: a piece's random numbers, or a generator for a batch that is whole."""
 
 
-def as_draws(generator: AnyGenerator) -> Draws:
+def as_streams(generator: AnyGenerator) -> RandomStreams:
     """Random numbers of a batch that is whole, from a generator."""
-    return generator if isinstance(generator, Draws) else Draws(Generators(generator))
+    return generator if isinstance(generator, RandomStreams) else RandomStreams(Generators(generator))
 
 
 def seed_of(*parts: int) -> int:
