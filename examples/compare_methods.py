@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     protocol = tlpd.ComparisonProtocol(
         (SITES,), args.steps, BATCH, tuple(range(args.seeds)), tuple(args.sparsities), capacities=tuple(args.capacities),
-        evaluation=tlpd.Protocol(ladder=(20,), ablated=0, by_site=False),
+        evaluation=tlpd.EvaluationConfig(ladder=(20,), ablated=0, by_site=False),
     )  # fmt: skip
     model, rows, held_out = open_model(args.model, args.text)
     name = Path(args.model).name + ("-shuffled" if args.shuffled else "")

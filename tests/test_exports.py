@@ -47,3 +47,8 @@ def test_a_star_import_brings_the_names() -> None:
 def test_a_wrong_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError):
         _ = tlpd.no_such_name
+
+
+def test_a_name_of_before_says_what_it_is_called_now() -> None:
+    with pytest.warns(DeprecationWarning, match="EvaluationConfig"):
+        assert tlpd.Protocol is tlpd.EvaluationConfig

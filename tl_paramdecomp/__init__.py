@@ -6,6 +6,7 @@ Host libraries, the command and plots load when they are used.
 
 import sys as _sys
 import threading as _threading
+import warnings as _warnings
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -26,7 +27,7 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.analysis.effects.sweep import Sweep, sweep
     from tl_paramdecomp.analysis.evaluation.comparison import Comparison
     from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
-    from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+    from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate
     from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
     from tl_paramdecomp.analysis.evaluation.result import Evaluation
@@ -103,6 +104,7 @@ __all__ = [
     "Estimate",
     "EvaluateEvery",
     "Evaluation",
+    "EvaluationConfig",
     "Graph",
     "IncomingEdges",
     "KLToClean",
@@ -116,7 +118,6 @@ __all__ = [
     "Oracle",
     "PerHead",
     "ProbabilityDifference",
-    "Protocol",
     "RandomBasis",
     "RunInfo",
     "STOP",
@@ -198,6 +199,8 @@ __all__ = [
     "tune_along",
 ]
 
+_RENAMED = {"Protocol": "EvaluationConfig"}
+"""Old names, kept for one release."""
 _lock = globals().get("_lock") or _threading.RLock()
 
 
@@ -213,6 +216,9 @@ def __getattr__(name: str) -> _Any:
                 raise
         if name in globals():
             return globals()[name]
+        if name in _RENAMED:
+            _warnings.warn(f"{__name__}.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+            return globals()[_RENAMED[name]]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

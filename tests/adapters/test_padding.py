@@ -85,7 +85,11 @@ def test_a_model_that_counts_its_padding_is_refused() -> None:
 def test_an_evaluation_of_padded_rows_is_that_of_the_rows_alone() -> None:
     model = build("gpt2")
     dec = decomposition_of(model, "blocks.0.mlp.*")
-    settings = {"importances": tlpd.Oracle(k=2), "protocol": tlpd.Protocol(ladder=(), ablated=0), "progress": False}
+    settings = {
+        "importances": tlpd.Oracle(k=2),
+        "protocol": tlpd.EvaluationConfig(ladder=(), ablated=0),
+        "progress": False,
+    }
     row = torch.arange(5, 5 + N).unsqueeze(0)
     tokens, mask = padded(row, 3, 0)
     alone = tlpd.evaluate(model, dec, row, **settings)

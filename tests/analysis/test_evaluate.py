@@ -19,7 +19,7 @@ from tl_paramdecomp.analysis.metrics import masked_kl
 from tl_paramdecomp.errors import DataError, DecompositionFileError, NoImportanceError, SettingError
 
 SITES = "blocks.*.mlp.*"
-FEW = tlpd.Protocol(rows_at_once=3, samples=2, ladder=(1, 3), restarts=2, ablated=6, by_site=False)
+FEW = tlpd.EvaluationConfig(rows_at_once=3, samples=2, ladder=(1, 3), restarts=2, ablated=6, by_site=False)
 
 
 def tokens(rows=7, length=6, seed=1):
@@ -91,7 +91,9 @@ def test_a_one_matrix_model():
     """Without its component the model says 1/2 to both; the rows say p = 3/4 at token 0 and 9/10 at token 1."""
     model, made = one_matrix()
     rows = torch.tensor([[0, 1, 1]])
-    found = tlpd.evaluate(model, made, rows, protocol=tlpd.Protocol(ladder=(4,), restarts=2, ablated=1), progress=False)
+    found = tlpd.evaluate(
+        model, made, rows, protocol=tlpd.EvaluationConfig(ladder=(4,), restarts=2, ablated=1), progress=False
+    )
 
     def kl(p, q=0.5):
         return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
@@ -185,7 +187,7 @@ def figures(found):
 
 def test_how_rows_are_divided_changes_nothing(model, dec, found):
     """The adversary's included: its sources are shared by all rows, not by those of one batch."""
-    protocol = tlpd.Protocol(rows_at_once=100, samples=2, ladder=(1, 3), restarts=2, ablated=0, by_site=False)
+    protocol = tlpd.EvaluationConfig(rows_at_once=100, samples=2, ladder=(1, 3), restarts=2, ablated=0, by_site=False)
     whole = tlpd.evaluate(model, dec, tokens(), protocol=protocol, progress=False)
     for a, b in zip(figures(found), figures(whole), strict=True):
         assert a[:2] == b[:2] and a[2:] == pytest.approx(b[2:], abs=1e-9)
@@ -198,7 +200,7 @@ def test_rows_of_unequal_length_count_by_their_positions(model, dec):
     rows, lengths = tokens(3), (6, 4, 2)
     mask = torch.stack([(torch.arange(6) < n).long() for n in lengths])
     rows = rows * mask
-    protocol = tlpd.Protocol(ladder=(), ablated=0, by_site=False, samples=1)
+    protocol = tlpd.EvaluationConfig(ladder=(), ablated=0, by_site=False, samples=1)
     padded = tlpd.evaluate(model, dec, rows, attention_mask=mask, protocol=protocol, progress=False)
     alone = [
         tlpd.evaluate(model, dec, rows[i : i + 1, :n], protocol=protocol, progress=False) for i, n in enumerate(lengths)
@@ -225,7 +227,7 @@ def test_batches_of_padding_alone_change_nothing(model, dec):
     """Two of six rows are padding; with two rows at once one batch has nothing that counts."""
     mask = torch.ones(6, 6, dtype=torch.long)
     mask[2:4] = 0
-    protocol = tlpd.Protocol(rows_at_once=2, ladder=(2,), restarts=1, ablated=0, by_site=False)
+    protocol = tlpd.EvaluationConfig(rows_at_once=2, ladder=(2,), restarts=1, ablated=0, by_site=False)
     padded = tlpd.evaluate(model, dec, tokens(6), attention_mask=mask, protocol=protocol, progress=False)
     rows = torch.cat([tokens(6)[:2], tokens(6)[4:]])
     alone = tlpd.evaluate(model, dec, rows, protocol=protocol, progress=False)
@@ -239,7 +241,7 @@ def test_model_and_decomposition_stay_as_they_were():
     noisy = gpt2(resid_pdrop=0.3).train().requires_grad_(True)
     made = tlpd.decompose(noisy, SITES, tlpd.SPD(n_components=12, start="random"), tokens(), 0, progress=False)
     made.requires_grad_(True)
-    protocol = tlpd.Protocol(ladder=(2,), restarts=1, ablated=2, by_site=False)
+    protocol = tlpd.EvaluationConfig(ladder=(2,), restarts=1, ablated=2, by_site=False)
     found = tlpd.evaluate(noisy, made, tokens(3), protocol=protocol, progress=False)
     assert found.mask_row("unmasked", "kept")["kl"] == 0.0
     assert noisy.training and all(module.training for module in noisy.transformer.h)
@@ -249,7 +251,7 @@ def test_model_and_decomposition_stay_as_they_were():
 
 @pytest.mark.parametrize("ablated", [1, 3])
 def test_an_odd_number_of_components_is_ablated(model, dec, ablated):
-    protocol = tlpd.Protocol(ladder=(), ablated=ablated, by_site=False)
+    protocol = tlpd.EvaluationConfig(ladder=(), ablated=ablated, by_site=False)
     found = tlpd.evaluate(model, dec, tokens(3), protocol=protocol, progress=False)
     assert found.specificity["importance"]["pairs"] == ablated * 18
 
@@ -257,7 +259,7 @@ def test_an_odd_number_of_components_is_ablated(model, dec, ablated):
 def test_components_are_ablated_one_at_a_time(model):
     """All 24 components of one site against edited weights."""
     made = tlpd.decompose(model, "blocks.0.mlp.W_in", tlpd.SVD(training=None), progress=False)
-    protocol = tlpd.Protocol(rows_at_once=7, ladder=(), ablated=24, by_site=False)
+    protocol = tlpd.EvaluationConfig(rows_at_once=7, ladder=(), ablated=24, by_site=False)
     oracle = tlpd.Oracle(k=24)
     found = tlpd.evaluate(model, made, tokens(), importances=oracle, protocol=protocol, progress=False)
     p = model(tokens()).logits.log_softmax(-1)
@@ -278,7 +280,7 @@ def test_the_oracle_keeps_k_components_at_each_position(model):
         made,
         tokens(),
         importances=tlpd.Oracle(k=9),
-        protocol=tlpd.Protocol(ladder=(), ablated=0),
+        protocol=tlpd.EvaluationConfig(ladder=(), ablated=0),
         progress=False,
     )
     assert found.headline["l0"] == pytest.approx(9.0) and found.protocol["oracle"] == {"k": 9, "samples": 4, "seed": 0}
@@ -287,7 +289,7 @@ def test_the_oracle_keeps_k_components_at_each_position(model):
         made,
         tokens(),
         importances=tlpd.Oracle(k=60),
-        protocol=tlpd.Protocol(ladder=(), ablated=0),
+        protocol=tlpd.EvaluationConfig(ladder=(), ablated=0),
         progress=False,
     )
     assert few.headline["rounded"] < found.headline["rounded"] < found.mask_row("permuted 0.1")["kl"]
@@ -356,7 +358,7 @@ def test_what_there_was_time_for_is_in_the_headline_and_marked(model, dec, found
 
 @pytest.mark.parametrize("seconds", [None, 0.5, 4.5, 12.5])
 @pytest.mark.parametrize(
-    "protocol", [FEW, tlpd.Protocol(4, 1, (2,), 1, ablated=3), tlpd.Protocol(ladder=(), ablated=999)]
+    "protocol", [FEW, tlpd.EvaluationConfig(4, 1, (2,), 1, ablated=3), tlpd.EvaluationConfig(ladder=(), ablated=999)]
 )
 def test_the_bar_has_a_total_and_ends_there(model, dec, monkeypatch, seconds, protocol):
     """Counted before the first pass, with padding; parts that have no time are taken off."""
@@ -386,7 +388,7 @@ def test_the_bar_has_a_total_and_ends_there(model, dec, monkeypatch, seconds, pr
 
 
 def test_an_untrained_decomposition_stands_beside(model, dec):
-    protocol = tlpd.Protocol(ladder=(2,), restarts=3, ablated=0, by_site=False)
+    protocol = tlpd.EvaluationConfig(ladder=(2,), restarts=3, ablated=0, by_site=False)
     found = tlpd.evaluate(model, dec, tokens(3), untrained=dec, protocol=protocol, progress=False)
     assert found.controls["untrained"] == pytest.approx(found.headline)
     assert "untrained" in str(found)
@@ -394,7 +396,7 @@ def test_an_untrained_decomposition_stands_beside(model, dec):
 
 def test_each_matrix_by_itself(model, dec):
     found = tlpd.evaluate(
-        model, dec, tokens(3), protocol=tlpd.Protocol(ladder=(), ablated=0, samples=1), progress=False
+        model, dec, tokens(3), protocol=tlpd.EvaluationConfig(ladder=(), ablated=0, samples=1), progress=False
     )
     name = "blocks.1.mlp.W_out"
     masks = dec.masks().keep_only(name, [])
@@ -408,10 +410,10 @@ def test_bad_input_is_refused_by_name(model, dec):
     with pytest.raises(DataError, match="no rows"):
         tlpd.evaluate(model, dec, tokens(0))
     with pytest.raises(SettingError, match="from 0 on"):
-        tlpd.Protocol(ablated=-1)
+        tlpd.EvaluationConfig(ablated=-1)
     for wrong in ({"restarts": 0}, {"ladder": (0,)}, {"samples": 0}):
         with pytest.raises(SettingError, match="at least 1"):
-            tlpd.Protocol(**wrong)
+            tlpd.EvaluationConfig(**wrong)
     with pytest.raises(SettingError, match="k >= 1"):
         tlpd.Oracle(k=0)
     assert MaskKind("rounded", threshold=0.1).name == "rounded 0.1"

@@ -65,7 +65,7 @@ QUESTIONS: dict[str, Question] = {
             batch_size=2,
             seeds=(0,),
             sparsities=(1.0,),
-            evaluation=tlpd.Protocol(ladder=(1,), ablated=0, by_site=False),
+            evaluation=tlpd.EvaluationConfig(ladder=(1,), ablated=0, by_site=False),
         ),
         g.rows,
         g.rows,
@@ -77,7 +77,7 @@ QUESTIONS: dict[str, Question] = {
     "delta_writes": lambda g: tlpd.delta_writes(g.model, g.dec, g.rows),
     "edges_into": lambda g: tlpd.edges_into(g.model, g.dec, g.rows[:1], (SITES[1], 0, 3)),
     "evaluate": lambda g: tlpd.evaluate(
-        g.model, g.dec, g.rows, protocol=tlpd.Protocol(ladder=(1,), ablated=1), **QUIET
+        g.model, g.dec, g.rows, protocol=tlpd.EvaluationConfig(ladder=(1,), ablated=1), **QUIET
     ),
     "evaluate_circuit": lambda g: tlpd.evaluate_circuit(g.model, g.dec, g.task, {SITES[0]: [0]}),
     "evaluate_subnetworks": lambda g: tlpd.evaluate_subnetworks(g.model, g.subnetworks, g.rows),

@@ -24,6 +24,6 @@ if __name__ == "__main__":
     rows = torch.stack(list(tlpd.TextRows([text], AutoTokenizer.from_pretrained(name), LENGTH))[:ROWS])
     made = tlpd.decompose(model, "blocks.*.mlp.*", tlpd.SPD(), rows, steps=0, progress=False)
     before, begun = resident(), time.perf_counter()
-    found = tlpd.evaluate(model, made, rows, protocol=tlpd.Protocol(ladder=(1, 4, 20)), progress=False)
+    found = tlpd.evaluate(model, made, rows, protocol=tlpd.EvaluationConfig(ladder=(1, 4, 20)), progress=False)
     seconds = time.perf_counter() - begun
     print(json.dumps({"seconds": seconds, "grown": resident() - before, "peak": resident(), "tokens": found.positions}))

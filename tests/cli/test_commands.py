@@ -94,7 +94,7 @@ def test_what_a_run_started_from_stands_beside(tmp_path, saved):
         model, "blocks.0.mlp.W_in", tlpd.SPD(), tlpd.micro_gpt2_tokens(8, seed=1), 0, seed=3, progress=False
     )
     held_out = tlpd.micro_gpt2_tokens(32, seed=2)[:2]
-    alone = tlpd.evaluate(model, start, held_out, protocol=tlpd.Protocol(restarts=1, ablated=0), progress=False)
+    alone = tlpd.evaluate(model, start, held_out, protocol=tlpd.EvaluationConfig(restarts=1, ablated=0), progress=False)
     assert json.loads(shown.stdout)["controls"]["untrained"] == pytest.approx(alone.headline, rel=1e-5)
     refused = command("evaluate", "micro-gpt2", saved, "--oracle", 3, *few)
     assert refused.returncode == 1 and "No run is stored" in refused.stderr

@@ -340,7 +340,7 @@ def test_pieces_end_with_a_line_a_word_or_where_they_are_full(monkeypatch):
 def evaluated(data: Any, **more: Any) -> Any:
     model = gpt2(torch.float32)
     made = tlpd.decompose(model, "blocks.0.mlp.W_in", METHOD, ROWS, 1, 4, progress=False)
-    protocol = tlpd.Protocol(ladder=(), ablated=0, by_site=False, samples=1)
+    protocol = tlpd.EvaluationConfig(ladder=(), ablated=0, by_site=False, samples=1)
     return tlpd.evaluate(model, made, data, protocol=protocol, progress=False, **more)
 
 

@@ -175,7 +175,7 @@ def test_decompose_evaluate_and_tuning_take_it(forms, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(*(d.state_dict().values() for d in dec), strict=True))
     told = dec[0].info["run"]["data"]
     assert (told["bos"], told["eos"], told["length"]) == (None, EOS, LENGTH) and "puts none" in told["bos_because"]
-    protocol = tlpd.Protocol(restarts=1, ladder=(1,), ablated=0, by_site=False)
+    protocol = tlpd.EvaluationConfig(restarts=1, ladder=(1,), ablated=0, by_site=False)
     found = [
         tlpd.evaluate(model, dec[0], data, rows=20, protocol=protocol, progress=False).headline
         for data in (rows, torch.tensor(wanted[:20]))
@@ -195,7 +195,7 @@ def test_evaluation_takes_the_first_rows_of_batches_and_their_padding():
     short = datasets.Dataset.from_dict(
         {"input_ids": [row[keep == 1].tolist() for row, keep in zip(rows, mask, strict=True)]}
     )
-    protocol = tlpd.Protocol(restarts=1, ladder=(1,), ablated=0, by_site=False)
+    protocol = tlpd.EvaluationConfig(restarts=1, ladder=(1,), ablated=0, by_site=False)
     wanted = tlpd.evaluate(model, dec, rows[:7], attention_mask=mask[:7], protocol=protocol, progress=False).headline
     for one in (data, short):
         made = tlpd.token_batches(one, shuffle=0, batch_size=4)

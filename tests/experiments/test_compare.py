@@ -14,7 +14,7 @@ from tl_paramdecomp.methods.losses import ImportanceMinimality
 SITES = ("blocks.0.mlp.*",)
 PROTOCOL = tlpd.ComparisonProtocol(
     SITES, steps=3, batch_size=2, seeds=(0, 1), sparsities=(1.0, 50.0), oracle_shares=(0.5, 0.1), capacities=(1.0, 2.0),
-    evaluation=tlpd.Protocol(ladder=(2,), restarts=2, samples=2, ablated=0, by_site=False),
+    evaluation=tlpd.EvaluationConfig(ladder=(2,), restarts=2, samples=2, ablated=0, by_site=False),
 )  # fmt: skip
 METHODS = {
     "SPD, few": tlpd.SPD(n_components=12, start="random", warm_up_steps=2),

@@ -27,7 +27,7 @@ SPD = tlpd.SPD(
     n_components=4, measure="mse", start="random", warm_up_steps=0,
     losses=(Faithfulness(1.0), StochasticReconstruction(1.0), HiddenActsReconstruction(0.1), ImportanceMinimality(1e-2)),
 )  # fmt: skip
-FEW = tlpd.Protocol(rows_at_once=3, samples=2, ladder=(1,), restarts=1, ablated=4)
+FEW = tlpd.EvaluationConfig(rows_at_once=3, samples=2, ladder=(1,), restarts=1, ablated=4)
 ROWS = torch.randint(1, 31, (8, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(ROWS)
 MASK[1::2, 3:] = 0
@@ -206,7 +206,7 @@ def test_training_makes_the_mean_square_smaller():
     model = tiny("GPT2Model")
     method = tlpd.SPD(n_components=12, measure="mse", start="random", warm_up_steps=0)
     start, end = (tlpd.decompose(model, SITE, method, ROWS, n, 8, progress=False) for n in (0, 60))
-    few = tlpd.Protocol(ladder=(), ablated=0, by_site=False, samples=1)
+    few = tlpd.EvaluationConfig(ladder=(), ablated=0, by_site=False, samples=1)
     before, after = (tlpd.evaluate(model, made, ROWS, protocol=few, progress=False) for made in (start, end))
     assert after.distance("stochastic", "masked") < 0.5 * before.distance("stochastic", "masked")
 
@@ -214,7 +214,7 @@ def test_training_makes_the_mean_square_smaller():
 def test_methods_are_compared_by_the_mean_square_and_found_again(tmp_path):
     model = tiny("GPT2ForSequenceClassification")
     methods = {"SPD": SPD, "SVD": tlpd.SVD(training=None), "trained SVD": tlpd.SVD(training=SPD)}
-    few = tlpd.Protocol(ladder=(1,), restarts=1, ablated=0, by_site=False)
+    few = tlpd.EvaluationConfig(ladder=(1,), restarts=1, ablated=0, by_site=False)
     protocol = tlpd.ComparisonProtocol(sites=SITE, steps=2, batch_size=4, seeds=(0,), sparsities=(1.0,), evaluation=few)
     held_out = {"input_ids": PADDED, "attention_mask": MASK}
     data = {"tokens": PADDED, "attention_mask": MASK}
@@ -292,7 +292,7 @@ def first_output(out: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)])
 def test_a_model_of_vectors_is_measured_by_mean_squares(shape: tuple[int, ...]):
     model, dec, x = vectors(shape)
-    protocol = tlpd.Protocol(ladder=(), ablated=0, by_site=False, samples=1)
+    protocol = tlpd.EvaluationConfig(ladder=(), ablated=0, by_site=False, samples=1)
     found, clean = tlpd.evaluate(model, dec, x, protocol=protocol, progress=False), model(x)
     zero = next(row for row in found.masks if row["masks"] == "zero")
     with tlpd.patched(model, dec, dec.masks().keep_only("0.weight", []).keep_only("2.weight", [])):

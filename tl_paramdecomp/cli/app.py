@@ -196,7 +196,7 @@ def evaluate(
     """Measure a decomposition on held-out rows: masks of every kind, an adversary, sparsity, controls."""
     import dataclasses
 
-    from tl_paramdecomp.analysis.evaluation.evaluate import Protocol
+    from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
     from tl_paramdecomp.analysis.evaluation.evaluate import evaluate as measure
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
     from tl_paramdecomp.cli.methods import start_of
@@ -212,8 +212,8 @@ def evaluate(
     found_rows = open_rows(model, opened, text, dataset, length)
     found = measure(
         opened, loaded, found_rows.held_out[:rows].to(device), importances=None if oracle is None else Oracle(oracle),
-        untrained=start_of(opened, loaded, found_rows.train) if untrained else None, protocol=Protocol(restarts=restarts),
-        seconds=seconds,
+        untrained=start_of(opened, loaded, found_rows.train) if untrained else None,
+        protocol=EvaluationConfig(restarts=restarts), seconds=seconds,
     )  # fmt: skip
     if out is not None:
         found.save(out)
@@ -263,7 +263,7 @@ def compare(
     import dataclasses
 
     from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
-    from tl_paramdecomp.analysis.evaluation.evaluate import Protocol
+    from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
     from tl_paramdecomp.cli.methods import method_named
     from tl_paramdecomp.cli.models import open_model
     from tl_paramdecomp.cli.rows import open_rows
@@ -275,7 +275,7 @@ def compare(
     methods = {name: method_named(name) for name in method_names}
     protocol = ComparisonProtocol(
         tuple(site_globs), steps, batch_size, tuple(range(seeds)), tuple(sparsity), capacities=tuple(capacity or ()),
-        evaluation=Protocol(ladder=(20,), restarts=restarts, ablated=0, by_site=False),
+        evaluation=EvaluationConfig(ladder=(20,), restarts=restarts, ablated=0, by_site=False),
     )  # fmt: skip
     opened = open_model(model, host, device)
     found_rows = open_rows(model, opened, text, dataset, length)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate
 from tl_paramdecomp.analysis.evaluation.result import Evaluation, distance_name
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -35,7 +35,7 @@ MEANINGS = {
     "zero": "all components removed",
 }
 
-SHORT = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+SHORT = EvaluationConfig(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
 
 NextTokens = Sequence[tuple[str, float]]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from tl_paramdecomp.analysis.evaluation.evaluate import Protocol
+from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
 from tl_paramdecomp.cli.methods import ALL_PRESETS, method_named
 from tl_paramdecomp.cli.models import Host
 from tl_paramdecomp.cli.settings_paths import merge, put
@@ -55,7 +55,7 @@ class DataSettings:
     """Whether each row begins with the beginning-of-sequence token; auto: as the model was trained."""
 
 
-SHORT = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+SHORT = EvaluationConfig(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
 """Of evaluations during a run."""
 
 
@@ -67,7 +67,7 @@ class EvaluationSettings:
     """Steps between evaluations."""
     rows: int = 32
     """Held-out rows, 32 at most."""
-    protocol: Protocol = SHORT
+    protocol: EvaluationConfig = SHORT
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.analysis.evaluation.comparison import Comparison, Row
-from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate, rows_to_measure
+from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate, rows_to_measure
 from tl_paramdecomp.analysis.evaluation.matching import active_components, matched_cosines, split_share
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
@@ -64,7 +64,9 @@ class ComparisonProtocol:
     """For bases without an importance function: components that the oracle keeps, as shares of the summed ranks."""
     capacities: tuple[float, ...] = ()
     """Factors on the number of components, compared with 1 at the middle sparsity and the first seed; none: no such runs."""
-    evaluation: Protocol = field(default_factory=lambda: Protocol(ladder=(20,), ablated=0, by_site=False))
+    evaluation: EvaluationConfig = field(
+        default_factory=lambda: EvaluationConfig(ladder=(20,), ablated=0, by_site=False)
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):

@@ -11,14 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tl_paramdecomp.analysis.evaluation.evaluate import Protocol, evaluate
+from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError, SettingError
 from tl_paramdecomp.training.callbacks import JsonLines, RunInfo, StepInfo
 
-QUICK = Protocol(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+QUICK = EvaluationConfig(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
 """An evaluation that is cheap enough to be done often."""
 EVALUATIONS, RUN_ID = "evaluations.jsonl", "wandb.json"
 
@@ -117,7 +117,7 @@ class EvaluateEvery:
         SettingError: `steps` is less than 1.
     """
 
-    def __init__(self, steps: int, data: Any, protocol: Protocol | None = None) -> None:
+    def __init__(self, steps: int, data: Any, protocol: EvaluationConfig | None = None) -> None:
         if steps < 1:
             raise SettingError(f"EvaluateEvery needs at least one step between evaluations; given {steps}.")
         self.steps, self.data, self.protocol = steps, data, QUICK if protocol is None else protocol

@@ -71,7 +71,7 @@ model anew."""
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationConfig:
     """What an evaluation depends on besides model, decomposition and data."""
 
     rows_at_once: int = 8
@@ -104,7 +104,7 @@ def evaluate(
     rows: int = 64,
     importances: Oracle | None = None,
     untrained: Decomposition | None = None,
-    protocol: Protocol | None = None,
+    protocol: EvaluationConfig | None = None,
     seconds: float | None = None,
     progress: bool = True,
     measure: Measure | None = None,
@@ -145,7 +145,7 @@ def evaluate(
             )
     adapter = checked_adapter(model, decomposition)
     Limits.of(adapter).refuse(tokens, "The data", attention_mask)
-    protocol = protocol or Protocol()
+    protocol = protocol or EvaluationConfig()
     if seconds is not None and not seconds >= 0.0:
         raise SettingError(f"seconds is a number from 0 on; given {seconds}.")
     if measure not in (None, "kl", "mse"):
@@ -232,7 +232,7 @@ class _Run:
         tokens: Tensor,
         attention_mask: Tensor | None,
         oracle: Oracle | None,
-        protocol: Protocol,
+        protocol: EvaluationConfig,
         seconds: float | None,
         measure: Measure = "kl",
     ) -> None:
