@@ -17,6 +17,9 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.analysis.circuits.circuit import Circuit, evaluate_circuit, find_circuit
     from tl_paramdecomp.analysis.circuits.search import LearnedMasks
     from tl_paramdecomp.analysis.circuits.units import component_units, neuron_and_head_units
+    from tl_paramdecomp.analysis.contexts.logit_lens import LogitLens, logit_lens
+    from tl_paramdecomp.analysis.contexts.token_statistics import TokenStatistics, token_statistics
+    from tl_paramdecomp.analysis.contexts.top_contexts import TopContexts, top_contexts
     from tl_paramdecomp.analysis.effects.attention_scores import AttentionScores, attention_scores
     from tl_paramdecomp.analysis.effects.attribution import attribute
     from tl_paramdecomp.analysis.effects.attributions import Attribution
@@ -31,9 +34,6 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
     from tl_paramdecomp.analysis.evaluation.result import Evaluation
-    from tl_paramdecomp.analysis.reading.logit_lens import LogitLens, logit_lens
-    from tl_paramdecomp.analysis.reading.token_statistics import TokenStatistics, token_statistics
-    from tl_paramdecomp.analysis.reading.top_contexts import TopContexts, top_contexts
     from tl_paramdecomp.analysis.subnetworks.impacts import (
         SubnetworkEvaluation,
         evaluate_subnetworks,

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 import tl_paramdecomp as tlpd
+from tl_paramdecomp.analysis.contexts.logit_lens import LensToken, LogitLens
+from tl_paramdecomp.analysis.contexts.token_statistics import ComponentTokens, TokenCount, TokenStatistics
+from tl_paramdecomp.analysis.contexts.top_contexts import ComponentContexts, Context, TopContexts
 from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads
 from tl_paramdecomp.analysis.effects.sweep import Sweep
 from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents
-from tl_paramdecomp.analysis.reading.logit_lens import LensToken, LogitLens
-from tl_paramdecomp.analysis.reading.token_statistics import ComponentTokens, TokenCount, TokenStatistics
-from tl_paramdecomp.analysis.reading.top_contexts import ComponentContexts, Context, TopContexts
 from tl_paramdecomp.analysis.records import Record
 from tl_paramdecomp.training.estimates.estimate import Estimate
 

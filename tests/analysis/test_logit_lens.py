@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.reading.logit_lens import LogitLens, final_norm, logit_lens
+from tl_paramdecomp.analysis.contexts.logit_lens import LogitLens, final_norm, logit_lens
 from tl_paramdecomp.errors import ComponentIndexError, SettingError, UnsupportedModelError, UnsupportedSiteError
 
 from ..support.models import (

@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.reading.token_statistics import KINDS, TokenStatistics, token_statistics
+from tl_paramdecomp.analysis.contexts.token_statistics import KINDS, TokenStatistics, token_statistics
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     DataError,

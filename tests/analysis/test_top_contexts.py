@@ -8,7 +8,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.reading.top_contexts import TopContexts, top_contexts
+from tl_paramdecomp.analysis.contexts.top_contexts import TopContexts, top_contexts
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.shortcuts import PROBE_SHAPE, UNEMBEDDING, probe_tokens
+from tl_paramdecomp.analysis.contexts.token_text import shown, token_text, tokenizer_of
 from tl_paramdecomp.analysis.effects.site_writes import EMBEDDINGS
-from tl_paramdecomp.analysis.reading.token_text import shown, token_text, tokenizer_of
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import component_indices

@@ -14,14 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.analysis.reading.component_streams import (
+from tl_paramdecomp.analysis.contexts.component_streams import (
     SeenBatch,
     chosen_components,
     own_of,
     seen_batches,
     token_rows,
 )
-from tl_paramdecomp.analysis.reading.token_text import shown, token_text, tokenizer_of
+from tl_paramdecomp.analysis.contexts.token_text import shown, token_text, tokenizer_of
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike

@@ -1,0 +1,1 @@
+"""Where components are active: their top contexts, tokens and logits."""

@@ -1,1 +1,0 @@
-"""Where components are active and what they promote, for people to read."""
