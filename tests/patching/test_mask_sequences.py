@@ -6,6 +6,7 @@ b + (m * h) U + d x (W - V U) of masks that a plain loop worked out (`support/ma
 
 import functools
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import pytest
@@ -76,10 +77,11 @@ def hooked_by_hand(model: Any, dec: tlpd.Decomposition, books: Books, tokens: Te
     left = set(dec)
 
     def read(point: str, norm: Any = None) -> None:
-        """Before its gain and bias, where it is a norm's output."""
+        """What stands at a point; a norm's point is before its gain and bias, but after them in TransformerLens 2."""
+        bare = norm is None or version("transformer-lens").startswith("2.")
 
         def keep(value: Tensor, hook: Any) -> None:
-            seen[point] = value.clone() if norm is None else value * norm.w + norm.b
+            seen[point] = value.clone() if bare else value * norm.w + norm.b
 
         hooks.append((point, keep))
 
