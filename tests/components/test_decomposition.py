@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tl_paramdecomp import Decomposition
-from tl_paramdecomp.components.factors import make_components
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.components.sigmoids import clamped, leaky
 from tl_paramdecomp.errors import (
@@ -56,7 +56,7 @@ def test_components_of_an_embedding_are_looked_up() -> None:
 @pytest.mark.parametrize("side, width", [("in", IN), ("out", OUT)])
 def test_activations_and_writes_by_head_sum_to_the_whole(side: str, width: int) -> None:
     site = WeightSite("w", IN, OUT, n_heads=2, head_side=side)
-    components = make_components(site, torch.randn(IN, C).double(), torch.randn(C, OUT).double())
+    components = Components(site, torch.randn(IN, C).double(), torch.randn(C, OUT).double())
     x = torch.randn(2, 5, IN).double()
     if side == "in":
         heads = components.head_acts(x)
@@ -70,7 +70,7 @@ def test_activations_and_writes_by_head_sum_to_the_whole(side: str, width: int) 
 
 def test_factors_are_copied() -> None:
     V, U = torch.ones(IN, C, requires_grad=True), torch.ones(C, OUT)
-    components = make_components(SITE, V, U)
+    components = Components(SITE, V, U)
     with torch.no_grad():
         V.zero_(), U.zero_()
     assert components.V.sum() == IN * C and components.U.sum() == C * OUT and components.V.is_leaf
@@ -93,7 +93,7 @@ def test_factors_are_copied() -> None:
 )
 def test_factors_that_do_not_fit(V: torch.Tensor, U: torch.Tensor, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said) as caught:
-        make_components(SITE, V, U)
+        Components(SITE, V, U)
     assert SITE.name in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_paramdecomp.components.factors import make_components
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masked_output import masked_weight, site_fn
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import (
@@ -183,7 +183,7 @@ class Linear:
         shape = (batch, row.length) if embedding else (batch, row.length, site.d_in)
         self.x = rng.integers(0, site.d_in, shape) if embedding else rng.standard_normal(shape)
         self.y = (self.W[self.x] if embedding else self.x @ self.W) + (0.0 if self.b is None else self.b)
-        self.components = make_components(site, torch.from_numpy(self.V), torch.from_numpy(self.U))
+        self.components = Components(site, torch.from_numpy(self.V), torch.from_numpy(self.U))
 
     def output(self, masks: Masks) -> np.ndarray:
         """The site's outputs [batch, pos, d_out], pass by pass."""

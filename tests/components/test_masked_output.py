@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.components.factors import make_components
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masked_output import masked_output, masked_weight, site_fn
 from tl_paramdecomp.components.masks import Masks, ResolvedMask, SiteMask
 from tl_paramdecomp.sites import SiteCall, Span, WeightSite
@@ -28,7 +28,7 @@ class Case:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
 
         self.site = SITES[kind]
-        self.components = make_components(self.site, random(D_IN, C), random(C, D_OUT))
+        self.components = Components(self.site, random(D_IN, C), random(C, D_OUT))
         self.W, self.b = random(D_IN, D_OUT), random(D_OUT) if bias else None
         self.x = (
             torch.randint(0, D_IN, (BATCH, POS), generator=generator)
@@ -178,7 +178,7 @@ def test_float32_factors_serve_a_float64_model() -> None:
 def test_under_autocast(form: str) -> None:
     """What a model under autocast hands over: bf16 x and y, float32 bias, float32 factors."""
     linear = torch.nn.Linear(D_IN, D_OUT)
-    components = make_components(SITES["linear"], torch.randn(D_IN, C), torch.randn(C, D_OUT))
+    components = Components(SITES["linear"], torch.randn(D_IN, C), torch.randn(C, D_OUT))
     x = torch.randn(BATCH, POS, D_IN)
     m = torch.ones(BATCH, POS, C)
     m[..., 1] = 0.0 if form == "ablation" else 1.0
@@ -199,7 +199,7 @@ def test_under_autocast(form: str) -> None:
 def test_masks_of_more_rows_than_the_input_broadcast_the_output() -> None:
     """Position embeddings are looked up once for the whole batch."""
     site = SITES["embedding"]
-    components = make_components(site, torch.randn(D_IN, C), torch.randn(C, D_OUT))
+    components = Components(site, torch.randn(D_IN, C), torch.randn(C, D_OUT))
     x, y = torch.arange(POS).unsqueeze(0), torch.randn(1, POS, D_OUT)
     m = torch.rand(4, POS, C)
     mask = Masks({site.name: site}, {site.name: C}).with_values(site.name, m).site_mask(site.name)

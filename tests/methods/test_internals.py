@@ -111,9 +111,11 @@ def test_attention_patterns(masks, padding):
     again = step_of(model, sites, given)
     drawn = stochastic_masks(again) if masks == "stochastic" else importance_masks_of(again)
     # the masked outputs must be seen after the components' own hooks: run with the site functions installed first
-    from tl_paramdecomp.components.interpolated import interpolated_output
+    from tl_paramdecomp.components.masked_output import masked_output
 
-    fns = {n: (lambda call, n=n: interpolated_output(again.decomposition[n], drawn[n], call)) for n in drawn}
+    fns = {
+        n: (lambda call, n=n: masked_output(again.decomposition[n], drawn[n], call.x, call.y, call.bias)) for n in drawn
+    }
     with again.adapter.intercept(fns):
         masked = patterns_by_hand(model, lambda: again.adapter.forward(again.tokens, given), given)
     clean = patterns_by_hand(model, lambda: again.adapter.forward(again.tokens, given), given)

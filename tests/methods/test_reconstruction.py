@@ -7,7 +7,7 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.random_streams import as_streams
 from tl_paramdecomp.methods.reconstruction import (

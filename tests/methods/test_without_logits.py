@@ -181,7 +181,7 @@ def test_figures_are_the_textbooks_of_edited_weights(kind: str, host: str, mask:
 
 
 def _masks(step: LossStep, value: float) -> Any:
-    from tl_paramdecomp.components.interpolated import InterpolatedMask
+    from tl_paramdecomp.components.masked_output import InterpolatedMask
 
     g = step.importances[SITE].lower
     return InterpolatedMask(torch.full_like(g, value), g.new_ones(()), 1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.components import files
-from tl_paramdecomp.components.factors import Components, make_components, tied_components
+from tl_paramdecomp.components.factors import Components, TiedComponents
 from tl_paramdecomp.components.importance import ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.components.plain import as_declared
@@ -61,8 +61,8 @@ class Decomposition(Saved, Mapping[str, Components]):
         self.tied = dict(tied or {})
         """Tied sites, each with the site whose parameters it shares."""
         check_ties(self.tied, sites, factors)
-        made = {name: make_components(sites[name], V, U) for name, (V, U) in factors.items()}
-        made |= {name: tied_components(sites[name], made[source]) for name, source in self.tied.items()}
+        made = {name: Components(sites[name], V, U) for name, (V, U) in factors.items()}
+        made |= {name: TiedComponents(sites[name], made[source]) for name, source in self.tied.items()}
         order = [name for name in sites if name in made] if self.tied else list(made)
         self._components = nn.ModuleDict({module_key(name): made[name] for name in order})
         if len(self._components) < len(made):

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -56,34 +56,47 @@ class Components(nn.Module):
         return torch.outer(self.V[:, c], self.U[c])
 
     def acts(self, x: Shaped[Tensor, "..."], only: Int[Tensor, " some"] | None = None) -> Float[Tensor, "..."]:
-        """Component activations h = x V [..., C] of inputs x [..., d_in], or those of some components."""
-        return x.to(self.V.dtype) @ (self.V if only is None else self.V[:, only])
+        """Component activations h = x V [..., C] of inputs x [..., d_in] or indices [...], or those of some components."""
+        return read(self.site, x, self.V if only is None else self.V[:, only])
 
     def head_acts(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... head C"]:
         """Activations head by head, for a site whose input divides into heads; they sum to `acts(x)`."""
-        heads = self._heads("in")
-        v = self.V.unflatten(0, (heads, -1))
-        return torch.einsum("...hi,hic->...hc", x.to(v.dtype).unflatten(-1, (heads, -1)), v)
+        assert self.site.head_side == "in", f"what {self.site.name} reads does not divide into heads"
+        return read(self.site, x, self.V, by_head=True)
 
     def head_writes(self, h: Float[Tensor, "... head C"]) -> Float[Tensor, "... d_out"]:
         """h U with activations of their own for every head of the output."""
-        u = self.U.unflatten(1, (self._heads("out"), -1))
-        return torch.einsum("...hc,chd->...hd", h, u).flatten(-2)
-
-    def _heads(self, side: Literal["in", "out"]) -> int:
-        assert self.site.n_heads is not None and self.site.head_side == side, f"{self.site.name} has no such heads"
-        return self.site.n_heads
+        assert self.site.head_side == "out", f"what {self.site.name} writes does not divide into heads"
+        return write(self.site, h, self.U, by_head=True)
 
     def extra_repr(self) -> str:
         return f"{self.site.name}: {self.site.d_in} -> {self.site.d_out}, C={self.n_components}"
 
 
-class EmbeddingComponents(Components):
-    """Components of an embedding table: row i of W is the sum over c of V[i, c] U[c]."""
+def read(
+    site: WeightSite, x: Shaped[Tensor, "..."], V: Float[Tensor, "d_in C"], by_head: bool = False
+) -> Float[Tensor, "..."]:
+    """h = x V [..., C] of inputs [..., d_in], or the rows of V at an embedding's indices [...].
 
-    def acts(self, x: Int[Tensor, "..."], only: Int[Tensor, " some"] | None = None) -> Float[Tensor, "..."]:
-        """Component activations V[x] [..., C] of indices x [...], or those of some components."""
-        return nn.functional.embedding(x, self.V if only is None else self.V[:, only])
+    By head [..., head, C]: what each head reads of it, or for each head that writes the whole.
+    """
+    if site.kind == "embedding":
+        return nn.functional.embedding(x, V)
+    x = x.to(V.dtype)
+    if by_head and site.head_side == "in":
+        heads = (site.n_heads or 1, -1)
+        return torch.einsum("...hi,hic->...hc", x.unflatten(-1, heads), V.unflatten(0, heads))
+    h = x @ V
+    return h.unsqueeze(-2).expand(*h.shape[:-1], site.n_heads or 1, -1) if by_head else h
+
+
+def write(
+    site: WeightSite, h: Float[Tensor, "..."], U: Float[Tensor, "C d_out"], by_head: bool = False
+) -> Float[Tensor, "... d_out"]:
+    """h U, of activations as `read` gives them."""
+    if by_head and site.head_side == "out":
+        return torch.einsum("...hc,chd->...hd", h, U.unflatten(1, (site.n_heads or 1, -1))).flatten(-2)
+    return (h.sum(-2) if by_head else h) @ U
 
 
 class TiedComponents(Components):
@@ -119,20 +132,6 @@ class TiedComponents(Components):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tied to {self._source[0].site.name}"
-
-
-class TiedEmbeddingComponents(TiedComponents, EmbeddingComponents):  # type: ignore[override]
-    """Components of an embedding table that are those of an unembedding, transposed."""
-
-
-def tied_components(site: WeightSite, source: Components) -> Components:
-    """Components of a site that share the parameters of another's, transposed."""
-    return (TiedEmbeddingComponents if site.kind == "embedding" else TiedComponents)(site, source)
-
-
-def make_components(site: WeightSite, V: Tensor, U: Tensor) -> Components:
-    """Components V [d_in, C] and U [C, d_out] of the kind that a site needs."""
-    return (EmbeddingComponents if site.kind == "embedding" else Components)(site, V, U)
 
 
 def check_factors(site: WeightSite, V: Any, U: Any) -> None:

@@ -44,6 +44,10 @@ class ResolvedMask(NamedTuple):
             return self.m - self.d
         return self.m - (self.d[..., None, None] if self.by_head else self.d[..., None])
 
+    def weigh(self, h: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """(m - d) * h of component activations h (of those that `only` names)."""
+        return (self.weight if self.only is None else self.weight[self.only]) * h
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:

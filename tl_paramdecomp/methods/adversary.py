@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
 from tl_paramdecomp.methods.pieces import Request, Total, Work, run_alone

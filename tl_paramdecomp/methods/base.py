@@ -21,7 +21,7 @@ from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import Importance
-from tl_paramdecomp.components.interpolated import InterpolatedMask, interpolated_output
+from tl_paramdecomp.components.masked_output import InterpolatedMask, masked_output
 from tl_paramdecomp.components.saved import Saved
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
@@ -243,7 +243,7 @@ def _leaves(importance: Importance) -> Importance:
 def _masked_call(
     components: Components, mask: InterpolatedMask, name: str, kept: dict[str, SiteValues] | None, call: SiteCall
 ) -> Tensor:
-    y = components(interpolated_output, mask, call)
+    y = components(masked_output, mask, call.x, call.y, call.bias)
     if kept is not None:
         kept[name] = SiteValues(call.x, y)
     return y

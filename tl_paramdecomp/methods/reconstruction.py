@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.components.sigmoids import binomial_lower
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks

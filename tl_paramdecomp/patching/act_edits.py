@@ -13,9 +13,10 @@ from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
-from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.factors import Components, read, write
+from tl_paramdecomp.components.masked_output import corrected
 from tl_paramdecomp.components.positions import Positions, unknown_end
 from tl_paramdecomp.errors import DataError, ShapeError
 from tl_paramdecomp.sites import SiteCall, Span, WeightSite
@@ -118,19 +119,15 @@ class SiteEdits:
         Raises:
             ShapeError, PositionIndexError, DataError: Values, positions or a batch that do not fit this pass.
         """
-        wide = torch.promote_types(call.y.dtype, components.V.dtype)
-        y = call.y.to(wide)
-        new = y
-        for by_head in (False, True):
-            chosen = sorted(self.by_head if by_head else self.touched - self.by_head)
-            if chosen:
-                new = new + _Group(self, components, call, chosen, by_head).written().to(wide)
+        groups = ((False, sorted(self.touched - self.by_head)), (True, sorted(self.by_head)))
+        changes = [_Group(self, components, call, chosen, by_head).written() for by_head, chosen in groups if chosen]
         if self.delta:
-            new = new + self._delta_change(components, call, y)
-        return new.to(call.y.dtype)
+            changes.append(self._delta_change(components, call))
+        return corrected(components, call.y, call.bias, 1.0, *changes)
 
-    def _delta_change(self, components: Components, call: SiteCall, y: Tensor) -> Tensor:
+    def _delta_change(self, components: Components, call: SiteCall) -> Tensor:
         """D' - D."""
+        y = call.y.to(torch.promote_types(call.y.dtype, components.V.dtype))
         own = y if call.bias is None else y - call.bias.to(y.dtype)
         own = own - (components.acts(call.x) @ components.U).to(y.dtype)
         new = own
@@ -148,7 +145,7 @@ class _Group:
     def __init__(
         self, made: SiteEdits, components: Components, call: SiteCall, chosen: Sequence[int], by_head: bool
     ) -> None:
-        self.made, self.components, self.call = made, components, call
+        self.made, self.site, self.call = made, components.site, call
         self.chosen, self.by_head = list(chosen), by_head
         self.place = {c: i for i, c in enumerate(self.chosen)}
         every = len(self.chosen) == components.n_components
@@ -157,47 +154,29 @@ class _Group:
 
     def written(self) -> Tensor:
         """sum_c (a_c U'_c - h_c U_c) [..., d_out]."""
-        h = self._read(self.V)
+        by_head = self.by_head
+        h = read(self.site, self.call.x, self.V, by_head)
         live = h
         for redirect in (r for r in self.made.reads if r.component in self.place):
             own = torch.zeros(len(self.chosen), dtype=torch.bool, device=h.device)
             own[self.place[redirect.component]] = True
-            read = self._read(redirect.vector.to(self.V).unsqueeze(-1))
-            live = torch.where(self._where(redirect.positions, own, None), read, live)
+            other = read(self.site, self.call.x, redirect.vector.to(self.V).unsqueeze(-1), by_head)
+            live = torch.where(self._where(redirect.positions, own, None), other, live)
         acts = live
         for edit in self.made.edits:
             at = [self.place[c] for c in edit.components if c in self.place]
             if at:
                 acts = self._edited(edit, acts, live, at)
-        written = self._write(acts - h, self.U)
+        written = write(self.site, acts - h, self.U, by_head)
         for i, vector, columns in self._redirected():
             difference = (vector - self.U[i]).unsqueeze(0)
             a = acts[..., i : i + 1] if columns is None else acts[..., i : i + 1] * self._over(columns).to(acts)
-            written = written + self._write(a, difference)
+            written = written + write(self.site, a, difference, by_head)
         return written
 
     # --- parts --------------------------------------------------------------------------------------------------------
-    def _read(self, V: Float[Tensor, "d_in n"]) -> Tensor:
-        x = self.call.x
-        if self.made.site.kind == "embedding":
-            return nn.functional.embedding(x, V)
-        x = x.to(V.dtype)
-        if self.by_head and self.made.site.head_side == "in":
-            heads = self.made.site.n_heads or 1
-            return torch.einsum("...hi,hic->...hc", x.unflatten(-1, (heads, -1)), V.unflatten(0, (heads, -1)))
-        h = x @ V
-        return h.unsqueeze(-2).expand(*h.shape[:-1], self.made.site.n_heads or 1, -1) if self.by_head else h
-
-    def _write(self, a: Tensor, U: Float[Tensor, "n d_out"]) -> Tensor:
-        if not self.by_head:
-            return a @ U
-        if self.made.site.head_side == "in":
-            return a.sum(-2) @ U
-        heads = self.made.site.n_heads or 1
-        return torch.einsum("...hc,chd->...hd", a, U.unflatten(1, (heads, -1))).flatten(-2)
-
     def _edited(self, edit: ActEdit, acts: Tensor, live: Tensor, at: list[int]) -> Tensor:
-        rows, name = self.call.y.shape[:-1], self.made.site.name
+        rows, name = self.call.y.shape[:-1], self.site.name
         own = torch.zeros(len(self.chosen), dtype=torch.bool, device=acts.device)
         own[at] = True
         there = None
@@ -224,10 +203,10 @@ class _Group:
     def _where(
         self, positions: Positions | None, own: Bool[Tensor, " n"], there: Tensor | None, head: int | None = None
     ) -> Bool[Tensor, "..."]:
-        columns = _both(there, _columns(positions, self.call, self.made.site.name, own.device))
+        columns = _both(there, _columns(positions, self.call, self.site.name, own.device))
         where = own
         if head is not None:
-            where = where & (torch.arange(self.made.site.n_heads or 1, device=own.device) == head).unsqueeze(-1)
+            where = where & (torch.arange(self.site.n_heads or 1, device=own.device) == head).unsqueeze(-1)
         return where if columns is None else where & self._over(columns)
 
     def _over(self, columns: Tensor) -> Tensor:
@@ -242,7 +221,7 @@ class _Group:
             i = self.place[redirect.component]
             if i in taken and taken[i] is None:
                 continue
-            columns = _columns(redirect.positions, self.call, self.made.site.name, self.U.device)
+            columns = _columns(redirect.positions, self.call, self.site.name, self.U.device)
             before = taken.get(i)
             taken[i] = None if columns is None else columns if before is None else columns | before
             if before is not None:

@@ -11,12 +11,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tl_paramdecomp.adapters.lens import LensAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.masked_output import corrected
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.target import checked_adapter
@@ -64,10 +64,7 @@ def _through(components: Components, point: Any, use_error_term: bool) -> SiteFn
         if h.shape[0] == 1 and h.shape[:-1] != call.y.shape[:-1]:
             h = h.expand(*call.y.shape[:-1], -1)
         acts = point(h.clone())  # a copy, so that hooks may write into it
-        wide = torch.promote_types(call.y.dtype, components.V.dtype)
-        if use_error_term:
-            return (call.y.to(wide) + (acts - h) @ components.U).to(call.y.dtype)
-        written = (acts @ components.U).to(wide)
-        return (written if call.bias is None else written + call.bias.to(wide)).to(call.y.dtype)
+        change = (acts - h if use_error_term else acts) @ components.U
+        return corrected(components, call.y, call.bias, float(use_error_term), change)
 
     return apply

@@ -36,7 +36,7 @@ from tl_paramdecomp.analysis.evaluation.specificity import specificity
 from tl_paramdecomp.analysis.evaluation.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance
-from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
 from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.components.interpolated import InterpolatedMask
+from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.methods.base import LossStep, Measure, SiteMasks
 from tl_paramdecomp.methods.divergence import KL
 
