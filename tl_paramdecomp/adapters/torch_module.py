@@ -324,7 +324,8 @@ def refuse_wrapped(root: nn.Module) -> None:
                 f"was before {how}, with the original module in that place (torch.compile keeps it as ._orig_mod)."
             )
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder; decoder-only language models are supported.")
+        held = type(getattr(root, "original_model", root)).__name__  # a bridge's own model
+        raise UnsupportedModelError(f"{held} is an encoder-decoder; decoder-only language models are supported.")
     if any(parameter.is_meta for parameter in root.parameters()):
         raise UnsupportedModelError(
             f"This {kind} has parameters on the meta device, which hold no numbers: it is remote, offloaded, or not loaded "
