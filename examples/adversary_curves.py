@@ -21,7 +21,8 @@ import torch
 from small_models import BATCH, LENGTH, SITES, open_model, record
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.metrics import kl_by_mask_kind, masked_kl, sparsity
+from tl_paramdecomp.analysis.activations import sparsity
+from tl_paramdecomp.analysis.next_tokens import masked_kl
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.settings import to_settings
@@ -51,7 +52,7 @@ def measure(model, made: tlpd.Decomposition, held: torch.Tensor, restarts: int) 
         masked_kl(model, made, few, tlpd.importance_masks(model, made, few, "adversarial", seed=seed))
         for seed in range(restarts)
     ]
-    found = kl_by_mask_kind(model, made, held, kinds=KINDS)
+    found = {kind: masked_kl(model, made, held, tlpd.importance_masks(model, made, held, kind)) for kind in KINDS}
     l0 = sum(sparsity(model, made, held).l0.values())
     return {"l0": l0, **found, "pgd": statistics.median(worst), "pgd_worst": max(worst)}
 

@@ -23,15 +23,14 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.analysis.effects.attention_scores import AttentionScores, attention_scores
     from tl_paramdecomp.analysis.effects.attribution import attribute
     from tl_paramdecomp.analysis.effects.attributions import Attribution
-    from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, component_heads
+    from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, PerHead, component_heads, per_head
     from tl_paramdecomp.analysis.effects.direct_effects import IncomingEdges
     from tl_paramdecomp.analysis.effects.edges import Graph, dataset_graph, edges_into, prompt_graph
-    from tl_paramdecomp.analysis.effects.per_head import PerHead, per_head
     from tl_paramdecomp.analysis.effects.sweep import Sweep, sweep
     from tl_paramdecomp.analysis.evaluation.comparison import Comparison
     from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
     from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate
-    from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
+    from tl_paramdecomp.analysis.evaluation.matching import NearestComponents, nearest_components
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
     from tl_paramdecomp.analysis.evaluation.result import Evaluation
     from tl_paramdecomp.analysis.subnetworks.impacts import (

@@ -10,7 +10,7 @@ from tl_paramdecomp.analysis.contexts.token_statistics import ComponentTokens, T
 from tl_paramdecomp.analysis.contexts.top_contexts import ComponentContexts, Context, TopContexts
 from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads
 from tl_paramdecomp.analysis.effects.sweep import Sweep
-from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents
+from tl_paramdecomp.analysis.evaluation.matching import NearestComponents
 from tl_paramdecomp.analysis.records import Record
 from tl_paramdecomp.training.estimates.estimate import Estimate
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.effects.attention_scores import attention_scores
-from tl_paramdecomp.analysis.effects.per_head import per_head
+from tl_paramdecomp.analysis.effects.component_heads import per_head
 from tl_paramdecomp.errors import HeadIndexError, NoMatchingSiteError, SettingError, UnsupportedModelError
 
 from ..support.models import C, build, decomposition_of, gpt2, hooked

@@ -5,7 +5,7 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, component_heads
-from tl_paramdecomp.analysis.evaluation.nearest import NearestComponents, nearest_components
+from tl_paramdecomp.analysis.evaluation.matching import NearestComponents, nearest_components
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     HeadIndexError,

@@ -15,7 +15,7 @@ from tl_paramdecomp.analysis.evaluation import evaluate as evaluation
 from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target
 from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
 from tl_paramdecomp.analysis.evaluation.specificity import auroc, ranks, spearman, specificity
-from tl_paramdecomp.analysis.metrics import masked_kl
+from tl_paramdecomp.analysis.next_tokens import masked_kl
 from tl_paramdecomp.errors import DataError, DecompositionFileError, NoImportanceError, SettingError
 
 SITES = "blocks.*.mlp.*"

@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.metrics import masked_kl
+from tl_paramdecomp.analysis.next_tokens import masked_kl
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.baselines import second_moments

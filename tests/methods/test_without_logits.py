@@ -12,8 +12,7 @@ import tl_paramdecomp as tlpd
 from tests.support.hosts import off_trivial, on_host
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
-from tl_paramdecomp.analysis.metrics import masked_kl
-from tl_paramdecomp.analysis.next_tokens import next_token_probs
+from tl_paramdecomp.analysis.next_tokens import masked_kl, next_token_probs
 from tl_paramdecomp.errors import TLParamDecompError, UnsupportedModelError
 from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.internals import HiddenActsReconstruction
@@ -358,3 +357,21 @@ def test_a_site_that_leads_nowhere_can_be_trained_with_an_adversary():
     method = tlpd.SPD(n_components=4, measure="mse", importance=tlpd.SPD.paper().importance)
     dec = tlpd.decompose(bert(), ["pooler.dense.weight", "*.mlp.W_in"], method, ROWS, 2, 2, progress=False)
     assert all(torch.isfinite(own.V).all() for own in dec.values())
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    "sites", ["pooler.dense.weight", ["pooler.dense.weight", "*.mlp.W_in"]], ids=["alone", "beside"]
+)
+def test_a_pooler_counts_at_every_position_of_its_row(sites: str | list[str], mask: Tensor | None):
+    model, pooler = bert(), "pooler.dense.weight"
+    method = tlpd.SPD(n_components=4, measure="mse", start="random", warm_up_steps=0)
+    dec = tlpd.decompose(model, sites, method, ROWS, steps=0, progress=False)
+    found = tlpd.evaluate(model, dec, PADDED, attention_mask=mask, protocol=FEW, progress=False)
+    counted = torch.full((8,), 6) if mask is None else mask.sum(1)
+    active = (tlpd.causal_importances(model, dec, PADDED, mask)[pooler] > 0.1).sum(-1)
+    (own,) = (row for row in found.sites if row["site"] == pooler)
+    assert own["l0"] == pytest.approx(float((active * counted).sum() / counted.sum()), rel=1e-6)
+    assert found.mask_row("zero", site=pooler)["mse"] == 0.0  # it leads to nothing that is compared
+    first = counted[: FEW.rows_at_once].sum()
+    assert found.specificity["importance"]["pairs"] == 4 * first and found.positions == counted.sum()

@@ -4,9 +4,9 @@ import dataclasses
 import io
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -142,12 +142,24 @@ def _as_tensor(array: Any) -> Tensor:
     return made.cpu().clone(memory_format=torch.contiguous_format)
 
 
-def plain_table(title: str, first: str, *columns: str) -> "Table":
-    """An empty table whose first column holds words and whose others hold figures."""
+def plain_table(title: str, first: str, *columns: str, rows: Iterable[Sequence[str]] = ()) -> "Table":
+    """A table whose first column holds words and whose others hold figures."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     table.add_column(first)
     for column in columns:
         table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def shown(value: float | None, places: int = 4) -> str:
+    """A figure for a table; nothing where there is none."""
+    return "" if value is None else f"{value:.{places}f}"
+
+
+def form(total: bool = True, /, **keys: Any) -> Any:
+    """The form of a row: values of these types under these keys, perhaps among others."""
+    return TypedDict("Row", keys, total=total)  # type: ignore[misc]

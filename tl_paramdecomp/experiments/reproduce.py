@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.analysis.metrics import sparsity
+from tl_paramdecomp.analysis.activations import sparsity
 from tl_paramdecomp.analysis.subnetworks.impacts import impacts
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import read_json, replace_text

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.rotations import Rotation, refuse_unknown_scores, rotations, seen_angles
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
-from tl_paramdecomp.analysis.effects.site_writes import SiteWrites
+from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, chosen_columns
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import checked_head
-from tl_paramdecomp.components.positions import PositionsLike, parse_positions
+from tl_paramdecomp.components.positions import PositionsLike
 from tl_paramdecomp.errors import HeadIndexError, NoMatchingSiteError, SettingError, UnsupportedModelError
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SiteCall, Span, WeightSite, check_rows
+from tl_paramdecomp.sites import SiteCall, WeightSite, check_rows
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """Largest difference from the model's own scores relative to the largest, by dtype; some hosts compute them in float32."""
@@ -153,21 +153,11 @@ def attention_scores(
     d_head = q_site.d_out // q_site.n_heads
     known = rotations(block, seen.angles, tokens.shape[1], d_head)
     rotation, scale = _fitted(adapter, known, parts, own, allowed)
-    at_q, at_k = (_columns(positions, tokens) for positions in (queries, keys))
+    at_q, at_k = (chosen_columns(positions, tokens, "attention scores") for positions in (queries, keys))
     turned = [known[rotation](part)[:, columns] for part, columns in zip(parts, (at_q, at_k), strict=True)]
     pairs = torch.einsum("bqid,bkjd->bqkij", turned[0] * scale, turned[1])
     shown = own.to(pairs.dtype).masked_fill(~allowed, math.nan)[:, at_q][:, :, at_k]
     return AttentionScores(layer, head, at_q, at_k, pairs, shown, rotation, scale)
-
-
-def _columns(positions: Any, rows: Tensor) -> list[int]:
-    parsed = parse_positions(positions)
-    if parsed is None:
-        return list(range(rows.shape[1]))
-    chosen = parsed.columns(tuple(rows.shape), Span(), "attention scores")
-    if chosen.ndim != 1:
-        raise SettingError("Attention scores take the same positions of every row.")
-    return chosen.nonzero().flatten().tolist()
 
 
 class _Seen(NamedTuple):

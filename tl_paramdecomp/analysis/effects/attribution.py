@@ -15,34 +15,38 @@ components in the place of activations. The delta component, and with gradients 
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.norm_scales import opened_norms
 from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
 from tl_paramdecomp.analysis.effects.attributions import Attribution, Direction
-from tl_paramdecomp.analysis.effects.single_ablations import Ablations, ablated_effects
+from tl_paramdecomp.analysis.effects.single_runs import Runner, SitePatches, Unpatched
 from tl_paramdecomp.analysis.effects.site_writes import (
     Prompts,
     SiteWrites,
     along_writes,
+    chosen_columns,
     chosen_sites,
     dotted,
     other_embeddings,
     prompts_of,
 )
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.positions import PositionsLike, parse_positions
+from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.positions import PositionsLike
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SitePattern, Span
+from tl_paramdecomp.sites import SitePattern
 
 Method = Literal["gradient", "integrated", "ablation"]
 Path = Literal["embeddings", "writes"]
@@ -111,13 +115,21 @@ def attribute(
         raise SettingError("Ablations run the model as it is; frozen_norms and frozen_patterns are for gradients.")
     adapter, names = checked_adapter(model, decomposition), chosen_sites(decomposition, sites)
     need_answers(adapter, tokens, metric)
-    columns = _columns(positions, prompts.clean)
+    columns = chosen_columns(positions, prompts.clean, "attribution")
     if prompts.corrupt is None:
         towards: Direction = "removal"
     else:
         towards = "corrupt to clean" if method == "integrated" else direction
-    frozen = _Frozen(frozen_norms, frozen_patterns)
-    run = _Run(adapter, decomposition, names, prompts, towards, columns, by_position, frozen)
+    run = _Run(
+        adapter,
+        {n: decomposition[n] for n in names},
+        prompts,
+        towards,
+        columns,
+        by_position,
+        frozen_norms,
+        frozen_patterns,
+    )
     if method == "gradient":
         return run.by_gradient()
     if method == "integrated":
@@ -141,58 +153,27 @@ def _check(method: Any, direction: Any, path: Any, steps: int, rows_at_once: int
         raise SettingError("Denoising restores clean activations in the run over a corrupt prompt; give corrupt=.")
 
 
-def _columns(positions: Any, rows: Tensor) -> list[int]:
-    """Columns of the rows as indices."""
-    parsed = parse_positions(positions)
-    if parsed is None:
-        return list(range(rows.shape[1]))
-    chosen = parsed.columns(tuple(rows.shape), Span(), "attribution")
-    if chosen.ndim != 1:
-        raise SettingError("Attribution takes the same positions of every row; pad with attention_mask instead.")
-    return chosen.nonzero().flatten().tolist()
-
-
-class _Frozen(NamedTuple):
-    """What is held while gradients are taken."""
-
-    norms: bool
-    patterns: bool
-
-    @contextlib.contextmanager
-    def in_(self, root: nn.Module) -> Iterator[None]:
-        """Hold it in the passes inside."""
-        with contextlib.ExitStack() as stack:
-            if self.norms:
-                stack.enter_context(opened_norms(root, hold=True))
-            if self.patterns:
-                stack.enter_context(attention_softmaxes(root, hold=True))
-            yield
-
-
+@dataclass(eq=False)
 class _Run:
     """One call of `attribute`."""
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        decomposition: Decomposition,
-        names: Sequence[str],
-        prompts: Prompts,
-        direction: Direction,
-        columns: Sequence[int],
-        by_position: bool,
-        frozen: _Frozen,
-    ) -> None:
-        self.adapter, self.decomposition, self.names, self.prompts = adapter, decomposition, list(names), prompts
-        self.direction: Direction = direction
-        self.columns, self.by_position, self.frozen = list(columns), by_position, frozen
-        self.embeddings = other_embeddings(adapter, self.names)
+    adapter: ModelAdapter
+    sites: dict[str, Components]
+    prompts: Prompts
+    direction: Direction
+    columns: list[int]
+    by_position: bool
+    frozen_norms: bool
+    frozen_patterns: bool
+
+    def __post_init__(self) -> None:
+        self.embeddings = other_embeddings(self.adapter, self.sites)
 
     # --- passes -----------------------------------------------------------------------------------------------------
     def read(self, rows: Tensor, embeddings: bool = True) -> tuple[SiteWrites, Float[Tensor, " batch"]]:
         """Reads and writes over rows, and the metric, without gradients."""
         writes = SiteWrites(len(rows))
-        fns = writes.fns([*self.names, *(self.embeddings if embeddings else ())], "read")
+        fns = writes.fns([*self.sites, *(self.embeddings if embeddings else ())], "read")
         with torch.no_grad(), self.adapter.intercept(fns):
             found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
         return writes.check_positions(), found
@@ -200,11 +181,16 @@ class _Run:
     def opened(self, rows: Tensor) -> tuple[SiteWrites, Float[Tensor, " batch"], dict[str, Tensor]]:
         """The same with the derivative of the metric by what every site writes."""
         writes = SiteWrites(len(rows))
-        fns = writes.fns([*self.names, *self.embeddings], "open")
-        return (writes, *self._measured(writes, fns, rows))
+        return (writes, *self._measured(writes, writes.fns([*self.sites, *self.embeddings], "open"), rows))
 
     def _measured(self, writes: SiteWrites, fns: Mapping[str, Any], rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.enable_grad(), self.frozen.in_(self.adapter.root), self.adapter.intercept(fns):
+        root = self.adapter.root
+        with (
+            torch.enable_grad(),
+            opened_norms(root, hold=True) if self.frozen_norms else contextlib.nullcontext(),
+            attention_softmaxes(root, hold=True) if self.frozen_patterns else contextlib.nullcontext(),
+            self.adapter.intercept(fns),
+        ):
             found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
         writes.check_positions()
         if not found.requires_grad:
@@ -216,17 +202,15 @@ class _Run:
     # --- methods ----------------------------------------------------------------------------------------------------
     def by_gradient(self) -> Attribution:
         """Activation times gradient, or attribution patching."""
-        prompts = self.prompts
-        if prompts.corrupt is None:
-            clean, m_clean, gradients = self.opened(prompts.clean)
-            return self._result("gradient", clean, None, gradients, m_clean, None)
-        if self.direction == "noising":
-            corrupt, m_corrupt = self.read(prompts.corrupt)
-            clean, m_clean, gradients = self.opened(prompts.clean)
-        else:
+        prompts, corrupt, m_corrupt = self.prompts, None, None
+        if prompts.corrupt is not None and self.direction == "denoising":
             clean, m_clean = self.read(prompts.clean)
             corrupt, m_corrupt, gradients = self.opened(prompts.corrupt)
-        return self._result("gradient", clean, corrupt, gradients, m_clean, m_corrupt)
+        else:
+            if prompts.corrupt is not None:
+                corrupt, m_corrupt = self.read(prompts.corrupt)
+            clean, m_clean, gradients = self.opened(prompts.clean)
+        return self._along(clean, corrupt, gradients, "gradient", (m_clean, m_corrupt))
 
     def along_path(self, steps: int, path: Path) -> Attribution:
         """Gradients averaged between the corrupt and the clean run."""
@@ -249,56 +233,60 @@ class _Run:
             _, gradients = self._measured(writes, fns, self.prompts.clean)
             for name, gradient in gradients.items():
                 mean[name] = mean[name].add_(gradient, alpha=weight) if name in mean else gradient * weight
-        return self._result("integrated", clean, corrupt, mean, m_clean, m_corrupt, steps, path)
+        return self._along(clean, corrupt, mean, "integrated", (m_clean, m_corrupt), steps, path)
 
     def by_ablation(self, rows_at_once: int, progress: bool) -> Attribution:
         """Every component at every position on its own."""
-        prompts, corrupt = self.prompts, None
+        prompts, corrupt, m_corrupt = self.prompts, None, None
         clean, m_clean = self.read(prompts.clean, embeddings=False)
-        m_corrupt = None
+        base, reference, rows, plain = clean, None, prompts.clean, m_clean
         if prompts.corrupt is not None:
             corrupt, m_corrupt = self.read(prompts.corrupt, embeddings=False)
-        denoising = self.direction == "denoising"
-        base, reference = (corrupt, clean) if denoising else (clean, corrupt)
-        rows = prompts.corrupt if denoising else prompts.clean
-        assert base is not None and rows is not None
-        ablations = Ablations(
-            self.adapter,
-            prompts,
-            rows,
-            tuple(self.columns) if self.by_position else None,
-            tuple(self.columns),
-            rows_at_once,
-        )
-        plain = m_corrupt if denoising else m_clean
-        assert plain is not None
-        values, delta = ablated_effects(
-            ablations,
-            {name: self.decomposition[name] for name in self.names},
-            base,
-            reference,
-            plain,
-            progress,
-        )
-        if denoising:
-            values, delta = ({n: -v for n, v in part.items()} for part in (values, delta))
-        return self._attribution("ablation", values, delta, {}, {}, m_clean, m_corrupt)
+            reference = corrupt
+            if self.direction == "denoising":
+                base, reference, rows, plain = corrupt, clean, prompts.corrupt, m_corrupt
+        patches = {name: self._patches(name, base, reference) for name in self.sites}
+        wanted = {name: own.changing() for name, own in patches.items()}
+        sign = -1.0 if self.direction == "denoising" else 1.0
+        found = {name: own.change.new_zeros((*own.shape, len(rows))) for name, own in patches.items()}
+        with torch.no_grad(), tqdm(desc="ablations", disable=not progress, leave=False) as bar:
+            bar.total = sum(map(len, wanted.values()))
+            runner = Runner(Unpatched(self.adapter, rows, prompts.attention_mask, rows_at_once), None, prompts.measure)
+            for block, names in runner.prompts.by_block(patches).items():
+                for name, some, scores in runner.patched({name: patches[name] for name in names}, block, wanted):
+                    effects = sign * (plain - scores)
+                    found[name].view(-1, len(rows))[some] = effects.to(found[name])
+                    bar.update(len(some))
+        values, delta = {}, {}
+        for name, effects in found.items():
+            effects = effects.movedim(-1, 0) if self.by_position else effects.movedim(-1, 0).unsqueeze(1)
+            if self.by_position and prompts.real is not None:  # rounding, at most: nothing is changed at padding
+                effects = effects * prompts.real[:, self.columns].unsqueeze(-1)
+            values[name], delta[name] = effects[..., :-1], effects[..., -1]
+        return self._result(values, delta, {}, {}, "ablation", (m_clean, m_corrupt))
+
+    def _patches(self, name: str, base: SiteWrites, reference: SiteWrites | None) -> SitePatches:
+        """What takes the place of the activations of one site, at the columns that are asked for and are no padding."""
+        components = self.sites[name]
+        change, rest = -base.acts(name, components), -base.delta_write(name, components)
+        if reference is not None:
+            change = change + reference.acts(name, components)
+            rest = rest + reference.delta_write(name, components)
+        wanted = torch.zeros(change.shape[:2], dtype=change.dtype, device=change.device)
+        wanted[:, self.columns] = 1.0
+        if self.prompts.real is not None:
+            wanted *= self.prompts.real
+        change, rest = change * wanted.unsqueeze(-1), rest * wanted.unsqueeze(-1).to(rest.dtype)
+        return SitePatches(components, change, self.columns if self.by_position else None, rest=rest)
 
     # --- results ----------------------------------------------------------------------------------------------------
-    def _result(
-        self,
-        method: Method,
-        clean: SiteWrites,
-        corrupt: SiteWrites | None,
-        gradients: Mapping[str, Tensor],
-        m_clean: Tensor,
-        m_corrupt: Tensor | None,
-        steps: int | None = None,
-        path: Path | None = None,
+    def _along(
+        self, clean: SiteWrites, corrupt: SiteWrites | None, gradients: Mapping[str, Tensor], *told: Any
     ) -> Attribution:
-        values, delta, bias = {}, {}, {}
-        for name in self.names:
-            components, gradient = self.decomposition[name], gradients[name]
+        """Changes of what everything writes, along gradients."""
+        values, delta, bias, embeddings = {}, {}, {}, {}
+        for name, components in self.sites.items():
+            gradient = gradients[name]
             h, rest = clean.acts(name, components), clean.delta_write(name, components)
             if corrupt is not None:
                 h = h - corrupt.acts(name, components)
@@ -308,11 +296,10 @@ class _Run:
             own = clean.bias[name]
             if own is not None and corrupt is None:
                 bias[name] = self._placed(dotted(own, gradient))
-        embeddings = {}
         for name in self.embeddings:
             write = clean.y[name] if corrupt is None else clean.y[name] - corrupt.y[name]
             embeddings[name] = self._placed(dotted(write, gradients[name]))
-        return self._attribution(method, values, delta, bias, embeddings, m_clean, m_corrupt, steps, path)
+        return self._result(values, delta, bias, embeddings, *told)
 
     def _placed(self, found: Float[Tensor, "batch pos *C"]) -> Float[Tensor, "batch columns *C"]:
         """Values at the columns that are asked for, 0 at padding; one column where positions are summed."""
@@ -322,35 +309,16 @@ class _Run:
         found = found[:, self.columns]
         return found if self.by_position else found.sum(1, keepdim=True)
 
-    def _attribution(
-        self,
-        method: Method,
-        values: dict[str, Tensor],
-        delta: dict[str, Tensor],
-        bias: dict[str, Tensor],
-        embeddings: dict[str, Tensor],
-        m_clean: Tensor,
-        m_corrupt: Tensor | None,
-        steps: int | None = None,
-        path: Path | None = None,
-    ) -> Attribution:
-        clean = m_clean.double().tolist()
-        if not all(map(math.isfinite, clean)):
-            raise SettingError(f"The metric {self.prompts.metric} is not finite on these rows: {clean[:4]}.")
+    def _result(
+        self, values: dict[str, Tensor], delta: dict[str, Tensor], bias: dict[str, Tensor], embeddings: dict[str, Tensor],
+        method: Method, metrics: tuple[Tensor, Tensor | None], steps: int | None = None, path: Path | None = None,
+    ) -> Attribution:  # fmt: skip
+        metric, of_clean = self.prompts.metric, metrics[0].double().tolist()
+        if not all(map(math.isfinite, of_clean)):
+            raise SettingError(f"The metric {metric} is not finite on these rows: {of_clean[:4]}.")
         return Attribution(
-            method=method,
-            metric=self.prompts.metric,
-            direction=self.direction,
-            positions=list(self.columns),
-            by_position=self.by_position,
-            clean=clean,
-            corrupt=None if m_corrupt is None else m_corrupt.double().tolist(),
-            steps=steps,
-            path=path,
-            values=values,
-            delta=delta,
-            frozen_norms=self.frozen.norms,
-            frozen_patterns=self.frozen.patterns,
-            bias=bias,
-            embeddings=embeddings,
-        )
+            method=method, metric=metric, direction=self.direction, positions=list(self.columns),
+            by_position=self.by_position, clean=of_clean, corrupt=None if metrics[1] is None else metrics[1].double().tolist(),
+            steps=steps, path=path, values=values, delta=delta, frozen_norms=self.frozen_norms,
+            frozen_patterns=self.frozen_patterns, bias=bias, embeddings=embeddings,
+        )  # fmt: skip

@@ -1,17 +1,22 @@
-"""Which attention heads a component belongs to, by its weights alone."""
+"""Components divided among attention heads: by their weights alone, and by what each head reads or writes on given tokens.
+
+Parts are what is there with the component minus without it, in one head: they sum to its activation, or to its write.
+"""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_paramdecomp.analysis.effects.site_writes import SiteWrites
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import HeadIndexError
-from tl_paramdecomp.sites import WeightSite, resolve_name
+from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.sites import WeightSite, check_rows, resolve_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,15 +46,10 @@ class ComponentHeads(Record):
 
     def tables(self) -> "list[Table]":
         """A row for each component."""
-        heads = len(self.values[0])
-        table = plain_table(
-            f"Shares of heads in what components of {self.site} {'read' if self.side == 'in' else 'write'}",
-            "component",
-            *(f"head {head}" for head in range(heads)),
-        )
-        for c, shares in enumerate(self.values):
-            table.add_row(str(c), *(f"{share:.3f}" for share in shares))
-        return [table]
+        title = f"Shares of heads in what components of {self.site} {'read' if self.side == 'in' else 'write'}"
+        heads = (f"head {head}" for head in range(len(self.values[0])))
+        rows = [[str(c), *(f"{share:.3f}" for share in shares)] for c, shares in enumerate(self.values)]
+        return [plain_table(title, "component", *heads, rows=rows)]
 
 
 def component_heads(decomposition: Decomposition, site: str) -> ComponentHeads:
@@ -89,3 +89,59 @@ def head_shares(components: Components) -> Float[Tensor, "C heads"]:
         divided = components.V.T if side == "in" else components.U
         squares = divided.unflatten(1, (heads, -1)).pow(2).sum(-1)
         return squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class PerHead:
+    """Components of one site, head by head; key/value heads for W_K and W_V under grouped-query attention."""
+
+    site: str
+    side: str
+    """`in`: heads divide what is read (W_O). `out`: they divide what is written."""
+    acts: Float[Tensor, "batch pos C"]
+    """Activations h = x V of the whole components."""
+    reads: Float[Tensor, "batch pos head C"] | None
+    """Of W_O: the part of each activation that comes from each head; the sum over heads is `acts`."""
+    writes: Float[Tensor, "batch pos head C d_head"] | None
+    """Of W_Q, W_K, W_V: what each component writes into each head; side by side the heads make up h_c U_c."""
+    shares: Float[Tensor, "head C"]
+    """Each head's share of the squared norm of V_c (W_O) or U_c; over heads it sums to 1."""
+
+
+def per_head(
+    model: Any,
+    decomposition: Decomposition,
+    tokens: Int[Tensor, "batch pos"],
+    site: str,
+    *,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+) -> PerHead:
+    """Components of an attention weight, head by head, on given tokens.
+
+    Args:
+        model: The target model, on any host.
+        decomposition: Made from this model's weights.
+        tokens: Token rows.
+        site: Name or alias of a W_Q, W_K, W_V or W_O.
+        attention_mask: 1 where a position counts.
+
+    Raises:
+        HeadIndexError: The site does not divide into heads.
+        NoMatchingSiteError: The decomposition has no such site.
+        ShapeError, DtypeError, TargetMismatchError, DeviceError: As `component_acts`.
+    """
+    check_rows(tokens, attention_mask)
+    site = resolve_name(decomposition.sites, site)
+    components = decomposition[site]
+    heads, side = heads_of(components.site)
+    adapter, seen = checked_adapter(model, decomposition), SiteWrites(len(tokens))
+    with torch.no_grad(), adapter.intercept(seen.fns([site], "read")):
+        adapter.forward(tokens, attention_mask)
+    with torch.no_grad():
+        acts = seen.acts(site, components)
+        divided = components.V.unflatten(0, (heads, -1)).transpose(1, 2) if side == "in" else None
+        divided = components.U.unflatten(1, (heads, -1)).transpose(0, 1) if divided is None else divided
+        shares = head_shares(components).T
+        reads = components.head_acts(seen.x[site]) if side == "in" else None
+        writes = acts[:, :, None, :, None] * divided if side == "out" else None
+    return PerHead(site, side, acts, reads, writes, shares)

@@ -11,7 +11,7 @@ components in the place of dictionary features.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, SupportsIndex, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from tl_paramdecomp.analysis.activations import component_acts
 from tl_paramdecomp.analysis.effects.attribution import attribute
 from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges, edge_values
 from tl_paramdecomp.analysis.effects.site_writes import Prompts, chosen_sites, prompts_of
-from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, Row, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, Row, form, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.indices import component_indices
@@ -102,35 +102,10 @@ def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple
     return site, component, position % length
 
 
-class NodeRow(TypedDict):
-    """One node."""
-
-    site: str
-    component: int
-    position: int | None
-    activation: float
-    attribution: float
-
-
-class EdgeRow(TypedDict):
-    """One edge."""
-
-    source: int
-    target: int | Literal["metric"]
-    value: float
-
-
-class ExplainedRow(TypedDict):
-    """What a target's value is made up of."""
-
-    target: int | Literal["metric"]
-    value: float
-    nodes: float
-    other_components: float
-    delta: float
-    bias: float
-    embeddings: float
-    remainder: float
+NODES = list[form(site=str, component=int, position=int | None, activation=float, attribution=float)]
+EDGES = list[form(source=int, target=int | Literal["metric"], value=float)]
+PARTS = ("value", "nodes", "other_components", "delta", "bias", "embeddings", "remainder")
+EXPLAINED = list[form(target=int | Literal["metric"], **dict.fromkeys(PARTS, float))]
 
 
 @dataclass(frozen=True)
@@ -142,12 +117,12 @@ class Graph(Record):
     metric: str
     kind: str
     """`prompt`: nodes have positions, and edges signs. `dataset`: mean absolute edges over rows and positions."""
-    nodes: Annotated[list[Row], list[NodeRow]]
+    nodes: Annotated[list[Row], NODES]
     """site, component, position, activation, attribution. In a dataset's graph position is None, activation the mean absolute
     one, and attribution the mean over rows of the summed absolute ones."""
-    edges: Annotated[list[Row], list[EdgeRow]]
+    edges: Annotated[list[Row], EDGES]
     """source (index of a node), target (index of a node, or "metric"), value: the target with the source minus without it."""
-    explained: Annotated[list[Row], list[ExplainedRow]]
+    explained: Annotated[list[Row], EXPLAINED]
     """For each target of a prompt's graph: value, and the sums of its edges from nodes, other components, delta components,
     biases and embeddings, and the remainder."""
     frozen_norms: bool

@@ -13,20 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.positions import PositionsLike, parse_positions
 from tl_paramdecomp.errors import DtypeError, SettingError, ShapeError, UnsupportedSiteError
-from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, check_rows, select_sites
+from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, Span, check_rows, select_sites
 
 Role = Literal["read", "open", "pinned"]
 EMBEDDINGS = ("embed.W_E", "pos_embed.W_pos")
-
-Measure = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
-"""From logits to one number per row."""
 
 
 @dataclass(eq=False)
@@ -143,24 +141,62 @@ def chosen_sites(decomposition: Decomposition, sites: SitePattern | None) -> lis
     return list(decomposition) if sites is None else list(select_sites(decomposition.sites, sites))
 
 
+def chosen_columns(positions: PositionsLike, rows: Shaped[Tensor, "batch pos"], what: str) -> list[int]:
+    """Columns of all rows as indices; all of them for None.
+
+    Raises:
+        SettingError, PositionIndexError: They differ from row to row, or there is no such position.
+    """
+    parsed = parse_positions(positions)
+    if parsed is None:
+        return list(range(rows.shape[1]))
+    chosen = parsed.columns(tuple(rows.shape), Span(), what)
+    if chosen.ndim != 1:
+        raise SettingError(f"The {what} takes the same positions of every row; pad with attention_mask instead.")
+    return chosen.nonzero().flatten().tolist()
+
+
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """Token rows, and what is measured on them: from a task, or from tokens and a metric of logits."""
 
-    clean: Int[Tensor, "batch pos"]
-    corrupt: Int[Tensor, "batch pos"] | None
+    clean: Int[Tensor, "batch pos"] | Float[Tensor, "batch ..."]
+    corrupt: Int[Tensor, "batch pos"] | Float[Tensor, "batch ..."] | None
     attention_mask: Tensor | None
-    measure: Measure
+    of: Callable[..., Tensor]
+    """The metric as it was given."""
     metric: str
     """Name of the metric."""
+    task: Any = None
 
     @property
     def real(self) -> Tensor | None:
         """[batch, pos], true where no padding stands; None where all of it is."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
+    def measure(self, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+        """From the model's logits to one number per row."""
+        return self.score(logits if self.task is None else self.task.at_answer(logits))
 
-def prompts_of(tokens: Any, metric: Any, corrupt: Any = None, attention_mask: Any = None) -> Prompts:
+    def score(self, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+        """The same from a task's logits at its answers.
+
+        Raises:
+            ShapeError: The metric does not give one number for each row.
+        """
+        found = self.of(logits) if self.task is None else self.of(logits, self.task)
+        if not isinstance(found, Tensor) or found.shape != (len(logits),):
+            given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            rows = "rows" if self.task is None else "prompts"
+            raise ShapeError(
+                f"The metric {self.metric} must give one number for each of {len(logits)} {rows}; given {given}."
+            )
+        return found
+
+
+def prompts_of(
+    tokens: Any, metric: Any, corrupt: Any = None, attention_mask: Any = None, *, numbers: bool = False
+) -> Prompts:
     """Rows and measure from what a user gives.
 
     Args:
@@ -168,31 +204,21 @@ def prompts_of(tokens: Any, metric: Any, corrupt: Any = None, attention_mask: An
         metric: Of logits [batch, pos, vocab]; with a task, of its answer logits [batch, vocab] and the task.
         corrupt: Rows to compare with; a task brings its own.
         attention_mask: 1 where a position counts; a task brings its own.
+        numbers: Whether rows may be of numbers instead of token ids.
 
     Raises:
         SettingError: Rows or a mask are given beside a task.
         DtypeError: The rows are no token ids.
         ShapeError: Corrupt rows are not aligned with the clean ones.
     """
-    name = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__
-    if hasattr(tokens, "at_answer") and hasattr(tokens, "clean"):
+    name, task = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__, None
+    if hasattr(tokens, "clean"):
         if attention_mask is not None or (corrupt is not None and corrupt is not tokens.corrupt):
-            raise SettingError("A task brings its corrupt prompts and its attention mask; give neither beside it.")
+            raise SettingError("A task brings its own corrupt prompts and attention mask; give neither beside it.")
         task, tokens = tokens, tokens.clean
         corrupt, attention_mask = task.corrupt, task.attention_mask
-
-        def of_task(logits: Tensor) -> Tensor:
-            return checked(metric(task.at_answer(logits), task), len(logits), str(name))
-
-        measure: Measure = of_task
-    else:
-
-        def of_rows(logits: Tensor) -> Tensor:
-            return checked(metric(logits), len(logits), str(name))
-
-        measure = of_rows
     check_rows(tokens, attention_mask)
-    if tokens.is_floating_point():
+    if tokens.is_floating_point() and not numbers:
         raise DtypeError(f"Effects are told by token and position, of token ids [batch, pos]; given {tokens.dtype}.")
     if corrupt is not None:
         check_rows(corrupt, attention_mask)
@@ -201,16 +227,4 @@ def prompts_of(tokens: Any, metric: Any, corrupt: Any = None, attention_mask: An
                 f"Corrupt rows are aligned with the clean ones token by token; given {list(corrupt.shape)} beside "
                 f"{list(tokens.shape)}."
             )
-    return Prompts(tokens, corrupt, attention_mask, measure, str(name))
-
-
-def checked(found: Any, rows: int, name: str) -> Tensor:
-    """A metric's values, one for each row.
-
-    Raises:
-        ShapeError: They are something else.
-    """
-    if not isinstance(found, Tensor) or found.shape != (rows,):
-        given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ShapeError(f"The metric {name} must give one number for each of {rows} rows; given {given}.")
-    return found
+    return Prompts(tokens, corrupt, attention_mask, metric, str(name), task)

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_answers
-from tl_paramdecomp.analysis.effects.sweep_runs import Inputs, Runner, SitePatches, Unpatched, run_group, start_of
+from tl_paramdecomp.analysis.effects.single_runs import Runner, SitePatches, Unpatched
+from tl_paramdecomp.analysis.effects.site_writes import Prompts, prompts_of
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
@@ -35,7 +35,7 @@ from tl_paramdecomp.errors import DataError, HeadIndexError, NoMatchingSiteError
 from tl_paramdecomp.patching.act_edits import derangement
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SitePattern, Span, check_rows, select_sites
+from tl_paramdecomp.sites import SitePattern, Span, select_sites
 
 if TYPE_CHECKING:
     import pandas
@@ -214,7 +214,9 @@ def sweep(
         NoMatchingSiteError, PositionIndexError: No such site or position.
         TargetMismatchError, DeviceError, PatchConflictError: As `patched_acts`.
     """
-    runs = _Runs.of(prompts, metric, corrupt, attention_mask)
+    if hasattr(prompts, "clean") and (corrupt is not None or attention_mask is not None):
+        raise SettingError("A task has its own corrupt prompts and attention mask; leave corrupt= and mask out.")
+    runs = prompts_of(prompts, metric, corrupt, attention_mask, numbers=True)
     put = _checked_value(value, direction, runs, rows_at_once)
     adapter = checked_adapter(model, decomposition)
     need_answers(adapter, prompts, metric)
@@ -227,128 +229,58 @@ def sweep(
         raise ShapeError(f"These inputs {list(base.shape)} have no position axis; leave positions out.")
     where = None if each else parse_positions(positions)
     values = _Values(put, base, runs.attention_mask, where, by_head, means, seed)
-    made = {
-        name: SitePatches(decomposition[name], by_head, base.shape[1] if each else None, values.of(decomposition[name]))
-        for name in chosen
-    }
+    for name in chosen if put == "mean" and means is not None else ():
+        values.given_mean(decomposition[name])
     claims = {name: Claim(decomposition[name], additive=True) for name in chosen}
     with torch.no_grad(), claimed(adapter.core, claims):
-        unpatched = {"clean": _metric_of(adapter, runs, runs.clean, rows_at_once)}
-        if runs.corrupt is not None:
-            unpatched["corrupt"] = _metric_of(adapter, runs, runs.corrupt, rows_at_once)
-        changes = _changes(adapter, runs, base, source if values.takes_other else None, made, rows_at_once, progress)
+
+        def runner(tokens: Tensor, resumes: bool) -> Runner:
+            unpatched = Unpatched(adapter, tokens, runs.attention_mask, rows_at_once, resumes)
+            return Runner(unpatched, None if runs.task is None else runs.task.last, runs.score)
+
+        run, others = runner(base, True), None
+        before = run.plain()
+        ends = [None if rows is None else before if rows is base else runner(rows, False).plain()
+                for rows in (runs.clean, runs.corrupt)]  # fmt: skip
+        if put in ("corrupt", "clean") and source is not None:
+            others = Unpatched(adapter, source, runs.attention_mask, rows_at_once)
+        found: dict[str, Tensor] = {}
+        with tqdm(desc="sweep", disable=not progress, unit="patch") as bar:
+            for block, names in run.prompts.by_block(chosen).items():
+                x = run.prompts.inputs(names, block)
+                other = {} if others is None else others.inputs(names, block)
+                patches = {}
+                for name in names:
+                    change = values.change(decomposition[name], x[name], other.get(name))
+                    patches[name] = SitePatches(
+                        decomposition[name], change, range(base.shape[1]) if each else None, by_head
+                    )
+                    found[name] = torch.zeros(len(patches[name]), dtype=torch.float64)
+                bar.total = (bar.total or 0) + sum(map(len, patches.values()))
+                for name, some, scores in run.patched(patches, block):
+                    found[name][some] = (scores - before).mean(1).cpu()
+                    bar.update(len(some))
+                found |= {name: found[name].view(patches[name].shape) for name in names}
+    clean, corrupted = (None if values is None else float(values.mean()) for values in ends)
+    assert clean is not None
     return Sweep(
         sign="with minus without",
         direction=direction,
         value=put if isinstance(put, str) else f"{put:g}",
-        metric=runs.metric_name,
+        metric=runs.metric,
         granularity=[*(["position"] if each else []), *(["head"] if by_head else []), "component"],
         positions="each" if each else "everywhere" if where is None else repr(positions),
         prompts=len(base),
-        clean=unpatched["clean"],
-        corrupt=unpatched.get("corrupt"),
-        effects={name: (changes[name] if denoising else 0.0 - changes[name]).tolist() for name in chosen},
+        clean=clean,
+        corrupt=corrupted,
+        effects={name: (found[name] if denoising else 0.0 - found[name]).tolist() for name in chosen},
     )
-
-
-# --- what is run -----------------------------------------------------------------------------------------------------
-class _Runs(NamedTuple):
-    """Prompts and how their logits are scored."""
-
-    clean: Tensor
-    corrupt: Tensor | None
-    attention_mask: Tensor | None
-    last: Tensor | None
-    score: Callable[[Tensor], Tensor]
-    metric_name: str
-
-    @classmethod
-    def of(cls, prompts: Any, metric: Callable[..., Tensor], corrupt: Tensor | None, mask: Tensor | None) -> "_Runs":
-        name = getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__)
-        if hasattr(prompts, "clean"):
-            if corrupt is not None or mask is not None:
-                raise SettingError(
-                    "A task has its own corrupt prompts and attention mask; leave corrupt= and mask out."
-                )
-            made = cls(
-                *(prompts.clean, prompts.corrupt, prompts.attention_mask, prompts.last),
-                lambda logits: metric(logits, prompts),
-                str(name),
-            )
-        else:
-            made = cls(prompts, corrupt, mask, None, metric, str(name))
-        check_rows(made.clean, made.attention_mask)
-        if not len(made.clean):
-            raise DataError("A sweep needs at least one prompt.")
-        if made.corrupt is not None:
-            check_rows(made.corrupt, made.attention_mask)
-            if made.corrupt.shape != made.clean.shape:
-                raise ShapeError(
-                    f"Corrupt prompts are aligned with the clean ones, token by token; the clean ones are "
-                    f"{list(made.clean.shape)}, the corrupt ones {list(made.corrupt.shape)}."
-                )
-        return made
-
-    def scored(self, logits: Tensor) -> Float[Tensor, " n"]:
-        """The metric of all prompts.
-
-        Raises:
-            ShapeError: It does not give one number for each prompt.
-        """
-        found = self.score(logits)
-        if found.shape != (len(self.clean),):
-            raise ShapeError(
-                f"The metric {self.metric_name} must give one number for each of {len(self.clean)} prompts; it gave "
-                f"{list(found.shape)}."
-            )
-        return found
-
-
-def _runner(adapter: ModelAdapter, runs: _Runs, tokens: Tensor, rows: int, resumes: bool) -> Runner:
-    prompts = Unpatched(adapter, tokens, runs.attention_mask, rows, resumes)
-    return Runner(adapter, prompts, runs.last, runs.scored)
-
-
-def _metric_of(adapter: ModelAdapter, runs: _Runs, tokens: Tensor, rows: int) -> float:
-    return float(_runner(adapter, runs, tokens, rows, False).scores([], 0).mean())
-
-
-def _changes(
-    adapter: ModelAdapter,
-    runs: _Runs,
-    base: Tensor,
-    source: Tensor | None,
-    made: Mapping[str, SitePatches],
-    rows_at_once: int,
-    progress: bool,
-) -> dict[str, Float[Tensor, "*axes C"]]:
-    """Metric with each patch minus metric of the run that is patched; with patches open elsewhere passes begin at the first
-    block."""
-    resumes = bool(adapter.blocks) and not adapter.interceptions
-    runner = _runner(adapter, runs, base, rows_at_once, resumes)
-    others = None if source is None else Unpatched(adapter, source, runs.attention_mask, rows_at_once, resumes)
-    before = runner.scores([], 0)
-    groups: dict[int, list[str]] = {}
-    for name in made:
-        groups.setdefault(start_of(adapter, name) if resumes else 0, []).append(name)
-    found = {name: torch.zeros(len(patches), dtype=torch.float64) for name, patches in made.items()}
-    at_once = max(1, rows_at_once // len(base))
-    with tqdm(total=sum(map(len, made.values())), desc="sweep", disable=not progress, unit="patch") as bar:
-        for block, names in sorted(groups.items()):
-            x = runner.prompts.inputs(names, block)
-            other = {} if others is None else others.inputs(names, block)
-            changes = {name: made[name].change(Inputs(x[name], other.get(name))) for name in names}
-            for scores in run_group(runner, {name: made[name] for name in names}, changes, block, at_once):
-                for name, (first, part) in scores.items():
-                    found[name][first : first + len(part)] = (part - before).mean(1).cpu()
-                    bar.update(len(part))
-    return {name: changes.view(made[name].shape) for name, changes in found.items()}
 
 
 # --- what is put in --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class _Values:
-    """Makes, for each site, the difference that patching its components makes to their activations."""
+    """The difference that patching a site's components makes to their activations."""
 
     put: str | float
     tokens: Tensor
@@ -358,46 +290,39 @@ class _Values:
     means: Mapping[str, Tensor] | None
     seed: int
 
-    @property
-    def takes_other(self) -> bool:
-        """Whether values come from another run."""
-        return self.put in ("corrupt", "clean")
-
-    def of(self, components: Components) -> Callable[[Inputs], Tensor]:
-        """For one site, from its inputs to a' - h."""
+    def change(self, components: Components, x: Tensor, other: Tensor | None) -> Tensor:
+        """a' - h of one site, from what it reads in the run that is patched and in the run that values come from."""
         site = components.site
         parts = self.by_head and site.head_side == "in"
         read = components.head_acts if parts else components.acts
-        given = None if self.means is None or self.put != "mean" else self._given_mean(components, parts)
-
-        def change(inputs: Inputs) -> Tensor:
-            h = read(inputs.x).detach()
-            rows = h.shape[: -2 if parts else -1]
-            other = None if inputs.other is None else read(inputs.other).detach()
-            new = self._new(h, rows, other) if given is None else given.to(h)
-            difference = new - h
-            if self.positions is None:
-                return difference
-            columns = self.positions.columns(rows, Span(0, rows[-1]), site.name).to(h)
-            return difference * columns.view(*columns.shape, *(1,) * (h.ndim - len(rows)))
-
-        return change
-
-    def _new(self, h: Tensor, rows: Sequence[int], other: Tensor | None) -> Tensor:
-        if other is not None:
-            return other
-        if self.put == "resample":
-            return h[derangement(len(h), self.seed).to(h.device)]
-        if self.put == "mean":
+        h = read(x).detach()
+        rows = h.shape[: -2 if parts else -1]
+        if self.put == "mean" and self.means is not None:
+            new = self.given_mean(components).to(h)
+        elif other is not None:
+            new = read(other).detach()
+        elif self.put == "resample":
+            new = h[derangement(len(h), self.seed).to(h.device)]
+        elif self.put == "mean":
             weight = h.new_ones(rows) if self.attention_mask is None else self.attention_mask.to(h)
             weight = weight.view(*rows, *(1,) * (h.ndim - len(rows)))
-            return (h * weight).sum(tuple(range(len(rows)))) / weight.sum()
-        return torch.full_like(h, 0.0 if self.put == "zero" else float(self.put))
+            new = (h * weight).sum(tuple(range(len(rows)))) / weight.sum()
+        else:
+            new = torch.full_like(h, 0.0 if self.put == "zero" else float(self.put))
+        if self.positions is None:
+            return new - h
+        columns = self.positions.columns(rows, Span(0, rows[-1]), site.name).to(h)
+        return (new - h) * columns.view(*columns.shape, *(1,) * (h.ndim - len(rows)))
 
-    def _given_mean(self, components: Components, parts: bool) -> Tensor:
+    def given_mean(self, components: Components) -> Tensor:
+        """Of one site.
+
+        Raises:
+            SettingError, NoMatchingSiteError, ShapeError: There is none that fits.
+        """
         assert self.means is not None
         name, C = components.site.name, components.n_components
-        if parts:
+        if self.by_head and components.site.head_side == "in":
             raise SettingError(f"Means of whole activations say nothing of the parts that heads of {name} read.")
         if name not in self.means:
             raise NoMatchingSiteError(f"There is no mean of {name} among those of {', '.join(self.means)}.")
@@ -410,12 +335,14 @@ class _Values:
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
-def _checked_value(value: SweepValue | None, direction: str, runs: _Runs, rows_at_once: int) -> str | float:
+def _checked_value(value: SweepValue | None, direction: str, runs: Prompts, rows_at_once: int) -> str | float:
     """What is put in, by name or as a number."""
     if direction not in ("noising", "denoising"):
         raise SettingError(f"A direction is 'noising' or 'denoising'; given {direction!r}.")
     if rows_at_once < 1:
         raise SettingError(f"rows_at_once is at least 1; given {rows_at_once}.")
+    if not len(runs.clean):
+        raise DataError("A sweep needs at least one prompt.")
     put = ("corrupt" if direction == "denoising" else "zero") if value is None else value
     if isinstance(put, str) and put not in ("zero", "mean", "resample", "corrupt"):
         raise SettingError(f"A value is 'zero', 'mean', 'resample', 'corrupt' or a number; given {put!r}.")

@@ -10,10 +10,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from tl_paramdecomp.analysis.evaluation.result import distance_name
-from tl_paramdecomp.analysis.records import Record, Row, old_frame, plain_table
+from tl_paramdecomp.analysis.records import Record, Row, form, old_frame, plain_table, shown
 
 if TYPE_CHECKING:
     import pandas
@@ -28,50 +28,16 @@ SHARES = (1 / 4, 1 / 8, 1 / 16)
 """L0 at which methods are compared, as shares of the summed ranks of the matrices."""
 
 
-class Settled(TypedDict):
-    """What of a protocol curves depend on."""
-
-    seeds: list[int]
-
-
-class Point(TypedDict):
-    """One run."""
-
-    method: str
-    sparsity: float
-    seed: int
-    l0: float
-    active_parameters: float
-    active: int
-    components: int
-    unmasked: float | None
-    importance: float | None
-    rounded: float | None
-    stochastic: float | None
-    adversarial: float | None
-    permuted: float | None
-    zero: float
-
-
-class StabilityRow(TypedDict):
-    """Cosines between seeds, of one method at one sparsity."""
-
-    method: str
-    sparsity: float
-    trained: dict[str, float]
-    untrained: dict[str, float]
-
-
-class SplittingRow(TypedDict):
-    """One method at one capacity."""
-
-    method: str
-    capacity: float
-    components: int
-    active: int
-    split: float | None
-    l0: float
-    rounded: float | None
+SETTLED = form(seeds=list[int])
+"""What of a protocol curves depend on."""
+POINT = form(
+    method=str, sparsity=float, seed=int, l0=float, active_parameters=float, active=int, components=int,
+    **dict.fromkeys((*get_args(Metric), "permuted"), float | None), zero=float,
+)  # fmt: skip
+STABILITY = form(method=str, sparsity=float, trained=dict[str, float], untrained=dict[str, float])
+SPLITTING = form(
+    method=str, capacity=float, components=int, active=int, split=float | None, l0=float, rounded=float | None
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +47,7 @@ class Comparison(Record):
     what: ClassVar[str] = "comparison"
     width: ClassVar[int] = 120
 
-    protocol: Annotated[Row, Settled]
+    protocol: Annotated[Row, SETTLED]
     """What was fixed before the first run: sites, budget, seeds, sparsities, data, adversary."""
     methods: dict[str, Row]
     """Settings by label."""
@@ -89,11 +55,11 @@ class Comparison(Record):
     """Summed ranks of the matrices: the L0 of a dense basis."""
     parameters: int
     """Weights in the matrices."""
-    points: Annotated[list[Row], list[Point]]
+    points: Annotated[list[Row], list[POINT]]
     """One for each run: method, sparsity, seed, L0, active parameters, KL by kind of mask, controls."""
-    stability: Annotated[list[Row], list[StabilityRow]]
+    stability: Annotated[list[Row], list[STABILITY]]
     """By method and sparsity: matched cosines between seeds, and between their untrained starts."""
-    splitting: Annotated[list[Row], list[SplittingRow]]
+    splitting: Annotated[list[Row], list[SPLITTING]]
     """By method and capacity: components, alive ones, share of the smallest's components that split."""
     versions: dict[str, str]
 
@@ -213,13 +179,8 @@ def _matched(found: Comparison, metric: Metric) -> "Table":
 
 
 POINTS = {
-    "l0": "L0",
-    "active": "active",
-    "rounded": "rounded",
-    "stochastic": "stoch.",
-    "adversarial": "PGD",
-    "permuted": "perm.",
-}
+    "l0": "L0", "active": "active", "rounded": "rounded", "stochastic": "stoch.", "adversarial": "PGD", "permuted": "perm.",
+}  # fmt: skip
 
 
 def _points(found: Comparison) -> "Table":
@@ -233,26 +194,27 @@ def _points(found: Comparison) -> "Table":
         if new and last is not None:
             table.add_section()
         last = row["method"]
-        table.add_row(
-            last if new else "", f"{row['sparsity']:.3g}", str(row["seed"]), *(_figure(key, row[key]) for key in POINTS)
-        )
+        figures = (shown(row[key], {"active": 0, "l0": 1}.get(key, 3)) for key in POINTS)
+        table.add_row(last if new else "", f"{row['sparsity']:.3g}", str(row["seed"]), *figures)
     return table
-
-
-def _figure(key: str, value: float | int | None) -> str:
-    if value is None:
-        return ""
-    return str(value) if key == "active" else f"{value:.1f}" if key == "l0" else f"{value:.3f}"
 
 
 def _stability(found: Comparison) -> "Table":
-    columns = ("V", "U", "rank one", "untrained: V", "U", "rank one")
-    table = plain_table("Matched cosines between seeds, of active components", "method, sparsity", *columns)
-    for row in found.stability:
-        every = (row[side].get(k) for side in ("trained", "untrained") for k in ("read", "write", "rank_one"))
-        figures = ["" if value is None else f"{value:.3f}" for value in every]
-        table.add_row(f"{row['method']}, {row['sparsity']:g}", *figures)
-    return table
+    return plain_table(
+        "Matched cosines between seeds, of active components",
+        *("method, sparsity", "V", "U", "rank one", "untrained: V", "U", "rank one"),
+        rows=[
+            [
+                f"{row['method']}, {row['sparsity']:g}",
+                *(
+                    shown(row[side].get(k), 3)
+                    for side in ("trained", "untrained")
+                    for k in ("read", "write", "rank_one")
+                ),
+            ]
+            for row in found.stability
+        ],
+    )
 
 
 def _splitting(found: Comparison) -> "Table":
@@ -261,6 +223,6 @@ def _splitting(found: Comparison) -> "Table":
     table = plain_table("Splitting: more capacity should not mean more components", "method, capacity", *columns)
     for row in found.splitting:
         share = "" if row["split"] is None else f"{row['split']:.1%}"
-        figures = (str(row["components"]), str(row["active"]), share, f"{row['l0']:.1f}", f"{row['rounded']:.3f}")
+        figures = (str(row["components"]), str(row["active"]), share, f"{row['l0']:.1f}", shown(row["rounded"], 3))
         table.add_row(f"{row['method']}, x {row['capacity']:g}", *figures)
     return table

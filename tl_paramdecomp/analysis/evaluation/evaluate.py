@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, masks_of, target_of
+from tl_paramdecomp.analysis.evaluation.masked_runs import Delta, MaskKind, Sums, masks_of, target_of
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation, headline_steps
 from tl_paramdecomp.analysis.evaluation.specificity import specificity
@@ -44,13 +44,12 @@ from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
 
+DELTAS: tuple[Delta, Delta] = ("absent", "kept")
 KINDS = (
-    *(MaskKind("unmasked", delta) for delta in ("absent", "kept")),
-    *(MaskKind("importance", delta) for delta in ("absent", "kept")),
-    *(MaskKind("rounded", delta, at) for at in (0.0, 0.1, 0.5) for delta in ("absent", "kept")),
-    *(MaskKind("stochastic", delta) for delta in ("masked", "absent", "kept")),
-    *(MaskKind("random", delta) for delta in ("absent", "kept")),
-    *(MaskKind("zero", delta) for delta in ("absent", "kept")),
+    *(MaskKind(kind, delta) for kind in ("unmasked", "importance") for delta in DELTAS),
+    *(MaskKind("rounded", delta, at) for at in (0.0, 0.1, 0.5) for delta in DELTAS),
+    *(MaskKind("stochastic", delta) for delta in ("masked", *DELTAS)),
+    *(MaskKind(kind, delta) for kind in ("random", "zero") for delta in DELTAS),
     MaskKind("permuted", "absent", 0.1),
 )
 """Of the whole model."""
@@ -166,12 +165,12 @@ def evaluate(
         for module in (adapter, *every):
             stack.enter_context(frozen(module))
         run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, measure)
-        groups = run.parts(untrained)
-        total = 2 * run.n_batches + sum(part.cost for group in groups for part in group)
+        parts = run.parts(untrained)
+        total = 2 * run.n_batches + sum(part.cost for part in parts)
         run.bar = stack.enter_context(
             tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")
         )
-        return run.all(groups)
+        return run.all(parts)
 
 
 def rows_to_measure(data: Any, attention_mask: Tensor | None = None, rows: int = 64) -> tuple[Any, Tensor | None]:
@@ -210,6 +209,8 @@ def _first_rows(batches: Iterable[Any], n: int) -> tuple[Any, Tensor | None]:
 class _Part(NamedTuple):
     """Something to measure, that a time budget may leave out."""
 
+    field: str
+    """Of the `Evaluation` that it belongs to."""
     name: str
     run: Callable[[], Any]
     cost: int
@@ -226,16 +227,9 @@ class _Run:
     bar: "tqdm[Any]"
 
     def __init__(
-        self,
-        adapter: ModelAdapter,
-        decomposition: Decomposition,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        oracle: Oracle | None,
-        protocol: EvaluationConfig,
-        seconds: float | None,
-        measure: Measure = "kl",
-    ) -> None:
+        self, adapter: ModelAdapter, decomposition: Decomposition, tokens: Tensor, attention_mask: Tensor | None,
+        oracle: Oracle | None, protocol: EvaluationConfig, seconds: float | None, measure: Measure,
+    ) -> None:  # fmt: skip
         self.measure: Measure = measure
         self.adapter, self.dec, self.oracle = adapter, decomposition, oracle
         self.device = adapter.device
@@ -244,11 +238,15 @@ class _Run:
         self.protocol, self.seconds, self.begun = protocol, seconds, time.perf_counter()
         self.left_out: list[str] = []
         self.kept: list[LossStep] | None = None
-        generator = torch.Generator(device=self.device).manual_seed(protocol.seed)
+        generator = self.generator(0)
         self.dealt = {
             name: torch.randperm(c.n_components, generator=generator, device=self.device)
             for name, c in decomposition.items()
         }
+
+    def generator(self, number: int) -> torch.Generator:
+        """Random numbers of one draw."""
+        return torch.Generator(device=self.device).manual_seed(self.protocol.seed + number)
 
     # --- the data ---------------------------------------------------------------------------------------------------
     def batches(self) -> Iterator[LossStep]:
@@ -303,21 +301,18 @@ class _Run:
         return False
 
     # --- the parts --------------------------------------------------------------------------------------------------
-    def all(self, groups: Sequence[list[_Part]]) -> Evaluation:
+    def all(self, parts: Sequence[_Part]) -> Evaluation:
         """Every part that there is time for; figures stand in the order of the parts, whichever ran first."""
-        sparsity, masks, ladder, specific, by_site, controls = groups
-        parts = [part for group in groups for part in group]
         model, zero = self.sums(None), self.sums(MaskKind("zero"))
         if self.measure == "kl":
             self.ends = (model.ce / max(1, model.predicted), zero.ce / max(1, zero.predicted))
-        done: dict[str, Any] = {}
-        for part in sorted(parts, key=lambda part: not part.first):
-            if self.has_time(part.name, part.cost):
-                done[part.name] = part.run()
-
-        def of(group: Sequence[_Part]) -> list[Any]:
-            return [done[part.name] for part in group if part.name in done]
-
+        done: dict[int, Any] = {}
+        for i in sorted(range(len(parts)), key=lambda i: not parts[i].first):
+            if self.has_time(parts[i].name, parts[i].cost):
+                done[i] = parts[i].run()
+        found: dict[str, list[Any]] = {"masks": [], "adversary": []}
+        for i, figures in sorted(done.items()):
+            found.setdefault(parts[i].field, []).append(figures)
         return Evaluation(
             protocol={
                 **dataclasses.asdict(self.protocol),
@@ -327,64 +322,54 @@ class _Run:
             },
             rows=len(self.tokens),
             positions=model.positions,
-            ce={} if self.ends is None else {"model": self.ends[0], "zero": self.ends[1]},
-            masks=of(masks) + of(by_site),
-            adversary=of(ladder),
-            sites=next(iter(of(sparsity)), []),
-            specificity=next(iter(of(specific)), {}),
-            controls=dict(zip(["untrained"], of(controls))),
+            ce={} if self.ends is None else dict(zip(("model", "zero"), self.ends)),
+            masks=found["masks"],
+            adversary=found["adversary"],
+            sites=found.get("sites", [[]])[0],
+            specificity=found.get("specificity", [{}])[0],
+            controls=dict(zip(["untrained"], found.get("controls", []))),
             run=dict(self.dec.info),
             seconds=time.perf_counter() - self.begun,
             left_out=self.left_out,
         )
 
-    def parts(self, untrained: Decomposition | None) -> Sequence[list[_Part]]:
-        """What there is to measure: sparsity, masks, adversary, specificity, masks by site, controls."""
+    def parts(self, untrained: Decomposition | None) -> list[_Part]:
+        """What there is to measure."""
         P, n = self.protocol, self.n_batches
+        head = headline_steps(P.ladder) if P.ladder else None
 
-        def row(name: str, kind: MaskKind, site: str | None = None) -> _Part:
+        def row(kind: MaskKind, site: str | None = None) -> _Part:
             first = site is None and (kind == ROUNDED or kind.kind == "permuted")
-            return _Part(name, functools.partial(self.row, kind, site), n * self.draws(kind), first)
+            name = f"{kind.name}, delta {kind.delta}" if site is None else f"{site}, {kind.name}"
+            return _Part("masks", name, functools.partial(self.row, kind, site), n * self.draws(kind), first)
 
         def climbs(steps: int) -> int:
             return P.restarts * (n * (steps + 1) + 1)  # each begins with a look at the first batch
 
-        by_site = [row(f"{name}, {kind.name}", kind, name) for name in self.dec for kind in SITE_KINDS if P.by_site]
+        found = [_Part("sites", "sparsity", self.sparsity, n, True), *map(row, KINDS)]
+        for s in P.ladder:
+            run = functools.partial(self.climbs, s)
+            found.append(_Part("adversary", f"adversary of {s} steps", run, climbs(s), s == head))
         ablated = min(P.ablated, sum(c.n_components for c in self.dec.values()))
-        specific = [_Part("specificity", self.specificity, ablated)] if ablated else []
-        controls = []
+        if ablated:
+            found.append(_Part("specificity", "specificity", self.specificity, ablated))
+        found += [row(kind, name) for name in self.dec for kind in SITE_KINDS if P.by_site]
         if untrained is not None:
-            cost = 2 * n + (climbs(headline_steps(P.ladder)) if P.ladder else 0)
-            controls.append(_Part("untrained control", functools.partial(self.control, untrained), cost, True))
-        return (
-            [_Part("sparsity", self.sparsity, n, True)],
-            [row(f"{kind.name}, delta {kind.delta}", kind) for kind in KINDS],
-            [
-                _Part(
-                    f"adversary of {s} steps",
-                    functools.partial(self.climbs, s),
-                    climbs(s),
-                    s == headline_steps(P.ladder),
-                )
-                for s in P.ladder
-            ],
-            specific,
-            by_site,
-            controls,
-        )
+            cost = 2 * n + (0 if head is None else climbs(head))
+            found.append(_Part("controls", "untrained control", functools.partial(self.control, untrained), cost, True))
+        return found
 
     def sums(self, kind: MaskKind | None, site: str | None = None, sample: int = 0) -> Sums:
         """Totals of the model under a kind of mask (None: of the model itself), at all sites or one."""
-        generator = torch.Generator(device=self.device).manual_seed(self.protocol.seed + sample)
-        total = Sums()
+        generator, total = self.generator(sample), Sums()
         for step, _ in self.weighted():
             target = target_of(step)
             if kind is None:
-                total = total.plus(target.sums(target[0]))
-                continue
-            masks = masks_of(step, kind, generator, self.dealt)
-            logits = step.run_masked(masks if site is None else {site: masks[site]})
-            total = total.plus(target.sums(step.divergence.rows(logits)))
+                output = target[0]
+            else:
+                masks = masks_of(step, kind, generator, self.dealt)
+                output = step.divergence.rows(step.run_masked(masks if site is None else {site: masks[site]}))
+            total = total.plus(target.sums(output))
         return total
 
     def draws(self, kind: MaskKind) -> int:
@@ -418,7 +403,7 @@ class _Run:
         positions, over, active, mean = 0, {}, {}, {}
         for step, _ in self.weighted():
             for i, (name, importance) in enumerate(step.importances.items()):
-                g = step.at_scored(importance.lower)
+                g = _by_position(step, importance.lower)
                 positions += 0 if i else len(g)
                 for sums, values in ((over, g > 0.0), (active, g > ACTIVE), (mean, g)):
                     sums[name] = sums.get(name, 0.0) + values.double().sum(0)
@@ -453,8 +438,7 @@ class _Run:
             if restart and not self.has_time(rest, (restarts - restart) * cost):
                 break
             self.bar.set_postfix_str(f"adversary of {steps} steps, restart {restart + 1}")
-            generator = torch.Generator(device=self.device).manual_seed(self.protocol.seed + 7919 * restart)
-            found.append(climb(self.weighted, steps, generator))
+            found.append(climb(self.weighted, steps, self.generator(7919 * restart)))
         worst = [c.worst for c in found]
         return {
             "steps": steps,
@@ -511,9 +495,18 @@ class _Run:
         return found
 
 
-def _by_output(step: LossStep, g: Float[Tensor, "batch pos C"]) -> Float[Tensor, "n C"]:
+def _by_position(step: LossStep, g: Float[Tensor, "batch *pos C"], width: int | None = None) -> Float[Tensor, "n C"]:
+    """Importances at the positions that count; a site that is called once for a row, such as a pooler, stands at each."""
+    rows = max((i.lower.shape[:-1] for i in step.importances.values()), key=len) if width is None else (len(g), width)
+    rows = rows if step.scored is None else step.scored.shape
+    return step.at_scored(g.unsqueeze(1).expand(*rows, -1) if g.ndim - 1 < len(rows) else g)
+
+
+def _by_output(step: LossStep, g: Float[Tensor, "batch *pos C"]) -> Float[Tensor, "n C"]:
     """Importances where an output is scored; the largest of a row where each row has one output."""
-    if step.divergence.by_row and g.ndim == 3:
+    if not step.divergence.by_row:
+        return _by_position(step, g, len(step.divergence.target) // len(g))
+    if g.ndim > 2:
         whole = g if step.scored is None else g.masked_fill(~step.scored.unsqueeze(-1), 0.0)
-        return step.divergence.rows(whole.amax(1))
-    return step.at_scored(g)
+        g = whole.flatten(1, -2).amax(1)
+    return step.divergence.rows(g)

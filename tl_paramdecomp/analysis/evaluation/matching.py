@@ -1,4 +1,4 @@
-"""Whether two decompositions have the same components: cosines between the best matches, and components that split.
+"""Whether two decompositions have the same components: cosines between the best matches, components that split, nearest ones.
 
 Component c of a matrix is the rank-one matrix V_c U_c; its cosine with another is cos(V_c, V_d) cos(U_c, U_d). The mean over
 components of the largest one is MMCS ("Stochastic Parameter Decomposition", and "Interpreting Language Model Parameters",
@@ -6,16 +6,23 @@ components of the largest one is MMCS ("Stochastic Parameter Decomposition", and
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_paramdecomp.analysis.activations import at_real
+from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.errors import NoMatchingSiteError
+from tl_paramdecomp.components.indices import ComponentsLike, component_indices
+from tl_paramdecomp.errors import NoMatchingSiteError, SettingError, ShapeError
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import check_rows
+from tl_paramdecomp.sites import check_rows, resolve_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Which = Mapping[str, Bool[Tensor, "_"]]
 """Components that take part, by site: [C], each site its own C."""
@@ -58,8 +65,7 @@ def active_components(
         with torch.no_grad():
             inputs = adapter.capture(tokens[rows], list(decomposition), mask).inputs
             for name, importance in decomposition.importances(inputs, mask).items():
-                g = importance.lower.flatten(0, -2) if mask is None else importance.lower[mask.bool()]
-                active = (g > threshold).any(0)
+                active = (at_real(importance.lower, mask) > threshold).any(0)
                 found[name] = found[name] | active if name in found else active
     return found
 
@@ -119,3 +125,78 @@ def _sites(a: Decomposition, b: Decomposition, of_a: Which | None, of_b: Which |
         every = [d[name].V.new_ones(d[name].n_components, dtype=torch.bool) for d in (a, b)]
         chosen = [e if which is None else which[name] for e, which in zip(every, (of_a, of_b), strict=True)]
         yield rank_one_cosines(a, b, name, *chosen)
+
+
+@dataclass(frozen=True)
+class NearestComponents(Record):
+    """For components of one decomposition, those of another that resemble them most, most alike first."""
+
+    what: ClassVar[str] = "nearest components"
+
+    site: str
+    components: list[int]
+    nearest: list[list[int]]
+    """For each component, indices in the other decomposition."""
+    cosines: list[list[float]]
+    """Cosines of the rank-one matrices, with sign."""
+    read: list[list[float]]
+    """Cosines of V, with sign; `cosines` are these times those of U."""
+
+    def check(self) -> None:
+        """One row for each component, of as many entries in each table."""
+        shapes = [[len(row) for row in of] for of in (self.nearest, self.cosines, self.read)]
+        if any(shape != shapes[0] or len(shape) != len(self.components) for shape in shapes):
+            raise ValueError(f"tables of {', '.join(str(len(shape)) for shape in shapes)} rows do not fit each other")
+
+    def tables(self) -> "list[Table]":
+        """A row for each pair."""
+        rows = [
+            [str(c), str(other), *(f"{v:+.3f}" for v in (cosine, read, cosine / read if read else 0.0))]
+            for c, *of in zip(self.components, self.nearest, self.cosines, self.read)
+            for other, cosine, read in zip(*of)
+        ]
+        title = f"Nearest components at {self.site}"
+        return [plain_table(title, "component", "nearest", "cosine", "cosine of V", "cosine of U", rows=rows)]
+
+    def footnotes(self) -> list[str]:
+        """What a cosine says."""
+        return ["A cosine says little by itself: compare it with that of the nearest component of an untrained start."]
+
+
+def nearest_components(
+    dec_a: Decomposition, dec_b: Decomposition, site: str, components: ComponentsLike | None = None, n: int = 1
+) -> NearestComponents:
+    """For components of one decomposition, the nearest of another by absolute cosine of the rank-one matrices.
+
+    The cosine of V_c U_c and V_d U_d is cos(V_c, V_d) cos(U_c, U_d); at a negative one the two do the opposite. A component
+    without norm has cosine 0 with all.
+
+    Args:
+        dec_a: Whose components are looked at.
+        dec_b: Where they are looked for.
+        site: Name or alias.
+        components: Which of `dec_a`'s; None: all.
+        n: How many of `dec_b`'s for each.
+
+    Raises:
+        NoMatchingSiteError: One of the two has no such site.
+        ShapeError: The site has another shape in the other decomposition.
+        ComponentIndexError: There is no such component.
+        SettingError: n is not between 1 and the other's number of components.
+    """
+    site = resolve_name(dec_a.sites, site)
+    a, b = dec_a[site], dec_b[resolve_name(dec_b.sites, site)]
+    if (a.site.d_in, a.site.d_out) != (b.site.d_in, b.site.d_out):
+        raise ShapeError(
+            f"{site} is [{a.site.d_in}, {a.site.d_out}] in one decomposition and [{b.site.d_in}, {b.site.d_out}] in the other; "
+            "compare decompositions of the same model."
+        )
+    if not 1 <= n <= b.n_components:
+        raise SettingError(f"n lies between 1 and the other's {b.n_components} components; given {n}.")
+    chosen = component_indices(slice(None) if components is None else components, a.n_components, site)
+    every = [torch.ones(own.n_components, dtype=torch.bool, device=own.V.device) for own in (a, b)]
+    V, U = (cosines[chosen] for cosines in rank_one_cosines(dec_a, dec_b, site, *every))
+    nearest = (V * U).abs().sort(dim=1, descending=True, stable=True).indices[:, :n]
+    return NearestComponents(
+        site, chosen, nearest.tolist(), (V * U).gather(1, nearest).tolist(), V.gather(1, nearest).tolist()
+    )

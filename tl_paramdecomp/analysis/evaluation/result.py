@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from tl_paramdecomp.analysis.records import Record, Row, old_frame, plain_table
+from tl_paramdecomp.analysis.records import Record, Row, form, old_frame, plain_table, shown
 
 if TYPE_CHECKING:
     import pandas
@@ -13,93 +13,25 @@ if TYPE_CHECKING:
 PARTIAL, NOT_REACHED = " (partial: time ran out)", "not reached"
 
 
-class Ends(TypedDict):
-    """Cross-entropy of the model, and with all removed."""
-
-    model: float
-    zero: float
-
-
-class MaskRow(TypedDict):
-    """Figures under one kind of mask."""
-
-    site: str
-    masks: str
-    delta: str
-    kl: float
-    kl_sd: float | None
-    ce_difference: float
-    ce_recovered: float | None
-    top1: float
-
-
-class AdversaryRow(TypedDict):
-    """Figures after so many steps."""
-
-    steps: int
-    restarts: int
-    kl: float
-    kl_worst: float
-    kl_all: list[float]
-    start: float
-
-
-class NoEnds(TypedDict):
-    """Outputs that are no logits have no cross-entropy."""
-
-
-class SquareRow(TypedDict):
-    """Figures of outputs that are no logits, under one kind of mask."""
-
-    site: str
-    masks: str
-    delta: str
-    mse: float
-    mse_sd: float | None
-
-
-class SquareAdversaryRow(TypedDict):
-    """The same after so many steps."""
-
-    steps: int
-    restarts: int
-    mse: float
-    mse_worst: float
-    mse_all: list[float]
-    start: float
-
-
-class SiteRow(TypedDict):
-    """Figures of one matrix."""
-
-    site: str
-    components: int
-    rank: int
-    relative_error: float
-    l0: float
-    l0_above_0: float
-    active_parameters: float
-    alive: int
-    active_anywhere: int
-    densities: list[int]
-
-
-class SpecificityRow(TypedDict):
-    """How well importances tell effects."""
-
-    auroc: float | None
-    spearman: float | None
-    important: float | None
-    unimportant: float | None
-    pairs: int
-
-
-class ControlRow(TypedDict, total=False):
-    """Another decomposition's headline."""
-
-    l0: float
-    rounded: float
-    adversarial: float
+ENDS = form(model=float, zero=float) | form()
+"""Outputs that are no logits have no cross-entropy."""
+AT = {"site": str, "masks": str, "delta": str}
+MASKS = (
+    list[form(**AT, kl=float, kl_sd=float | None, ce_difference=float, ce_recovered=float | None, top1=float)]
+    | list[form(**AT, mse=float, mse_sd=float | None)]
+)
+CLIMBS = (
+    list[form(steps=int, restarts=int, start=float, kl=float, kl_worst=float, kl_all=list[float])]
+    | list[form(steps=int, restarts=int, start=float, mse=float, mse_worst=float, mse_all=list[float])]
+)
+SITES = list[form(
+    site=str, components=int, rank=int, relative_error=float, l0=float, l0_above_0=float, active_parameters=float,
+    alive=int, active_anywhere=int, densities=list[int],
+)]  # fmt: skip
+SPECIFIC = dict[
+    str, form(auroc=float | None, spearman=float | None, important=float | None, unimportant=float | None, pairs=int)
+]
+CONTROLS = dict[str, form(False, l0=float, rounded=float, adversarial=float)]
 
 
 @dataclass(frozen=True)
@@ -116,20 +48,20 @@ class Evaluation(Record):
     rows: int
     positions: int
     """Scored ones."""
-    ce: Annotated[dict[str, float], Ends | NoEnds]
+    ce: Annotated[dict[str, float], ENDS]
     """Cross-entropy of the model itself, and with all components and the delta component removed."""
-    masks: Annotated[list[Row], list[MaskRow] | list[SquareRow]]
+    masks: Annotated[list[Row], MASKS]
     """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference (masked minus
     model), the share of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is
     the model's."""
-    adversary: Annotated[list[Row], list[AdversaryRow] | list[SquareAdversaryRow]]
+    adversary: Annotated[list[Row], CLIMBS]
     """By steps: median and largest KL over restarts, and where they began."""
-    sites: Annotated[list[Row], list[SiteRow]]
+    sites: Annotated[list[Row], SITES]
     """By matrix: relative weight error, L0 above 0.1 and above 0, active parameters, alive components, how often they are
     active."""
-    specificity: Annotated[dict[str, Row], dict[str, SpecificityRow]]
+    specificity: Annotated[dict[str, Row], SPECIFIC]
     """Importance against the measured effect of ablating, and the same of importances dealt out anew."""
-    controls: Annotated[dict[str, Row], dict[str, ControlRow]]
+    controls: Annotated[dict[str, Row], CONTROLS]
     """Headline of other decompositions of the model."""
     run: Row
     """Where the decomposition came from."""
@@ -210,10 +142,6 @@ def headline_steps(ladder: Sequence[int]) -> int:
     return 20 if 20 in ladder else max(ladder)
 
 
-def _shown(value: float | None, places: int = 4) -> str:
-    return "" if value is None else f"{value:.{places}f}"
-
-
 def distance_name(measure: str) -> str:
     """In the heads of tables."""
     return "KL" if measure == "kl" else "mean square"
@@ -221,52 +149,44 @@ def distance_name(measure: str) -> str:
 
 def _headline(found: Evaluation) -> "Table":
     what = distance_name(found.measure)
-    columns = ("L0", f"rounded {what}", f"adversarial {what}")
     title = f"Headline{PARTIAL if found.left_out else ''}: {found.positions} tokens of {found.rows} held-out rows"
-    table = plain_table(title, "decomposition", *columns)
+    table = plain_table(title, "decomposition", "L0", f"rounded {what}", f"adversarial {what}")
     climbs, restarts = found._headline_climbs(), found.protocol.get("restarts", 1)
     wanted = ["l0", "rounded", *(["adversarial"] if found.protocol.get("ladder") else [])] if found.left_out else []
     for name, values in {"this one": found.headline, **found.controls}.items():
-        cells = {key: _shown(values.get(key), 1 if key == "l0" else 4) for key in ("l0", "rounded", "adversarial")}
+        cells = {key: shown(values.get(key), 1 if key == "l0" else 4) for key in ("l0", "rounded", "adversarial")}
         if name == "this one" and climbs and climbs["restarts"] < restarts:
             cells["adversarial"] += f" ({climbs['restarts']} of {restarts} restarts)"
         table.add_row(name, *(cell or (NOT_REACHED if key in wanted else "") for key, cell in cells.items()))
     permuted = [row[found.measure] for row in found.masks if row["masks"].startswith("permuted")]
     if permuted:
-        table.add_row("the same, importances dealt anew", _shown(found.headline.get("l0"), 1), _shown(permuted[0]), "")
+        table.add_row("the same, importances dealt anew", shown(found.headline.get("l0"), 1), shown(permuted[0]), "")
     return table
 
 
 def _masks(found: Evaluation) -> "Table":
-    what, key = distance_name(found.measure), found.measure
-    if not found.ce:
-        table = plain_table("Masks", "masks", "delta", what, "± draws")
-        for row in (r for r in found.masks if r["site"] == "all"):
-            table.add_row(row["masks"], row["delta"], _shown(row[key]), _shown(row[f"{key}_sd"]))
-        return table
-    title = f"Masks (cross-entropy: model {found.ce['model']:.3f}, all removed {found.ce['zero']:.3f})"
-    table = plain_table(title, "masks", "delta", what, "± draws", "CE difference", "CE recovered", "same top token")
+    key, title, columns = found.measure, "Masks", ("masks", "delta", distance_name(found.measure), "± draws")
+    if found.ce:
+        title += f" (cross-entropy: model {found.ce['model']:.3f}, all removed {found.ce['zero']:.3f})"
+        columns = (*columns, "CE difference", "CE recovered", "same top token")
+    table = plain_table(title, *columns)
     for row in (r for r in found.masks if r["site"] == "all"):
-        share = "" if row["ce_recovered"] is None else f"{row['ce_recovered']:.1%}"
-        figures = (
-            _shown(row[key]),
-            _shown(row[f"{key}_sd"]),
-            f"{row['ce_difference']:+.4f}",
-            share,
-            f"{row['top1']:.1%}",
-        )
+        figures = [shown(row[key]), shown(row[f"{key}_sd"])]
+        if found.ce:
+            share = "" if row["ce_recovered"] is None else f"{row['ce_recovered']:.1%}"
+            figures += [f"{row['ce_difference']:+.4f}", share, f"{row['top1']:.1%}"]
         table.add_row(row["masks"], row["delta"], *figures)
     return table
 
 
 def _adversary(found: Evaluation) -> "Table":
     restarts = max((row["restarts"] for row in found.adversary), default=0)
-    title = f"Adversary: one for all rows, {restarts} restarts"
     what, key = distance_name(found.measure), found.measure
-    table = plain_table(title, "steps", f"{what}, median", f"{what}, worst", "random start")
-    for row in found.adversary:
-        table.add_row(str(row["steps"]), *(_shown(row[name]) for name in (key, f"{key}_worst", "start")))
-    return table
+    return plain_table(
+        f"Adversary: one for all rows, {restarts} restarts",
+        *("steps", f"{what}, median", f"{what}, worst", "random start"),
+        rows=[[str(r["steps"]), *(shown(r[name]) for name in (key, f"{key}_worst", "start"))] for r in found.adversary],
+    )
 
 
 def _specificity(found: Evaluation) -> "Table":
@@ -274,28 +194,33 @@ def _specificity(found: Evaluation) -> "Table":
     columns = ("AUROC", "Spearman", f"{what} where g > 0.5", f"{what} where g < 0.01")
     table = plain_table("Does importance predict what ablating one component does?", "importances", *columns)
     for what, row in found.specificity.items():
-        figures = (
-            _shown(row["auroc"], 3),
-            _shown(row["spearman"], 3),
-            _shown(row["important"]),
-            _shown(row["unimportant"]),
-        )
+        figures = [shown(row[key], 3) for key in ("auroc", "spearman")]
+        figures += [shown(row[key]) for key in ("important", "unimportant")]
         table.add_row("as they are" if what == "importance" else "dealt anew", *figures)
     return table
 
 
 def _sites(found: Evaluation) -> "Table":
-    columns = ("rel. error", "L0", "rank", "active params", "alive", "of")
-    columns = (*columns, f"rounded {distance_name(found.measure)}, alone")
+    columns = (
+        "rel. error",
+        "L0",
+        "rank",
+        "active params",
+        "alive",
+        "of",
+        f"rounded {distance_name(found.measure)}, alone",
+    )
     table = plain_table("Matrices", "site", *columns)
     alone = {row["site"]: row[found.measure] for row in found.masks if row["masks"] == "rounded 0.1"}
+
+    def add(name: str, error: str, row: Row, last: str) -> None:
+        sizes = (str(row["rank"]), f"{row['active_parameters']:.0f}", str(row["alive"]), str(row["components"]))
+        table.add_row(name, error, f"{row['l0']:.1f}", *sizes, last)
+
     for row in found.sites:
-        counts = f"{row['l0']:.1f}", str(row["rank"]), f"{row['active_parameters']:.0f}", str(row["alive"])
-        error = f"{row['relative_error']:.1e}"
-        table.add_row(row["site"], error, *counts, str(row["components"]), _shown(alone.get(row["site"])))
+        add(row["site"], f"{row['relative_error']:.1e}", row, shown(alone.get(row["site"])))
     if found.sites:
-        sums = {key: sum(row[key] for row in found.sites) for key in ("l0", "rank", "active_parameters", "alive")}
-        totals = f"{sums['l0']:.1f}", str(sums["rank"]), f"{sums['active_parameters']:.0f}", str(sums["alive"])
+        sums = ("l0", "rank", "active_parameters", "alive", "components")
         table.add_section()
-        table.add_row("all", "", *totals, str(sum(row["components"] for row in found.sites)), "")
+        add("all", "", {key: sum(row[key] for row in found.sites) for key in sums}, "")
     return table

@@ -46,9 +46,8 @@ def climb(batches: Steps, steps: int, generator: torch.Generator, step_size: flo
     for i in range(steps + 1):
         kl, gradients = _value_and_gradient(batches, sources, wanted=i < steps)
         values.append(kl)
-        sources = {
-            name: (s + size * gradients[name].sign()).clamp_(0.0, 1.0) for name, s in sources.items() if gradients
-        }
+        if gradients:
+            sources = {name: (s + size * gradients[name].sign()).clamp_(0.0, 1.0) for name, s in sources.items()}
     return Climb(values[0], max(values))
 
 
@@ -60,7 +59,7 @@ def _value_and_gradient(batches: Steps, sources: dict[str, Tensor], wanted: bool
     for step, positions in batches():
         with torch.set_grad_enabled(wanted):
             kl = step.divergence.of(step.run_masked(source_masks(step, leaves, detached=True))) * positions
-        if wanted:
+        if wanted and kl.requires_grad:  # nothing that is compared may come after the sites
             found = torch.autograd.grad(kl, list(leaves.values()), allow_unused=True, materialize_grads=True)
             for name, gradient in zip(leaves, found, strict=True):
                 gradients[name] = gradients[name] + gradient if name in gradients else gradient
