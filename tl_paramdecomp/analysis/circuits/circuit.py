@@ -116,13 +116,12 @@ class Circuit(Record):
 
     def tables(self) -> "list[Table]":
         """Sizes and values."""
+        found = {"nothing (the model)": (self.model, 1.0)}
+        found |= {kind: (value, self.faithfulness[kind]) for kind, value in self.metrics.items()}
+        found |= {"everything ablated": (self.none, 0.0)}
+        rows = [[kind, *(f"{value:.3f}" for value in values)] for kind, values in found.items()]
         title = f"{self.task}: circuit of {self.granularity}, {self.method}"
-        table = plain_table(title, "outside of the circuit", self.metric, "faithfulness")
-        table.add_row("nothing (the model)", f"{self.model:.3f}", "1.000")
-        for kind, value in self.metrics.items():
-            table.add_row(kind, f"{value:.3f}", f"{self.faithfulness[kind]:.3f}")
-        table.add_row("everything ablated", f"{self.none:.3f}", "0.000")
-        return [table]
+        return [plain_table(title, "outside of the circuit", self.metric, "faithfulness", rows=rows)]
 
     def footnotes(self) -> list[str]:
         """Sizes and the other measures in words."""
@@ -251,14 +250,9 @@ def evaluate_circuit(
 
 
 def _runs(
-    model: Any,
-    decomposition: Decomposition,
-    task: Task,
-    metric: TaskMetric | None,
-    units: Units | None,
-    value: Value,
+    model: Any, decomposition: Decomposition, task: Task, metric: TaskMetric | None, units: Units | None, value: Value,
     delta: float,
-) -> TaskRuns:
+) -> TaskRuns:  # fmt: skip
     adapter = checked_adapter(model, decomposition)
     need_answers(adapter, task)
     task = task.to(adapter.device)
@@ -302,23 +296,27 @@ def _measured(
         def f(metric: float) -> float:
             return normalised_faithfulness(metric, full, none)
 
+        sign = 1.0 if full > none else -1.0
         metrics = {
             "ablated": runs.mean(inside),
             "stochastic": stochastic_value(runs, inside, generator),
             "random": random_value(runs, inside, generator),
-            f"adversarial, {STEPS} steps": adversarial_value(
-                runs, inside, generator, STEPS, 1.0 if full > none else -1.0
-            ),
+            f"adversarial, {STEPS} steps": adversarial_value(runs, inside, generator, STEPS, sign),
         }
-        shuffles = [torch.randperm(n, generator=generator, device=inside.device) for _ in range(RANDOM)]
-        halves = [chosen[torch.randperm(len(chosen), generator=generator, device=inside.device)] for _ in range(4)]
-        apart = []
+
+        def shuffled(units: Tensor) -> Tensor:
+            return units[torch.randperm(len(units), generator=generator, device=inside.device)]
+
+        shuffles = [shuffled(torch.arange(n, device=inside.device)) for _ in range(RANDOM)]
+        halves, apart = [shuffled(chosen) for _ in range(4)], []
         for half in halves:
             removed = members(half[: max(1, len(half) // 2)], n)
             apart.append(abs(f(runs.mean(inside - removed)) - f(runs.mean(1.0 - removed))))
         single = halves[0][:SINGLE]
         drops = [f(metrics["ablated"]) - f(runs.mean(inside - members(unit[None], n))) for unit in single]
-        curve = [] if order is None else _curve(runs, order, f)
+        curve = []
+        for k in [max(1, round(share * n)) for share in MIB_SIZES] if order is not None else ():
+            curve.append([k / n, f(runs.mean(members(order[:k], n)))])
         return Circuit(
             task=runs.task.name, metric=getattr(runs.metric, "name", type(runs.metric).__name__),
             granularity=runs.units.granularity, method=method, direction="noising", value=value, delta=runs.delta,
@@ -332,15 +330,6 @@ def _measured(
             groups=_by_group(runs, inside), curve=curve, cpr=_area(curve, lambda y: y),
             cmd=_area(curve, lambda y: abs(1.0 - y)), seed=seed,
         )  # fmt: skip
-
-
-def _curve(runs: TaskRuns, order: Int[Tensor, " n"], f: Callable[[float], float]) -> list[list[float]]:
-    """f of the first units of an order, at MIB's sizes."""
-    n, found = len(order), []
-    for share in MIB_SIZES:
-        k = max(1, round(share * n))
-        found.append([k / n, f(runs.mean(members(order[:k], n)))])
-    return found
 
 
 def _area(curve: Sequence[Sequence[float]], of: Callable[[float], float]) -> float | None:

@@ -157,38 +157,29 @@ class Attribution(Record):
                     raise ValueError(f"{name} of {site} are {list(array.shape)}, with {rows} rows and {places} places")
 
     def tables(self) -> "list[Table]":
+        rows = []
+        for e in self.top(SHOWN, delta=True):
+            component = "delta" if e.component is None else str(e.component)
+            rows.append((e.site, component, "all" if e.position is None else str(e.position), f"{e.value:+.4g}"))
         title, effect = f"Attribution by {self.method} to {self.metric}", f"effect\n{WITH_WITHOUT}"
-        table = plain_table(title, "site", "component", "position", effect)
-        for effect in self.top(SHOWN, delta=True):
-            component = "delta" if effect.component is None else str(effect.component)
-            position = "all" if effect.position is None else str(effect.position)
-            table.add_row(effect.site, component, position, f"{effect.value:+.4g}")
+        table = plain_table(title, "site", "component", "position", effect, rows=rows)
         sums = plain_table(
             "Sums over components and positions, mean over rows", "site", "components", "delta", "largest"
         )
         for site, values in self.values.items():
-            mean = values.mean(0)
-            sums.add_row(
-                site, f"{mean.sum():+.4g}", f"{self.delta[site].mean(0).sum():+.4g}", f"{mean.abs().max():.4g}"
-            )
+            mean, rest = values.mean(0), self.delta[site].mean(0)
+            sums.add_row(site, f"{mean.sum():+.4g}", f"{rest.sum():+.4g}", f"{mean.abs().max():.4g}")
         return [table, sums]
 
     def footnotes(self) -> list[str]:
-        mean = sum(self.clean) / len(self.clean)
-        lines = [
-            f"{IN_WORDS[self.direction]}; one value per {self.granularity}; {len(self.clean)} row"
-            f"{'' if len(self.clean) == 1 else 's'}, clean {mean:.4g}"
-        ]
+        rows = f"{len(self.clean)} row{'' if len(self.clean) == 1 else 's'}"
+        clean = f"clean {sum(self.clean) / len(self.clean):.4g}"
+        lines = [f"{IN_WORDS[self.direction]}; one value per {self.granularity}; {rows}, {clean}"]
         if self.corrupt is not None:
             lines[0] += f", corrupt {sum(self.corrupt) / len(self.corrupt):.4g}"
         if self.steps is not None:
             lines.append(f"Gauss-Legendre rule of {self.steps} nodes along a path of {self.path}.")
-        held = [
-            word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on
-        ]
-        if held:
-            lines.append(f"Held in gradients: {', '.join(held)}.")
-        return lines
+        return lines + ([f"Held in gradients: {', '.join(held(self))}."] if held(self) else [])
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "Attribution":
@@ -203,3 +194,9 @@ class Attribution(Record):
 
 def _as_tensor(kept: Any) -> Tensor:
     return kept if isinstance(kept, Tensor) else torch.tensor(kept["values"], dtype=getattr(torch, str(kept["dtype"])))
+
+
+def held(found: Any) -> list[str]:
+    """What was frozen while gradients were taken, in words."""
+    words = {"norm denominators": found.frozen_norms, "patterns": found.frozen_patterns}
+    return [word for word, on in words.items() if on]

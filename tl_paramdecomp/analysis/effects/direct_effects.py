@@ -16,9 +16,8 @@ bias, an embedding) minus a without it, the others held: exactly so in that case
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -58,9 +57,14 @@ class IncomingEdges:
     @property
     def total(self) -> Float[Tensor, " batch"]:
         """Sum of all edges."""
-        parts = [v.sum((1, 2)) for v in self.values.values()] + list(self.bias.values())
-        parts += [v.sum(1) for part in (self.delta, self.embeddings) for v in part.values()]
+        kinds = (self.values, self.bias, self.delta, self.embeddings)
+        parts = [part.reshape(len(part), -1).sum(1) for kind in kinds for part in kind.values()]
         return torch.stack([part.to(self.value.dtype) for part in parts]).sum(0)
+
+    def sums(self) -> dict[str, float]:
+        """Sums of all edges of each kind, over rows too."""
+        names = ("values", "delta", "bias", "embeddings")
+        return {name: float(sum(float(part.sum()) for part in getattr(self, name).values())) for name in names}
 
     @property
     def remainder(self) -> Float[Tensor, " batch"]:
@@ -150,8 +154,3 @@ class DirectPass:
             part = dotted(call.bias, gradient).flatten(1).sum(1)
             bias[f"norm {name}"] = bias[f"norm {name}"] + part if f"norm {name}" in bias else part
         return IncomingEdges(target, value.detach(), values, delta, bias, embeddings)
-
-
-def edge_values(edges: IncomingEdges, nodes: Sequence[Any]) -> Float[Tensor, "batch nodes"]:
-    """Edges from some components, each (site, component, position)."""
-    return torch.stack([edges.values[site][:, position, c] for site, c, position in nodes], -1)

@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.activations import component_acts
 from tl_paramdecomp.analysis.effects.attribution import attribute
-from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges, edge_values
+from tl_paramdecomp.analysis.effects.attributions import held
+from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges
 from tl_paramdecomp.analysis.effects.site_writes import Prompts, chosen_sites, prompts_of
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, Row, form, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -154,26 +155,21 @@ class Graph(Record):
         return sorted(self.edges, key=lambda e: -abs(e["value"]))[:n]
 
     def tables(self) -> "list[Table]":
-        shown = self.strongest()
         sign = f"|{WITH_WITHOUT}|" if self.kind == "dataset" else WITH_WITHOUT
         edges = plain_table(
-            f"Edges of a {self.kind}'s graph for {self.metric}", "source", "target", f"value\n{sign} source"
+            f"Edges of a {self.kind}'s graph for {self.metric}",
+            *("source", "target", f"value\n{sign} source"),
+            rows=[(self.label(e["source"]), self.label(e["target"]), f"{e['value']:+.4g}") for e in self.strongest()],
         )
-        for edge in shown:
-            edges.add_row(self.label(edge["source"]), self.label(edge["target"]), f"{edge['value']:+.4g}")
-        nodes = plain_table("Nodes of largest attribution", "node", "activation", "attribution")
-        for node in sorted(range(len(self.nodes)), key=lambda i: -abs(self.nodes[i]["attribution"]))[:SHOWN]:
-            found = self.nodes[node]
-            nodes.add_row(self.label(node), f"{found['activation']:+.4g}", f"{found['attribution']:+.4g}")
-        return [nodes, edges]
+        order = sorted(range(len(self.nodes)), key=lambda i: -abs(self.nodes[i]["attribution"]))[:SHOWN]
+        figures = ("activation", "attribution")
+        rows = [[self.label(i), *(f"{self.nodes[i][key]:+.4g}" for key in figures)] for i in order]
+        return [plain_table("Nodes of largest attribution", "node", *figures, rows=rows), edges]
 
     def footnotes(self) -> list[str]:
-        held = [
-            word for word, on in (("norm denominators", self.frozen_norms), ("patterns", self.frozen_patterns)) if on
-        ]
         return [
             f"{len(self.nodes)} nodes, {len(self.edges)} edges, {self.rows} row{'' if self.rows == 1 else 's'}; held: "
-            f"{', '.join(['all other decomposed sites', *held])}."
+            f"{', '.join(['all other decomposed sites', *held(self)])}."
         ]
 
 
@@ -197,11 +193,7 @@ def prompt_graph(
         tokens: One token row [1, pos], or a task of one prompt.
         metric: As in `attribute`.
         nodes: The nodes; or how many of largest absolute attribution (activation times gradient, all effects) are taken.
-        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
-            freely through the others.
-        frozen_norms: Hold the denominators of LayerNorm and RMSNorm for the edges.
-        frozen_patterns: Hold attention patterns for the edges.
-        attention_mask: 1 where a position counts.
+        sites, frozen_norms, frozen_patterns, attention_mask: As in `edges_into`.
 
     Raises:
         SettingError: More than one row, or fewer than one node.
@@ -222,42 +214,23 @@ def prompt_graph(
         _check_count(len(chosen))
     chosen = sorted(set(chosen), key=lambda n: (list(components).index(n[0]), n[2], n[1]))
     run = DirectPass.of(checked_adapter(model, decomposition), components, prompts, frozen_norms, frozen_patterns)
-    listed = [
-        _node_row(
-            node, float(run.acts[node[0]][0, node[2], node[1]]), float(found.values[node[0]][0, node[2], node[1]])
-        )
-        for node in chosen
-    ]
+    listed = [_node_row((s, c, p), run.acts[s][0, p, c], found.values[s][0, p, c]) for s, c, p in chosen]
     edges, explained = [], []
     targets: list[int | str] = [*range(len(chosen)), METRIC]
     for target in targets:
         incoming = run.into_metric() if isinstance(target, str) else run.into_component(*chosen[target])
-        values = edge_values(incoming, chosen)[0].tolist()
+        values = [float(incoming.values[site][0, p, c]) for site, c, p in chosen]
         edges += [{"source": i, "target": target, "value": value} for i, value in enumerate(values) if value != 0.0]
-        explained.append({"target": target, **_sums(incoming, sum(values))})
+        whole, nodes_sum = incoming.sums(), sum(values)
+        rest = {"nodes": nodes_sum, "other_components": whole.pop("values") - nodes_sum}
+        value, remainder = float(incoming.value), float(incoming.remainder)
+        explained.append({"target": target, "value": value, **rest, **whole, "remainder": remainder})
     return Graph(prompts.metric, "prompt", listed, edges, explained, frozen_norms, frozen_patterns, 1)
 
 
-def _node_row(node: tuple[str, int, int | None], activation: float, attribution: float) -> Row:
-    site, component, position = node
-    return {
-        "site": site, "component": component, "position": position, "activation": activation, "attribution": attribution,
-    }  # fmt: skip
-
-
-def _sums(incoming: IncomingEdges, from_nodes: float) -> Row:
-    def whole(parts: dict[str, Tensor]) -> float:
-        return float(sum(float(part.sum()) for part in parts.values()))
-
-    return {
-        "value": float(incoming.value),
-        "nodes": from_nodes,
-        "other_components": whole(incoming.values) - from_nodes,
-        "delta": whole(incoming.delta),
-        "bias": whole(incoming.bias),
-        "embeddings": whole(incoming.embeddings),
-        "remainder": float(incoming.remainder),
-    }
+def _node_row(node: tuple[str, int, int | None], activation: Any, attribution: Any) -> Row:
+    row = dict(zip(("site", "component", "position"), node))
+    return {**row, "activation": float(activation), "attribution": float(attribution)}
 
 
 def _check_count(nodes: int) -> None:
@@ -291,12 +264,8 @@ def dataset_graph(
         tokens: Token rows [n, pos], or a task.
         metric: As in `attribute`; one that remembers something of each row is only for `batch_size` of all rows.
         nodes: (site, component) pairs; or how many are taken by the mean over rows of the summed absolute attributions.
-        sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
-            freely through the others.
         batch_size: Rows of one forward pass.
-        frozen_norms: Hold the denominators of LayerNorm and RMSNorm for the edges.
-        frozen_patterns: Hold attention patterns for the edges.
-        attention_mask: 1 where a position counts.
+        sites, frozen_norms, frozen_patterns, attention_mask: As in `edges_into`.
         progress: Show a progress bar.
 
     Raises:
@@ -307,74 +276,41 @@ def dataset_graph(
         raise SettingError(f"batch_size is at least 1; given {batch_size}.")
     whole = prompts_of(tokens, metric, None, attention_mask)
     need_answers(adapt(model), tokens, metric)
-    batches = list(_batches(tokens, whole, metric, batch_size))
-    components = _components(decomposition, sites)
-    strengths, activations = _mean_strengths(model, decomposition, components, batches)
+    batches = [whole.select(rows) for rows in torch.arange(len(whole.clean)).split(batch_size)]
+    components, adapter = _components(decomposition, sites), checked_adapter(model, decomposition)
+    strengths, activations = _summed_strengths(model, decomposition, components, batches)
     chosen = _chosen(components, strengths, nodes)
-    freezing = (frozen_norms, frozen_patterns)
-    adapter = checked_adapter(model, decomposition)
-    sums, into_metric, counted = _summed_edges(adapter, components, batches, chosen, freezing, progress)
-    n = len(chosen)
-    rows = len(whole.clean)
-    listed = [
-        _node_row((s, c, None), float(activations[s][c]) / counted, float(strengths[s][c]) / rows) for s, c in chosen
-    ]
-    between = (sums / counted).tolist()
-    edges: list[Row] = [
-        {"source": i, "target": j, "value": between[i][j]} for i in range(n) for j in range(n) if between[i][j]
-    ]
-    edges += [{"source": i, "target": METRIC, "value": v} for i, v in enumerate((into_metric / rows).tolist()) if v]
-    return Graph(whole.metric, "dataset", listed, edges, [], frozen_norms, frozen_patterns, rows)
-
-
-def _summed_edges(
-    adapter: ModelAdapter,
-    components: Mapping[str, Components],
-    batches: Sequence[Prompts],
-    chosen: Sequence[tuple[str, int]],
-    freezing: tuple[bool, bool],
-    progress: bool,
-) -> tuple[Float[Tensor, "source target"], Float[Tensor, " source"], float]:
-    """Absolute edges between nodes summed over rows and positions, into the metric over rows; how many positions count."""
-    n, device, length = len(chosen), batches[0].clean.device, batches[0].clean.shape[1]
-    sums = torch.zeros(n, n, dtype=torch.float64, device=device)
+    n, rows, device, length = len(chosen), len(whole.clean), whole.clean.device, whole.clean.shape[1]
+    between = torch.zeros(n, n, dtype=torch.float64, device=device)
     into_metric, counted = torch.zeros(n, dtype=torch.float64, device=device), 0.0
     with tqdm(total=len(batches) * length * n, desc="edges", disable=not progress, leave=False) as bar:
         for prompts in batches:
-            run = DirectPass.of(adapter, components, prompts, *freezing)
+            run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
             real = torch.ones(prompts.clean.shape, device=device) if prompts.real is None else prompts.real.double()
             counted += float(real.sum())
             into_metric += _absolute(run.into_metric(), chosen, real).sum(0)
             for target, node in enumerate(chosen):
                 for position in range(length):
                     incoming = _absolute(run.into_component(*node, position), chosen, real)
-                    sums[:, target] += (incoming * real[:, position, None]).sum(0)
+                    between[:, target] += (incoming * real[:, position, None]).sum(0)
                     bar.update(1)
-    return sums, into_metric, counted
+    listed = [_node_row((s, c, None), activations[s][c] / counted, strengths[s][c] / rows) for s, c in chosen]
+    means = (between / counted).tolist()
+    edges = [{"source": i, "target": j, "value": means[i][j]} for i in range(n) for j in range(n) if means[i][j]]
+    edges += [{"source": i, "target": METRIC, "value": v} for i, v in enumerate((into_metric / rows).tolist()) if v]
+    return Graph(whole.metric, "dataset", listed, edges, [], frozen_norms, frozen_patterns, rows)
 
 
-def _batches(tokens: Any, whole: Prompts, metric: Any, size: int) -> Iterable[Prompts]:
-    """The rows in batches; a task's by its own `select`."""
-    for rows in torch.arange(len(whole.clean)).split(size):
-        if isinstance(tokens, Tensor):
-            mask = None if whole.attention_mask is None else whole.attention_mask[rows]
-            yield prompts_of(tokens[rows], metric, None, mask)
-        else:
-            yield prompts_of(tokens if len(rows) == len(whole.clean) else tokens.select(rows.tolist()), metric)
-
-
-def _mean_strengths(
+def _summed_strengths(
     model: Any, decomposition: Decomposition, components: Mapping[str, Components], batches: Sequence[Prompts]
 ) -> tuple[dict[str, Float[Tensor, " _C"]], dict[str, Float[Tensor, " _C"]]]:
     """Absolute attributions and activations by site, summed over rows and positions."""
     strengths: dict[str, Tensor] = {}
     activations: dict[str, Tensor] = {}
     for prompts in batches:
-        mask = prompts.attention_mask
-        found = attribute(
-            model, decomposition, prompts.clean, prompts.measure, sites=list(components), attention_mask=mask
-        )
-        all_acts = component_acts(model, decomposition, prompts.clean, mask)
+        rows, mask = prompts.clean, prompts.attention_mask
+        found = attribute(model, decomposition, rows, prompts.measure, sites=list(components), attention_mask=mask)
+        all_acts = component_acts(model, decomposition, rows, mask)
         for name, values in found.values.items():
             acts = all_acts[name].abs()
             acts = acts if prompts.real is None else acts * prompts.real.unsqueeze(-1)
@@ -398,5 +334,4 @@ def _absolute(
     incoming: IncomingEdges, nodes: Sequence[tuple[str, int]], real: Float[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch nodes"]:
     """Absolute edges from components, summed over the positions that count."""
-    columns = [(incoming.values[site][..., c].abs().double() * real).sum(1) for site, c in nodes]
-    return torch.stack(columns, -1)
+    return torch.stack([(incoming.values[site][..., c].abs().double() * real).sum(1) for site, c in nodes], -1)

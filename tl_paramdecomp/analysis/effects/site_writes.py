@@ -9,7 +9,7 @@ A site writes y = b + h U + x (W - V U). A pass keeps x, y and b of each site, a
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -173,6 +173,15 @@ class Prompts:
     def real(self) -> Tensor | None:
         """[batch, pos], true where no padding stands; None where all of it is."""
         return None if self.attention_mask is None else self.attention_mask.bool()
+
+    def select(self, rows: Int[Tensor, " some"]) -> "Prompts":
+        """Some of the rows; a task's by its own `select`."""
+        if len(rows) == len(self.clean):
+            return self
+        if self.task is not None:
+            return prompts_of(self.task.select(rows.tolist()), self.of)
+        corrupt, mask = (None if of is None else of[rows] for of in (self.corrupt, self.attention_mask))
+        return replace(self, clean=self.clean[rows], corrupt=corrupt, attention_mask=mask)
 
     def measure(self, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
         """From the model's logits to one number per row."""
