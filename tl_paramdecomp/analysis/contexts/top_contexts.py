@@ -7,7 +7,7 @@ activation, then to the earlier row and position.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 By = Literal["activation", "importance"]
 Sign = Literal["both", "positive", "negative"]
+_Order = tuple[float, float, int, int]
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ class TopContexts(Record):
             table = plain_table(f"{own.site}[{own.component}]", "context", *columns)
             for context in own.contexts:
                 g = [] if context.importance is None else [f"{context.importance:.3f}"]
-                figures = (f"{context.activation:+.4f}", *g, str(context.row), str(context.position))
-                table.add_row(Text(str(context)), *figures)
+                table.add_row(
+                    Text(str(context)), f"{context.activation:+.4f}", *g, str(context.row), str(context.position)
+                )
             tables.append(table)
         return tables
 
@@ -171,7 +173,7 @@ def top_contexts(
     if by == "importance" and decomposition.importance is None:
         raise NoImportanceError("This decomposition has no causal-importance function; take contexts by='activation'.")
     adapter, chosen = checked_adapter(model, decomposition), chosen_components(decomposition, components)
-    best: dict[tuple[str, int], list[_Kept]] = {(name, c): [] for name in chosen for c in chosen[name]}
+    best: dict[tuple[str, int], list[tuple[_Order, Context]]] = {(name, c): [] for name in chosen for c in chosen[name]}
     positions, told = 0, tokenizer_of(model, tokenizer)
     for batch in seen_batches(adapter, decomposition, chosen, token_rows(data, attention_mask, rows_at_once)):
         positions += int(batch.real.sum())
@@ -179,42 +181,24 @@ def top_contexts(
         for name, indices in chosen.items():
             for c, places in zip(indices, _largest_places(batch, name, by, sign, n, distinct_rows)):
                 kept = best[name, c]
-                new = [place for place in places if len(kept) < n or place.order < kept[-1].place.order]
-                kept += [_Kept(place, *_neighbours(here, place, before, after)) for place in new]
-                kept.sort(key=lambda one: one.place.order)
+                last = kept[-1][0] if len(kept) == n else None
+                for primary, row, position, activation, importance in places:
+                    order = (-primary, -abs(activation), row, position)
+                    if last is None or order < last:
+                        tokens, at = _neighbours(here, row, position, before, after)
+                        kept.append((order, Context(row, position, activation, importance, tokens, at, [])))
+                kept.sort(key=lambda one: one[0])
                 del kept[n:]
-    made = [ComponentContexts(name, c, [one.context(told) for one in kept]) for (name, c), kept in best.items()]
-    return TopContexts(by, sign, positions, made)
+    found = []
+    for (name, c), kept in best.items():
+        contexts = [replace(one, texts=[token_text(told, token) for token in one.tokens]) for _, one in kept]
+        found.append(ComponentContexts(name, c, contexts))
+    return TopContexts(by, sign, positions, found)
 
 
-class _Place(NamedTuple):
-    """Where a component fires, and how much."""
-
-    row: int
-    position: int
-    activation: float
-    importance: float | None
-    primary: float
-    """What is compared first."""
-
-    @property
-    def order(self) -> tuple[float, float, int, int]:
-        return -self.primary, -abs(self.activation), self.row, self.position
-
-
-class _Kept(NamedTuple):
-    place: _Place
-    tokens: list[int]
-    at: int
-
-    def context(self, tokenizer: Any) -> Context:
-        texts = [token_text(tokenizer, token) for token in self.tokens]
-        row, position, activation, importance, _ = self.place
-        return Context(row, position, activation, importance, self.tokens, self.at, texts)
-
-
-def _largest_places(batch: SeenBatch, name: str, by: By, sign: Sign, n: int, distinct_rows: bool) -> list[list[_Place]]:
-    """For each chosen component of a site, its n largest places in a batch, largest first."""
+def _largest_places(batch: SeenBatch, name: str, by: By, sign: Sign, n: int, distinct_rows: bool) -> list[list[tuple]]:
+    """For each chosen component of a site, its n largest places in a batch, largest first: what is compared first, row,
+    position, activation, importance."""
     h = batch.acts[name].movedim(-1, 0)  # [k, batch, pos]
     g = None if batch.importances is None else batch.importances[name].movedim(-1, 0)
     signed = {"both": torch.ones_like(h, dtype=torch.bool), "positive": h > 0, "negative": h < 0}[sign]
@@ -235,7 +219,7 @@ def _largest_places(batch: SeenBatch, name: str, by: By, sign: Sign, n: int, dis
     width = batch.tokens.shape[1]
     return [
         [
-            _Place(batch.first + flat // width, flat % width, value, importance, primary)
+            (primary, batch.first + flat // width, flat % width, value, importance)
             for flat, value, importance, primary in zip(*component)
             if primary > -math.inf
         ]
@@ -251,9 +235,8 @@ def _sorted(first: Float[Tensor, "*rows m"], second: Float[Tensor, "*rows m"]) -
     return order.gather(-1, first.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
 
 
-def _neighbours(batch: SeenBatch, place: _Place, before: int, after: int) -> tuple[list[int], int]:
+def _neighbours(batch: SeenBatch, row: int, p: int, before: int, after: int) -> tuple[list[int], int]:
     """Tokens around a place without padding, and which of them stands there."""
-    row, p = place.row - batch.first, place.position
-    columns = range(max(0, p - before), min(batch.tokens.shape[1], p + after + 1))
-    columns = [column for column in columns if batch.real[row, column]]
-    return [int(batch.tokens[row, column]) for column in columns], columns.index(p)
+    own, real = batch.tokens[row - batch.first].tolist(), batch.real[row - batch.first].tolist()
+    columns = [column for column in range(max(0, p - before), min(len(own), p + after + 1)) if real[column]]
+    return [own[column] for column in columns], columns.index(p)

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.analysis.evaluation.masked_runs import Delta, MaskKind, Sums, masks_of, target_of
+from tl_paramdecomp.analysis.evaluation.masked_runs import KINDS, SITE_KINDS, MaskKind, Sums, Target, masks_of
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation, headline_steps
 from tl_paramdecomp.analysis.evaluation.specificity import specificity
@@ -44,20 +44,6 @@ from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
 
-DELTAS: tuple[Delta, Delta] = ("absent", "kept")
-KINDS = (
-    *(MaskKind(kind, delta) for kind in ("unmasked", "importance") for delta in DELTAS),
-    *(MaskKind("rounded", delta, at) for at in (0.0, 0.1, 0.5) for delta in DELTAS),
-    *(MaskKind("stochastic", delta) for delta in ("masked", *DELTAS)),
-    *(MaskKind(kind, delta) for kind in ("random", "zero") for delta in DELTAS),
-    MaskKind("permuted", "absent", 0.1),
-)
-"""Of the whole model."""
-SITE_KINDS = (
-    MaskKind("unmasked"), MaskKind("importance"), MaskKind("rounded", threshold=0.1), MaskKind("stochastic", "masked"),
-    MaskKind("zero"),
-)  # fmt: skip
-"""Of one matrix at a time."""
 ACTIVE, ALIVE = 0.1, 1e-6
 """Importance above which a component is active, and mean importance above which it is alive."""
 ROUNDED = MaskKind("rounded", threshold=ACTIVE)
@@ -363,7 +349,7 @@ class _Run:
         """Totals of the model under a kind of mask (None: of the model itself), at all sites or one."""
         generator, total = self.generator(sample), Sums()
         for step, _ in self.weighted():
-            target = target_of(step)
+            target = Target.of(step)
             if kind is None:
                 output = target[0]
             else:
@@ -452,7 +438,7 @@ class _Run:
     def specificity(self) -> dict[str, Any]:
         """Components ablated by themselves on the first rows: half of them active somewhere, half drawn from the others."""
         step = next(iter(self.batches()))
-        target, flat = target_of(step), {name: _by_output(step, g.lower) for name, g in step.importances.items()}
+        target, flat = Target.of(step), {name: _by_output(step, g.lower) for name, g in step.importances.items()}
         effects, given, dealt = [], [], []
         for name, c in self._sampled(flat):
             self.bar.update()

@@ -40,6 +40,22 @@ class MaskKind:
         return self.kind if self.threshold is None else f"{self.kind} {self.threshold:g}"
 
 
+DELTAS: tuple[Delta, Delta] = ("absent", "kept")
+KINDS = (
+    *(MaskKind(kind, delta) for kind in ("unmasked", "importance") for delta in DELTAS),
+    *(MaskKind("rounded", delta, at) for at in (0.0, 0.1, 0.5) for delta in DELTAS),
+    *(MaskKind("stochastic", delta) for delta in ("masked", *DELTAS)),
+    *(MaskKind(kind, delta) for kind in ("random", "zero") for delta in DELTAS),
+    MaskKind("permuted", "absent", 0.1),
+)
+"""Of the whole model."""
+SITE_KINDS = (
+    MaskKind("unmasked"), MaskKind("importance"), MaskKind("rounded", threshold=0.1), MaskKind("stochastic", "masked"),
+    MaskKind("zero"),
+)  # fmt: skip
+"""Of one matrix at a time."""
+
+
 class Sums(NamedTuple):
     """Totals over scored outputs, in nats; they add up."""
 
@@ -64,15 +80,18 @@ class Sums(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the model itself says at the scored positions of some rows, one after the other."""
+    """What the model itself gives where outputs are scored, one after the other."""
 
-    log_p: Float[Tensor, "n vocab"]
-    following: Int[Tensor, " n"]
-    """The row's own next token; -1 where there is none, or it is padding."""
+    log_p: Float[Tensor, "n width"]
+    """Log probabilities of next tokens; or outputs as they are, where they are no logits."""
+    following: Int[Tensor, " n"] | None
+    """The row's own next token, -1 where there is none, or it is padding; None where outputs are no logits."""
 
     @classmethod
     def of(cls, step: LossStep) -> "Target":
-        """The target of a step whose divergence is the KL of whole logits."""
+        """The target of a step, as its divergence compares outputs."""
+        if not isinstance(step.divergence, KL):
+            return cls(step.divergence.target, None)
         following = torch.full_like(step.tokens, -1)
         following[:, :-1] = step.tokens[:, 1:]
         if step.scored is not None:
@@ -80,42 +99,26 @@ class Target(NamedTuple):
         rows = following.flatten() if step.scored is None else following[step.scored]
         return cls(step.divergence.target, rows)
 
-    def distances(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-        """KL of other logits at the same positions from it."""
-        return self._kl(torch.log_softmax(logits.to(self.log_p.dtype), -1))
+    def distances(self, output: Float[Tensor, "n width"]) -> Float[Tensor, " n"]:
+        """KL of other logits at the same positions from it; or mean square over the width."""
+        if self.following is not None:
+            return self._kl(torch.log_softmax(output.to(self.log_p.dtype), -1))
+        wide = torch.promote_types(self.log_p.dtype, torch.float32)
+        return (output.to(wide) - self.log_p.to(wide)).square().mean(-1)
 
     def _kl(self, log_q: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
         return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 
-    def sums(self, logits: Float[Tensor, "n vocab"]) -> Sums:
-        """How far other logits at the same positions are from it."""
-        log_q = torch.log_softmax(logits.to(self.log_p.dtype), -1)
-        kl = self._kl(log_q)
+    def sums(self, output: Float[Tensor, "n width"]) -> Sums:
+        """How far other outputs at the same positions are from it."""
+        if self.following is None:
+            return Sums(positions=len(output), square=self.distances(output).double().sum().item())
+        log_q = torch.log_softmax(output.to(self.log_p.dtype), -1)
         agree = self.log_p.argmax(-1) == log_q.argmax(-1)
         followed = self.following >= 0
         ce = -log_q[followed].gather(-1, self.following[followed].unsqueeze(-1))
-        return Sums(kl.double().sum().item(), int(agree.sum()), len(kl), ce.double().sum().item(), int(followed.sum()))
-
-
-class OutputTarget(NamedTuple):
-    """What a model gives that has no logits, where outputs are scored."""
-
-    output: Float[Tensor, "n width"]
-
-    def distances(self, output: Float[Tensor, "n width"]) -> Float[Tensor, " n"]:
-        """Mean square over the width of other outputs from it."""
-        wide = torch.promote_types(self.output.dtype, torch.float32)
-        return (output.to(wide) - self.output.to(wide)).square().mean(-1)
-
-    def sums(self, output: Float[Tensor, "n width"]) -> Sums:
-        """How far other outputs are from it."""
-        square = self.distances(output)
-        return Sums(positions=len(square), square=square.double().sum().item())
-
-
-def target_of(step: LossStep) -> Target | OutputTarget:
-    """The target of a step, as its divergence compares outputs."""
-    return Target.of(step) if isinstance(step.divergence, KL) else OutputTarget(step.divergence.target)
+        kl = self._kl(log_q).double().sum().item()
+        return Sums(kl, int(agree.sum()), len(log_q), ce.double().sum().item(), int(followed.sum()))
 
 
 def masks_of(
