@@ -60,11 +60,7 @@ def sparsity(
     threshold: float = 0.1,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Sparsity:
-    """L0 per position and number of alive components of every site.
-
-    Raises:
-        NoImportanceError: The decomposition has no importance function.
-    """
+    """L0 per position and number of alive components of every site."""
     l0, alive = {}, {}
     for name, g in _importances(model, decomposition, tokens, attention_mask):
         active = at_real(g, attention_mask) > threshold

@@ -30,11 +30,7 @@ def answer_log_prob(answers: tuple[int, ...]) -> RowMetric:
 
 
 def next_token_probs(model: Any, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, " vocab"]:
-    """Probabilities of the next token, of the model as it stands.
-
-    Raises:
-        UnsupportedModelError: It gives no logits.
-    """
+    """Probabilities of the next token, of the model as it stands."""
     adapter = adapt(model)
     need_logits(adapter, "The next token's probabilities need", "ask for the outputs themselves")
     with torch.no_grad():
@@ -58,12 +54,7 @@ def masked_kl(
     masks: Masks,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> float:
-    """KL of the model with masked components from the model itself, on these tokens.
-
-    Raises:
-        UnsupportedModelError: The model gives no logits.
-        TargetMismatchError, DeviceError: As `patched`.
-    """
+    """KL of the model with masked components from the model itself, on these tokens."""
     check_rows(tokens, attention_mask)
     adapter = adapt(model)
     need_logits(adapter, KL_NEEDS, "evaluate compares outputs by their mean square")

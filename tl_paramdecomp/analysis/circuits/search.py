@@ -97,12 +97,6 @@ def pruned(order: Int[Tensor, " k"], n: int, good: Good, progress: bool = False)
     """What is left of a circuit, given strongest first, when all that it can do without is removed, weakest first.
 
     Parts of an eighth of it are tried, then ever smaller ones, down to single units or a 128th of it.
-
-    Args:
-        order: The circuit's units.
-        n: Units in all.
-        good: What must hold of what is left.
-        progress: Show a progress bar.
     """
     kept, part, smallest = order.tolist(), max(1, len(order) // 8), max(1, len(order) // 128)
     bar = tqdm(desc="pruning", disable=not progress)

@@ -95,11 +95,7 @@ def neuron_and_head_units(decomposition: Decomposition) -> Units:
 
 
 def _heads(name: str, components: Components) -> Int[Tensor, " C"]:
-    """The head that each component lies in.
-
-    Raises:
-        SettingError: A component spans several.
-    """
+    """The head that each component lies in."""
     side = components.V.T if components.site.head_side == "in" else components.U
     by_head = side.unflatten(-1, (components.site.n_heads or 1, -1)).abs().amax(-1) > 1e-6 * side.abs().max()
     if not bool((by_head.sum(-1) == 1).all()):

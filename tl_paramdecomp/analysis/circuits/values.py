@@ -90,12 +90,7 @@ def _with_baseline(fn: SiteFn, components: Components, m: Tensor, baseline: Tens
 def baseline_of(
     adapter: ModelAdapter, decomposition: Decomposition, task: Any, value: Value
 ) -> dict[str, Float[Tensor, "*rows C"]] | None:
-    """Activations that ablated components take.
-
-    Raises:
-        SettingError: No such value.
-        DataError: The task has no corrupt prompts.
-    """
+    """Activations that ablated components take."""
     if value not in get_args(Value):
         raise SettingError(f"value is one of {', '.join(get_args(Value))}; given {value!r}.")
     if value == "zero":
@@ -114,13 +109,8 @@ def baseline_of(
 
 
 def capped_mean(runs: TaskRuns, keep: Float[Tensor, " n"], best: Float[Tensor, " prompts"], sign: float) -> float:
-    """The metric's mean over prompts, none of them counting for more than the model itself makes of it.
-
-    Args:
-        runs: The task's.
-        keep: The circuit.
-        best: The model's own values.
-        sign: 1 where a larger metric is better, -1 where a smaller one is.
+    """The metric's mean over prompts, none of them counting for more than the model itself makes of it;
+    `sign` is -1 where a smaller metric is better.
     """
     with torch.no_grad():
         return (sign * torch.minimum(sign * runs.values(keep), sign * best)).mean().item()
@@ -150,14 +140,7 @@ def adversarial_value(
     runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, steps: int = 20, sign: float = 1.0
 ) -> float:
     """The worst mean that masks in [0, 1] outside the circuit can do, shared by all prompts and positions: sign descent in
-    steps of 2 / `steps` from random masks, the worst value met.
-
-    Args:
-        runs: The task's.
-        inside: 1 inside the circuit, 0 outside.
-        generator: Draws the start.
-        steps: Of the descent.
-        sign: 1 where a larger metric is better, -1 where a smaller one is.
+    steps of 2 / `steps` from random masks, the worst value met; `sign` is -1 where a smaller metric is better.
     """
     source = torch.rand(len(inside), generator=generator, device=inside.device, dtype=inside.dtype)
     worst = float("inf")

@@ -46,13 +46,7 @@ class SeenBatch:
 def chosen_components(
     decomposition: Decomposition, components: Mapping[str, ComponentsLike] | None
 ) -> dict[str, list[int]]:
-    """Indices of components by site, each once; all for None.
-
-    Raises:
-        NoMatchingSiteError: The decomposition has no such site.
-        ComponentIndexError: There is no such component.
-        SettingError: They are not given by site, or there are none.
-    """
+    """Indices of components by site, each once; all for None."""
     if components is None:
         return {name: list(range(own.n_components)) for name, own in decomposition.items()}
     if not isinstance(components, Mapping):
@@ -74,11 +68,7 @@ Own = TypeVar("Own")
 
 
 def own_of(results: Iterable[Own], site: str, component: int) -> Own:
-    """What belongs to one component, among results that name their site and component.
-
-    Raises:
-        ComponentIndexError: It was not looked at.
-    """
+    """What belongs to one component, among results that name their site and component."""
     for own in results:
         if (own.site, own.component) == (site, component):  # type: ignore[attr-defined]
             return own

@@ -120,11 +120,7 @@ def logit_lens(
 def lens_logits(
     adapter: ModelAdapter, site: str, write: Float[Tensor, " d_model"]
 ) -> tuple[Float[Tensor, " vocab"], str]:
-    """Change of all logits per unit along what a site writes, and the formula in words.
-
-    Raises:
-        UnsupportedSiteError, UnsupportedModelError: As `logit_lens`.
-    """
+    """Change of all logits per unit along what a site writes, and the formula in words."""
     if UNEMBEDDING not in adapter.wirings:
         raise UnsupportedModelError(f"{type(adapter.root).__name__} has no unembedding, so that nothing is promoted.")
     check_writes_residual(adapter, site)
@@ -164,9 +160,6 @@ def final_norm(adapter: ModelAdapter) -> FinalNorm:
 
     One without a gain is known by what reaches the unembedding on a few tokens: rows of root mean square 1, and of mean 0 for
     LayerNorm.
-
-    Raises:
-        UnsupportedModelError: It has a gain that cannot be read.
     """
     if FINAL_NORM in adapter.norms.wirings:
         wiring = adapter.norms.wirings[FINAL_NORM]
@@ -189,9 +182,6 @@ def check_writes_residual(adapter: ModelAdapter, site: str) -> None:
     """See that what a site writes is added to the residual stream, up to a factor.
 
     By its name first; then, where the host's blocks are known, by adding to what it writes on a few tokens.
-
-    Raises:
-        UnsupportedSiteError: It is not.
     """
     if site not in EMBEDDINGS and site.rpartition(".")[2] not in WRITERS:
         raise UnsupportedSiteError(

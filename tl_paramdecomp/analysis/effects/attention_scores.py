@@ -225,11 +225,7 @@ def _allowed(
 def _fitted(
     adapter: ModelAdapter, known: dict[str, Rotation], parts: list[Tensor], own: Tensor, allowed: Tensor
 ) -> tuple[str, float]:
-    """The rotation and the scale under which queries and keys give the model's own scores.
-
-    Raises:
-        UnsupportedModelError: There are none among those known.
-    """
+    """The rotation and the scale under which queries and keys give the model's own scores."""
     wholes = [part.sum(-2) for part in parts]
     wanted = own[allowed].to(wholes[0].dtype)
     tried: dict[str, tuple[float, float]] = {}

@@ -72,11 +72,7 @@ def component_heads(decomposition: Decomposition, site: str) -> ComponentHeads:
 
 
 def heads_of(site: WeightSite) -> tuple[int, Literal["in", "out"]]:
-    """Number of heads of a site, and the side of its weight that they divide.
-
-    Raises:
-        HeadIndexError: It does not divide into heads.
-    """
+    """Number of heads of a site, and the side of its weight that they divide."""
     if site.n_heads is None or site.head_side is None:
         raise HeadIndexError(f"{site.name} does not divide into heads; W_Q, W_K, W_V and W_O do.")
     return site.n_heads, site.head_side

@@ -96,11 +96,7 @@ class DirectPass:
         frozen_norms: bool = True,
         frozen_patterns: bool = False,
     ) -> "DirectPass":
-        """Run it over the clean rows, with these components' sites pinned.
-
-        Raises:
-            UnsupportedModelError: A normalisation's denominator cannot be held.
-        """
+        """Run it over the clean rows, with these components' sites pinned."""
         writes = SiteWrites(len(prompts.clean))
         others = [
             n for n in adapter.wirings if n not in components and (n in EMBEDDINGS or adapter.bias(n) is not None)

@@ -169,13 +169,7 @@ class Runner:
     def patched(
         self, patches: Mapping[str, SitePatches], block: int, wanted: Mapping[str, Sequence[int]] | None = None
     ) -> Iterator[tuple[str, list[int], Float[Tensor, "some n"]]]:
-        """Scores of patches whose sites lie at or after a block, batch by batch: a site, some of its patches, their scores.
-
-        Args:
-            patches: By site.
-            block: First one that they change anything in.
-            wanted: By site, which of its patches; None: all.
-        """
+        """Scores of patches whose sites lie at or after a block, batch by batch: a site, some of its patches, their scores."""
         at_once = max(1, self.prompts.rows_at_once // len(self.prompts.tokens))
         queue = [
             (name, i) for name, own in patches.items() for i in (range(len(own)) if wanted is None else wanted[name])

@@ -40,11 +40,7 @@ class SiteWrites:
     leaves: dict[str, Tensor] = field(default_factory=dict)
 
     def check_positions(self) -> "SiteWrites":
-        """Itself, where every site writes at positions.
-
-        Raises:
-            ShapeError: One writes once for a row, such as a pooler.
-        """
+        """Itself, where every site writes at positions."""
         for name, y in self.y.items():
             if y.ndim < 3:
                 raise ShapeError(
@@ -67,13 +63,7 @@ class SiteWrites:
             return rest if bias is None else rest - bias.detach().to(rest.dtype)
 
     def fns(self, names: Iterable[str], role: Role, given: Mapping[str, Tensor] | None = None) -> dict[str, SiteFn]:
-        """Functions for an adapter's `intercept`.
-
-        Args:
-            names: Sites.
-            role: What becomes of them.
-            given: y to use instead of the host's, for some of them.
-        """
+        """Functions for an adapter's `intercept`; `given` has y to use instead of the host's."""
         given = given or {}
         return {name: functools.partial(self._pass, name, role, given.get(name)) for name in names}
 
@@ -133,20 +123,12 @@ def other_embeddings(adapter: ModelAdapter, names: Iterable[str]) -> list[str]:
 
 
 def chosen_sites(decomposition: Decomposition, sites: SitePattern | None) -> list[str]:
-    """Decomposed sites that a pattern selects; all of them for None.
-
-    Raises:
-        NoMatchingSiteError: It selects none.
-    """
+    """Decomposed sites that a pattern selects; all of them for None."""
     return list(decomposition) if sites is None else list(select_sites(decomposition.sites, sites))
 
 
 def chosen_columns(positions: PositionsLike, rows: Shaped[Tensor, "batch pos"], what: str) -> list[int]:
-    """Columns of all rows as indices; all of them for None.
-
-    Raises:
-        SettingError, PositionIndexError: They differ from row to row, or there is no such position.
-    """
+    """Columns of all rows as indices; all of them for None."""
     parsed = parse_positions(positions)
     if parsed is None:
         return list(range(rows.shape[1]))
@@ -188,11 +170,7 @@ class Prompts:
         return self.score(logits if self.task is None else self.task.at_answer(logits))
 
     def score(self, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
-        """The same from a task's logits at its answers.
-
-        Raises:
-            ShapeError: The metric does not give one number for each row.
-        """
+        """The same from a task's logits at its answers."""
         found = self.of(logits) if self.task is None else self.of(logits, self.task)
         if not isinstance(found, Tensor) or found.shape != (len(logits),):
             given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -206,19 +184,8 @@ class Prompts:
 def prompts_of(
     tokens: Any, metric: Any, corrupt: Any = None, attention_mask: Any = None, *, numbers: bool = False
 ) -> Prompts:
-    """Rows and measure from what a user gives.
-
-    Args:
-        tokens: Token rows, or a task (anything with `clean`, `corrupt`, `attention_mask` and `at_answer`).
-        metric: Of logits [batch, pos, vocab]; with a task, of its answer logits [batch, vocab] and the task.
-        corrupt: Rows to compare with; a task brings its own.
-        attention_mask: 1 where a position counts; a task brings its own.
-        numbers: Whether rows may be of numbers instead of token ids.
-
-    Raises:
-        SettingError: Rows or a mask are given beside a task.
-        DtypeError: The rows are no token ids.
-        ShapeError: Corrupt rows are not aligned with the clean ones.
+    """Rows and measure from what a user gives: token rows (or, with `numbers`, any) and a metric of their logits; or a task,
+    anything with `clean`, `corrupt`, `attention_mask` and `at_answer`, and a metric of its answers' logits and itself.
     """
     name, task = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__, None
     if hasattr(tokens, "clean"):

@@ -315,11 +315,7 @@ class _Values:
         return (new - h) * columns.view(*columns.shape, *(1,) * (h.ndim - len(rows)))
 
     def given_mean(self, components: Components) -> Tensor:
-        """Of one site.
-
-        Raises:
-            SettingError, NoMatchingSiteError, ShapeError: There is none that fits.
-        """
+        """Of one site."""
         assert self.means is not None
         name, C = components.site.name, components.n_components
         if self.by_head and components.site.head_side == "in":

@@ -124,14 +124,7 @@ class Target(NamedTuple):
 def masks_of(
     step: LossStep, kind: MaskKind, generator: torch.Generator, dealt: Mapping[str, Int[Tensor, " C"]] | None = None
 ) -> SiteMasks:
-    """Masks of every site.
-
-    Args:
-        step: Rows with their importances.
-        kind: What to make.
-        generator: Draws r.
-        dealt: For `permuted`: which component's importance each one is given.
-    """
+    """Masks of every site; `dealt` says which component's importance each one is given, for `permuted`."""
     masks = {}
     for name, importance in step.importances.items():
         g = importance.lower

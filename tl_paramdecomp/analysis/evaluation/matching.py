@@ -49,11 +49,7 @@ def active_components(
     threshold: float = 0.1,
     rows_at_once: int = 8,
 ) -> dict[str, Bool[Tensor, "_"]]:
-    """Components with importance above the threshold at one position at least; all, where there is no importance function.
-
-    Raises:
-        TargetMismatchError, DeviceError, ShapeError: As `patched`.
-    """
+    """Components with importance above the threshold at one position at least; all, where there is no importance function."""
     check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition)
     if decomposition.importance is None:
@@ -84,11 +80,7 @@ def rank_one_cosines(
 def matched_cosines(
     a: Decomposition, b: Decomposition, of_a: Which | None = None, of_b: Which | None = None
 ) -> Matched | None:
-    """How well b's components match a's, over all sites; None where nothing takes part.
-
-    Raises:
-        NoMatchingSiteError: b lacks one of a's sites.
-    """
+    """How well b's components match a's, over all sites; None where nothing takes part."""
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     for V, U in _sites(a, b, of_a, of_b):
         if V.numel():
@@ -107,9 +99,6 @@ def split_share(
 ) -> float | None:  # fmt: skip
     """Share of one decomposition's components that more than one of another's matches: 0 where a larger capacity changes
     nothing.
-
-    Raises:
-        NoMatchingSiteError: `large` lacks one of the sites.
     """
     split = count = 0
     for V, U in _sites(small, large, of_small, of_large):

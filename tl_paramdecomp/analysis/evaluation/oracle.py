@@ -68,19 +68,6 @@ def estimated_effects(
     a sign.
 
     Of outputs that are no logits, the mean square: (h_c U_c . d(s . y) / d y_site)^2 / width with signs s drawn at random.
-
-    Args:
-        adapter: The target's.
-        decomposition: Any; it needs no importance function.
-        tokens: Token rows.
-        attention_mask: 1 where a position counts; the others predict nothing.
-        samples: Draws of next tokens.
-        seed: Of the draws.
-        measure: `mse` for outputs that are no logits.
-
-    Raises:
-        UnsupportedModelError: KL is asked of a model that gives no logits.
-        ShapeError: Sites write at different positions, such as a pooler beside others.
     """
     if measure == "kl":
         need_logits(adapter, KL_NEEDS, MSE_INSTEAD)

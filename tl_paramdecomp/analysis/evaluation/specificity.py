@@ -24,13 +24,7 @@ class Specificity(NamedTuple):
 def specificity(
     importance: Float[Tensor, " pairs"], effect: Float[Tensor, " pairs"], threshold: float = 1e-3
 ) -> Specificity:
-    """Figures of pairs.
-
-    Args:
-        importance: g in [0, 1].
-        effect: KL that ablating the component causes at that position, nats.
-        threshold: An effect counts as one from here on.
-    """
+    """Figures of pairs; an effect, in nats, counts as one from the threshold on."""
     g, e = importance.double().flatten(), effect.double().flatten()
     return Specificity(auroc(g, e >= threshold), spearman(g, e), _mean(e[g > 0.5]), _mean(e[g < 0.01]), len(g))
 

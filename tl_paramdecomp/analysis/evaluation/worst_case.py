@@ -27,16 +27,9 @@ class Climb(NamedTuple):
     """The largest KL it met."""
 
 
-def climb(batches: Steps, steps: int, generator: torch.Generator, step_size: float | None = None) -> Climb:
-    """Projected gradient ascent from random sources.
-
-    Args:
-        batches: The data.
-        steps: Sign steps.
-        generator: Draws the start.
-        step_size: Of each; None: 2 / steps, at most 1, so that a source can cross [0, 1] and come back.
-    """
-    size = min(1.0, 2.0 / steps) if step_size is None else step_size
+def climb(batches: Steps, steps: int, generator: torch.Generator) -> Climb:
+    """Projected gradient ascent from random sources; a step is 2 / steps, at most 1, so that a source can cross [0, 1] and back."""
+    size = min(1.0, 2.0 / steps)
     sources: dict[str, Tensor] = {}
     for step, _ in batches():
         for name, g in ((name, i.lower) for name, i in step.importances.items()):

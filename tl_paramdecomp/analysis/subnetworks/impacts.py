@@ -135,11 +135,7 @@ def _derivative(
 
 
 def method_of(decomposition: SubnetworkDecomposition) -> L3D:
-    """The method that made it.
-
-    Raises:
-        SettingError: No run of L3D is stored with it.
-    """
+    """The method that made it."""
     method = from_settings(decomposition.info.get("run", {}).get("method"))
     if not isinstance(method, L3D):
         raise SettingError("No run of L3D is stored with these subnetworks, so their divergence is not known.")
