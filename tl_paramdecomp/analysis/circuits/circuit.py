@@ -108,14 +108,12 @@ class Circuit(Record):
     seed: int
 
     def check(self) -> None:
-        """Every measure is there."""
         if not self.random_circuits:
             raise ValueError("there are no random circuits")
         if self.metrics.keys() != self.faithfulness.keys() or any(len(place) != 2 for place in self.curve):
             raise ValueError("the metric and faithfulness are of other masks, or the curve is no list of pairs")
 
     def tables(self) -> "list[Table]":
-        """Sizes and values."""
         found = {"nothing (the model)": (self.model, 1.0)}
         found |= {kind: (value, self.faithfulness[kind]) for kind, value in self.metrics.items()}
         found |= {"everything ablated": (self.none, 0.0)}
@@ -124,7 +122,6 @@ class Circuit(Record):
         return [plain_table(title, "outside of the circuit", self.metric, "faithfulness", rows=rows)]
 
     def footnotes(self) -> list[str]:
-        """Sizes and the other measures in words."""
         drops = sorted(self.drops)
         lines = [
             f"{self.units} of {self.all_units} units, {self.parameters:,.0f} of {self.all_parameters:,.0f} parameters; "

@@ -66,7 +66,6 @@ class LogitLens(Record):
     """Smallest values first."""
 
     def tables(self) -> "list[Table]":
-        """Both ends side by side."""
         from rich.text import Text
 
         table = plain_table(f"{self.site}[{self.component}]", "promoted", "value", "demoted", "value")
@@ -76,7 +75,6 @@ class LogitLens(Record):
         return [table]
 
     def footnotes(self) -> list[str]:
-        """What was done."""
         return [f"{self.applied}. The sign is that of a positive activation; the normalisation's scale is left out."]
 
 

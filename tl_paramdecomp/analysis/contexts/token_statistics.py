@@ -90,7 +90,6 @@ class TokenStatistics(Record):
         return own_of(self.components, site, component)
 
     def tables(self) -> "list[Table]":
-        """One table for each component, with its three rankings one below another."""
         from rich.text import Text
 
         tables = []
@@ -106,7 +105,6 @@ class TokenStatistics(Record):
         return tables
 
     def footnotes(self) -> list[str]:
-        """What the columns are."""
         return ["PMI is log p(token | active) / p(token) in nats; counts are of positions."]
 
 

@@ -82,7 +82,6 @@ class TopContexts(Record):
     components: list[ComponentContexts] = field(repr=False)
 
     def check(self) -> None:
-        """Each context has a text for each token, and is at one of them."""
         for own in self.components:
             for context in own.contexts:
                 if len(context.texts) != len(context.tokens) or not 0 <= context.place < len(context.tokens):
@@ -97,7 +96,6 @@ class TopContexts(Record):
         return own_of(self.components, site, component).contexts
 
     def tables(self) -> "list[Table]":
-        """One table for each component."""
         from rich.text import Text
 
         tables = []
@@ -114,7 +112,6 @@ class TopContexts(Record):
         return tables
 
     def footnotes(self) -> list[str]:
-        """What the contexts were taken from."""
         by = "absolute activations" if self.by == "activation" else "causal importances"
         where = "" if self.sign == "both" else f" where activations are {self.sign}"
         return [f"Largest {by} of {self.positions} positions{where}."]

@@ -145,7 +145,6 @@ class Attribution(Record):
 
     # --- words and files --------------------------------------------------------------------------------------------
     def check(self) -> None:
-        """One value for each row, and as many places as there are positions; the same sites throughout."""
         rows, places = len(self.clean), len(self.positions) if self.by_position else 1
         if not rows or not self.positions or (self.corrupt is not None and len(self.corrupt) != rows):
             raise ValueError(f"{rows} rows, {len(self.positions)} positions")

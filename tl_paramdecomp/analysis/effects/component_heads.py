@@ -35,7 +35,6 @@ class ComponentHeads(Record):
     """[C, heads]; over heads they sum to 1, or to 0 for a component without norm."""
 
     def check(self) -> None:
-        """As many heads for every component."""
         if not self.values or not self.values[0] or len(set(map(len, self.values))) != 1:
             raise ValueError("components are of different numbers of heads, or there are none")
 
@@ -45,7 +44,6 @@ class ComponentHeads(Record):
         return torch.tensor(self.values, dtype=torch.float64)
 
     def tables(self) -> "list[Table]":
-        """A row for each component."""
         title = f"Shares of heads in what components of {self.site} {'read' if self.side == 'in' else 'write'}"
         heads = (f"head {head}" for head in range(len(self.values[0])))
         rows = [[str(c), *(f"{share:.3f}" for share in shares)] for c, shares in enumerate(self.values)]

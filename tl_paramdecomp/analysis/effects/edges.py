@@ -132,7 +132,6 @@ class Graph(Record):
     """Token rows that the graph is of."""
 
     def check(self) -> None:
-        """Edges and sums are between nodes that there are."""
         ends = [e["source"] for e in self.edges] + [e["target"] for e in (*self.edges, *self.explained)]
         outside = [end for end in ends if end != METRIC and not 0 <= end < len(self.nodes)]
         if outside:

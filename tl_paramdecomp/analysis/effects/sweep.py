@@ -98,7 +98,6 @@ class Sweep(Record):
         return from_plain(cls, kept | {"effects": effects})
 
     def check(self) -> None:
-        """As many axes as there are words for them."""
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"{self.granularity} are no axes of effects")
         for site in self.effects:
@@ -136,7 +135,6 @@ class Sweep(Record):
         return pandas.DataFrame([{c: getattr(row, c) for c in columns} for row in self.rows()], columns=columns)
 
     def tables(self, top: int = 10) -> "list[Table]":
-        """The strongest effects, and each site's sums, for a terminal."""
         table = plain_table(
             f"Largest effects on {self.metric} ({self.direction}, value {self.value})",
             "site",
@@ -153,7 +151,6 @@ class Sweep(Record):
         return [table, sites]
 
     def footnotes(self) -> list[str]:
-        """The unpatched runs."""
         runs = f"clean {self.clean:.4f}" + ("" if self.corrupt is None else f", corrupt {self.corrupt:.4f}")
         return [
             f"{self.metric} of the unpatched runs over {self.prompts} prompts: {runs}. Positions: {self.positions}."

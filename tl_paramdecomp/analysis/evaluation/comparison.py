@@ -128,7 +128,6 @@ class Comparison(Record):
         return tuple(m for m in HEADLINE if any(p[m] is not None for p in self.points))
 
     def tables(self) -> "list[Table]":
-        """Tables for a terminal, by rich."""
         matched = [_matched(self, metric) for metric in self.measured]
         found = [*matched, _points(self), _stability(self), _splitting(self)]
         return [table for table in found if table.row_count]

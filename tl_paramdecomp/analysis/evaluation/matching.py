@@ -132,13 +132,11 @@ class NearestComponents(Record):
     """Cosines of V, with sign; `cosines` are these times those of U."""
 
     def check(self) -> None:
-        """One row for each component, of as many entries in each table."""
         shapes = [[len(row) for row in of] for of in (self.nearest, self.cosines, self.read)]
         if any(shape != shapes[0] or len(shape) != len(self.components) for shape in shapes):
             raise ValueError(f"tables of {', '.join(str(len(shape)) for shape in shapes)} rows do not fit each other")
 
     def tables(self) -> "list[Table]":
-        """A row for each pair."""
         rows = [
             [str(c), str(other), *(f"{v:+.3f}" for v in (cosine, read, cosine / read if read else 0.0))]
             for c, *of in zip(self.components, self.nearest, self.cosines, self.read)
@@ -148,7 +146,6 @@ class NearestComponents(Record):
         return [plain_table(title, "component", "nearest", "cosine", "cosine of V", "cosine of U", rows=rows)]
 
     def footnotes(self) -> list[str]:
-        """What a cosine says."""
         return ["A cosine says little by itself: compare it with that of the nearest component of an untrained start."]
 
 

@@ -128,12 +128,10 @@ class Evaluation(Record):
         return pandas.DataFrame(self.sites, columns=list(self.sites[0]) if self.sites else ["site"]).set_index("site")
 
     def tables(self) -> "list[Table]":
-        """Tables for a terminal, by rich."""
         found = [_headline(self), _masks(self), _adversary(self), _specificity(self), _sites(self)]
         return [table for table in found if table.row_count]
 
     def footnotes(self) -> list[str]:
-        """What the time budget left out."""
         return [f"Left out for want of time: {'; '.join(self.left_out)}."] if self.left_out else []
 
 

@@ -28,7 +28,7 @@ class Climb(NamedTuple):
 
 
 def climb(batches: Steps, steps: int, generator: torch.Generator) -> Climb:
-    """Projected gradient ascent from random sources; a step is 2 / steps, at most 1, so that a source can cross [0, 1] and back."""
+    """Projected gradient ascent from random sources; a step of 2 / steps, at most 1, lets sources cross [0, 1] and back."""
     size = min(1.0, 2.0 / steps)
     sources: dict[str, Tensor] = {}
     for step, _ in batches():

@@ -8,12 +8,12 @@ Impacts are sizes, without a sign. Where a subnetwork's effect has one (`output_
 moved along it minus the output of the model, per unit: with the movement minus without it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -70,9 +70,7 @@ def impacts(
     with torch.no_grad(), frozen(adapter):
         output = adapter.forward(tokens, attention_mask)
         shape = output.shape[:-1]
-        scored = torch.ones(shape, dtype=torch.bool, device=output.device)
-        if attention_mask is not None and output.ndim == 3:
-            scored = attention_mask.to(output.device).bool()
+        scored = scored_of(shape, attention_mask, output.device)
         kept = scored.flatten().nonzero().flatten()
         if len(kept) < 2:
             raise DataError(f"Impacts compare samples with each other; given {len(kept)}.")
@@ -80,11 +78,9 @@ def impacts(
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         values = torch.softmax(flat, -1) if method.divergence == "kl" else flat
         found = torch.zeros(len(kept), decomposition.n_subnetworks, dtype=flat.dtype, device=flat.device)
-        against = [
-            (torch.arange(len(kept), device=kept.device) + torch.randint(1, len(kept), (len(kept),), generator=generator,
-             device=kept.device)) % len(kept)
-            for _ in range(references)
-        ]  # fmt: skip
+        device, n = kept.device, len(kept)
+        turns = [torch.randint(1, n, (n,), generator=generator, device=device) for _ in range(references)]
+        against = [(torch.arange(n, device=device) + turn) % n for turn in turns]
         # the divergence's gradient is affine in the reference: one part of the product serves all of them
         alone = output_gradient(flat, torch.zeros_like(flat), method.divergence)
         share = 1.0 if method.divergence == "kl" else (2.0 if method.divergence == "mse" else 1.0) / flat.shape[-1]
@@ -118,6 +114,13 @@ def output_derivative(
     attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
     with torch.no_grad(), frozen(adapter):
         return _derivative(adapter, decomposition.decoder, decomposition.index(k), tokens, attention_mask)
+
+
+def scored_of(shape: Sequence[int], attention_mask: Tensor | None, device: torch.device) -> Bool[Tensor, "rows *pos"]:
+    """Outputs that count: all of those without positions."""
+    if attention_mask is None or len(shape) < 2:
+        return torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    return attention_mask.to(device).bool()
 
 
 def _derivative(
@@ -236,48 +239,32 @@ def truncated_svd_error(groups: Sequence[Gradients], decomposition: SubnetworkDe
 
 def _pairwise(gradients: list[SampleGradient], bias: bool) -> Float[Tensor, "n n"]:
     """Inner products of all pairs of gradients at one site, by whichever form takes fewer operations."""
-    first = gradients[0]
-    pos, d_out = first.g.shape[1:]
-    d_in = first.x.shape[-1]
-    formed = first.x.is_floating_point() and d_in * d_out < pos * pos * (d_in + d_out)
-    found = _pairwise_formed(gradients) if formed else _pairwise_factored(gradients)
+    x, g = (torch.cat([getattr(a, side) for a in gradients]) for side in "xg")
+    (pos, d_out), d_in = g.shape[1:], x.shape[-1]
+    formed = x.is_floating_point() and d_in * d_out < pos * pos * (d_in + d_out)
+    found = (_pairwise_formed if formed else _pairwise_factored)(x, g)
     if bias:
-        whole = torch.cat([a.g.double().sum(1) for a in gradients])
+        whole = g.double().sum(1)
         found = found + (whole @ whole.T).cpu()
     return found
 
 
-def _pairwise_formed(gradients: list[SampleGradient]) -> Float[Tensor, "n n"]:
+def _pairwise_formed(x: Float[Tensor, "n pos d_in"], g: Float[Tensor, "n pos d_out"]) -> Float[Tensor, "n n"]:
     """From the gradients themselves, some columns of all of them at a time."""
-    n, d_in, d_out = sum(len(a.g) for a in gradients), gradients[0].x.shape[-1], gradients[0].g.shape[-1]
-    found = torch.zeros(n, n, dtype=torch.float64)
-    for columns in torch.arange(d_out).split(max(1, CHUNK // (n * d_in))):
-        parts = [(a.x.double().transpose(1, 2) @ a.g[..., columns].double()).flatten(1) for a in gradients]
-        dense = torch.cat(parts)
+    found = torch.zeros(len(g), len(g), dtype=torch.float64)
+    for columns in torch.arange(g.shape[-1]).split(max(1, CHUNK // (len(g) * x.shape[-1]))):
+        dense = (x.double().transpose(1, 2) @ g[..., columns].double()).flatten(1)
         found += (dense @ dense.T).cpu()
     return found
 
 
-def _pairwise_factored(gradients: list[SampleGradient]) -> Float[Tensor, "n n"]:
+def _pairwise_factored(x: Shaped[Tensor, "n pos ..."], g: Float[Tensor, "n pos d_out"]) -> Float[Tensor, "n n"]:
     """From what was read and the gradients of what was written: one sample's products with all later ones at a time."""
-    alone = [SampleGradient(x.unsqueeze(0), g.unsqueeze(0)) for a in gradients for x, g in zip(a.x, a.g, strict=True)]
-    found = torch.zeros(len(alone), len(alone), dtype=torch.float64)
-    for n, a in enumerate(alone):
-        first = n
-        for b in gradients_from(gradients, n):
-            if a.x.is_floating_point():
-                reads = torch.einsum("td,msd->mts", a.x[0].double(), b.x.double())
-            else:
-                reads = (a.x[0][None, :, None] == b.x[:, None, :]).double()
-            row = (reads * torch.einsum("to,mso->mts", a.g[0].double(), b.g.double())).sum((1, 2))
-            found[n, first : first + len(row)] = row.cpu()
-            first += len(row)
+    found = torch.zeros(len(g), len(g), dtype=torch.float64)
+    for n in range(len(g)):
+        if x.is_floating_point():
+            reads = torch.einsum("td,msd->mts", x[n].double(), x[n:].double())
+        else:
+            reads = (x[n][None, :, None] == x[n:, None, :]).double()
+        found[n, n:] = (reads * torch.einsum("to,mso->mts", g[n].double(), g[n:].double())).sum((1, 2)).cpu()
     return found + found.triu(1).T
-
-
-def gradients_from(gradients: list[SampleGradient], start: int) -> Iterator[SampleGradient]:
-    """The groups from sample `start` on, the first of them cut."""
-    for group in gradients:
-        if start < len(group.g):
-            yield SampleGradient(group.x[start:], group.g[start:])
-        start = max(0, start - len(group.g))

@@ -5,16 +5,16 @@ From "Local Loss Landscape Decomposition" (arXiv 2504.00194, section 3 and its t
 samples with all others is this project's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.analysis.subnetworks.impacts import impacts, method_of, output_derivative
+from tl_paramdecomp.analysis.subnetworks.impacts import impacts, method_of, output_derivative, scored_of
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.sample_gradients import SampleDivergence
@@ -88,7 +88,7 @@ def top_logits(
     """
     slopes = output_derivative(model, decomposition, k, tokens, attention_mask)
     if slopes.ndim == 3:
-        scored = _scored(slopes.shape[:-1], attention_mask, slopes.device)
+        scored = scored_of(slopes.shape[:-1], attention_mask, slopes.device)
         last = (scored * torch.arange(slopes.shape[1], device=slopes.device)).argmax(1)
         slopes = slopes[torch.arange(len(slopes), device=slopes.device), last]
     if not 1 <= n <= slopes.shape[-1]:
@@ -164,7 +164,7 @@ def causal_selectivity(
     if found is None:
         found = impacts(model, decomposition, tokens, attention_mask=attention_mask, seed=seed)
     changes = _changes(adapter, decomposition, chosen, delta, tokens, attention_mask, rows_at_once, method.divergence)
-    scored = _scored(found.shape[:-1], attention_mask, changes.device)
+    scored = scored_of(found.shape[:-1], attention_mask, changes.device)
     tops, rests = [], []
     for k, change in zip(chosen, changes, strict=True):
         best = torch.zeros_like(scored)
@@ -177,19 +177,16 @@ def causal_selectivity(
 
 @torch.no_grad()
 def _changes(
-    adapter: ModelAdapter,
-    decomposition: SubnetworkDecomposition,
-    chosen: Sequence[int],
-    delta: float,
-    tokens: Tensor,
-    attention_mask: Tensor | None,
-    rows_at_once: int,
-    divergence: SampleDivergence,
-) -> Float[Tensor, "some rows *pos"]:
+    adapter: ModelAdapter, decomposition: SubnetworkDecomposition, chosen: Sequence[int], delta: float, tokens: Tensor,
+    attention_mask: Tensor | None, rows_at_once: int, divergence: SampleDivergence,
+) -> Float[Tensor, "some rows *pos"]:  # fmt: skip
     """Divergence of the moved model's outputs from the model's, mean of both signs."""
     parts = []
     with frozen(adapter):
-        for rows, mask in _chunks(tokens, attention_mask, rows_at_once, adapter.device):
+        for start in range(0, len(tokens), rows_at_once):
+            own = slice(start, start + rows_at_once)
+            rows = tokens[own].to(adapter.device)
+            mask = None if attention_mask is None else attention_mask[own].to(adapter.device)
             before, changes = adapter.forward(rows, mask), []
             for k in chosen:
                 both = []
@@ -207,18 +204,3 @@ def _divergence(before: Tensor, after: Tensor, divergence: SampleDivergence) -> 
         return (after.to(wide) - before.to(wide)).square().mean(-1)
     log_p, log_q = before.to(wide).log_softmax(-1), after.to(wide).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
-
-
-def _chunks(
-    tokens: Tensor, attention_mask: Tensor | None, rows_at_once: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    parts = tokens.split(rows_at_once)
-    masks = [None] * len(parts) if attention_mask is None else attention_mask.split(rows_at_once)
-    for rows, mask in zip(parts, masks, strict=True):
-        yield rows.to(device), None if mask is None else mask.to(device)
-
-
-def _scored(shape: torch.Size, attention_mask: Tensor | None, device: torch.device) -> Bool[Tensor, "rows *pos"]:
-    if attention_mask is None or len(shape) < 2:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    return attention_mask.to(device).bool()
