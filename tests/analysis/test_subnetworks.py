@@ -199,7 +199,6 @@ def test_pairs_of_gradients_are_the_same_in_both_forms(monkeypatch):
     dense = torch.cat([(x.transpose(1, 2) @ g).flatten(1), g.sum(1)], 1)
     monkeypatch.setattr(subnetworks, "CHUNK", 70)  # two columns at a time
     assert (subnetworks._pairwise(parts, True) - dense @ dense.T).abs().max() < 1e-10
-    x, g = (torch.cat([getattr(part, side) for part in parts]) for side in "xg")
     formed, factored = subnetworks._pairwise_formed(x, g), subnetworks._pairwise_factored(x, g)
     assert (formed - factored).abs().max() < 1e-10 < formed.abs().min()
 

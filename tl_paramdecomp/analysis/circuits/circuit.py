@@ -160,7 +160,6 @@ def find_circuit(
     """The units that keep a task's metric, found on one set of prompts and measured on another.
 
     Args:
-        model: The target, on any host.
         decomposition: Made from its weights; factors stay as they are.
         task: Prompts to search on.
         metric: Of the answers' logits; None: the task's own.
@@ -177,7 +176,6 @@ def find_circuit(
         prune: Remove what is not needed, one unit after the other.
         held_out: Prompts to measure on; None: the same.
         seed: Of masks and random circuits.
-        progress: Show progress bars.
 
     Raises:
         SettingError: No such method, or thresholds that no circuit can reach.

@@ -84,8 +84,6 @@ def logit_lens(
     """The tokens whose logits a component's write raises and lowers most when it goes straight to the unembedding.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
         site: Name or alias of a W_O, a W_out or an embedding.
         c: The component.
         n: Tokens at each end.

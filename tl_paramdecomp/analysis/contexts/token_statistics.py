@@ -131,8 +131,6 @@ def token_statistics(
     for each component and position are kept in the host's memory.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
         data: As for `top_contexts`.
         components: By site; None: all.
         n: Tokens in each ranking at most.

@@ -139,8 +139,6 @@ def top_contexts(
     therefore compared by absolute value, of either sign unless `sign` says otherwise.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
         data: Token rows [rows, pos], or an iterable of batches (tensors, pairs with attention masks, or dicts with `tokens` or
             `input_ids`), read once.
         components: By site; None: all.

@@ -109,9 +109,7 @@ def attention_scores(
     """One head's attention scores, split into pairs of query and key components.
 
     Args:
-        model: The target model, on any host.
         decomposition: Of this model, with W_Q or W_K of the layer; a site that it lacks is all delta component.
-        tokens: Token rows.
         layer: Block.
         head: Query head.
         queries: Query positions; None for all.

@@ -75,8 +75,6 @@ def attribute(
     """Effect of every component at every position on a metric, of the model as it stands: metric with it minus metric without.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
         tokens: Token rows [batch, pos]; or a task, which brings its corrupt prompts and attention mask.
         metric: From logits [batch, pos, vocab] to one number per row; with a task, from its answer logits [batch, vocab] and
             the task. Row i may depend on row i alone.

@@ -113,9 +113,6 @@ def per_head(
     """Components of an attention weight, head by head, on given tokens.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
-        tokens: Token rows.
         site: Name or alias of a W_Q, W_K, W_V or W_O.
         attention_mask: 1 where a position counts.
 

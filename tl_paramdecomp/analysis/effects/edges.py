@@ -57,8 +57,6 @@ def edges_into(
     """Edges into one component's activation from every component at every position, delta components, biases, embeddings.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
         tokens: Token rows; each has its own edges.
         target: Site, component and position (negative ones count from the end).
         sites: Globs or a predicate over the decomposition's sites that have nodes and are held; None for all. Effects pass
@@ -187,8 +185,6 @@ def prompt_graph(
     """Components at positions of one prompt, the direct edges between them, and those into a metric.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
         tokens: One token row [1, pos], or a task of one prompt.
         metric: As in `attribute`.
         nodes: The nodes; or how many of largest absolute attribution (activation times gradient, all effects) are taken.
@@ -258,14 +254,11 @@ def dataset_graph(
     backward pass for each node and position of every batch.
 
     Args:
-        model: The target model, on any host.
-        decomposition: Made from this model's weights.
         tokens: Token rows [n, pos], or a task.
         metric: As in `attribute`; one that remembers something of each row is only for `batch_size` of all rows.
         nodes: (site, component) pairs; or how many are taken by the mean over rows of the summed absolute attributions.
         batch_size: Rows of one forward pass.
         sites, frozen_norms, frozen_patterns, attention_mask: As in `edges_into`.
-        progress: Show a progress bar.
 
     Raises:
         SettingError: Fewer than one node, or a batch size below 1.

@@ -3,14 +3,9 @@
 Noising runs the clean prompts and puts other values in; denoising runs the corrupt prompts and puts the clean activations in
 (Heimersheim and Nanda 2024, arXiv 2404.15255). Effects are measured, not estimated from gradients.
 
-An effect is the metric with the component minus the metric without it, as in `attribute`; positive ones speak for it:
-
-    noising      m(clean run) - m(clean run with the value put in); of `zero`, an ablation
-    denoising    m(corrupt run with the clean activation put in) - m(corrupt run)
-
-`With` is the component's own clean activation in both, `without` whatever stands in its place (0, a mean, another prompt's
-activation, a number), so that the sign means the same for every value and direction. A denoising effect is what patching
-restores, a noising effect what patching breaks; both are in units of the metric, not shares of the clean run's.
+An effect is the metric with the component minus the metric without it, as in `attribute`. `With` is the component's own clean
+activation in both directions, `without` whatever stands in its place (0, a mean, another prompt's activation, a number): a
+denoising effect is what patching restores, a noising effect what patching breaks, both in units of the metric.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +180,6 @@ def sweep(
 
     Args:
         model: The target, on any host. Patches of other sites that are open hold, in full passes.
-        decomposition: Made from its weights.
         prompts: A task (clean and corrupt prompts, answers), or token rows [n, pos].
         metric: With a task, from logits at the answers [n, vocab] and the task to [n]; with token rows, from logits
             [n, pos, vocab] to [n]. It is called for each patch with all prompts.
@@ -201,7 +195,6 @@ def sweep(
         means: For `mean`: of `activation_means`.
         rows_at_once: Rows in one forward pass.
         seed: Of `resample`.
-        progress: Show a progress bar.
 
     Raises:
         SettingError: A value, direction or number of rows that makes no sense.

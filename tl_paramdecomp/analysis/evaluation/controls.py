@@ -24,7 +24,6 @@ def shuffled_weights(model: Any, seed: int = 0) -> Iterator[Any]:
     The parameters are swapped, not written to: afterwards the same objects are back.
 
     Args:
-        model: On any host.
         seed: Of the shuffle.
 
     Raises:

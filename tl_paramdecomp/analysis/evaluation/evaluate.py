@@ -97,8 +97,6 @@ def evaluate(
     """How good a decomposition is on held-out rows.
 
     Args:
-        model: Its target, on any host.
-        decomposition: Any.
         data: Token rows [rows, pos] that it was not trained on, a dict of them and their attention mask, such as a tokenizer's
             `BatchEncoding`, or batches of such rows, as `token_batches` gives them.
         attention_mask: 1 where a position counts; padding is left out of every figure. Batches bring their own.
@@ -107,7 +105,6 @@ def evaluate(
         untrained: A control: the same method's start, `decompose(..., steps=0)`.
         protocol: Everything that can be set.
         seconds: Leave out, and name, what would begin after so many; parts of the headline begin first.
-        progress: Show a progress bar.
         measure: How outputs are compared: `kl` of next-token distributions, or `mse`, the mean square of outputs as they are,
             which leaves out what only logits have. None: KL, or the mean square where the model gives no logits
             or reads no tokens.

@@ -46,8 +46,6 @@ def impacts(
     """How much each subnetwork matters to each sample: mean over references of |<E_k, grad D(output, reference)>|.
 
     Args:
-        model: The target, on any host.
-        decomposition: From `L3D`.
         tokens: Rows; every position of a language model's is a sample.
         references: Other samples of these rows that each output is compared with, drawn anew for each sample.
         attention_mask: 1 where a position counts; impacts at the others are 0, and none of them is a reference.
@@ -176,8 +174,6 @@ def evaluate_subnetworks(
     """Reconstruction of held-out gradients, by the divergence, references and positions of the run that made the subnetworks.
 
     Args:
-        model: The target, on any host.
-        decomposition: From `L3D`.
         tokens: Rows that it was not trained on.
         attention_mask: 1 where a position counts.
         rows_at_once: Rows in one pass, about; references come from the same pass.

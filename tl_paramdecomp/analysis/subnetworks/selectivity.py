@@ -136,8 +136,6 @@ def causal_selectivity(
     divergence that the subnetworks were learned for.
 
     Args:
-        model: The target, on any host.
-        decomposition: From `L3D`.
         tokens: Rows that it was not trained on; every position of a language model's is a sample.
         delta: How far; subnetworks have norm 1.
         top: Samples of largest impact, from distinct rows.

@@ -210,7 +210,6 @@ def score(
     Only the answering positions are unembedded, where the host allows that; the numbers are those of a full pass.
 
     Args:
-        model: On any host.
         task: Its prompts.
         metric: None: `default_metric(task)`.
         batch_size: Prompts in one pass.
