@@ -18,7 +18,7 @@ from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.identity import behind
 from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
-from tl_paramdecomp.adapters.wiring import Wiring, find_module
+from tl_paramdecomp.adapters.wiring import find_module
 from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.errors import NormalisationError, SettingError, ShapeError, TaskError
 from tl_paramdecomp.sites import check_rows
@@ -29,8 +29,16 @@ TaskMetric = Callable[[Float[Tensor, "n vocab"], Task], Float[Tensor, " n"]]
 Value = TypeVar("Value", float, Tensor)
 
 
+class _Metric:
+    """What most metrics have in common."""
+
+    name: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+
+
 @dataclass(frozen=True)
-class LogitDifference:
+class LogitDifference(_Metric):
     """Mean logit of the answers minus mean logit of the wrong tokens: no logsumexp, linear in the logits.
 
     Raises:
@@ -38,8 +46,6 @@ class LogitDifference:
     """
 
     name: ClassVar[str] = "logit difference"
-    higher_is_better: ClassVar[bool] = True
-    differentiable: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         logits = _wide(logits, task)
@@ -47,19 +53,17 @@ class LogitDifference:
 
 
 @dataclass(frozen=True)
-class AnswerProbability:
+class AnswerProbability(_Metric):
     """Probability that the next token is one of the answers: a sum over them."""
 
     name: ClassVar[str] = "answer probability"
-    higher_is_better: ClassVar[bool] = True
-    differentiable: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         return _log_probability(_wide(logits, task), task.answers).exp()
 
 
 @dataclass(frozen=True)
-class ProbabilityDifference:
+class ProbabilityDifference(_Metric):
     """Probability of the answers minus probability of the wrong tokens, each summed: greater-than's own metric.
 
     Raises:
@@ -67,8 +71,6 @@ class ProbabilityDifference:
     """
 
     name: ClassVar[str] = "probability difference"
-    higher_is_better: ClassVar[bool] = True
-    differentiable: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         logits = _wide(logits, task)
@@ -77,7 +79,7 @@ class ProbabilityDifference:
 
 
 @dataclass(frozen=True)
-class AnswerRank:
+class AnswerRank(_Metric):
     """How many tokens have a larger logit than the best answer: 0 where an answer is first. Not differentiable."""
 
     name: ClassVar[str] = "answer rank"
@@ -92,19 +94,18 @@ class AnswerRank:
 
 
 @dataclass(frozen=True)
-class AnswerLoss:
+class AnswerLoss(_Metric):
     """Minus the log of the answers' summed probability, in nats."""
 
     name: ClassVar[str] = "answer loss"
     higher_is_better: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         return -_log_probability(_wide(logits, task), task.answers)
 
 
 @dataclass(frozen=True, eq=False)
-class KLToClean:
+class KLToClean(_Metric):
     """KL(clean || run) of the next token, summed over the vocabulary, in nats.
 
     Attributes:
@@ -116,7 +117,6 @@ class KLToClean:
 
     name: ClassVar[str] = "KL to clean"
     higher_is_better: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         if logits.shape != self.clean_logits.shape:
@@ -136,7 +136,7 @@ class KLToClean:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenLoss:
+class TokenLoss(_Metric):
     """Cross entropy of next tokens for plain rows, in nats: from logits [batch, pos, vocab] to a mean per row.
 
     Attributes:
@@ -155,7 +155,6 @@ class TokenLoss:
     reads_logits: ClassVar[bool] = True
     """Of a model without logits it would read hidden states as if they were."""
     higher_is_better: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rows(self.tokens, self.attention_mask)
@@ -306,6 +305,7 @@ def _log_probability(logits: Float[Tensor, "n vocab"], ids: Sequence[tuple[int, 
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
 def _in_batches(
     model: Any, task: Task, batch_size: int, corrupt: bool
 ) -> Iterator[tuple[slice, Float[Tensor, "some vocab"]]]:
@@ -315,18 +315,14 @@ def _in_batches(
         raise TaskError(f"Task {task.name!r} has no corrupt prompts to score.")
     adapter = adapt(model)
     need_answers(adapter, task)
+    # patched first: whether passes may end early is tried out once, and would be remembered of the patched model
+    whole = _unembedding_is_patched(adapter) or not adapter.splits_at_unembedding
     for start in range(0, len(task), batch_size):
         rows = slice(start, start + batch_size)
-        yield rows, _answer_logits(adapter, task.select(rows).to(adapter.device), corrupt)
-
-
-@torch.no_grad()
-def _answer_logits(adapter: ModelAdapter, some: Task, corrupt: bool) -> Float[Tensor, "n vocab"]:
-    tokens = some.corrupt if corrupt and some.corrupt is not None else some.clean
-    # patched first: whether passes may end early is tried out once, and would be remembered of the patched model
-    if _unembedding_is_patched(adapter) or not adapter.splits_at_unembedding:
-        return some.at_answer(adapter.forward(tokens, some.attention_mask))
-    return adapter.unembed(some.at_answer(adapter.hidden(tokens, some.attention_mask)))
+        some = task.select(rows).to(adapter.device)
+        tokens = some.corrupt if corrupt and some.corrupt is not None else some.clean
+        out = some.at_answer((adapter.forward if whole else adapter.hidden)(tokens, some.attention_mask))
+        yield rows, out if whole else adapter.unembed(out)
 
 
 def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
@@ -334,15 +330,13 @@ def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
     wiring = adapter.wirings.get(UNEMBEDDING)
     if wiring is None:
         return False
-    ours = any(behind(name) == UNEMBEDDING for found in adapter.interceptions for name in found.fns)
+    if any(behind(name) == UNEMBEDDING for found in adapter.interceptions for name in found.fns):
+        return True
     # TransformerBridge wraps the module, and a user's hooks are on the wrapper
-    paths = {".".join(parts[:i]) for parts in _paths(wiring) for i in range(1, len(parts) + 1)}
-    parts = (part for path in paths for part in find_module(adapter.root, path).modules())
-    return ours or any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-
-
-def _paths(wiring: Wiring) -> list[list[str]]:
-    return [path.split(".") for path in (wiring.owner, wiring.x.path, wiring.y.path)]
+    paths = [path.split(".") for path in (wiring.owner, wiring.x.path, wiring.y.path)]
+    around = {".".join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
+    parts = (part for path in around for part in find_module(adapter.root, path).modules())
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def _shown(value: float | Tensor) -> str:
