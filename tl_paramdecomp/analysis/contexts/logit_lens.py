@@ -68,11 +68,10 @@ class LogitLens(Record):
     def tables(self) -> "list[Table]":
         from rich.text import Text
 
-        table = plain_table(f"{self.site}[{self.component}]", "promoted", "value", "demoted", "value")
-        for up, down in zip(self.top, self.bottom):
-            texts = [Text(shown(t.token, t.text)) for t in (up, down)]
-            table.add_row(texts[0], f"{up.value:+.4f}", texts[1], f"{down.value:+.4f}")
-        return [table]
+        rows = []
+        for pair in zip(self.top, self.bottom):
+            rows.append([cell for t in pair for cell in (Text(shown(t.token, t.text)), f"{t.value:+.4f}")])
+        return [plain_table(f"{self.site}[{self.component}]", "promoted", "value", "demoted", "value", rows=rows)]
 
     def footnotes(self) -> list[str]:
         return [f"{self.applied}. The sign is that of a positive activation; the normalisation's scale is left out."]
@@ -126,21 +125,17 @@ def lens_logits(
             f"{site} writes {len(write)} numbers and the unembedding reads {weight.shape[0]}: the model maps one to the other "
             "on the way."
         )
-    norm = final_norm(adapter)
+    kind, gain = final_norm(adapter)
     wide = torch.promote_types(torch.promote_types(write.dtype, weight.dtype), torch.float32)
-    direction = write.to(wide)
-    if norm.kind == "LayerNorm":
-        direction = direction - direction.mean()
-    if norm.gain is not None:
-        direction = direction * norm.gain.to(direction)
-    centred = "(U_c - mean)" if norm.kind == "LayerNorm" else "U_c"
-    gained = centred if norm.gain is None else f"gain * {centred}"
-    words = {"none": "no last normalisation", "LayerNorm": "last LayerNorm", "RMSNorm": "last RMSNorm"}[norm.kind]
-    if norm.kind != "none" and norm.gain is None:
+    direction, formula = write.to(wide), "U_c"
+    if kind == "LayerNorm":
+        direction, formula = direction - direction.mean(), "(U_c - mean)"
+    if gain is not None:
+        direction, formula = direction * gain.to(direction), f"(gain * {formula})"
+    words = "no last normalisation" if kind == "none" else f"last {kind}"
+    if kind != "none" and gain is None:
         words += " without a gain of its own"
-    return direction @ weight.to(
-        direction
-    ), f"Values are W_U^T {gained if norm.gain is None else f'({gained})'}: {words}"
+    return direction @ weight.to(direction), f"Values are W_U^T {formula}: {words}"
 
 
 class FinalNorm(NamedTuple):
@@ -211,25 +206,24 @@ def _both_runs(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """A block's input or output in a clean pass and in one with something added to what a site writes; and that."""
     tokens, clean = probe_tokens(adapter), {}
+
+    def keep(name: str, call: SiteCall) -> Tensor:
+        clean[name] = call.y.detach().clone()
+        return call.y
+
+    def give(name: str, change: Tensor | float, call: SiteCall) -> Tensor:
+        return clean[name] + change  # a tensor of its own: hosts may write into what they are given
+
     with torch.no_grad(), adapter.undisturbed():
-        with adapter.intercept({name: functools.partial(_keep, clean, name) for name in (site, *others)}):
+        with adapter.intercept({name: functools.partial(keep, name) for name in (site, *others)}):
             first = _at_block(adapter, tokens, block, before)
         y = clean[site]
         drawn = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         change = (drawn.to(y) * y.abs().max().clamp(min=1e-3)).expand(*PROBE_SHAPE, -1)
-        fns: dict[str, SiteFn] = {name: functools.partial(_give, clean[name]) for name in others}
-        with adapter.intercept(fns | {site: functools.partial(_give, y + change)}):
+        fns: dict[str, SiteFn] = {name: functools.partial(give, name, 0.0) for name in others}
+        with adapter.intercept(fns | {site: functools.partial(give, site, change)}):
             second = _at_block(adapter, tokens, block, before)
     return first, second, change
-
-
-def _keep(kept: dict[str, Tensor], name: str, call: SiteCall) -> Tensor:
-    kept[name] = call.y.detach().clone()
-    return call.y
-
-
-def _give(y: Tensor, call: SiteCall) -> Tensor:
-    return y.clone()  # hosts may write into what they are given
 
 
 def _at_block(adapter: ModelAdapter, tokens: Tensor, block: nn.Module, before: bool) -> Tensor | None:

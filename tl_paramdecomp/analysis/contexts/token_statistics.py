@@ -97,9 +97,9 @@ class TokenStatistics(Record):
             title = f"{own.site}[{own.component}], active at {own.active} of {self.positions} positions"
             table = plain_table(title, "", "token", "active", "in all", "PMI")
             for kind in KINDS:
-                for i, count in enumerate(getattr(own, kind)):
-                    figures = (str(count.active), str(count.total), f"{count.pmi:+.2f}")
-                    table.add_row("" if i else kind, Text(shown(count.token, count.text)), *figures)
+                for i, c in enumerate(getattr(own, kind)):
+                    figures = (str(c.active), str(c.total), f"{c.pmi:+.2f}")
+                    table.add_row("" if i else kind, Text(shown(c.token, c.text)), *figures)
                 table.add_section()
             tables.append(table)
         return tables
