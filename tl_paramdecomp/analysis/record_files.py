@@ -29,14 +29,11 @@ Check = Callable[[dict[str, Any], Mapping[str, Tensor] | None], None]
 
 
 def save(path: Path, what: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, check: Check) -> None:
-    """Write a record; what was there before stays until all is written.
+    """Write a record of fields that JSON can hold (dataclasses among them become objects) and arrays; what was there before
+    stays until all is written.
 
-    Args:
-        path: The JSON file.
-        what: What it is a record of.
-        values: Its fields, which JSON can hold; dataclasses among them become objects.
-        tensors: Its arrays; None: it never has any, and there is no second file.
-        check: Called with what will be read again, before anything is put in place.
+    With `tensors=None` it never has any, and there is no second file. `check` is called with what will be read again, before
+    anything is put in place.
 
     Raises:
         DecompositionFileError: What is there is no regular file, or the arrays' file belongs to something else.
@@ -47,8 +44,7 @@ def save(path: Path, what: str, values: Mapping[str, Any], tensors: Mapping[str,
         about = {} if digest is None else {"tensors": {"sha256": digest, "bytes": size}}
         text = _as_text(path, {"format": FORMAT, "record": what, **values, **about})
         # {1: 0, "1": 0} gives JSON that would be refused
-        again = json.loads(text, object_pairs_hook=distinct)
-        check({key: value for key, value in again.items() if key not in HEADER}, tensors)
+        check(_fields(json.loads(text, object_pairs_hook=distinct)), tensors)
         return text
 
     if tensors is None:
@@ -66,21 +62,24 @@ def load(path: Path, what: str, has_arrays: bool) -> tuple[dict[str, Any], dict[
         DecompositionFileError: Something is missing, damaged, too large, a record of something else, or newer than this
             version knows.
     """
-    values = _read(path, what)
-    if not has_arrays or "format" not in values:
-        return {key: value for key, value in values.items() if key not in HEADER or "format" not in values}, None
+    values, owned = _read(path, what), None
+    if has_arrays and "format" in values:
 
-    def read() -> Described:
-        again = _read(path, what)
-        described = again.get("tensors")
-        if not isinstance(described, dict) or type(described.get("bytes")) is not int:
-            raise DecompositionFileError(f"{path} does not say what arrays it has; it is damaged.")
-        return Described(again, described.get("sha256"), described["bytes"])
+        def read() -> Described:
+            again = _read(path, what)
+            described = again.get("tensors")
+            if not isinstance(described, dict) or type(described.get("bytes")) is not int:
+                raise DecompositionFileError(f"{path} does not say what arrays it has; it is damaged.")
+            return Described(again, described.get("sha256"), described["bytes"])
 
-    values, tensors = read_pair(_pair(path), read)
-    # copies: what is read is the file itself as long as nobody writes to it
-    owned = {name: tensor.clone() for name, tensor in tensors.items()}
-    return {key: value for key, value in values.items() if key not in HEADER}, owned
+        values, tensors = read_pair(_pair(path), read)
+        # copies: what is read is the file itself as long as nobody writes to it
+        owned = {name: tensor.clone() for name, tensor in tensors.items()}
+    return _fields(values), owned
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in HEADER} if "format" in values else values
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:

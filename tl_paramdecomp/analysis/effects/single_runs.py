@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,13 +22,6 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.sites import SiteCall
-
-
-class Added(NamedTuple):
-    """What some patches of one site add to its output."""
-
-    site: str
-    writes: Float[Tensor, "patches n ... d_out"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +157,7 @@ class Runner:
 
     def plain(self) -> Float[Tensor, " n"]:
         """Scores of the run that is not patched."""
-        return self._scores([], 0)[0]
+        return self._scores({}, 0)[0]
 
     def patched(
         self, patches: Mapping[str, SitePatches], block: int, wanted: Mapping[str, Sequence[int]] | None = None
@@ -179,24 +172,22 @@ class Runner:
             for name, patch in queue[first : first + at_once]:
                 batch.setdefault(name, []).append(patch)
             device = self.prompts.tokens.device
-            added = [
-                Added(name, patches[name].added(torch.tensor(some, device=device))) for name, some in batch.items()
-            ]
+            added = {name: patches[name].added(torch.tensor(some, device=device)) for name, some in batch.items()}
             scores = self._scores(added, block).split([len(some) for some in batch.values()])
             yield from ((name, some, part) for (name, some), part in zip(batch.items(), scores))
 
-    def _scores(self, added: Sequence[Added], block: int) -> Float[Tensor, "patches n"]:
-        copies = sum(len(a.writes) for a in added) or 1
+    def _scores(self, added: Mapping[str, Tensor], block: int) -> Float[Tensor, "patches n"]:
+        copies = sum(map(len, added.values())) or 1
         parts = [self._logits(i, part, copies, added, block) for i, part in enumerate(self.prompts.parts)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return torch.stack([self.score(logits).detach().double() for logits in whole])
 
-    def _logits(self, i: int, part: Tensor, copies: int, added: Sequence[Added], block: int) -> Tensor:
+    def _logits(self, i: int, part: Tensor, copies: int, added: Mapping[str, Tensor], block: int) -> Tensor:
         """[patches, rows of the part, (pos,) vocab]."""
         n, at, fns = len(part), 0, {}
-        for a in added:
-            fns[a.site] = functools.partial(_add, a.writes[:, part].flatten(0, 1), at * n, copies * n)
-            at += len(a.writes)
+        for site, writes in added.items():
+            fns[site] = functools.partial(_add, writes[:, part].flatten(0, 1), at * n, copies * n)
+            at += len(writes)
         tokens, mask = self.prompts.batch(part, copies)
         ends = self.ends and not any(site.startswith(UNEMBEDDING) for site in fns)
         run = self.adapter.hidden if ends else self.adapter.forward
