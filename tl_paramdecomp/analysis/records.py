@@ -155,11 +155,11 @@ def plain_table(title: str, first: str, *columns: str, rows: Iterable[Sequence[s
     return table
 
 
-def shown(value: float | None, places: int = 4) -> str:
+def shown(value: float | int | None, places: int = 4) -> str:
     """A figure for a table; nothing where there is none."""
     return "" if value is None else f"{value:.{places}f}"
 
 
-def form(total: bool = True, /, **keys: Any) -> Any:
+def form(name: str, total: bool = True, /, **keys: Any) -> Any:
     """The form of a row: values of these types under these keys, perhaps among others."""
-    return TypedDict("Row", keys, total=total)  # type: ignore[misc]
+    return TypedDict(name, keys, total=total)  # type: ignore[misc]

@@ -130,9 +130,10 @@ def per_head(
         adapter.forward(tokens, attention_mask)
     with torch.no_grad():
         acts = seen.acts(site, components)
-        divided = components.V.unflatten(0, (heads, -1)).transpose(1, 2) if side == "in" else None
-        divided = components.U.unflatten(1, (heads, -1)).transpose(0, 1) if divided is None else divided
+        reads, writes = None, None
+        if side == "in":
+            reads = components.head_acts(seen.x[site])
+        else:
+            writes = acts[:, :, None, :, None] * components.U.unflatten(1, (heads, -1)).transpose(0, 1)
         shares = head_shares(components).T
-        reads = components.head_acts(seen.x[site]) if side == "in" else None
-        writes = acts[:, :, None, :, None] * divided if side == "out" else None
     return PerHead(site, side, acts, reads, writes, shares)

@@ -101,10 +101,10 @@ def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple
     return site, component, position % length
 
 
-NODES = list[form(site=str, component=int, position=int | None, activation=float, attribution=float)]
-EDGES = list[form(source=int, target=int | Literal["metric"], value=float)]
+NODES = list[form("NodeRow", site=str, component=int, position=int | None, activation=float, attribution=float)]
+EDGES = list[form("EdgeRow", source=int, target=int | Literal["metric"], value=float)]
 PARTS = ("value", "nodes", "other_components", "delta", "bias", "embeddings", "remainder")
-EXPLAINED = list[form(target=int | Literal["metric"], **dict.fromkeys(PARTS, float))]
+EXPLAINED = list[form("ExplainedRow", target=int | Literal["metric"], **dict.fromkeys(PARTS, float))]
 
 
 @dataclass(frozen=True)

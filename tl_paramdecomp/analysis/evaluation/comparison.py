@@ -28,15 +28,22 @@ SHARES = (1 / 4, 1 / 8, 1 / 16)
 """L0 at which methods are compared, as shares of the summed ranks of the matrices."""
 
 
-SETTLED = form(seeds=list[int])
+SETTLED = form("Settled", seeds=list[int])
 """What of a protocol curves depend on."""
 POINT = form(
-    method=str, sparsity=float, seed=int, l0=float, active_parameters=float, active=int, components=int,
+    "Point", method=str, sparsity=float, seed=int, l0=float, active_parameters=float, active=int, components=int,
     **dict.fromkeys((*get_args(Metric), "permuted"), float | None), zero=float,
 )  # fmt: skip
-STABILITY = form(method=str, sparsity=float, trained=dict[str, float], untrained=dict[str, float])
+STABILITY = form("StabilityRow", method=str, sparsity=float, trained=dict[str, float], untrained=dict[str, float])
 SPLITTING = form(
-    method=str, capacity=float, components=int, active=int, split=float | None, l0=float, rounded=float | None
+    "SplittingRow",
+    method=str,
+    capacity=float,
+    components=int,
+    active=int,
+    split=float | None,
+    l0=float,
+    rounded=float | None,
 )
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_paramdecomp.analysis.activations import at_real
+from tl_paramdecomp.analysis.activations import at_real, causal_importances
 from tl_paramdecomp.analysis.records import Record, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices
@@ -51,18 +51,16 @@ def active_components(
 ) -> dict[str, Bool[Tensor, "_"]]:
     """Components with importance above the threshold at one position at least; all, where there is no importance function."""
     check_rows(tokens, attention_mask)
-    adapter = checked_adapter(model, decomposition)
+    checked_adapter(model, decomposition)
     if decomposition.importance is None:
         return {name: c.V.new_ones(c.n_components, dtype=torch.bool) for name, c in decomposition.items()}
     found: dict[str, Tensor] = {}
     for first in range(0, len(tokens), rows_at_once):
         rows = slice(first, first + rows_at_once)
         mask = None if attention_mask is None else attention_mask[rows]
-        with torch.no_grad():
-            inputs = adapter.capture(tokens[rows], list(decomposition), mask).inputs
-            for name, importance in decomposition.importances(inputs, mask).items():
-                active = (at_real(importance.lower, mask) > threshold).any(0)
-                found[name] = found[name] | active if name in found else active
+        for name, g in causal_importances(model, decomposition, tokens[rows], mask).items():
+            active = (at_real(g, mask) > threshold).any(0)
+            found[name] = found[name] | active if name in found else active
     return found
 
 

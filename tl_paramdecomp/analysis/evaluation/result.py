@@ -13,25 +13,39 @@ if TYPE_CHECKING:
 PARTIAL, NOT_REACHED = " (partial: time ran out)", "not reached"
 
 
-ENDS = form(model=float, zero=float) | form()
+ENDS = form("Ends", model=float, zero=float) | form("NoEnds")
 """Outputs that are no logits have no cross-entropy."""
 AT = {"site": str, "masks": str, "delta": str}
 MASKS = (
-    list[form(**AT, kl=float, kl_sd=float | None, ce_difference=float, ce_recovered=float | None, top1=float)]
-    | list[form(**AT, mse=float, mse_sd=float | None)]
+    list[
+        form("MaskRow", **AT, kl=float, kl_sd=float | None, ce_difference=float, ce_recovered=float | None, top1=float)
+    ]
+    | list[form("SquareRow", **AT, mse=float, mse_sd=float | None)]
 )
 CLIMBS = (
-    list[form(steps=int, restarts=int, start=float, kl=float, kl_worst=float, kl_all=list[float])]
-    | list[form(steps=int, restarts=int, start=float, mse=float, mse_worst=float, mse_all=list[float])]
+    list[form("AdversaryRow", steps=int, restarts=int, start=float, kl=float, kl_worst=float, kl_all=list[float])]
+    | list[
+        form(
+            "SquareAdversaryRow", steps=int, restarts=int, start=float, mse=float, mse_worst=float, mse_all=list[float]
+        )
+    ]
 )
 SITES = list[form(
-    site=str, components=int, rank=int, relative_error=float, l0=float, l0_above_0=float, active_parameters=float,
+    "SiteRow", site=str, components=int, rank=int, relative_error=float, l0=float, l0_above_0=float, active_parameters=float,
     alive=int, active_anywhere=int, densities=list[int],
 )]  # fmt: skip
 SPECIFIC = dict[
-    str, form(auroc=float | None, spearman=float | None, important=float | None, unimportant=float | None, pairs=int)
+    str,
+    form(
+        "SpecificityRow",
+        auroc=float | None,
+        spearman=float | None,
+        important=float | None,
+        unimportant=float | None,
+        pairs=int,
+    ),
 ]
-CONTROLS = dict[str, form(False, l0=float, rounded=float, adversarial=float)]
+CONTROLS = dict[str, form("ControlRow", False, l0=float, rounded=float, adversarial=float)]
 
 
 @dataclass(frozen=True)
