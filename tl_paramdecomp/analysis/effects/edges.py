@@ -101,10 +101,10 @@ def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple
     return site, component, position % length
 
 
-NODES = list[form("NodeRow", site=str, component=int, position=int | None, activation=float, attribution=float)]
-EDGES = list[form("EdgeRow", source=int, target=int | Literal["metric"], value=float)]
+NodeRow = form("NodeRow", site=str, component=int, position=int | None, activation=float, attribution=float)
+EdgeRow = form("EdgeRow", source=int, target=int | Literal["metric"], value=float)
 PARTS = ("value", "nodes", "other_components", "delta", "bias", "embeddings", "remainder")
-EXPLAINED = list[form("ExplainedRow", target=int | Literal["metric"], **dict.fromkeys(PARTS, float))]
+ExplainedRow = form("ExplainedRow", target=int | Literal["metric"], **dict.fromkeys(PARTS, float))
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ class Graph(Record):
     metric: str
     kind: str
     """`prompt`: nodes have positions, and edges signs. `dataset`: mean absolute edges over rows and positions."""
-    nodes: Annotated[list[Row], NODES]
+    nodes: Annotated[list[Row], list[NodeRow]]
     """site, component, position, activation, attribution. In a dataset's graph position is None, activation the mean absolute
     one, and attribution the mean over rows of the summed absolute ones."""
-    edges: Annotated[list[Row], EDGES]
+    edges: Annotated[list[Row], list[EdgeRow]]
     """source (index of a node), target (index of a node, or "metric"), value: the target with the source minus without it."""
-    explained: Annotated[list[Row], EXPLAINED]
+    explained: Annotated[list[Row], list[ExplainedRow]]
     """For each target of a prompt's graph: value, and the sums of its edges from nodes, other components, delta components,
     biases and embeddings, and the remainder."""
     frozen_norms: bool

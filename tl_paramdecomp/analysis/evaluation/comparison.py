@@ -28,23 +28,16 @@ SHARES = (1 / 4, 1 / 8, 1 / 16)
 """L0 at which methods are compared, as shares of the summed ranks of the matrices."""
 
 
-SETTLED = form("Settled", seeds=list[int])
+Settled = form("Settled", seeds=list[int])
 """What of a protocol curves depend on."""
-POINT = form(
+Point = form(
     "Point", method=str, sparsity=float, seed=int, l0=float, active_parameters=float, active=int, components=int,
     **dict.fromkeys((*get_args(Metric), "permuted"), float | None), zero=float,
 )  # fmt: skip
-STABILITY = form("StabilityRow", method=str, sparsity=float, trained=dict[str, float], untrained=dict[str, float])
-SPLITTING = form(
-    "SplittingRow",
-    method=str,
-    capacity=float,
-    components=int,
-    active=int,
-    split=float | None,
-    l0=float,
-    rounded=float | None,
-)
+StabilityRow = form("StabilityRow", method=str, sparsity=float, trained=dict[str, float], untrained=dict[str, float])
+SplittingRow = form(
+    "SplittingRow", method=str, capacity=float, components=int, active=int, split=float | None, l0=float, rounded=float | None
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Comparison(Record):
     what: ClassVar[str] = "comparison"
     width: ClassVar[int] = 120
 
-    protocol: Annotated[Row, SETTLED]
+    protocol: Annotated[Row, Settled]
     """What was fixed before the first run: sites, budget, seeds, sparsities, data, adversary."""
     methods: dict[str, Row]
     """Settings by label."""
@@ -62,11 +55,11 @@ class Comparison(Record):
     """Summed ranks of the matrices: the L0 of a dense basis."""
     parameters: int
     """Weights in the matrices."""
-    points: Annotated[list[Row], list[POINT]]
+    points: Annotated[list[Row], list[Point]]
     """One for each run: method, sparsity, seed, L0, active parameters, KL by kind of mask, controls."""
-    stability: Annotated[list[Row], list[STABILITY]]
+    stability: Annotated[list[Row], list[StabilityRow]]
     """By method and sparsity: matched cosines between seeds, and between their untrained starts."""
-    splitting: Annotated[list[Row], list[SPLITTING]]
+    splitting: Annotated[list[Row], list[SplittingRow]]
     """By method and capacity: components, alive ones, share of the smallest's components that split."""
     versions: dict[str, str]
 

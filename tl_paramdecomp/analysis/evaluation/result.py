@@ -13,39 +13,22 @@ if TYPE_CHECKING:
 PARTIAL, NOT_REACHED = " (partial: time ran out)", "not reached"
 
 
-ENDS = form("Ends", model=float, zero=float) | form("NoEnds")
-"""Outputs that are no logits have no cross-entropy."""
-AT = {"site": str, "masks": str, "delta": str}
-MASKS = (
-    list[
-        form("MaskRow", **AT, kl=float, kl_sd=float | None, ce_difference=float, ce_recovered=float | None, top1=float)
-    ]
-    | list[form("SquareRow", **AT, mse=float, mse_sd=float | None)]
+AT, CLIMB = {"site": str, "masks": str, "delta": str}, {"steps": int, "restarts": int, "start": float}
+# outputs that are no logits have no cross-entropy, and are compared by their mean square
+Ends, NoEnds = form("Ends", model=float, zero=float), form("NoEnds")
+MaskRow = form(
+    "MaskRow", **AT, kl=float, kl_sd=float | None, ce_difference=float, ce_recovered=float | None, top1=float
 )
-CLIMBS = (
-    list[form("AdversaryRow", steps=int, restarts=int, start=float, kl=float, kl_worst=float, kl_all=list[float])]
-    | list[
-        form(
-            "SquareAdversaryRow", steps=int, restarts=int, start=float, mse=float, mse_worst=float, mse_all=list[float]
-        )
-    ]
-)
-SITES = list[form(
+SquareRow = form("SquareRow", **AT, mse=float, mse_sd=float | None)
+AdversaryRow = form("AdversaryRow", **CLIMB, kl=float, kl_worst=float, kl_all=list[float])
+SquareAdversaryRow = form("SquareAdversaryRow", **CLIMB, mse=float, mse_worst=float, mse_all=list[float])
+SiteRow = form(
     "SiteRow", site=str, components=int, rank=int, relative_error=float, l0=float, l0_above_0=float, active_parameters=float,
     alive=int, active_anywhere=int, densities=list[int],
-)]  # fmt: skip
-SPECIFIC = dict[
-    str,
-    form(
-        "SpecificityRow",
-        auroc=float | None,
-        spearman=float | None,
-        important=float | None,
-        unimportant=float | None,
-        pairs=int,
-    ),
-]
-CONTROLS = dict[str, form("ControlRow", False, l0=float, rounded=float, adversarial=float)]
+)  # fmt: skip
+FIGURES = ("auroc", "spearman", "important", "unimportant")
+SpecificityRow = form("SpecificityRow", **dict.fromkeys(FIGURES, float | None), pairs=int)
+ControlRow = form("ControlRow", False, l0=float, rounded=float, adversarial=float)
 
 
 @dataclass(frozen=True)
@@ -62,20 +45,20 @@ class Evaluation(Record):
     rows: int
     positions: int
     """Scored ones."""
-    ce: Annotated[dict[str, float], ENDS]
+    ce: Annotated[dict[str, float], Ends | NoEnds]
     """Cross-entropy of the model itself, and with all components and the delta component removed."""
-    masks: Annotated[list[Row], MASKS]
+    masks: Annotated[list[Row], list[MaskRow] | list[SquareRow]]
     """One for each kind of mask, delta component and scope: KL, its standard deviation over draws, CE difference (masked minus
     model), the share of CE that is recovered between the zero mask (0) and the model (1), and how often the likeliest token is
     the model's."""
-    adversary: Annotated[list[Row], CLIMBS]
+    adversary: Annotated[list[Row], list[AdversaryRow] | list[SquareAdversaryRow]]
     """By steps: median and largest KL over restarts, and where they began."""
-    sites: Annotated[list[Row], SITES]
+    sites: Annotated[list[Row], list[SiteRow]]
     """By matrix: relative weight error, L0 above 0.1 and above 0, active parameters, alive components, how often they are
     active."""
-    specificity: Annotated[dict[str, Row], SPECIFIC]
+    specificity: Annotated[dict[str, Row], dict[str, SpecificityRow]]
     """Importance against the measured effect of ablating, and the same of importances dealt out anew."""
-    controls: Annotated[dict[str, Row], CONTROLS]
+    controls: Annotated[dict[str, Row], dict[str, ControlRow]]
     """Headline of other decompositions of the model."""
     run: Row
     """Where the decomposition came from."""
@@ -206,8 +189,7 @@ def _specificity(found: Evaluation) -> "Table":
     columns = ("AUROC", "Spearman", f"{what} where g > 0.5", f"{what} where g < 0.01")
     table = plain_table("Does importance predict what ablating one component does?", "importances", *columns)
     for what, row in found.specificity.items():
-        figures = [shown(row[key], 3) for key in ("auroc", "spearman")]
-        figures += [shown(row[key]) for key in ("important", "unimportant")]
+        figures = (shown(row[key], places) for key, places in zip(FIGURES, (3, 3, 4, 4)))
         table.add_row("as they are" if what == "importance" else "dealt anew", *figures)
     return table
 
