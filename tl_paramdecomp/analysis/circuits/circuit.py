@@ -309,9 +309,9 @@ def _measured(
             apart.append(abs(f(runs.mean(inside - removed)) - f(runs.mean(1.0 - removed))))
         single = halves[0][:SINGLE]
         drops = [f(metrics["ablated"]) - f(runs.mean(inside - members(unit[None], n))) for unit in single]
-        curve = []
-        for k in [max(1, round(share * n)) for share in MIB_SIZES] if order is not None else ():
-            curve.append([k / n, f(runs.mean(members(order[:k], n)))])
+        curve, sizes = [], [max(1, round(share * n)) for share in MIB_SIZES]
+        if order is not None:
+            curve = [[k / n, f(runs.mean(members(order[:k], n)))] for k in sizes]
         return Circuit(
             task=runs.task.name, metric=getattr(runs.metric, "name", type(runs.metric).__name__),
             granularity=runs.units.granularity, method=method, direction="noising", value=value, delta=runs.delta,

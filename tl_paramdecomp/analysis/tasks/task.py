@@ -27,6 +27,7 @@ LARGEST = 1 << 27
 """Bytes of a task's file that are written or read at most: 128 MiB."""
 CHECKSUM = '{"checksum": '
 """How the last line of a saved task begins; a file written by hand has none."""
+TENSORS = ("clean", "corrupt", "attention_mask")
 FIELDS = ("clean", "answer", "corrupt", "wrong", "text", "group", "task")
 """What a line of a task's file may hold; the first two are needed."""
 
@@ -96,12 +97,8 @@ class Task:
             DtypeError, ShapeError: Prompts are no token rows, or those that belong together differ in shape.
             TaskError: A prompt and its counterpart differ in length, or as `Task`.
         """
-        for what, given in (
-            ("prompts", clean),
-            ("answers", answers),
-            ("wrong tokens", wrong),
-            ("corrupt prompts", corrupt),
-        ):
+        given_for = {"prompts": clean, "answers": answers, "wrong tokens": wrong, "corrupt prompts": corrupt}
+        for what, given in given_for.items():
             if not hasattr(given, "__len__") and not (given is None and what.startswith(("wrong", "corrupt"))):
                 raise TaskError(f"Task {name!r}: {what} are one entry for each prompt; given {given!r}.")
         rows, mask = _padded(name, clean, pad_token)
@@ -170,24 +167,16 @@ class Task:
         if not places:
             raise TaskError(f"{rows!r} selects no prompt of task {self.name!r}, which has {len(self)}.")
         index = index.to(self.clean.device)
-        mask = None if self.attention_mask is None else self.attention_mask[index]
-        return dataclasses.replace(
-            self,
-            clean=self.clean[index],
-            corrupt=None if self.corrupt is None else self.corrupt[index],
-            attention_mask=None if mask is None or bool(mask.bool().all()) else mask,
-            **{
-                field: tuple(getattr(self, field)[i] for i in places) if getattr(self, field) else ()
-                for field in ("answers", "wrong", "texts", "groups")
-            },
-        )
+        rows: dict[str, Any] = {f: None if getattr(self, f) is None else getattr(self, f)[index] for f in TENSORS}
+        if rows["attention_mask"] is not None and bool(rows["attention_mask"].bool().all()):
+            rows["attention_mask"] = None
+        lists = ("answers", "wrong", "texts", "groups")
+        rows |= {f: tuple(of[i] for i in places) if (of := getattr(self, f)) else () for f in lists}
+        return dataclasses.replace(self, **rows)
 
     def to(self, device: torch.device | str) -> "Task":
         """The task with its tensors on a device."""
-        moved = {
-            field: None if (tensor := getattr(self, field)) is None else tensor.to(device)
-            for field in ("clean", "corrupt", "attention_mask")
-        }
+        moved = {f: None if getattr(self, f) is None else getattr(self, f).to(device) for f in TENSORS}
         return dataclasses.replace(self, **moved)
 
     def save(self, path: str | Path) -> Path:
