@@ -138,18 +138,17 @@ def attention_scores(
     head = chosen
     block = adapter.block_modules()[layer]
     refuse_unknown_scores(adapter.root, block)
-    seen = _see(adapter, names, block, tokens, attention_mask)
+    writes, scores, angles = _see(adapter, names, block, tokens, attention_mask)
     q_site, k_site = sites
     assert q_site.n_heads is not None and k_site.n_heads is not None
     group = head * k_site.n_heads // q_site.n_heads
     parts = [
-        _terms(seen.writes, decomposition, name, site, h)
-        for name, site, h in zip(names, sites, (head, group), strict=True)
+        _terms(writes, decomposition, name, site, h) for name, site, h in zip(names, sites, (head, group), strict=True)
     ]
-    own = seen.scores[:, head]
+    own = scores[:, head]
     allowed = _allowed(own, attention_mask)
     d_head = q_site.d_out // q_site.n_heads
-    known = rotations(block, seen.angles, tokens.shape[1], d_head)
+    known = rotations(block, angles, tokens.shape[1], d_head)
     rotation, scale = _fitted(adapter, known, parts, own, allowed)
     at_q, at_k = (chosen_columns(positions, tokens, "attention scores") for positions in (queries, keys))
     turned = [known[rotation](part)[:, columns] for part, columns in zip(parts, (at_q, at_k), strict=True)]
@@ -158,17 +157,10 @@ def attention_scores(
     return AttentionScores(layer, head, at_q, at_k, pairs, shown, rotation, scale)
 
 
-class _Seen(NamedTuple):
-    """What one pass leaves."""
-
-    writes: SiteWrites
-    scores: Float[Tensor, "batch head query key"]
-    angles: list[tuple[Tensor, Tensor]]
-
-
 def _see(
     adapter: ModelAdapter, names: Sequence[str], block: nn.Module, tokens: Tensor, attention_mask: Tensor | None
-) -> _Seen:
+) -> tuple[SiteWrites, Float[Tensor, "batch head query key"], list[tuple[Tensor, Tensor]]]:
+    """What the sites write, the model's own scores, and the angles of its rotation."""
     writes, before = SiteWrites(len(tokens)), [0]
     fns = writes.fns(names, "read")
 
@@ -185,7 +177,7 @@ def _see(
             f"{type(adapter.model).__name__} takes no softmax over [batch, head, query, key] after {names[0]}: its attention "
             "is of another kind, or runs in a fused kernel that cannot be switched off."
         )
-    return _Seen(writes, seen.scores[before[0]], list(angles))
+    return writes, seen.scores[before[0]], list(angles)
 
 
 def _terms(
