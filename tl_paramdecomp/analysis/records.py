@@ -14,11 +14,13 @@ from torch import Tensor
 from tl_paramdecomp.analysis import record_files
 from tl_paramdecomp.components.disk import writing
 from tl_paramdecomp.components.plain import as_declared, from_plain, in_short
-from tl_paramdecomp.errors import DecompositionFileError
+from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
     from rich.table import Table
+else:
+    DataFrame = Table = Any
 
 Row = dict[str, Any]
 Kept = TypeVar("Kept", bound="Record")
@@ -39,7 +41,7 @@ class Record:
     """Columns that its tables are printed in."""
 
     @abstractmethod
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         """Tables for a terminal, by rich."""
 
     def footnotes(self) -> list[str]:
@@ -130,7 +132,7 @@ class Record:
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def old_frame(self: Any) -> "pandas.DataFrame":
+def old_frame(self: Any) -> DataFrame:
     """The same as `to_frame`, by its old name, which the next release takes away."""
     warnings.warn("frame() is called to_frame(); the old name goes next.", DeprecationWarning, stacklevel=2)
     return self.to_frame()
@@ -142,17 +144,30 @@ def _as_tensor(array: Any) -> Tensor:
     return made.cpu().clone(memory_format=torch.contiguous_format)
 
 
-def plain_table(title: str, first: str, *columns: str, rows: Iterable[Sequence[str]] = ()) -> "Table":
+def plain_table(title: str, first: str, *columns: str, rows: Iterable[Sequence[str]] = ()) -> Table:
     """A table whose first column holds words and whose others hold figures."""
-    from rich.table import Table
+    from rich import table, text
 
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    made = table.Table(title=title, title_justify="left")
+    made.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right")
+        made.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*row)
-    return table
+        made.add_row(*map(text.Text, row))  # tokens are not markup
+    return made
+
+
+def frame_of(rows: Any, columns: Sequence[str] | None = None) -> DataFrame:
+    """Rows as a pandas frame.
+
+    Raises:
+        MissingExtraError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingExtraError("to_frame() needs pandas: pip install pandas.") from error
+    return pandas.DataFrame(rows, columns=columns)  # type: ignore[arg-type]
 
 
 def shown(value: float | int | None, places: int = 4) -> str:

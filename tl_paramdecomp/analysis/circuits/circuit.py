@@ -13,7 +13,7 @@ complement, and each unit's own part. Measures: Wang et al. 2022 (arXiv 2211.005
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,7 @@ from tl_paramdecomp.analysis.circuits.values import (
     random_value,
     stochastic_value,
 )
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.analysis.tasks.metrics import TaskMetric, default_metric, normalised_faithfulness
 from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -41,9 +41,6 @@ from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import resolve_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all units at which MIB measures circuits."""
@@ -113,7 +110,7 @@ class Circuit(Record):
         if self.metrics.keys() != self.faithfulness.keys() or any(len(place) != 2 for place in self.curve):
             raise ValueError("the metric and faithfulness are of other masks, or the curve is no list of pairs")
 
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         found = {"nothing (the model)": (self.model, 1.0)}
         found |= {kind: (value, self.faithfulness[kind]) for kind, value in self.metrics.items()}
         found |= {"everything ablated": (self.none, 0.0)}

@@ -14,7 +14,7 @@ weights instead of activations Dar et al. 2023, arXiv 2209.02535.
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,15 +24,12 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.shortcuts import PROBE_SHAPE, UNEMBEDDING, probe_tokens
 from tl_paramdecomp.analysis.contexts.token_text import shown, token_text, tokenizer_of
 from tl_paramdecomp.analysis.effects.site_writes import EMBEDDINGS
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import ComponentIndexError, SettingError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SiteCall, SiteFn, resolve_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 FINAL_NORM = "ln_final.w"
 WRITERS = ("W_O", "W_out")
@@ -65,12 +62,9 @@ class LogitLens(Record):
     bottom: list[LensToken]
     """Smallest values first."""
 
-    def tables(self) -> "list[Table]":
-        from rich.text import Text
-
-        rows = []
-        for pair in zip(self.top, self.bottom):
-            rows.append([cell for t in pair for cell in (Text(shown(t.token, t.text)), f"{t.value:+.4f}")])
+    def tables(self) -> list[Table]:
+        pairs = zip(self.top, self.bottom)
+        rows = [[cell for t in pair for cell in (shown(t.token, t.text), f"{t.value:+.4f}")] for pair in pairs]
         return [plain_table(f"{self.site}[{self.component}]", "promoted", "value", "demoted", "value", rows=rows)]
 
     def footnotes(self) -> list[str]:

@@ -7,7 +7,7 @@ Pointwise mutual information of a token and of being active is log p(token | act
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,14 +22,11 @@ from tl_paramdecomp.analysis.contexts.component_streams import (
     token_rows,
 )
 from tl_paramdecomp.analysis.contexts.token_text import shown, token_text, tokenizer_of
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike
 from tl_paramdecomp.errors import NoImportanceError, SettingError
 from tl_paramdecomp.patching.target import checked_adapter
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Active = Literal["importance", "activation"]
 RankBy = Literal["pmi", "count"]
@@ -89,7 +86,7 @@ class TokenStatistics(Record):
         """
         return own_of(self.components, site, component)
 
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         from rich.text import Text
 
         tables = []

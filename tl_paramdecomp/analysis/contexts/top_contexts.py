@@ -7,7 +7,7 @@ activation, then to the earlier row and position.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -21,14 +21,11 @@ from tl_paramdecomp.analysis.contexts.component_streams import (
     token_rows,
 )
 from tl_paramdecomp.analysis.contexts.token_text import shown_context, token_text, tokenizer_of
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike
 from tl_paramdecomp.errors import NoImportanceError, SettingError
 from tl_paramdecomp.patching.target import checked_adapter
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 By = Literal["activation", "importance"]
 Sign = Literal["both", "positive", "negative"]
@@ -95,20 +92,16 @@ class TopContexts(Record):
         """
         return own_of(self.components, site, component).contexts
 
-    def tables(self) -> "list[Table]":
-        from rich.text import Text
-
+    def tables(self) -> list[Table]:
         tables = []
         for own in self.components:
             known = any(context.importance is not None for context in own.contexts)
             columns = ["activation", *(["importance"] if known else []), "row", "position"]
-            table = plain_table(f"{own.site}[{own.component}]", "context", *columns)
-            for context in own.contexts:
-                g = [] if context.importance is None else [f"{context.importance:.3f}"]
-                table.add_row(
-                    Text(str(context)), f"{context.activation:+.4f}", *g, str(context.row), str(context.position)
-                )
-            tables.append(table)
+            rows = []
+            for c in own.contexts:
+                g = [] if c.importance is None else [f"{c.importance:.3f}"]
+                rows.append([str(c), f"{c.activation:+.4f}", *g, str(c.row), str(c.position)])
+            tables.append(plain_table(f"{own.site}[{own.component}]", "context", *columns, rows=rows))
         return tables
 
     def footnotes(self) -> list[str]:

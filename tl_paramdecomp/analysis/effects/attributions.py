@@ -1,19 +1,15 @@
 """What attribution leaves behind: an effect of every component at every position, as tensors, tables and files."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, DataFrame, Record, Table, frame_of, plain_table
 from tl_paramdecomp.components.plain import from_plain
-from tl_paramdecomp.errors import MissingExtraError, SettingError
-
-if TYPE_CHECKING:
-    import pandas
-    from rich.table import Table
+from tl_paramdecomp.errors import SettingError
 
 Direction = Literal["removal", "noising", "denoising", "corrupt to clean"]
 
@@ -112,16 +108,8 @@ class Attribution(Record):
         parts += [v.sum(1) for part in (self.delta, self.bias, self.embeddings) for v in part.values()]
         return torch.stack([part.double() for part in parts]).sum(0)
 
-    def to_frame(self) -> "pandas.DataFrame":
-        """One line for each row, site, component (missing for the delta component) and position (missing for all).
-
-        Raises:
-            MissingExtraError: pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError("to_frame() needs pandas: pip install pandas.") from error
+    def to_frame(self) -> DataFrame:
+        """One line for each row, site, component (missing for the delta component) and position (missing for all)."""
         lines = []
         for site in self.values:
             table = torch.cat([self.values[site], self.delta[site].unsqueeze(-1)], -1)
@@ -130,7 +118,7 @@ class Attribution(Record):
                 for p, effects in enumerate(columns):
                     where = self._position(p)
                     lines += [(row, site, c if c < C else None, where, value) for c, value in enumerate(effects)]
-        frame = pandas.DataFrame(lines, columns=["row", "site", "component", "position", "value"])
+        frame = frame_of(lines, ["row", "site", "component", "position", "value"])
         return frame.astype({"component": "Int64", "position": "Int64"})
 
     def _row(self, values: Tensor, row: int | None) -> Tensor:
@@ -155,7 +143,7 @@ class Attribution(Record):
                 if tuple(array.shape[:2]) != (rows, places):
                     raise ValueError(f"{name} of {site} are {list(array.shape)}, with {rows} rows and {places} places")
 
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         rows = []
         for e in self.top(SHOWN, delta=True):
             component = "delta" if e.component is None else str(e.component)

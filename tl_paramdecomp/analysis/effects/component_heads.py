@@ -4,22 +4,19 @@ Parts are what is there with the component minus without it, in one head: they s
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.analysis.effects.site_writes import SiteWrites
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import HeadIndexError
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import WeightSite, check_rows, resolve_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class ComponentHeads(Record):
         """The values as a tensor."""
         return torch.tensor(self.values, dtype=torch.float64)
 
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         title = f"Shares of heads in what components of {self.site} {'read' if self.side == 'in' else 'write'}"
         heads = (f"head {head}" for head in range(len(self.values[0])))
         rows = [[str(c), *(f"{share:.3f}" for share in shares)] for c, shares in enumerate(self.values)]

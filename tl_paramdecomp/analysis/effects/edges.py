@@ -11,7 +11,7 @@ components in the place of dictionary features.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, SupportsIndex
+from typing import Annotated, Any, ClassVar, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -25,16 +25,13 @@ from tl_paramdecomp.analysis.effects.attribution import attribute
 from tl_paramdecomp.analysis.effects.attributions import held
 from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges
 from tl_paramdecomp.analysis.effects.site_writes import Prompts, chosen_sites, prompts_of
-from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, Row, form, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, Row, Table, form, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import PositionIndexError, SettingError
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SitePattern, resolve_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Node = tuple[str, SupportsIndex, SupportsIndex]
 """Site, component, position."""
@@ -151,7 +148,7 @@ class Graph(Record):
         """The n edges of largest absolute value."""
         return sorted(self.edges, key=lambda e: -abs(e["value"]))[:n]
 
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         sign = f"|{WITH_WITHOUT}|" if self.kind == "dataset" else WITH_WITHOUT
         edges = plain_table(
             f"Edges of a {self.kind}'s graph for {self.metric}",

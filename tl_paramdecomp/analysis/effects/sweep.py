@@ -11,7 +11,7 @@ denoising effect is what patching restores, a noising effect what patching break
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.effects.single_runs import Runner, SitePatches, Unpatched
 from tl_paramdecomp.analysis.effects.site_writes import Prompts, prompts_of
-from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, plain_table
+from tl_paramdecomp.analysis.records import WITH_WITHOUT, DataFrame, Record, Table, frame_of, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.plain import from_plain
@@ -31,10 +31,6 @@ from tl_paramdecomp.patching.act_edits import derangement
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SitePattern, Span, select_sites
-
-if TYPE_CHECKING:
-    import pandas
-    from rich.table import Table
 
 Direction = Literal["noising", "denoising"]
 Sign = Literal["with minus without"]
@@ -122,28 +118,26 @@ class Sweep(Record):
         """The n of largest absolute effect, largest first."""
         return sorted(self.rows(), key=lambda row: -abs(row.effect))[:n]
 
-    def to_frame(self) -> "pandas.DataFrame":
+    def to_frame(self) -> DataFrame:
         """Every patch as a row of a pandas frame."""
-        import pandas
-
         columns = ["site", *self.granularity, "effect"]
-        return pandas.DataFrame([{c: getattr(row, c) for c in columns} for row in self.rows()], columns=columns)
+        return frame_of([[getattr(row, c) for c in columns] for row in self.rows()], columns)
 
-    def tables(self, top: int = 10) -> "list[Table]":
-        table = plain_table(
+    def tables(self, top: int = 10) -> list[Table]:
+        title, effect = (
             f"Largest effects on {self.metric} ({self.direction}, value {self.value})",
-            "site",
-            *self.granularity,
             f"effect\n{WITH_WITHOUT}",
         )
-        for row in self.top(top):
-            table.add_row(row.site, *(str(getattr(row, axis)) for axis in self.granularity), f"{row.effect:+.4f}")
+        rows = [
+            [row.site, *(str(getattr(row, axis)) for axis in self.granularity), f"{row.effect:+.4f}"]
+            for row in self.top(top)
+        ]
         sites = plain_table("By site", "site", "patches", "sum", "largest", "smallest")
         for site in self.effects:
             values = self.effect(site)
             figures = (values.sum(), values.max(), values.min())
             sites.add_row(site, str(values.numel()), *(f"{float(figure):+.4f}" for figure in figures))
-        return [table, sites]
+        return [plain_table(title, "site", *self.granularity, effect, rows=rows), sites]
 
     def footnotes(self) -> list[str]:
         runs = f"clean {self.clean:.4f}" + ("" if self.corrupt is None else f", corrupt {self.corrupt:.4f}")

@@ -10,14 +10,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from tl_paramdecomp.analysis.evaluation.result import distance_name
-from tl_paramdecomp.analysis.records import Record, Row, form, old_frame, plain_table, shown
-
-if TYPE_CHECKING:
-    import pandas
-    from rich.table import Table
+from tl_paramdecomp.analysis.records import DataFrame, Record, Row, Table, form, frame_of, old_frame, plain_table, shown
 
 Metric = Literal["rounded", "stochastic", "adversarial", "importance", "unmasked"]
 Axis = Literal["l0", "active_parameters"]
@@ -114,11 +110,9 @@ class Comparison(Record):
         """`kl` or `mse`: what outputs were compared by."""
         return self.points[0].get("measure", "kl") if self.points else "kl"
 
-    def to_frame(self) -> "pandas.DataFrame":
+    def to_frame(self) -> DataFrame:
         """Runs as a pandas frame."""
-        import pandas
-
-        return pandas.DataFrame(self.points)
+        return frame_of(self.points)
 
     frame = old_frame
 
@@ -127,7 +121,7 @@ class Comparison(Record):
         """Of rounded, stochastic and adversarial KL those that the protocol asked for."""
         return tuple(m for m in HEADLINE if any(p[m] is not None for p in self.points))
 
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         matched = [_matched(self, metric) for metric in self.measured]
         found = [*matched, _points(self), _stability(self), _splitting(self)]
         return [table for table in found if table.row_count]
@@ -163,7 +157,7 @@ def spread(values: Sequence[float], places: int = 3) -> str:
     return f"{text} ({min(values):.{places}f}-{max(values):.{places}f})" if len(values) > 1 else text
 
 
-def _matched(found: Comparison, metric: Metric) -> "Table":
+def _matched(found: Comparison, metric: Metric) -> Table:
     shared = {name: found.shared_range(axis) for axis, name in AXES.items()}
     over = [f"mean, {name} {r[0]:,.0f}-{r[1]:,.0f}" for name, r in shared.items() if r is not None]
     columns = [f"L0 {share * found.ranks:.0f} (1/{round(1 / share)})" for share in SHARES]
@@ -182,7 +176,7 @@ POINTS = {
 }  # fmt: skip
 
 
-def _points(found: Comparison) -> "Table":
+def _points(found: Comparison) -> Table:
     zero = found.points[0]["zero"] if found.points else math.nan
     what = "KL in nats per token" if found.measure == "kl" else "mean square of outputs"
     title = f"Runs: {what}; all components removed {zero:.3f}; perm.: rounded, importances dealt anew"
@@ -198,7 +192,7 @@ def _points(found: Comparison) -> "Table":
     return table
 
 
-def _stability(found: Comparison) -> "Table":
+def _stability(found: Comparison) -> Table:
     return plain_table(
         "Matched cosines between seeds, of active components",
         *("method, sparsity", "V", "U", "rank one", "untrained: V", "U", "rank one"),
@@ -216,7 +210,7 @@ def _stability(found: Comparison) -> "Table":
     )
 
 
-def _splitting(found: Comparison) -> "Table":
+def _splitting(found: Comparison) -> Table:
     what = f"rounded {distance_name(found.measure)}"
     columns = ("components", "active", "split in the largest", "L0", what)
     table = plain_table("Splitting: more capacity should not mean more components", "method, capacity", *columns)

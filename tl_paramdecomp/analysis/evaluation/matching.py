@@ -7,22 +7,19 @@ components of the largest one is MMCS ("Stochastic Parameter Decomposition", and
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.analysis.activations import at_real, causal_importances
-from tl_paramdecomp.analysis.records import Record, plain_table
+from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError, ShapeError
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows, resolve_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Which = Mapping[str, Bool[Tensor, "_"]]
 """Components that take part, by site: [C], each site its own C."""
@@ -134,7 +131,7 @@ class NearestComponents(Record):
         if any(shape != shapes[0] or len(shape) != len(self.components) for shape in shapes):
             raise ValueError(f"tables of {', '.join(str(len(shape)) for shape in shapes)} rows do not fit each other")
 
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         rows = [
             [str(c), str(other), *(f"{v:+.3f}" for v in (cosine, read, cosine / read if read else 0.0))]
             for c, *of in zip(self.components, self.nearest, self.cosines, self.read)

@@ -2,13 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
-from tl_paramdecomp.analysis.records import Record, Row, form, old_frame, plain_table, shown
-
-if TYPE_CHECKING:
-    import pandas
-    from rich.table import Table
+from tl_paramdecomp.analysis.records import DataFrame, Record, Row, Table, form, frame_of, old_frame, plain_table, shown
 
 PARTIAL, NOT_REACHED = " (partial: time ran out)", "not reached"
 
@@ -110,21 +106,17 @@ class Evaluation(Record):
         by_steps = {row["steps"]: row for row in self.adversary}
         return by_steps[headline_steps(tuple(by_steps))] if by_steps else None
 
-    def to_frame(self) -> "pandas.DataFrame":
+    def to_frame(self) -> DataFrame:
         """Kinds of masks as a pandas frame."""
-        import pandas
-
-        return pandas.DataFrame(self.masks)
+        return frame_of(self.masks)
 
     frame = old_frame
 
-    def sites_frame(self) -> "pandas.DataFrame":
+    def sites_frame(self) -> DataFrame:
         """Matrices as a pandas frame."""
-        import pandas
+        return frame_of(self.sites, list(self.sites[0]) if self.sites else ["site"]).set_index("site")
 
-        return pandas.DataFrame(self.sites, columns=list(self.sites[0]) if self.sites else ["site"]).set_index("site")
-
-    def tables(self) -> "list[Table]":
+    def tables(self) -> list[Table]:
         found = [_headline(self), _masks(self), _adversary(self), _specificity(self), _sites(self)]
         return [table for table in found if table.row_count]
 
@@ -142,7 +134,7 @@ def distance_name(measure: str) -> str:
     return "KL" if measure == "kl" else "mean square"
 
 
-def _headline(found: Evaluation) -> "Table":
+def _headline(found: Evaluation) -> Table:
     what = distance_name(found.measure)
     title = f"Headline{PARTIAL if found.left_out else ''}: {found.positions} tokens of {found.rows} held-out rows"
     table = plain_table(title, "decomposition", "L0", f"rounded {what}", f"adversarial {what}")
@@ -159,7 +151,7 @@ def _headline(found: Evaluation) -> "Table":
     return table
 
 
-def _masks(found: Evaluation) -> "Table":
+def _masks(found: Evaluation) -> Table:
     key, title, columns = found.measure, "Masks", ("masks", "delta", distance_name(found.measure), "± draws")
     if found.ce:
         title += f" (cross-entropy: model {found.ce['model']:.3f}, all removed {found.ce['zero']:.3f})"
@@ -174,7 +166,7 @@ def _masks(found: Evaluation) -> "Table":
     return table
 
 
-def _adversary(found: Evaluation) -> "Table":
+def _adversary(found: Evaluation) -> Table:
     restarts = max((row["restarts"] for row in found.adversary), default=0)
     what, key = distance_name(found.measure), found.measure
     return plain_table(
@@ -184,7 +176,7 @@ def _adversary(found: Evaluation) -> "Table":
     )
 
 
-def _specificity(found: Evaluation) -> "Table":
+def _specificity(found: Evaluation) -> Table:
     what = distance_name(found.measure)
     columns = ("AUROC", "Spearman", f"{what} where g > 0.5", f"{what} where g < 0.01")
     table = plain_table("Does importance predict what ablating one component does?", "importances", *columns)
@@ -194,7 +186,7 @@ def _specificity(found: Evaluation) -> "Table":
     return table
 
 
-def _sites(found: Evaluation) -> "Table":
+def _sites(found: Evaluation) -> Table:
     columns = (
         "rel. error",
         "L0",
