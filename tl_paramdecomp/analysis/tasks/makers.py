@@ -221,21 +221,21 @@ def _micro_gpt2_group(name: str, text: list[str], answers: tuple[int, ...], clea
 
 
 # --- words that a tokenizer has -----------------------------------------------------------------------------------------
-def _single(writer: PromptTokenizer, task: str, what: str, candidates: Iterable[str], need: int) -> tuple[str, ...]:
-    """The words that are one token behind a space.
+def _single(writer: PromptTokenizer, task: str, what: str, candidates: Iterable[Any], need: int) -> tuple[Any, ...]:
+    """The words, or pairs of words, that are one token each behind a space.
 
     Raises:
         TokenizerTaskError: Fewer than needed.
     """
-    candidates = tuple(dict.fromkeys(candidates))
-    found = [word for word in candidates if writer.next_token("the", f" {word}") is not None]
+    parts = {c: (c,) if isinstance(c, str) else c for c in candidates}
+    split = [w for w in dict.fromkeys(sum(parts.values(), ())) if writer.next_token("the", f" {w}") is None]
+    found = tuple(c for c, some in parts.items() if not set(some) & set(split))
     if len(found) < need:
         raise TokenizerTaskError(
-            f"Task {task!r} cannot be written with this tokenizer: of {len(candidates)} {what} it has {len(found)} as one "
-            f"token behind a space, and {need} are needed. It splits, or does not know, "
-            f"{named_words(word for word in candidates if word not in found)}."
+            f"Task {task!r} cannot be written with this tokenizer: of {len(parts)} {what} it has {len(found)} as one "
+            f"token behind a space, and {need} are needed. It splits, or does not know, {named_words(split)}."
         )
-    return tuple(found)
+    return found
 
 
 def _writable(writer: PromptTokenizer, task: str, what: str, candidates: Iterable[str]) -> tuple[str, ...]:
@@ -254,6 +254,11 @@ def _writable(writer: PromptTokenizer, task: str, what: str, candidates: Iterabl
     return tuple(found)
 
 
+def _slots(writer: PromptTokenizer, task: str, **words_of: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Words that the tokenizer can write, by the slot of a template that they fill."""
+    return {slot: _writable(writer, task, "words", some) for slot, some in words_of.items()}
+
+
 def _filled(template: str, rng: random.Random, **slots: Sequence[str]) -> str:
     """A template with a word drawn for each of these slots; the others stay."""
     return re.sub(r"\{(\w+)\}", lambda slot: rng.choice(slots[slot[1]]) if slot[1] in slots else slot[0], template)
@@ -262,12 +267,12 @@ def _filled(template: str, rng: random.Random, **slots: Sequence[str]) -> str:
 # --- the tasks ----------------------------------------------------------------------------------------------------------
 def _ioi(writer: PromptTokenizer) -> Draw:
     names = _single(writer, "ioi", "names", words.NAMES, 8)
-    places, objects = (_writable(writer, "ioi", "words", some) for some in (words.PLACES, words.OBJECTS))
+    slots = _slots(writer, "ioi", place=words.PLACES, object=words.OBJECTS)
     templates = _writable(writer, "ioi", "templates", words.IOI_TEMPLATES)
 
     def draw(rng: random.Random) -> Instance:
         template = rng.choice(templates)
-        frame = _filled(template, rng, place=places, object=objects)
+        frame = _filled(template, rng, **slots)
         first, second, *others = rng.sample(names, 5)
         order = rng.choice(("ABBA", "BABA"))
         subject, indirect = (second, first) if order == "ABBA" else (first, second)
@@ -289,10 +294,7 @@ def _pronoun(writer: PromptTokenizer) -> Draw:
         for pronoun, some in (("she", words.FEMALE_NAMES), ("he", words.MALE_NAMES))
     }
     _single(writer, "pronoun", "pronouns", names, 2)
-    slots = {
-        slot: _writable(writer, "pronoun", "words", some)
-        for slot, some in (("adj", words.ADJECTIVES), ("job", words.JOBS), ("place", words.PLACES))
-    }
+    slots = _slots(writer, "pronoun", adj=words.ADJECTIVES, job=words.JOBS, place=words.PLACES)
     templates = _writable(writer, "pronoun", "templates", words.PRONOUN_TEMPLATES)
 
     def draw(rng: random.Random) -> Instance:
@@ -325,13 +327,8 @@ def _years(writer: PromptTokenizer) -> _Years:
         for century in words.CENTURIES:
             token = writer.next_token("the year", f" {century}")
             for year in words.YEARS if token is not None else ():
-                added = writer.added("the year", f" {century}{between}{year}")
-                if (
-                    added is not None
-                    and len(added) == 2
-                    and added[0] == token
-                    and ids.setdefault(year, added[1]) == added[1]
-                ):
+                added = writer.added("the year", f" {century}{between}{year}") or ()
+                if len(added) == 2 and added[0] == token and ids.setdefault(year, added[1]) == added[1]:
                     split.setdefault(century, []).append(year)
         missing = tuple(year for year in words.YEARS if year not in ids)
         usable = {c: tuple(y for y in years if "02" <= y <= "98") for c, years in split.items() if "01" in years}
@@ -365,10 +362,7 @@ def _greater_than(writer: PromptTokenizer) -> Draw:
 
 def _docstring(writer: PromptTokenizer) -> Draw:
     arguments = _single(writer, "docstring", "names of arguments", words.ARGUMENTS, 14)
-    slots = {
-        slot: _writable(writer, "docstring", "words", some)
-        for slot, some in (("function", words.FUNCTIONS), ("w", words.DESCRIPTIONS), ("t", words.THINGS))
-    }
+    slots = _slots(writer, "docstring", function=words.FUNCTIONS, w=words.DESCRIPTIONS, t=words.THINGS)
     templates = _writable(writer, "docstring", "templates", words.DOCSTRING_TEMPLATES)
 
     def draw(rng: random.Random) -> Instance:
@@ -390,27 +384,12 @@ def _docstring(writer: PromptTokenizer) -> Draw:
     return draw
 
 
-def _pairs(writer: PromptTokenizer, what: str, pairs: Sequence[tuple[str, str]], need: int) -> list[tuple[str, str]]:
-    single = {word: writer.next_token("the", f" {word}") is not None for pair in pairs for word in pair}
-    found = [pair for pair in pairs if all(single[word] for word in pair)]
-    if len(found) < need:
-        raise TokenizerTaskError(
-            f"Task 'agreement' cannot be written with this tokenizer: of {len(pairs)} {what} in both numbers it has "
-            f"{len(found)} as one token each behind a space, and {need} are needed. It splits, or does not know, "
-            f"{named_words(word for word, whole in single.items() if not whole)}."
-        )
-    return found
-
-
 def _agreement(writer: PromptTokenizer) -> Draw:
     people, things = words.PEOPLE_PAIRS, words.THING_PAIRS
-    nouns = _pairs(writer, "nouns", [*people, *things], 8)
-    verbs = _pairs(writer, "verbs", words.VERB_PAIRS, 1)
+    nouns = _single(writer, "agreement", "nouns in both numbers", [*people, *things], 8)
+    verbs = _single(writer, "agreement", "verbs in both numbers", words.VERB_PAIRS, 1)
     templates = _writable(writer, "agreement", "templates", words.AGREEMENT_TEMPLATES)
-    between = {
-        slot: _writable(writer, "agreement", "nouns", [noun for pair in pairs for noun in pair])
-        for slot, pairs in (("thing", things), ("person", people))
-    }
+    between = _slots(writer, "agreement", thing=sum(things, ()), person=sum(people, ()))
 
     def draw(rng: random.Random) -> Instance:
         template, noun = rng.choice(templates), rng.choice(nouns)
