@@ -167,12 +167,12 @@ class Task:
         if not places:
             raise TaskError(f"{rows!r} selects no prompt of task {self.name!r}, which has {len(self)}.")
         index = index.to(self.clean.device)
-        rows: dict[str, Any] = {f: None if getattr(self, f) is None else getattr(self, f)[index] for f in TENSORS}
-        if rows["attention_mask"] is not None and bool(rows["attention_mask"].bool().all()):
-            rows["attention_mask"] = None
+        kept: dict[str, Any] = {f: None if getattr(self, f) is None else getattr(self, f)[index] for f in TENSORS}
+        if kept["attention_mask"] is not None and bool(kept["attention_mask"].bool().all()):
+            kept["attention_mask"] = None
         lists = ("answers", "wrong", "texts", "groups")
-        rows |= {f: tuple(of[i] for i in places) if (of := getattr(self, f)) else () for f in lists}
-        return dataclasses.replace(self, **rows)
+        kept |= {f: tuple(of[i] for i in places) if (of := getattr(self, f)) else () for f in lists}
+        return dataclasses.replace(self, **kept)
 
     def to(self, device: torch.device | str) -> "Task":
         """The task with its tensors on a device."""
