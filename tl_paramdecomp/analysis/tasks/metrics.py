@@ -305,7 +305,6 @@ def _log_probability(logits: Float[Tensor, "n vocab"], ids: Sequence[tuple[int, 
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
-@torch.no_grad()
 def _in_batches(
     model: Any, task: Task, batch_size: int, corrupt: bool
 ) -> Iterator[tuple[slice, Float[Tensor, "some vocab"]]]:
@@ -321,8 +320,10 @@ def _in_batches(
         rows = slice(start, start + batch_size)
         some = task.select(rows).to(adapter.device)
         tokens = some.corrupt if corrupt and some.corrupt is not None else some.clean
-        out = some.at_answer((adapter.forward if whole else adapter.hidden)(tokens, some.attention_mask))
-        yield rows, out if whole else adapter.unembed(out)
+        with torch.no_grad():
+            out = some.at_answer((adapter.forward if whole else adapter.hidden)(tokens, some.attention_mask))
+            out = out if whole else adapter.unembed(out)
+        yield rows, out
 
 
 def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
