@@ -1,11 +1,15 @@
 # `make demo` and `make test` do everything from a fresh clone; `make help` lists the rest.
-# Variables: PYTHON (3.10 or newer), ARGS (added to pytest), PIP_EXTRA_INDEX_URL and pip's other own variables.
+# Variables: PYTHON (3.10 or newer), JOBS (tests at a time), ARGS (added to pytest), PIP_EXTRA_INDEX_URL and pip's other own
+# variables.
 PYTHON ?= python3
+JOBS ?= 2
 ARGS ?=
 TORCH := torch==2.13.0
 VENV := .venv
 LEG_TESTS := tests/adapters tests/patching
-PYTEST := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+PYTEST := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+# a file's tests go to one process, so that what they share is made once
+PARALLEL := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow bench lint format legs clean distclean
@@ -20,7 +24,7 @@ demo: setup ## load the embedded model, decompose some of it, ask it questions
 	$(VENV)/bin/tl-paramdecomp demo
 
 test: setup ## the tests, without the slow ones and the benchmarks
-	$(PYTEST) $(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 slow: setup ## the slow tests
 	$(PYTEST) $(VENV)/bin/python -m pytest -m "slow and not benchmark" $(ARGS)
@@ -40,7 +44,7 @@ format: setup ## let ruff fix and format
 legs: leg-tl4 leg-tl2 ## adapters and patching on the other versions of transformer-lens
 
 leg-%: .venv-%/.installed ## one of them: leg-tl4, leg-tl2
-	$(PYTEST) .venv-$*/bin/python -m pytest $(LEG_TESTS) $(ARGS)
+	$(PYTEST) .venv-$*/bin/python -m pytest $(LEG_TESTS) $(PARALLEL) $(ARGS)
 
 # torch comes first and by itself, so that a local CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) is taken where there is one.
 define install
