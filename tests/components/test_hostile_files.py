@@ -3,9 +3,7 @@
 import hashlib
 import json
 import os
-import pickle
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tl_paramdecomp import Decomposition, SubnetworkDecomposition
 from tl_paramdecomp.components import files
@@ -23,7 +19,7 @@ from tl_paramdecomp.errors import DecompositionFileError, SettingError
 from tl_paramdecomp.sites import Fingerprint, WeightSite
 
 from ..support import hostile
-from ..support.hostile import few_and_many, refusal, searching, watched
+from ..support.hostile import refusal, watched
 from ..support.saved_folders import (
     METADATA,
     TENSORS,
@@ -62,55 +58,11 @@ def small(importance: ImportanceConfig | None = None, names: tuple[str, ...] = (
     return Decomposition({name: (torch.ones(2, 4), torch.ones(4, 3)) for name in names}, sites, prints, importance)
 
 
-def tensors_in(content: bytes) -> dict[str, np.ndarray]:
-    """Float32 tensors of a safetensors file, read by hand."""
-    header, data = split_safetensors(content)
-    found = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            found[name] = np.frombuffer(data[begin:end], "<f4").reshape(entry["shape"])
-    return found
-
-
 def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
-@BOTH_KINDS
-def test_what_is_tried_here_loads_when_it_is_left_alone(tmp_path: Path, kind: str) -> None:
-    folder = saved(kind, tmp_path / "a")
-    with watched():
-        LOADERS[kind](folder)
-    forged = forge(put(tmp_path / "b", contents(folder)), values_of(folder), (folder / TENSORS).read_bytes())
-    assert contents(forged) == contents(folder)  # the formats as this file knows them are those that are written
-
-
-@BOTH_KINDS
-@BOTH_FILES
-def test_every_flipped_bit_is_noticed(tmp_path: Path, kind: str, name: str) -> None:
-    """One in every other byte of the JSON and in every ninth of the tensors; all there are among the slow tests."""
-    step = 9 if name == TENSORS else 2
-    _flip(saved(kind, tmp_path), kind, name, lambda i: [] if i % step else [i // step % 8])
-
-
-@pytest.mark.slow
-@BOTH_KINDS
-@BOTH_FILES
-def test_every_single_flipped_bit_is_noticed(tmp_path: Path, kind: str, name: str) -> None:
-    _flip(saved(kind, tmp_path), kind, name, lambda i: range(8))
-
-
-def _flip(folder: Path, kind: str, name: str, bits: Callable[[int], Any]) -> None:
-    content = (folder / name).read_bytes()
-    for i, byte in enumerate(content):
-        for bit in bits(i):
-            (folder / name).write_bytes(content[:i] + bytes([byte ^ (1 << bit)]) + content[i + 1 :])
-            with pytest.raises(DecompositionFileError):
-                LOADERS[kind](folder)
-    (folder / name).write_bytes(content)
-    LOADERS[kind](folder)
 
 
 @BOTH_KINDS
@@ -121,31 +73,6 @@ def test_another_digit_of_the_format_does_not_make_it_format_1(tmp_path: Path, k
     assert content.count('"format": 2') == 1
     (folder / METADATA).write_text(content.replace('"format": 2', f'"format": {byte}'))
     refusal(LOADERS[kind], folder)
-
-
-@few_and_many(80, 6000)
-@BOTH_KINDS
-@BOTH_FILES
-def test_no_edited_file_loads(tmp_path: Path, kind: str, name: str, examples: int) -> None:
-    folder = saved(kind, tmp_path)
-    content = (folder / name).read_bytes()
-
-    @searching(examples)
-    @given(hostile.edits(content))
-    def search(edited: bytes) -> None:
-        (folder / name).write_bytes(edited)
-        refusal(LOADERS[kind], folder)
-
-    search()
-
-
-@BOTH_KINDS
-@BOTH_FILES
-@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -100, -2, -1])
-def test_truncated_files(tmp_path: Path, kind: str, name: str, length: int) -> None:
-    folder = saved(kind, tmp_path)
-    (folder / name).write_bytes((folder / name).read_bytes()[:length])
-    assert name in str(refusal(LOADERS[kind], folder))
 
 
 @BOTH_KINDS
@@ -184,52 +111,6 @@ def test_the_other_kind_is_refused(tmp_path: Path, kind: str) -> None:
 
 
 # --- foreign files ----------------------------------------------------------------------------------------------------
-@BOTH_KINDS
-@pytest.mark.parametrize("what", list(hostile.foreign(Path())))
-def test_foreign_files_are_refused_and_never_run(tmp_path: Path, kind: str, what: str) -> None:
-    folder, sentinel = saved(kind, tmp_path / "saved"), tmp_path / "sentinel"
-    values, own = values_of(folder), contents(folder)
-    content = hostile.foreign(sentinel)[what]
-    for name in (TENSORS, METADATA):
-        put(folder, {**own, name: content})
-        refusal(LOADERS[kind], folder)
-    refusal(LOADERS[kind], forge(folder, values, content))  # the JSON describes it, checksum and all
-    refusal(LOADERS[kind], put(tmp_path / "both", {TENSORS: content, METADATA: content}))
-    (tmp_path / "file").write_bytes(content)
-    refusal(LOADERS[kind], tmp_path / "file")
-    assert not sentinel.exists()
-
-
-def test_the_bombs_go_off_where_they_are_opened_as_what_they_are(tmp_path: Path) -> None:
-    made = hostile.foreign(tmp_path / "sentinel")
-    for what in ("pickle", "pickle, protocol 0"):
-        pickle.loads(made[what])
-        (tmp_path / "sentinel").rmdir()
-    path = tmp_path / "file"
-    path.write_bytes(made["torch.save"])
-    torch.load(path, weights_only=False)
-    (tmp_path / "sentinel").rmdir()
-    with pytest.raises(AssertionError, match="find_class"), watched():
-        pickle.loads(made["pickle"])
-
-
-@BOTH_KINDS
-@BOTH_FILES
-@pytest.mark.parametrize("what", ["folder", "pipe", "zero", "null", "nowhere", "itself", "pipe behind a link", "root"])
-def test_what_is_no_file(tmp_path: Path, kind: str, name: str, what: str) -> None:
-    folder = saved(kind, tmp_path / "saved")
-    path = folder / name
-    path.unlink()
-    if what == "folder":
-        path.mkdir()
-    elif what == "pipe":
-        os.mkfifo(path)
-    elif what == "pipe behind a link":
-        os.mkfifo(tmp_path / "pipe")
-        path.symlink_to(tmp_path / "pipe")
-    else:
-        path.symlink_to({"zero": "/dev/zero", "null": "/dev/null", "nowhere": "x", "itself": name, "root": "/"}[what])
-    refusal(LOADERS[kind], folder)
 
 
 @BOTH_KINDS
@@ -262,65 +143,7 @@ def test_links_to_whole_files_are_followed(tmp_path: Path, kind: str) -> None:
     LOADERS[kind](tmp_path / "links")
 
 
-@BOTH_KINDS
-@BOTH_FILES
-def test_a_sparse_file_of_a_terabyte(tmp_path: Path, kind: str, name: str) -> None:
-    folder = saved(kind, tmp_path)
-    try:
-        os.truncate(folder / name, 1 << 40)
-    except OSError:
-        pytest.skip("the file system has no files as large")
-    began = time.process_time()
-    with pytest.raises(DecompositionFileError, match=name):
-        LOADERS[kind](folder)
-    assert (
-        time.process_time() - began < hostile.SECONDS
-    )  # not in refusal(), as it may take the address space to look into it
-
-
 # --- JSON that fits its checksum --------------------------------------------------------------------------------------
-def _is_in(known: Any, found: Any) -> bool:
-    """Whether all of some JSON is in other JSON, of the same types; objects may have more there (later defaults)."""
-    if type(known) is not type(found):
-        return False
-    if isinstance(known, dict):
-        return all(key in found and _is_in(value, found[key]) for key, value in known.items())
-    if isinstance(known, list):
-        return len(known) == len(found) and all(map(_is_in, known, found))
-    return known == found
-
-
-@few_and_many(100, 3000)
-@BOTH_KINDS
-def test_no_value_is_dropped_or_bent(tmp_path: Path, kind: str, examples: int) -> None:
-    """Saved again, what loads says all that the file said."""
-    folder = saved(kind, tmp_path / "a")
-    values = values_of(folder)
-    paths = [p for p in hostile.places(values) if p[0] not in ("checksum", "sha256")]
-
-    @searching(examples)
-    @given(st.sampled_from(paths), hostile.JSON, hostile.TEXTS, st.sampled_from(["replace", "remove", "add", "double"]))
-    def search(path: tuple[Any, ...], new: Any, key: str, how: str) -> None:
-        there = hostile.at(values, path)
-        if how == "remove":
-            forged = hostile.without(values, path)
-        elif how == "add" and isinstance(there, dict):
-            forged = hostile.replaced(values, path, {**there, key: new})
-        elif how == "double" and isinstance(there, list):
-            forged = hostile.replaced(values, path, [*there, *there[:1]])
-        else:
-            forged = hostile.replaced(values, path, new)
-        forge(folder, forged)
-        with watched():
-            try:
-                loaded = LOADERS[kind](folder)
-            except DecompositionFileError:
-                return
-        again = values_of(loaded.save(tmp_path / "b"))
-        del forged["checksum"]
-        assert _is_in(forged, again)
-
-    search()
 
 
 ALSO: dict[str, tuple[type, ...]] = {
@@ -427,59 +250,6 @@ def test_a_digest_is_never_a_path(tmp_path: Path, digest: Any) -> None:
 
 
 # --- tensors that fit their checksum ----------------------------------------------------------------------------------
-DTYPES = ["F64", "F16", "BF16", "I32", "U8", "I64", "BOOL", "C64", "F8_E4M3", "F4", "F128", "", "float32", 4, None]
-SIZES = st.integers(-2, 200) | st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**30, 1.5, None, "4", []])
-
-
-@few_and_many(100, 3000)
-@BOTH_KINDS
-def test_headers_of_all_sorts(tmp_path: Path, kind: str, examples: int) -> None:
-    """A changed header is refused, or what loads is what it says: as read by hand."""
-    folder = saved(kind, tmp_path / "a")
-    values, (header, data) = values_of(folder), split_safetensors((folder / TENSORS).read_bytes())
-    names = [name for name in header if name != "__metadata__"]
-    entry = st.fixed_dictionaries(
-        {}, optional={"dtype": st.sampled_from(["F32", *DTYPES]), "shape": st.lists(SIZES, max_size=4),
-                      "data_offsets": st.lists(SIZES, max_size=3)},
-    )  # fmt: skip
-
-    @searching(examples)
-    @given(st.data())
-    def search(drawn: st.DataObject) -> None:
-        forged = json.loads(json.dumps(header))
-        how = drawn.draw(
-            st.sampled_from(["change", "new", "remove", "rename", "exchange", "overlap", "metadata", "any"])
-        )
-        name, other = drawn.draw(st.sampled_from(names)), drawn.draw(st.sampled_from(names))
-        if how == "change":
-            forged[name] |= drawn.draw(entry)
-        elif how == "new":
-            forged[drawn.draw(hostile.TEXTS)] = {**forged[name], **drawn.draw(entry)}
-        elif how == "remove":
-            del forged[name]
-        elif how == "rename":
-            forged[drawn.draw(hostile.TEXTS)] = forged.pop(name)
-        elif how == "exchange":
-            forged[name], forged[other] = forged[other], forged[name]
-        elif how == "overlap":
-            forged[name]["data_offsets"] = forged[other]["data_offsets"]
-        elif how == "metadata":
-            forged["__metadata__"] = drawn.draw(st.dictionaries(hostile.TEXTS, hostile.TEXTS) | hostile.JSON)
-        else:
-            forged = drawn.draw(hostile.JSON)
-        content = join_safetensors(forged, data)
-        forge(folder, values, content)
-        with watched():
-            try:
-                loaded = LOADERS[kind](folder)
-            except DecompositionFileError:
-                return
-        found = tensors_in((loaded.save(tmp_path / "b") / TENSORS).read_bytes())
-        expected = tensors_in(content)
-        assert found.keys() == expected.keys()
-        assert all(np.array_equal(found[key], expected[key]) for key in found)
-
-    search()
 
 
 @BOTH_KINDS
@@ -555,28 +325,10 @@ def test_a_name_that_no_file_can_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@few_and_many(60, 1500)
-def test_info_is_kept_to_the_letter_or_refused(tmp_path: Path, examples: int) -> None:
-    made = small()
-
-    @searching(examples)
-    @given(st.dictionaries(hostile.TEXTS, hostile.JSON, max_size=4))
-    def search(info: dict[str, Any]) -> None:
-        made.info = info
-        try:
-            made.save(tmp_path)
-        except DecompositionFileError as error:
-            assert "JSON compliant" in str(error)  # NaN or infinity
-            return
-        assert repr(Decomposition.load(tmp_path).info) == repr(info)
-
-    search()
-
-
 @pytest.mark.parametrize(
     "info",
-    [{1: 0, "1": 0}, {"a": {1, 2}}, {"a": 10**5000}, {"a": b"x"}, {("a",): 1}],
-    ids=["names that meet", "set", "long number", "bytes", "tuple"],
+    [{"a": float("nan")}, {1: 0, "1": 0}, {"a": {1, 2}}, {"a": 10**5000}, {"a": b"x"}, {("a",): 1}],
+    ids=["nan", "names that meet", "set", "long number", "bytes", "tuple"],
 )
 def test_info_that_json_cannot_hold(tmp_path: Path, info: Any) -> None:
     made = small()
@@ -639,15 +391,18 @@ def test_format_1_is_saved_as_format_2(tmp_path: Path, kind: str) -> None:
 
 
 @BOTH_KINDS
-def test_tensors_of_format_1_are_checked_too(tmp_path: Path, kind: str) -> None:
-    folder = put(tmp_path, contents(FORMAT_1 / kind))
-    _flip(folder, kind, TENSORS, lambda i: [] if i % 15 else [i // 15 % 8])
-
-
-@BOTH_KINDS
 @pytest.mark.parametrize("extra", ["checksum", "checksun", "tensors"])
 def test_format_1_has_no_more_than_it_had(tmp_path: Path, kind: str, extra: str) -> None:
     folder = put(tmp_path, contents(FORMAT_1 / kind))
     text = json.dumps(values_of(folder) | {extra: "0" * 64})
     (folder / METADATA).write_text(text)
     refusal(LOADERS[kind], folder)
+
+
+@BOTH_KINDS
+def test_tensors_of_format_1_are_checked_too(tmp_path: Path, kind: str) -> None:
+    folder = put(tmp_path, contents(FORMAT_1 / kind))
+    content = (folder / TENSORS).read_bytes()
+    for i in range(0, len(content), 15):
+        (folder / TENSORS).write_bytes(content[:i] + bytes([content[i] ^ (1 << i // 15 % 8)]) + content[i + 1 :])
+        refusal(LOADERS[kind], folder)

@@ -19,8 +19,8 @@ from tl_paramdecomp.errors import (
 from tl_paramdecomp.sites import SiteCall, Span, WeightSite
 
 from ..support import mask_algebra as algebra
-from ..support.hostile import few_and_many, searching
 from ..support.mask_algebra import NUMBERS, Rows, Textbook
+from ..support.searching import few_and_many, searching
 
 CPU = torch.device("cpu")
 W_IN = WeightSite("blocks.0.mlp.W_in", 4, 6, aliases=("transformer.h.0.mlp.c_fc",), has_bias=True)

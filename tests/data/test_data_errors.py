@@ -291,7 +291,7 @@ def test_fewer_rows_than_are_left_out_or_asked_for(tmp_path):
     (torch.zeros(3, 4), "torch.float32 [3, 4]"), (torch.zeros(3, 4, 5, dtype=torch.long), "[3, 4, 5]"), (3, "given int"),
     ({"tokens": [[3]]}, "given dict"), (iter([{"text": "w3"}]), "one-time iterator"), ([3, 4], "holds int"),
     ([{"text": [[3]]}], "torch.int64 [1, 1]"), ([], "is empty"), ([{"text": ["w3"]}], "holds list where text"),
-], ids=str)  # fmt: skip
+], ids=lambda given: given if isinstance(given, str) else type(given).__name__)  # fmt: skip
 def test_what_is_no_data(data, words):
     refused(words, data, tokenizer())
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import tl_paramdecomp as tlpd
 
 from ..support import mask_algebra as algebra
-from ..support.hostile import few_and_many, searching
 from ..support.mask_algebra import Rows, Textbook
 from ..support.models import VOCAB, C, build, decomposition_of, logits, plain
+from ..support.searching import few_and_many, searching
 
 Books = Mapping[str, Textbook]
 

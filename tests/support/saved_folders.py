@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 TENSORS, METADATA = "components.safetensors", "decomposition.json"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """Every file of a folder, also of those within it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def put(folder: Path, files: Mapping[str, bytes]) -> Path:
     """A folder of these files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
 
@@ -61,6 +64,17 @@ def join_safetensors(header: Any, data: bytes) -> bytes:
     """The reverse; the header may be anything that JSON holds."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+def tensors_in(content: bytes) -> dict[str, np.ndarray]:
+    """Float32 tensors of a safetensors file, read by hand."""
+    header, data = split_safetensors(content)
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            found[name] = np.frombuffer(data[begin:end], "<f4").reshape(entry["shape"])
+    return found
 
 
 def sealed_lines(values: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
 """Opening what a user names as data: a dataset on the hub, local files, a dataset or tensor in memory."""
 
 import glob
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -178,6 +179,8 @@ def _files(paths: Sequence[Path], separator: str | None, column: str | None) -> 
         )
     if kind == "packed":
         raise DataError(f"{name} is packed; unpack it first.")
+    for file in files if kind == "JSON array" else ():
+        _check_array(file)
     if kind in ("parquet", "JSON array"):
         return _by_datasets("parquet" if kind == "parquet" else "json", files, name, column)
     refuse_bad_bytes(files)
@@ -203,6 +206,18 @@ def _kind(file: Path) -> str:
             return "JSON array" if opened_file.read(64).lstrip()[:1] == b"[" else "JSON lines"
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
+def _check_array(file: Path) -> None:
+    """See that a file holds objects or texts alone; what else JSON can hold ends the whole process within `datasets`."""
+    try:
+        records = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read as json ({told_in_one_line(error)}).") from error
+    kinds = {type(record) for record in records}
+    if kinds not in ({dict}, {str}):
+        told = " and ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
+        raise DataError(f'{file} holds a list of {told}; expected objects, such as {{"text": "..."}}, or texts.')
 
 
 def _by_datasets(builder: str, files: Sequence[Path], name: str, column: str | None) -> Opened:

@@ -64,7 +64,9 @@ class BatchSource(ABC):
         known, own = state.get("data", self.info), self.info
         differing = [key for key in {**known, **own} if known.get(key) != own.get(key)]
         if differing:
-            told = "; ".join(f"{key} was {known.get(key)!r} and is {own.get(key)!r}" for key in differing)
+            told = "; ".join(
+                f"{key:.40} was {known.get(key)!r:.80} and is {own.get(key)!r:.80}" for key in differing[:5]
+            )
             raise DataError(f"The run was begun with other data ({told}); give the same, or begin a new run.")
 
 

@@ -285,9 +285,11 @@ def text_column(columns: Sequence[str], source: str) -> str:
 
 def unknown_column(column: str, columns: Sequence[str], source: str) -> DataError:
     """The error that names the nearest columns."""
+    columns = [f"{name:.40}" for name in columns]
     near = difflib.get_close_matches(column, columns, n=3, cutoff=0.4)
     hint = f"the nearest: {', '.join(map(repr, near))}" if near else "none is near"
-    return DataError(f"{source} has no column {column!r}; it has {', '.join(columns) or 'none'} ({hint}).")
+    known = f"{', '.join(columns[:10]) or 'none'}{' ...' * (len(columns) > 10)}"
+    return DataError(f"{source} has no column {column!r}; it has {known} ({hint}).")
 
 
 def no_tokenizer(source: str) -> DataError:

@@ -170,7 +170,7 @@ class _JsonCursor(_FileCursor):
     def _record(self, text: str, byte: int) -> Any:
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{self._files[self._index]} holds no JSON object in the line that begins at byte {byte} ({error}); expected "
                 'one object a line, such as {"text": "..."}.'
