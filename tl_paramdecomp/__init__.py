@@ -10,6 +10,8 @@ import warnings as _warnings
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+__version__ = "0.1.0"
+
 if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a second time
     from tl_paramdecomp import errors
     from tl_paramdecomp.adapters import find_sites, site_weight

@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 import tl_paramdecomp as tlpd
 from tests.cli.test_commands import command
+from tl_paramdecomp.analysis.next_tokens import greedy_continuation
+from tl_paramdecomp.analysis.tasks.metrics import mean_scores
+from tl_paramdecomp.analysis.tasks.prompts import position_texts, search_and_test, task_named
 from tl_paramdecomp.cli.app import app
-from tl_paramdecomp.cli.causal_runs import greedy_continuation, task_scores
+from tl_paramdecomp.cli.causal_runs import Question
 from tl_paramdecomp.cli.edits import Edits
-from tl_paramdecomp.cli.effects import ranges
-from tl_paramdecomp.cli.questions import Question, position_texts, search_and_test, task_named
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     DataError,
@@ -24,6 +25,7 @@ from tl_paramdecomp.errors import (
     TLParamDecompError,
     TokenizerTaskError,
 )
+from tl_paramdecomp.report.tables import ranges
 
 PROMPT = "When Mary and John went to the store, John gave a ring to"
 OTHER = "When Jane and Ben went to the store, Ivan gave a ring to"
@@ -184,14 +186,14 @@ def test_options_that_say_nothing_are_refused(model, made, edits, error):
 
 
 def test_scores_are_those_of_the_logits(model, ioi):
-    found, logits = task_scores(model, ioi)
+    found, logits = mean_scores(model, ioi)
     last = logits_of(model, ioi)[torch.arange(6), ioi.last]
     torch.testing.assert_close(logits, last, rtol=0, atol=1e-4)
     right, wrong = ([ids[0] for ids in of] for of in (ioi.answers, ioi.wrong))
     rows = torch.arange(6)
     assert found["logit difference"] == pytest.approx((last[rows, right] - last[rows, wrong]).mean().item(), abs=1e-4)
     assert found["accuracy: answer likeliest"] == (last.argmax(-1) == torch.tensor(right)).double().mean().item()
-    shifted, _ = task_scores(model, ioi, logits.roll(1, 0))
+    shifted, _ = mean_scores(model, ioi, logits.roll(1, 0))
     p, q = torch.softmax(last.roll(1, 0), -1), torch.log_softmax(last, -1)
     assert shifted["KL of the next token"] == pytest.approx((p * (p.log() - q)).sum(-1).mean().item(), rel=1e-3)
 
@@ -246,7 +248,7 @@ def test_sweep_is_the_librarys(saved, made, model):
 def test_attribution_of_a_prompt_names_tokens(saved, made, model, tmp_path):
     what = ("attribute", "micro-gpt2", saved, "--prompt", PROMPT, "--answer", " Mary", "--wrong", "John", "--graph", 5)
     found = one_object(*what, "--out", tmp_path / "a.json", "--top", 4)
-    asked = Question("micro-gpt2", model, PROMPT, answers=["mary"], wrong=["john"])
+    asked = Question(model, PROMPT, answers=["mary"], wrong=["john"])
     wanted = tlpd.attribute(model, made, asked.only()[0], tlpd.LogitDifference())
     kept = tlpd.Attribution.load(tmp_path / "a.json")
     assert found["direction"] == "removal" and len(found["top"]) == 4
@@ -300,19 +302,19 @@ def test_circuit_is_searched_and_measured_on_different_prompts(saved, tmp_path):
 
 def test_tasks_from_a_file(saved, model, tmp_path):
     path = tlpd.make_task("ioi", "micro-gpt2", 6, split="train").save(tmp_path / "own.jsonl")
-    task, words = task_named(str(path), "micro-gpt2", model, 4)
+    task, words = task_named(str(path), model, 4)
     assert (task.name, len(task)) == ("ioi", 4) and str(path) in words
     what = ("circuit", "micro-gpt2", saved, "--task", path, "--faithfulness", 0.5, "--stochastic", 0, "--prompts", 2)
     shown = run(*what)
     assert "2 prompts of the file" in shown and "Components of the circuit" in shown
-    some, others, _ = search_and_test(str(path), "micro-gpt2", model, 2, 0)
+    some, others, _ = search_and_test(str(path), model, 2, 0)
     assert torch.equal(torch.stack([some.clean, others.clean], 1).flatten(0, 1), task.clean)
     with pytest.raises(SettingError, match="no splits"):
-        task_named(str(path), "micro-gpt2", model, 4, split="test")
+        task_named(str(path), model, 4, split="test")
     with pytest.raises(DecompositionFileError):
-        task_named(str(tmp_path / "none.jsonl"), "micro-gpt2", model, 4)
+        task_named(str(tmp_path / "none.jsonl"), model, 4)
     with pytest.raises(SettingError, match="Unknown task"):
-        task_named("oio", "micro-gpt2", model, 4)
+        task_named("oio", model, 4)
 
 
 @pytest.mark.parametrize("arguments, words", [

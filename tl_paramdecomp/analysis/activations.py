@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import check_rows
+from tl_paramdecomp.sites import check_rows, resolve_name
 
 
 class Sparsity(NamedTuple):
@@ -35,6 +35,27 @@ def component_acts(
     with torch.no_grad():
         inputs = _inputs(model, decomposition, tokens, attention_mask)
         return {name: decomposition[name].acts(x) for name, x in inputs.items()}
+
+
+def site_acts(
+    model: Any,
+    decomposition: Decomposition,
+    site: str,
+    tokens: Shaped[Tensor, "batch ..."],
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    head: int | None = None,
+) -> Float[Tensor, "batch ... C"]:
+    """Component activations of one site, as `ActPatches.from_acts` takes them: by head, where a head's part of what the site
+    reads is patched.
+
+    Raises:
+        NoMatchingSiteError: There is no such site.
+    """
+    name = resolve_name(decomposition.sites, site)
+    components = decomposition[name]
+    with torch.no_grad():
+        x = checked_adapter(model, decomposition).capture(tokens, [name], attention_mask).inputs[name]
+        return components.head_acts(x) if head is not None and components.site.head_side == "in" else components.acts(x)
 
 
 def causal_importances(

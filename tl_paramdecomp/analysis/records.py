@@ -149,7 +149,7 @@ def plain_table(title: str, first: str, *columns: str, rows: Iterable[Sequence[s
     from rich import table, text
 
     made = table.Table(title=title, title_justify="left")
-    made.add_column(first)
+    made.add_column(first, overflow="fold")
     for column in columns:
         made.add_column(column, justify="right")
     for row in rows:

@@ -9,21 +9,40 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tl_paramdecomp import __version__
 from tl_paramdecomp.cli.causal import attribute, circuit, patch
 from tl_paramdecomp.cli.options import (
-    MODEL_OR_FILE,
     AsJson,
+    BatchSize,
+    Dataset,
     DecompositionFolder,
     DeviceName,
+    HeldOutRows,
     HostName,
+    Length,
     ModelName,
+    ModelOrFile,
+    OutFile,
+    Restarts,
+    Seed,
+    Seeds,
+    SiteGlobs,
+    SomeSites,
+    Steps,
+    Text,
     console,
+    path_option,
 )
 from tl_paramdecomp.errors import SettingError
 
+METHODS = (
+    "spd (modern form), paper (SPD as published), vpd (persistent adversary), l3d (subnetworks); or exact components whose "
+    "importances alone are trained, as spd trains its own: svd, whitened-svd, neurons, random; none are with -oracle after "
+    "the name."
+)
+
 app = typer.Typer(
     name="tl-paramdecomp",
-    help="Turn a language model's weight matrices into trainable components, and patch them back.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,11 +50,27 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> bool:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Turn a language model's weight matrices into trainable components, and patch them back."""
+
+
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the decomposition and its metrics.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the start, the rows and the masks.")] = 0,
+    out: Annotated[Path, path_option(help="Folder for the decomposition and its metrics.")] = Path("runs/demo"),
+    steps: Steps = 1000,
+    seed: Seed = 0,
 ) -> None:
     """Decompose two layers of the embedded model and ablate what matters; minutes, no network."""
     from tl_paramdecomp.cli.demo import run_demo
@@ -63,14 +98,8 @@ def sites(
         print(json.dumps({"sites": rows, "refused": refused}, indent=1))
         return
     table = Table(title=f"Weight sites of {model} ({host})", title_justify="left")
-    for column, justify in (
-        ("site", "left"),
-        ("d_in", "right"),
-        ("d_out", "right"),
-        ("heads", "right"),
-        ("also called", "left"),
-    ):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for column in ("site", "d_in", "d_out", "heads", "also called"):
+        table.add_column(column, justify="left" if column in ("site", "also called") else "right", overflow="fold")
     for name, site in found.items():
         heads = "" if site.n_heads is None else str(site.n_heads)
         table.add_row(name, str(site.d_in), str(site.d_out), heads, site.aliases[0] if site.aliases else "")
@@ -82,50 +111,32 @@ def sites(
 @app.command()
 def decompose(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL|RUN.yaml", help=MODEL_OR_FILE)],
-    site_globs: Annotated[
-        list[str] | None, typer.Option("--sites", help="Glob over site names; may be given several times.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics, checkpoints and the result.")] = None,
+    model: ModelOrFile,
+    site_globs: SomeSites = None,
+    out: Annotated[Path | None, path_option(help="Folder for metrics, checkpoints and the result.")] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Another value for any setting: method.lr=1e-3; may be given several times.",
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value for any setting: method.lr=1e-3; repeatable."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what the run needs: memory, time, disk. Touches no file.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Token rows per step.")] = 8,
+    steps: Steps = 1000,
+    batch_size: BatchSize = 8,
     components: Annotated[
         int | None, typer.Option(help="Components per site; left out: chosen from its shape.")
     ] = None,
     importance: Annotated[
         float | None, typer.Option(help="Coefficient of importance minimality; larger is sparser.")
     ] = None,
-    method_name: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help="spd (modern form), paper (SPD as published), vpd (persistent adversary), l3d (subnetworks); or exact "
-            "components whose importances alone are trained, as spd trains its own: svd, whitened-svd, neurons, random; none "
-            "are with -oracle after the name.",
-        ),
-    ] = "spd",
+    method_name: Annotated[str, typer.Option("--method", help=METHODS)] = "spd",
     settings: Annotated[
-        Path | None, typer.Option(help="JSON file with a method's settings, as a run writes them.")
+        Path | None, path_option(help="JSON file with a method's settings, as a run writes them.")
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file to train on; left out for micro-gpt2: its own text.")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Dataset on the hub with a text or tokens column, streamed.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the start, the rows and the masks.")] = 0,
+    text: Text = None,
+    dataset: Dataset = None,
+    length: Length = 64,
+    seed: Seed = 0,
     device: DeviceName = "cpu",
     host: HostName = "transformers",
 ) -> None:
@@ -176,11 +187,11 @@ def _refuse_options(context: typer.Context, allowed: set[str]) -> None:
 def evaluate(
     model: ModelName,
     decomposition: DecompositionFolder,
-    text: Annotated[Path | None, typer.Option(help="Held-out text; left out for micro-gpt2: its own.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Dataset on the hub with a text or tokens column.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
-    rows: Annotated[int, typer.Option(min=1, help="Held-out rows, 32 at most.")] = 32,
-    restarts: Annotated[int, typer.Option(help="Starts of the adversary.")] = 3,
+    text: Text = None,
+    dataset: Dataset = None,
+    length: Length = 64,
+    rows: HeldOutRows = 32,
+    restarts: Restarts = 3,
     oracle: Annotated[
         int | None, typer.Option(help="Importances from the model's gradients: so many components per position.")
     ] = None,
@@ -188,7 +199,7 @@ def evaluate(
         bool, typer.Option("--untrained", help="A control: also measure what the method started from.")
     ] = False,
     seconds: Annotated[float | None, typer.Option(help="Begin no further part after so many.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON object here.")] = None,
+    out: OutFile = None,
     device: DeviceName = "cpu",
     host: HostName = "transformers",
     as_json: AsJson = False,
@@ -229,28 +240,28 @@ def evaluate(
 @app.command()
 def compare(
     model: ModelName,
-    site_globs: Annotated[list[str], typer.Option("--sites", help="Glob over site names; may be given several times.")],
-    out: Annotated[Path, typer.Option(help="Folder for the protocol, every run, the curves and the result.")],
+    site_globs: SiteGlobs,
+    out: Annotated[Path, path_option(help="Folder for the protocol, every run, the curves and the result.")],
     method_names: Annotated[
         list[str],
         typer.Option(
             "--method", help="As in decompose; may be given several times. With -oracle: importances from gradients."
         ),
     ] = ["spd", "vpd", "svd", "whitened-svd", "neurons", "random"],  # noqa: B006
-    steps: Annotated[int, typer.Option(help="Training steps of each method.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Token rows per step.")] = 8,
-    seeds: Annotated[int, typer.Option(help="Run seeds 0 to N - 1.")] = 2,
+    steps: Steps = 1000,
+    batch_size: BatchSize = 8,
+    seeds: Seeds = 2,
     sparsity: Annotated[
         list[float], typer.Option(help="Factor on each method's importance coefficient; may be given several times.")
     ] = [0.3, 1.0, 3.0, 10.0, 30.0],  # noqa: B006
     capacity: Annotated[
         list[float] | None, typer.Option(help="Factor on the number of components, to see whether they split.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file; left out for micro-gpt2: its own text.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Dataset on the hub with a text or tokens column.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens per row, for text.")] = 64,
-    rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure on, 32 at most.")] = 32,
-    restarts: Annotated[int, typer.Option(help="Starts of the adversary.")] = 3,
+    text: Text = None,
+    dataset: Dataset = None,
+    length: Length = 64,
+    rows: HeldOutRows = 32,
+    restarts: Restarts = 3,
     shuffled: Annotated[
         bool, typer.Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")
     ] = False,
@@ -310,20 +321,22 @@ def reproduce(
             "l3d-circuits, l3d-high-rank, l3d-squared, l3d-digits."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for targets, checkpoints, results and figures.")] = Path(
+    out: Annotated[Path, path_option(help="Folder for targets, checkpoints, results and figures.")] = Path(
         "runs/reproduce"
     ),
-    seeds: Annotated[int, typer.Option(help="Run seeds 0 to N - 1.")] = 1,
+    seeds: Seeds = 1,
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step, instead of the recipe's.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads; the smallest toys gain nothing from a second one.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; the smallest toys gain nothing from a second one.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Redo a published toy result: train the target, decompose it, score it. Run it again to go on."""
     import torch
 
-    from tl_paramdecomp.cli.reproduced import result_table
     from tl_paramdecomp.experiments.reproduce import reproduce as run
+    from tl_paramdecomp.report.tables import reproduced_table
 
     torch.set_num_threads(threads)
     talk = Console(stderr=True)
@@ -332,4 +345,4 @@ def reproduce(
     if as_json:
         print(json.dumps(record))
     else:
-        console.print(result_table(record))
+        console.print(reproduced_table(record))

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from tl_paramdecomp.cli.options import (
     TASK_HELP,
@@ -20,13 +21,16 @@ from tl_paramdecomp.cli.options import (
     Prompts,
     PromptText,
     Seed,
-    SiteGlobs,
+    SomeSites,
     Split,
     TaskName,
     Wrong,
     console,
 )
 from tl_paramdecomp.errors import SettingError
+
+if TYPE_CHECKING:
+    from tl_paramdecomp.cli.causal_runs import Found
 
 Components = list[str] | None
 
@@ -64,7 +68,7 @@ def patch(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Rank what each component does for the metric: with it minus without it.")
     ] = False,
-    sites: SiteGlobs = None,
+    sites: SomeSites = None,
     value: Annotated[
         str | None, typer.Option(help="What a sweep puts in: zero (the default), mean, resample, corrupt, a number.")
     ] = None,
@@ -81,7 +85,7 @@ def patch(
     as_json: AsJson = False,
 ) -> None:
     """Ask what patching components does to a prompt's next token, its continuation or a task's scores."""
-    from tl_paramdecomp.cli.causal_runs import run_patch, run_sweep
+    from tl_paramdecomp.cli.causal_runs import Question, run_patch, run_sweep
     from tl_paramdecomp.cli.edits import Edits
 
     edits = Edits(
@@ -89,9 +93,9 @@ def patch(
     )
     _check_patch(bool(edits), sweep, head is not None or generate is not None, (sites, value, direction))
     opened, loaded = _opened(model, decomposition, host, device, out)
-    asked = _question(model, opened, prompt, task, answer, wrong, corrupt_prompt, prompts, seed, split)
+    asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split)
     if sweep:
-        found = run_sweep(asked, loaded, sites, value, direction, position, top or 10)
+        found = run_sweep(asked, loaded, value, top or 10, sites=sites, direction=direction, positions=position)
     else:
         found = run_patch(asked, loaded, edits, generate, top or 5)
     _deliver(found, as_json, out)
@@ -129,7 +133,7 @@ def attribute(
     graph: Annotated[
         int | None, typer.Option(help="Also direct effects between so many components, the strongest.")
     ] = None,
-    sites: SiteGlobs = None,
+    sites: SomeSites = None,
     prompts: Prompts = 64,
     split: Split = None,
     seed: Seed = 0,
@@ -140,10 +144,10 @@ def attribute(
     as_json: AsJson = False,
 ) -> None:
     """Ask which components, at which tokens, make up an answer: the strongest effects on the metric, with minus without."""
-    from tl_paramdecomp.cli.causal_runs import run_attribute
+    from tl_paramdecomp.cli.causal_runs import Question, run_attribute
 
     opened, loaded = _opened(model, decomposition, host, device, out)
-    asked = _question(model, opened, prompt, task, answer, wrong, corrupt_prompt, prompts, seed, split)
+    asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split)
     _deliver(run_attribute(asked, loaded, method, direction, sites, by_position, graph, top), as_json, out)
 
 
@@ -170,11 +174,12 @@ def circuit(
     as_json: AsJson = False,
 ) -> None:
     """Find the components that keep a task's metric, and measure what that says about the model."""
-    from tl_paramdecomp.cli.causal_runs import run_circuit
+    from tl_paramdecomp.cli.causal_runs import Question, run_circuit
 
     opened, loaded = _opened(model, decomposition, host, device, out)
-    asked = _question(model, opened, None, task, None, None, None, prompts, seed, None)
-    _deliver(run_circuit(asked, loaded, method, faithfulness, stochastic or None, value, delta), as_json, out)
+    asked = Question(opened, task=task, prompts=prompts, seed=seed)
+    settings: dict[str, Any] = {"method": method, "stochastic": stochastic or None, "value": value, "delta": delta}
+    _deliver(run_circuit(asked, loaded, faithfulness, **settings), as_json, out)
 
 
 def _check_patch(edits: bool, sweep: bool, not_swept: bool, of_sweep: tuple[Any, Any, str]) -> None:
@@ -212,32 +217,24 @@ def _opened(model: str, decomposition: Path, host: str, device: str, out: Path |
     return open_model(model, host, device), loaded
 
 
-def _question(
-    model: str,
-    opened: Any,
-    prompt: str | None,
-    task: str | None,
-    answers: list[str] | None,
-    wrong: list[str] | None,
-    corrupt_prompt: str | None,
-    prompts: int,
-    seed: int,
-    split: str | None,
-) -> Any:
-    from tl_paramdecomp.cli.questions import Question
-
-    return Question(model, opened, prompt, task, answers or (), wrong or (), corrupt_prompt, prompts, seed, split)
-
-
-def _deliver(found: Any, as_json: bool, out: Path | None) -> None:
+def _deliver(found: "Found", as_json: bool, out: Path | None) -> None:
     """Print an answer and write it where it is wanted."""
-    from tl_paramdecomp.cli.causal_runs import written
-    from tl_paramdecomp.cli.effects import print_shown
-
-    paths = [] if out is None else written(found, out)  # first: the reader of what is printed may leave
+    paths = [] if out is None else found.write(out)  # first: the reader of what is printed may leave
     if as_json:
         print(json.dumps(found.record))
     else:
-        print_shown(console, found.shown)
+        _show(found.shown)
     for path in paths:
         Console(stderr=True).print(f"Written to {path}", markup=False, highlight=False)
+
+
+def _show(parts: "list[Table | str]") -> None:
+    """Tables and lines, whose brackets are no markup; a title may be wider than its table."""
+    for place, part in enumerate(parts):
+        if isinstance(part, str):
+            console.print(part, highlight=False, markup=False)
+            continue
+        if part.title is not None:
+            console.print(("\n" if place else "") + str(part.title), style="bold", highlight=False, markup=False)
+            part.title = None
+        console.print(part)

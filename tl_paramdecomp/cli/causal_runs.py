@@ -1,5 +1,6 @@
-"""What the causal commands find out: each takes a question and a decomposition, and gives an object, tables and lines."""
+"""What the causal commands ask: each takes a question and a decomposition, and gives an object, tables and lines."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -7,42 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.adapters.lens import LensAdapter
 from tl_paramdecomp.analysis.circuits.circuit import find_circuit
 from tl_paramdecomp.analysis.effects.attribution import attribute
 from tl_paramdecomp.analysis.effects.edges import dataset_graph, prompt_graph
 from tl_paramdecomp.analysis.effects.sweep import sweep
+from tl_paramdecomp.analysis.next_tokens import greedy_continuation, next_token_kl, next_token_probs, top_tokens
 from tl_paramdecomp.analysis.records import Record
-from tl_paramdecomp.analysis.tasks.metrics import (
-    AnswerProbability,
-    AnswerRank,
-    KLToClean,
-    ProbabilityDifference,
-    answer_logits,
-    default_metric,
+from tl_paramdecomp.analysis.tasks.metrics import default_metric, mean_scores
+from tl_paramdecomp.analysis.tasks.prompts import (
+    answers_in_words,
+    position_texts,
+    prompt_task,
+    search_and_test,
+    task_in_words,
+    task_named,
 )
 from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.cli.edits import Edits, Rows
-from tl_paramdecomp.cli.effects import (
-    edge_table,
-    effect_rows,
-    effect_table,
-    members_table,
-    next_token_columns,
-    score_table,
-)
-from tl_paramdecomp.cli.questions import Question, answers_in_words, position_texts, search_and_test, task_in_words
-from tl_paramdecomp.cli.report import next_token_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import replace_text
-from tl_paramdecomp.data.prompt_tokens import context_of
+from tl_paramdecomp.data.prompt_tokens import prompt_tokenizer
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.patching.act_patches import patched_acts
+from tl_paramdecomp.report.tables import members_table, next_token_table, score_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,6 +38,67 @@ if TYPE_CHECKING:
 OVER_POSITIONS = (
     "Prompts of several lengths or templates: effects are summed over positions (--by-position keeps them)."
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A prompt, a task, or both, as the options name them.
+
+    Raises:
+        SettingError: Neither, or options of one beside the other alone.
+    """
+
+    model: Any
+    prompt: str | None = None
+    task: str | None = None
+    answers: Sequence[str] = ()
+    wrong: Sequence[str] = ()
+    corrupt_prompt: str | None = None
+    prompts: int = 64
+    seed: int = 0
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt is None and self.task is None:
+            raise SettingError("Nothing to ask about: give --prompt TEXT, or --task NAME.")
+        if self.prompt is None and (self.answers or self.wrong or self.corrupt_prompt is not None):
+            raise SettingError("--answer, --wrong and --corrupt-prompt belong to a --prompt; a task brings its own.")
+        if self.task is None and self.split is not None:
+            raise SettingError("--split belongs to a --task.")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's; None where it has none."""
+        return prompt_tokenizer(self.model).tokenizer
+
+    def prompt_task(self) -> Task | None:
+        """The prompt as a task of its own."""
+        if self.prompt is None:
+            return None
+        return prompt_task(self.prompt, self.model, self.answers, self.wrong, self.corrupt_prompt)
+
+    def named_task(self) -> tuple[Task, str] | None:
+        """The task, and in words what it is."""
+        if self.task is None:
+            return None
+        task, whence = task_named(self.task, self.model, self.prompts, self.seed, self.split)
+        return task, task_in_words(task, whence)
+
+    def only(self) -> tuple[Task, str]:
+        """The one task or the one prompt, and in words what it is.
+
+        Raises:
+            SettingError: Both are given.
+        """
+        if self.prompt is not None and self.task is not None:
+            raise SettingError("Give --prompt or --task, not both.")
+        task = self.prompt_task()
+        if task is None:
+            found = self.named_task()
+            assert found is not None
+            return found
+        whose = "" if self.answers else " (the model's own likeliest next token)"
+        return task, f"{self.prompt} … {answers_in_words(task, self.tokenizer)}{whose}"
 
 
 @dataclass(eq=False)
@@ -69,6 +118,16 @@ class Found:
         """Add a record's tables and the lines below them."""
         self.shown += [*(record.tables() if tables is None else tables), *record.footnotes()]
 
+    def write(self, path: Path) -> list[Path]:
+        """The files that are written."""
+        if self.kept is None:
+            replace_text(path, json.dumps(self.record, indent=1))
+            return [path]
+        files = [self.kept.save(path)]
+        if self.graph is not None:
+            files.append(self.graph.save(path.with_suffix(f".graph{path.suffix}")))
+        return files
+
 
 # --- patch ------------------------------------------------------------------------------------------------------------
 def run_patch(asked: Question, decomposition: Decomposition, edits: Edits, generate: int | None, top: int) -> Found:
@@ -80,32 +139,35 @@ def run_patch(asked: Question, decomposition: Decomposition, edits: Edits, gener
     if generate is not None and asked.prompt is None:
         raise SettingError("--generate continues a --prompt; give one.")
     found, model = Found(), asked.model
-    task, own = asked.task_and_words(), asked.prompt_task()
+    named, own = asked.named_task(), asked.prompt_task()
     if own is not None:
-        averaged = _corrupt_rows(own) if task is None else (task[0].clean, task[0].attention_mask)
+        averaged = _corrupt_rows(own) if named is None else (named[0].clean, named[0].attention_mask)
         patches = edits.patches(model, decomposition, _corrupt_rows(own), averaged)
-        rows = next_token_table(model, decomposition, patches, asked.tokenizer, own.clean, top)
-        found.record |= {"prompt": asked.prompt, "kl": rows.kl, "before": rows.before, "after": rows.after}
-        found.shown += [f"{asked.prompt} …", next_token_columns({"model": rows.before, "patched": rows.after})]
-        found.shown.append(f"KL of the next token: {rows.kl:.4f} nats")
-        if generate is not None:
-            texts = {"before": _continued(asked, own, generate)}
-            with patched_acts(model, decomposition, patches):
-                texts["after"] = _continued(asked, own, generate)
-            found.record["generated"] = texts
-            found.shown += [f"model:    …{texts['before']}", f"patched:  …{texts['after']}"]
-    if task is not None:
-        _add_scores(found, model, decomposition, edits, task[0], task_in_words(*task))
+        probs, texts = [], []
+        for context in (contextlib.nullcontext(), patched_acts(model, decomposition, patches)):
+            with context:
+                probs.append(next_token_probs(model, own.clean))
+                texts += [] if generate is None else [_continued(asked, own, generate)]
+        before, after = (top_tokens(p, asked.tokenizer, top) for p in probs)
+        kl = next_token_kl(*probs)
+        found.record |= {"prompt": asked.prompt, "kl": kl, "before": before, "after": after}
+        found.shown += [f"{asked.prompt} …", next_token_table({"model": before, "patched": after})]
+        found.shown.append(f"KL of the next token: {kl:.4f} nats")
+        if texts:
+            found.record["generated"] = dict(zip(("before", "after"), texts))
+            found.shown += [f"model:    …{texts[0]}", f"patched:  …{texts[1]}"]
+    if named is not None:
+        _add_scores(found, model, decomposition, edits, *named)
     elif own is not None and asked.answers:
         _add_scores(found, model, decomposition, edits, own, answers_in_words(own, asked.tokenizer))
     return found
 
 
 def _add_scores(found: Found, model: Any, decomposition: Decomposition, edits: Edits, task: Task, words: str) -> None:
-    before, logits = task_scores(model, task)
+    before, logits = mean_scores(model, task)
     patches = edits.patches(model, decomposition, _corrupt_rows(task), (task.clean, task.attention_mask))
     with patched_acts(model, decomposition, patches):
-        after, _ = task_scores(model, task, logits)
+        after, _ = mean_scores(model, task, logits)
     found.record["task"] = {
         "name": task.name, "prompts": len(task), "from": words, "before": before, "after": after
     }  # fmt: skip
@@ -121,78 +183,16 @@ def _continued(asked: Question, task: Task, n: int) -> str:
     return text if text.startswith(" ") else f" {text}"
 
 
-def greedy_continuation(model: Any, tokens: Int[Tensor, "1 pos"], n: int) -> list[int]:
-    """The likeliest next tokens one after the other, of the model as it stands, by the host's own `generate`, which ends
-    at the end of a text.
-
-    Raises:
-        SettingError: Less than one token, or more than the model's context has room for.
-    """
-    adapter = adapt(model)
-    room, length = context_of(adapter.root), tokens.shape[1]
-    if n < 1 or (room is not None and length + n > room):
-        raise SettingError(
-            "--generate is at least 1" + ("" if room is None else f", and at most {room - length} behind this prompt")
-            + f"; given {n}."
-        )  # fmt: skip
-    with torch.no_grad():
-        if isinstance(adapter, LensAdapter):
-            ends = adapter.model.tokenizer is not None
-            quiet = {"do_sample": False, "verbose": False, "stop_at_eos": ends, "return_type": "tokens"}
-            out = adapter.model.generate(tokens, max_new_tokens=n, prepend_bos=False, **quiet)
-        else:
-            settings = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 0}
-            out = adapter.root.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)  # type: ignore[operator]
-    return out[0, length:].tolist()
-
-
-def task_scores(
-    model: Any, task: Task, unpatched: Float[Tensor, "n vocab"] | None = None
-) -> tuple[dict[str, float], Float[Tensor, "n vocab"]]:
-    """Scores of a task, of the model as it stands, as means over prompts; and the logits that they are of.
-
-    Args:
-        model: On any host.
-        task: On the model's device.
-        unpatched: Logits of the model itself, to give the KL from them.
-    """
-    logits = answer_logits(model, task, batch_size=len(task))
-    metric = default_metric(task)
-    found = {metric.name: metric(logits, task), AnswerProbability.name: AnswerProbability()(logits, task)}
-    found["accuracy: answer likeliest"] = (AnswerRank()(logits, task) == 0).double()
-    if task.wrong:
-        found["accuracy: answer above wrong"] = (ProbabilityDifference()(logits, task) > 0).double()
-    if unpatched is not None:
-        found["KL of the next token"] = KLToClean(unpatched)(logits, task)
-    return {name: values.mean().item() for name, values in found.items()}, logits
-
-
-def run_sweep(
-    asked: Question,
-    decomposition: Decomposition,
-    sites: Sequence[str] | None,
-    value: str | None,
-    direction: Any,
-    positions: Sequence[int] | None,
-    top: int,
-) -> Found:
-    """The effect of each component by itself, with it minus without it. Arguments and errors as `sweep`'s."""
+def run_sweep(asked: Question, decomposition: Decomposition, value: str | None, top: int, **settings: Any) -> Found:
+    """The effect of each component by itself, with it minus without it. Settings and errors as `sweep`'s."""
     task, words = asked.only()
-    made = sweep(
-        asked.model, decomposition, task, default_metric(task), sites=sites, value=_value(value), direction=direction,
-        positions=positions, seed=asked.seed,
-    )  # fmt: skip
+    put: Any = value
+    with contextlib.suppress(ValueError, TypeError):
+        put = float(value)  # type: ignore[arg-type]
+    made = sweep(asked.model, decomposition, task, default_metric(task), value=put, seed=asked.seed, **settings)
     found = Found({"question": words, **dataclasses.asdict(made)}, [words], made)
     found.show(made, made.tables(top))
     return found
-
-
-def _value(given: str | None) -> Any:
-    """What a sweep puts in: a word, or a number."""
-    try:
-        return given if given is None else float(given)
-    except ValueError:
-        return given
 
 
 # --- attribute, circuit -----------------------------------------------------------------------------------------------
@@ -217,76 +217,50 @@ def run_attribute(
         task = dataclasses.replace(task, corrupt=None)
     alike = task.attention_mask is None and len(set(task.groups)) < 2
     by_position = alike if by_position is None else by_position
-    towards = "noising" if direction in (None, "removal") else direction
+    towards: Any = "noising" if direction in (None, "removal") else direction
+    model, metric = asked.model, default_metric(task)
     made = attribute(
-        asked.model, decomposition, task, default_metric(task), method=method, direction=towards, sites=sites,  # type: ignore[arg-type]
-        by_position=by_position,
-    )  # fmt: skip
-    rows, sums = effect_rows(made, top, texts), made.tables()[1]
+        model, decomposition, task, metric, method=method, direction=towards, sites=sites, by_position=by_position
+    )
+    strongest = [
+        {
+            "site": e.site, "component": e.component, "position": e.position,
+            "token": None if e.position is None else texts[e.position], "effect": e.value,
+        }
+        for e in made.top(top, delta=True)
+    ]  # fmt: skip
     of_sites = {
         site: {"components": values.mean(0).sum().item(), "delta": made.delta[site].mean(0).sum().item()}
         for site, values in made.values.items()
     }
-    found = Found(kept=made)
+    found = Found(kept=made, shown=[words])
     found.record = {
         "question": words, "method": made.method, "metric": made.metric, "direction": made.direction,
-        "prompts": len(task), "clean": made.clean, "corrupt": made.corrupt, "top": rows, "sites": of_sites,
+        "prompts": len(task), "clean": made.clean, "corrupt": made.corrupt, "top": strongest, "sites": of_sites,
     }  # fmt: skip
-    found.shown.append(words)
-    found.show(made, [effect_table(made, rows), sums])
+    found.show(made, made.tables(top, texts if by_position else ()))
     if not by_position and not alike:
         found.shown.append(OVER_POSITIONS)
     if nodes is not None:
-        _add_graph(found, asked.model, decomposition, task, sites, nodes, top, texts)
+        graph_of = prompt_graph if len(task) == 1 else dataset_graph
+        found.graph = graph = graph_of(model, decomposition, task, metric, nodes=nodes, sites=sites)
+        found.record["graph"] = dataclasses.asdict(graph)
+        found.show(graph, graph.tables(top, texts)[1:])
     return found
 
 
-def _add_graph(
-    found: Found,
-    model: Any,
-    decomposition: Decomposition,
-    task: Task,
-    sites: Sequence[str] | None,
-    nodes: int,
-    top: int,
-    texts: Sequence[str],
-) -> None:
-    of = prompt_graph if len(task) == 1 else dataset_graph
-    graph = of(model, decomposition, task, default_metric(task), nodes=nodes, sites=sites)
-    found.graph = graph
-    found.record["graph"] = dataclasses.asdict(graph)
-    found.show(graph, [edge_table(graph, top, texts)])
-
-
-def run_circuit(
-    asked: Question, decomposition: Decomposition, method: Any, faithfulness: float, stochastic: float | None,
-    value: Any, delta: float,
-) -> Found:  # fmt: skip
-    """A task's circuit, searched and measured on different prompts. Arguments and errors as `find_circuit`'s."""
+def run_circuit(asked: Question, decomposition: Decomposition, faithfulness: float, **settings: Any) -> Found:
+    """A task's circuit, searched and measured on different prompts. Settings and errors as `find_circuit`'s."""
     assert asked.task is not None
-    task, held_out, (searched, measured) = search_and_test(
-        asked.task, asked.model_name, asked.model, asked.prompts, asked.seed
-    )
+    task, held_out, (searched, measured) = search_and_test(asked.task, asked.model, asked.prompts, asked.seed)
     made = find_circuit(
-        asked.model, decomposition, task, method=method, faithfulness=faithfulness, stochastic=stochastic, value=value,
-        delta=delta, held_out=held_out, seed=asked.seed,
-    )  # fmt: skip
+        asked.model, decomposition, task, faithfulness=faithfulness, held_out=held_out, seed=asked.seed, **settings
+    )
+    stochastic = settings["stochastic"]
     wanted = f"faithfulness {faithfulness:g}" + ("" if stochastic is None else f" (stochastic {stochastic:g})")
     words = f"Searched for {wanted} on {searched}, measured on {measured}."
-    found = Found(dataclasses.asdict(made), kept=made)
+    found = Found(dataclasses.asdict(made) | {"question": words}, kept=made)
     sizes = {name: components.n_components for name, components in decomposition.items()}
     found.show(made, [*made.tables(), members_table(made.components, sizes)])
     found.shown.append(words)
-    found.record["question"] = words
     return found
-
-
-def written(found: Found, path: Path) -> list[Path]:
-    """Write an answer; the files that were written."""
-    if found.kept is None:
-        replace_text(path, json.dumps(found.record, indent=1))
-        return [path]
-    files = [found.kept.save(path)]
-    if found.graph is not None:
-        files.append(found.graph.save(path.with_suffix(f".graph{path.suffix}")))
-    return files

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import Tensor
 
 from tl_paramdecomp.analysis.effects.sweep import sweep
-from tl_paramdecomp.analysis.next_tokens import answer_log_prob, next_token_probs
+from tl_paramdecomp.analysis.next_tokens import answer_log_prob, next_token_probs, top_tokens
 from tl_paramdecomp.cli.models import open_model
-from tl_paramdecomp.cli.report import measure_quality, print_quality, top_tokens, write_quality
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.methods.spd import SPD
 from tl_paramdecomp.patching.hooks import patched
 from tl_paramdecomp.pretrained import TaskPrompt, micro_gpt2_prompts, micro_gpt2_tokenizer, micro_gpt2_tokens
+from tl_paramdecomp.report.quality import measure_quality, quality_tables, write_quality
 from tl_paramdecomp.training.fit import decompose
 
 SITES = ("blocks.0.mlp.*", "blocks.1.attn.*")
@@ -47,7 +47,8 @@ def run_demo(console: Console, out: Path, steps: int, seed: int) -> None:
     rows = micro_gpt2_tokens(4096, seed=1)
     made = decompose(model, list(SITES), SPD(), rows, steps, batch_size=8, seed=seed, run_dir=out, resume=False)
     quality = measure_quality(model, made, micro_gpt2_tokens(32, seed=2))
-    print_quality(console, quality)
+    for table in quality_tables(quality):
+        console.print(table)
     write_quality(out / "quality.json", made, quality)
     generator = torch.Generator().manual_seed(seed)
     for task in TASKS:

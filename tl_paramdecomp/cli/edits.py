@@ -1,14 +1,14 @@
 """The options of `patch` as patches of component activations."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis.activations import site_acts
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import SettingError
@@ -41,9 +41,9 @@ class Edits:
     positions: Sequence[int] | None = None
 
     def __bool__(self) -> bool:
-        every = (self.ablate, self.keep_only, self.set_to, self.scale, self.mean, self.corrupt, self.delta)
-        return any(every)
+        return any(astuple(self)[:7])
 
+    @torch.no_grad()
     def patches(
         self, model: Any, decomposition: Decomposition, corrupt: Rows | None = None, averaged: Rows | None = None
     ) -> ActPatches:
@@ -59,40 +59,38 @@ class Edits:
             SettingError: A specification that cannot be read, or rows that are needed and missing.
             NoMatchingSiteError, ComponentIndexError, HeadIndexError: No such site, component or head.
         """
-        with torch.no_grad():
-            return self._made(model, decomposition, corrupt, averaged)
-
-    def _made(
-        self, model: Any, decomposition: Decomposition, corrupt: Rows | None, averaged: Rows | None
-    ) -> ActPatches:
         made, at, head = act_patches(decomposition), self.positions, self.head
-        for site, components, value in (_with_number(spec, "--set") for spec in self.set_to):
-            made = made.set(site, components, value, at, head)
-        for site, components, factor in (_with_number(spec, "--scale") for spec in self.scale):
-            made = made.scale(site, components, factor, at, head)
+        for spec in self.set_to:
+            made = made.set(*_with_number(spec, "--set"), at, head)
+        for spec in self.scale:
+            made = made.scale(*_with_number(spec, "--scale"), at, head)
         for site, components in map(_components, self.mean):
             if averaged is None:
                 raise SettingError("--mean needs prompts to average over: give --task, or --corrupt-prompt.")
-            acts = _mean(_acts(model, decomposition, site, averaged, head), averaged[1])
-            made = made.mean(site, components, acts, at, head)
+            acts, mask = site_acts(model, decomposition, site, *averaged, head), averaged[1]
+            means = (acts.flatten(0, 1) if mask is None else acts[mask.bool()]).mean(0)
+            made = made.mean(site, components, means, at, head)
         for site, components in map(_components, self.corrupt):
             if corrupt is None:
                 raise SettingError(
                     "--corrupt needs a corrupt prompt: give --corrupt-prompt, or a --task that has some."
                 )
-            made = made.from_acts(site, components, _acts(model, decomposition, site, corrupt, head), at, head)
+            made = made.from_acts(site, components, site_acts(model, decomposition, site, *corrupt, head), at, head)
         for site, components in map(_components, self.ablate):
             made = made.zero(site, components, at, head)
         for site, components in map(_components, self.keep_only):
             if head is not None:
                 raise SettingError("--keep-only is about whole components; leave --head out.")
-            made = _only(made, decomposition, site, components, at)
-        for site, factor in map(_delta, self.delta):
-            made = made.delta(site, factor, at)
+            name = resolve_name(decomposition.sites, site)
+            n = decomposition[name].n_components
+            others = sorted(set(range(n)) - set(component_indices(components, n, name)))
+            made = (made.zero(name, others, at) if others else made).delta(name, 0.0, at)
+        for spec in self.delta:
+            site, _, factor = spec.rpartition("=")
+            made = made.delta(site, _number(factor, spec, "--delta"), at)
         return made
 
 
-# --- what options say -------------------------------------------------------------------------------------------------
 def _components(spec: str, option: str = "--ablate") -> tuple[str, Any]:
     site, _, listed = spec.rpartition(":")
     if site and listed == "*":
@@ -111,38 +109,11 @@ def _run(part: str) -> Iterable[int]:
 
 def _with_number(spec: str, option: str) -> tuple[str, Any, float]:
     place, _, value = spec.rpartition("=")
+    return *_components(place, option), _number(value, spec, option)
+
+
+def _number(value: str, spec: str, option: str) -> float:
     try:
-        return *_components(place, option), float(value)
+        return float(value)
     except ValueError:
-        raise SettingError(f"{spec!r} is not {FORMS[option]}.") from None
-
-
-def _delta(spec: str) -> tuple[str, float]:
-    site, _, value = spec.rpartition("=")
-    try:
-        return site, float(value)
-    except ValueError:
-        raise SettingError(f"--delta {spec!r} is not {FORMS['--delta']}.") from None
-
-
-def _only(made: ActPatches, decomposition: Decomposition, site: str, components: Any, positions: Any) -> ActPatches:
-    """All others and the delta component removed."""
-    name = resolve_name(decomposition.sites, site)
-    n = decomposition[name].n_components
-    others = sorted(set(range(n)) - set(component_indices(components, n, name)))
-    made = made.zero(name, others, positions) if others else made
-    return made.delta(name, 0.0, positions)
-
-
-# --- activations to put in --------------------------------------------------------------------------------------------
-def _acts(model: Any, decomposition: Decomposition, site: str, rows: Rows, head: int | None) -> Float[Tensor, "... C"]:
-    """Component activations [rows, pos, C] of one site, by head where a head's part of what it reads is patched."""
-    name = resolve_name(decomposition.sites, site)
-    components = decomposition[name]
-    x = adapt(model).capture(rows[0], [name], rows[1]).inputs[name]
-    by_head = head is not None and components.site.head_side == "in"
-    return components.head_acts(x) if by_head else components.acts(x)
-
-
-def _mean(acts: Float[Tensor, "rows pos ..."], mask: Int[Tensor, "rows pos"] | None) -> Float[Tensor, "..."]:
-    return (acts.flatten(0, 1) if mask is None else acts[mask.bool()]).mean(0)
+        raise SettingError(f"{option} {spec!r} is not {FORMS[option]}.") from None

@@ -7,14 +7,15 @@ from typing import Any, Literal, get_args
 import torch
 
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
-from tl_paramdecomp.pretrained import load_micro_gpt2, micro_gpt2_tokenizer
+from tl_paramdecomp.pretrained import load_micro_gpt2
 
 Host = Literal["transformers", "transformer_bridge", "hooked_transformer", "nnsight"]
 EMBEDDED = "micro-gpt2"
 
 
 def open_model(name: str, host: str = "transformers", device: str = "cpu", dtype: str | None = None) -> Any:
-    """A model by name, with unprocessed weights; what hosts print about it goes to standard error.
+    """A model by name, with unprocessed weights, and its tokenizer as `model.tokenizer` where it has one; what hosts print
+    about it goes to standard error.
 
     Args:
         name: `micro-gpt2`, a local folder, or a name on the Hugging Face hub.
@@ -29,22 +30,13 @@ def open_model(name: str, host: str = "transformers", device: str = "cpu", dtype
     if host not in get_args(Host):
         raise SettingError(f"--host {host!r} is none of {', '.join(get_args(Host))}.")
     check_device(device)
-    _quiet()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the only bar a user sees is that of the long work
     with contextlib.redirect_stdout(sys.stderr):
         opened = load_micro_gpt2(host) if name == EMBEDDED else _named(name, host)
         opened = opened if device == "cpu" else opened.to(device)
         return opened if dtype is None else opened.to(getattr(torch, dtype))
-
-
-def _named(name: str, host: str) -> Any:
-    try:
-        return _open(name, host)
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"{name!r} cannot be opened with {host}: {first} Give {EMBEDDED!r}, a folder that holds a transformers model, "
-            "or a name on the hub while online."
-        ) from error
 
 
 def check_device(name: str) -> None:
@@ -59,42 +51,29 @@ def check_device(name: str) -> None:
         raise SettingError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def tokenizer_of(name: str, model: Any) -> Any:
-    """The model's tokenizer; None where it has none."""
-    held = getattr(model, "tokenizer", None)
-    if held is not None:
-        return held
-    if name == EMBEDDED:
-        return micro_gpt2_tokenizer()
-    from transformers import AutoTokenizer
-
+def _named(name: str, host: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
-        return None
+        if host == "hooked_transformer":
+            from transformer_lens import HookedTransformer
 
+            return HookedTransformer.from_pretrained_no_processing(name, device="cpu")
+        if host == "transformer_bridge":
+            from transformer_lens.model_bridge import TransformerBridge
 
-def _open(name: str, host: str) -> Any:
-    if host == "hooked_transformer":
-        from transformer_lens import HookedTransformer
+            return TransformerBridge.boot_transformers(name, device="cpu")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        return HookedTransformer.from_pretrained_no_processing(name, device="cpu")
-    if host == "transformer_bridge":
-        from transformer_lens.model_bridge import TransformerBridge
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            model.tokenizer = AutoTokenizer.from_pretrained(name)
+        if host == "transformers":
+            return model
+        from nnsight import NNsight
 
-        return TransformerBridge.boot_transformers(name, device="cpu")
-    from transformers import AutoModelForCausalLM
-
-    hf = AutoModelForCausalLM.from_pretrained(name).eval()
-    if host == "transformers":
-        return hf
-    from nnsight import NNsight
-
-    return NNsight(hf)
-
-
-def _quiet() -> None:
-    """No bars for the loading of small files: the only bar a user sees is that of the long work."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+        return NNsight(model)
+    except (OSError, ValueError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModelError(
+            f"{name!r} cannot be opened with {host}: {first} Give {EMBEDDED!r}, a folder that holds a transformers model, "
+            "or a name on the hub while online."
+        ) from error

@@ -1,19 +1,43 @@
 """Arguments and options that several sub-commands share, and the console they print to."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
-console = Console()
 
-MODEL = typer.Argument(help="[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub.")
-ModelName = Annotated[str, MODEL]
-MODEL_OR_FILE = (
-    "[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub; or a run file "
-    "(.yaml, .yml, .json), which says everything."
-)
+class _Console(Console):
+    """As wide as its terminal; where there is none, as wide as what it prints, so that no name is cut."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        return super().size if self.is_terminal or "COLUMNS" in os.environ else ConsoleDimensions(1000, 25)
+
+
+console = _Console()
+
+
+def _path(given: Any) -> Path:
+    if str(given) == "":  # Path("") is the current folder
+        raise typer.BadParameter("an empty name; give a file or folder.")
+    return Path(given)
+
+
+def path_option(*names: str, help: str) -> Any:
+    """An option that names a file or folder."""
+    return typer.Option(*names, help=help, parser=_path, metavar="PATH")
+
+
+MODEL = "[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub"
+ModelName = Annotated[str, typer.Argument(help=f"{MODEL}.")]
+ModelOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RUN.yaml", help=f"{MODEL}; or a run file (.yaml, .yml, .json), which says everything."
+    ),
+]
 DecompositionFolder = Annotated[Path, typer.Argument(help="Folder that Decomposition.save (or decompose) wrote.")]
 HostName = Annotated[
     str,
@@ -23,8 +47,24 @@ HostName = Annotated[
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-OutFile = Annotated[Path | None, typer.Option("--out", help="Also write the whole result here, as JSON.")]
+OutFile = Annotated[Path | None, path_option("--out", help="Also write the whole result here, as JSON.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is drawn: the start, rows, masks, prompts.")]
+SiteGlobs = Annotated[list[str], typer.Option("--sites", help="Glob over site names; may be given several times.")]
+SomeSites = Annotated[list[str] | None, typer.Option("--sites", help="Only these: glob; may be given several times.")]
 
+# --- rows, training and evaluation ------------------------------------------------------------------------------------
+Text = Annotated[Path | None, path_option("--text", help="Text file; left out for micro-gpt2: its own text.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="Dataset on the hub, or a folder, with a text or tokens column.")
+]
+Length = Annotated[int, typer.Option("--length", help="Tokens per row, for text.")]
+HeldOutRows = Annotated[int, typer.Option("--rows", min=1, help="Held-out rows to measure on, 32 at most.")]
+Restarts = Annotated[int, typer.Option("--restarts", help="Starts of the adversary.")]
+Steps = Annotated[int, typer.Option("--steps", help="Training steps.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Token rows per step.")]
+Seeds = Annotated[int, typer.Option("--seeds", help="Run seeds 0 to N - 1.")]
+
+# --- tasks and prompts ------------------------------------------------------------------------------------------------
 TASK_HELP = "ioi, pronoun, greater_than, induction, docstring, agreement; or a file of JSON lines (see load_task)."
 TaskName = Annotated[str | None, typer.Option("--task", help=TASK_HELP)]
 PromptText = Annotated[str | None, typer.Option("--prompt", help="Text whose next token is looked at.")]
@@ -38,5 +78,3 @@ Answer = Annotated[
 Wrong = Annotated[list[str] | None, typer.Option("--wrong", help="Next token to contrast it with.")]
 Prompts = Annotated[int, typer.Option("--prompts", help="Prompts of the task.")]
 Split = Annotated[str | None, typer.Option("--split", help="train, validation or test (the default).")]
-Seed = Annotated[int, typer.Option("--seed", help="Selects the prompts, and draws what is random.")]
-SiteGlobs = Annotated[list[str] | None, typer.Option("--sites", help="Only these: glob; may be given several times.")]

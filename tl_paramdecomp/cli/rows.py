@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_paramdecomp.cli.models import EMBEDDED, tokenizer_of
+from tl_paramdecomp.cli.models import EMBEDDED
 from tl_paramdecomp.data.token_batches import token_batches
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.pretrained import micro_gpt2_tokens
@@ -68,8 +68,8 @@ def open_rows(
     if text is not None:
         source = Path(text) if isinstance(text, str | Path) else [Path(name) for name in text]
     train = token_batches(
-        source, model, tokenizer=tokenizer_of(name, model), length=length, column=column, name=config, split=split,
-        separator=separator, join=join, bos=bos, shuffle=shuffle, seed=seed, skip=HELD_OUT,
+        source, model, length=length, column=column, name=config, split=split, separator=separator, join=join, bos=bos,
+        shuffle=shuffle, seed=seed, skip=HELD_OUT,
     )  # fmt: skip
     first = train.first_rows(2 * HELD_OUT)
     if first.attention_mask is not None:

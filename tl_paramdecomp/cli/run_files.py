@@ -18,7 +18,6 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.fingerprint import differs
 from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks
 from tl_paramdecomp.cli.models import open_model
-from tl_paramdecomp.cli.report import measure_quality, print_quality, write_quality
 from tl_paramdecomp.cli.rows import Rows, open_rows
 from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve, tree_of
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
@@ -27,6 +26,7 @@ from tl_paramdecomp.components.disk import replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
 from tl_paramdecomp.methods.from_factors import versions
+from tl_paramdecomp.report.quality import measure_quality, quality_tables, write_quality
 from tl_paramdecomp.training.callbacks import Callback, RunInfo
 from tl_paramdecomp.training.distributed import leads, own_device
 from tl_paramdecomp.training.estimates.estimate import estimate_run
@@ -199,5 +199,6 @@ def _report(settings: RunSettings, model: Any, made: Any, rows: Rows, console: C
         console.print("No importances to measure by: see [bold]tl-paramdecomp evaluate --oracle K[/].", highlight=False)
     else:
         quality = measure_quality(model, made, held_out)
-        print_quality(console, quality)
+        for table in quality_tables(quality):
+            console.print(table)
         write_quality(Path(settings.run_dir) / "quality.json", made, quality)

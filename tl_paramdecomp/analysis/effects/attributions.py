@@ -1,5 +1,6 @@
 """What attribution leaves behind: an effect of every component at every position, as tensors, tables and files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -143,13 +144,17 @@ class Attribution(Record):
                 if tuple(array.shape[:2]) != (rows, places):
                     raise ValueError(f"{name} of {site} are {list(array.shape)}, with {rows} rows and {places} places")
 
-    def tables(self) -> list[Table]:
+    def tables(self, top: int = SHOWN, texts: Sequence[str] = ()) -> list[Table]:
+        """The `top` strongest effects, with the texts of their positions where they are given, and sums."""
         rows = []
-        for e in self.top(SHOWN, delta=True):
+        for e in self.top(top, delta=True):
             component = "delta" if e.component is None else str(e.component)
-            rows.append((e.site, component, "all" if e.position is None else str(e.position), f"{e.value:+.4g}"))
-        title, effect = f"Attribution by {self.method} to {self.metric}", f"effect\n{WITH_WITHOUT}"
-        table = plain_table(title, "site", "component", "position", effect, rows=rows)
+            where = ["all" if e.position is None else str(e.position)]
+            where += ["" if e.position is None else texts[e.position]] if texts else []
+            rows.append((e.site, component, *where, f"{e.value:+.4g}"))
+        title, columns = f"Attribution by {self.method} to {self.metric}", ["component", "position"]
+        columns += [*(["token"] if texts else []), f"effect\n{WITH_WITHOUT}"]
+        table = plain_table(title, "site", *columns, rows=rows)
         sums = plain_table(
             "Sums over components and positions, mean over rows", "site", "components", "delta", "largest"
         )

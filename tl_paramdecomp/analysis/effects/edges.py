@@ -132,12 +132,12 @@ class Graph(Record):
         if outside:
             raise ValueError(f"there is no node {outside[0]} among {len(self.nodes)}")
 
-    def label(self, node: int | str) -> str:
-        """A node in words."""
+    def label(self, node: int | str, texts: Sequence[str] = ()) -> str:
+        """A node in words, with the text of its position where texts are given."""
         if isinstance(node, str):
             return node
-        found = self.nodes[node]
-        where = "" if found["position"] is None else f" @{found['position']}"
+        found, position = self.nodes[node], self.nodes[node]["position"]
+        where = "" if position is None else f" @{position}" + (f" {texts[position]}" if texts else "")
         return f"{found['site']}[{found['component']}]{where}"
 
     def into(self, node: int | str) -> list[Row]:
@@ -148,12 +148,16 @@ class Graph(Record):
         """The n edges of largest absolute value."""
         return sorted(self.edges, key=lambda e: -abs(e["value"]))[:n]
 
-    def tables(self) -> list[Table]:
+    def tables(self, top: int = SHOWN, texts: Sequence[str] = ()) -> list[Table]:
+        """Nodes, and the `top` strongest edges, with the texts of positions where they are given."""
         sign = f"|{WITH_WITHOUT}|" if self.kind == "dataset" else WITH_WITHOUT
         edges = plain_table(
             f"Edges of a {self.kind}'s graph for {self.metric}",
             *("source", "target", f"value\n{sign} source"),
-            rows=[(self.label(e["source"]), self.label(e["target"]), f"{e['value']:+.4g}") for e in self.strongest()],
+            rows=[
+                (self.label(e["source"], texts), self.label(e["target"], texts), f"{e['value']:+.4g}")
+                for e in self.strongest(top)
+            ],
         )
         order = sorted(range(len(self.nodes)), key=lambda i: -abs(self.nodes[i]["attribution"]))[:SHOWN]
         figures = ("activation", "attribution")

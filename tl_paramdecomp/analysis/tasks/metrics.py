@@ -230,6 +230,26 @@ def answer_logits(model: Any, task: Task, *, batch_size: int = 64, corrupt: bool
     return torch.cat([logits for _, logits in _in_batches(model, task, batch_size, corrupt)])
 
 
+def mean_scores(
+    model: Any, task: Task, unpatched: Float[Tensor, "n vocab"] | None = None
+) -> tuple[dict[str, float], Float[Tensor, "n vocab"]]:
+    """Means over prompts of the task's metrics, of the model as it stands, by name; and the logits that they are of.
+
+    Args:
+        model: On any host.
+        task: On the model's device.
+        unpatched: Logits of the model itself, to give the KL from them.
+    """
+    logits, metric = answer_logits(model, task, batch_size=len(task)), default_metric(task)
+    found = {metric.name: metric(logits, task), AnswerProbability.name: AnswerProbability()(logits, task)}
+    found["accuracy: answer likeliest"] = (AnswerRank()(logits, task) == 0).double()
+    if task.wrong:
+        found["accuracy: answer above wrong"] = (ProbabilityDifference()(logits, task) > 0).double()
+    if unpatched is not None:
+        found["KL of the next token"] = KLToClean(unpatched)(logits, task)
+    return {name: values.mean().item() for name, values in found.items()}, logits
+
+
 def normalised_faithfulness(value: Value, full: float, none: float, tolerance: float = 1e-3) -> Value:
     """Where a metric lies between a model with everything ablated and the full model: (value - none) / (full - none).
 
