@@ -26,10 +26,17 @@ from tl_paramdecomp.analysis.next_tokens import masked_kl
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.settings import to_settings
-from tl_paramdecomp.report.curves import draw_curves
+from tl_paramdecomp.report.plotting import figure, save, subplots
 
 RESTARTS = 4
 KINDS = ("unmasked", "rounded", "stochastic", "importance", "zero")
+PANELS = {
+    "l0": "L0: active components per token",
+    "unmasked": "KL, all components, no delta",
+    "rounded": "KL, only components above 0.1",
+    "stochastic": "KL, stochastic masks",
+    "pgd": "KL, 20-step adversary",
+}
 
 
 def without_adversary() -> tlpd.SPD:
@@ -92,6 +99,36 @@ def run(args: argparse.Namespace, label: str, seed: int, opened) -> dict:
     }
     done.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
+
+
+@figure
+def draw_curves(records: list[dict], path: Path, title: str) -> Path:
+    """One panel for each figure, one colour for each method, one line for each seed."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    made, panels = subplots(2, 3, (11.0, 6.2))
+    for axis, (key, label) in zip(panels.flat, PANELS.items()):
+        for run in records:
+            steps, values = ([point[name] for point in run["points"]] for name in ("step", key))
+            axis.plot(steps, values, color=f"C{methods.index(run['method'])}", marker=".", linewidth=1.2)
+        if key == "pgd":
+            axis.axhline(records[0]["points"][-1]["zero"], color="grey", linestyle=":", linewidth=1)
+        axis.set_title(label)
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+    legend = panels.flat[len(PANELS)]
+    for i, method in enumerate(methods):
+        legend.plot([], [], color=f"C{i}", marker=".", label=method)
+    legend.plot([], [], color="grey", linestyle=":", label="all components removed")
+    legend.legend(loc="center", frameon=False)
+    legend.axis("off")
+    made.suptitle(f"{title} (KL in nats per token; one line for each seed)")
+    return save(made, path)
 
 
 def main() -> None:

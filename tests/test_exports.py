@@ -1,7 +1,10 @@
 """What the top level offers: exactly its `__all__`, every name of it real and documented."""
 
 import inspect
+import pydoc
+import re
 import types
+from dataclasses import fields, is_dataclass
 
 import pytest
 
@@ -36,6 +39,20 @@ def test_every_name_is_documented(name: str) -> None:
         for attribute, value in vars(thing).items():
             if not attribute.startswith("_") and inspect.isfunction(value):
                 assert inspect.getdoc(value), f"{name}.{attribute}"
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(tlpd.__all__) if is_dataclass(getattr(tlpd, n))])
+def test_help_explains_every_field(name: str) -> None:
+    shown = pydoc.render_doc(getattr(tlpd, name), renderer=pydoc.plaintext)
+    for field in fields(getattr(tlpd, name)):
+        assert field.name.startswith("_") or re.search(rf"^ \|  +{field.name}: \S", shown, re.MULTILINE), field.name
+
+
+def test_texts_of_fields_are_those_of_the_source() -> None:
+    """Of a base, over several lines, and of a field whose value takes several."""
+    assert "clip: Largest gradient norm of the components.\n" in (tlpd.SPD.__doc__ or "")
+    assert "n_components: C for every site; or by glob" in (tlpd.VPD.__doc__ or "")
+    assert "evaluation: How each run is measured." in (tlpd.ComparisonProtocol.__doc__ or "")
 
 
 def test_a_star_import_brings_the_names() -> None:

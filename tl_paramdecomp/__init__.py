@@ -58,15 +58,21 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     )
     from tl_paramdecomp.analysis.tasks.task import Task, load_task
     from tl_paramdecomp.components.decomposition import Decomposition
+    from tl_paramdecomp.components.importance import ImportanceConfig
     from tl_paramdecomp.components.masks import Masks
     from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
     from tl_paramdecomp.data.sources import TextRows
     from tl_paramdecomp.data.token_batches import token_batches
     from tl_paramdecomp.experiments.compare import ComparisonProtocol, compare
     from tl_paramdecomp.experiments.tuning import tune_along
+    from tl_paramdecomp.field_docs import show_fields as _show_fields
+    from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
     from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
     from tl_paramdecomp.methods.from_factors import from_factors
+    from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
     from tl_paramdecomp.methods.l3d import L3D
+    from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+    from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, UnmaskedReconstruction
     from tl_paramdecomp.methods.spd import SPD, VPD
     from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
     from tl_paramdecomp.patching.attach import attached
@@ -91,114 +97,25 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
 
 __all__ = [
-    "ActPatches",
-    "AnswerLoss",
-    "AnswerProbability",
-    "AnswerRank",
-    "AttentionScores",
-    "Attribution",
-    "Circuit",
-    "Comparison",
-    "ComparisonProtocol",
-    "ComponentHeads",
-    "Decomposition",
-    "Estimate",
-    "EvaluateEvery",
-    "Evaluation",
-    "EvaluationConfig",
-    "Graph",
-    "IncomingEdges",
-    "KLToClean",
-    "L3D",
-    "LearnedMasks",
-    "LogitDifference",
-    "LogitLens",
-    "Masks",
-    "NearestComponents",
-    "NeuronBasis",
-    "Oracle",
-    "PerHead",
-    "ProbabilityDifference",
-    "RandomBasis",
-    "RunInfo",
-    "STOP",
-    "SPD",
-    "SVD",
-    "Selectivity",
-    "SubnetworkDecomposition",
-    "SubnetworkEvaluation",
-    "StepInfo",
-    "Sweep",
-    "Task",
-    "TaskPrompt",
-    "TensorBoard",
-    "TextRows",
-    "TokenLoss",
-    "TokenStatistics",
-    "TopContexts",
-    "VPD",
-    "WandB",
-    "WeightSite",
-    "WhitenedSVD",
-    "act_patches",
-    "activation_means",
-    "answer_logits",
-    "attached",
-    "attention_scores",
-    "attribute",
-    "causal_importances",
-    "causal_selectivity",
-    "check_target",
-    "compare",
-    "component_acts",
-    "component_heads",
-    "component_units",
-    "dataset_graph",
-    "decompose",
-    "default_metric",
-    "delta_writes",
-    "edges_into",
-    "edited_model",
-    "edited_weights",
-    "errors",
-    "estimate_run",
-    "evaluate",
-    "evaluate_circuit",
-    "evaluate_subnetworks",
-    "find_circuit",
-    "find_sites",
-    "from_factors",
-    "fwd_hooks",
-    "impacts",
-    "importance_masks",
-    "load_micro_gpt2",
-    "load_task",
-    "logit_lens",
-    "make_task",
-    "micro_gpt2_prompts",
-    "micro_gpt2_tokenizer",
-    "micro_gpt2_tokens",
-    "nearest_components",
-    "neuron_and_head_units",
-    "normalised_faithfulness",
-    "output_derivative",
-    "patch_trace",
-    "patched",
-    "patched_acts",
-    "per_head",
-    "perturbed",
-    "prompt_graph",
-    "score",
-    "shuffled_weights",
-    "site_weight",
-    "sweep",
-    "token_batches",
-    "token_statistics",
-    "top_contexts",
-    "top_logits",
-    "top_samples",
-    "tune_along",
-]
+    "ActPatches", "AdversarialReconstruction", "AnswerLoss", "AnswerProbability", "AnswerRank",
+    "AttentionPatternReconstruction", "AttentionScores", "Attribution", "Circuit", "Comparison", "ComparisonProtocol",
+    "ComponentHeads", "Decomposition", "Estimate", "EvaluateEvery", "Evaluation", "EvaluationConfig", "Faithfulness",
+    "Graph", "HiddenActsReconstruction", "ImportanceConfig", "ImportanceMinimality", "IncomingEdges", "KLToClean",
+    "L3D", "LearnedMasks", "LogitDifference", "LogitLens", "Masks", "NearestComponents", "NeuronBasis", "Oracle",
+    "PerHead", "PersistentAdversarialReconstruction", "ProbabilityDifference", "RandomBasis", "RunInfo", "SPD", "STOP",
+    "SVD", "Selectivity", "StepInfo", "StochasticReconstruction", "SubnetworkDecomposition", "SubnetworkEvaluation",
+    "Sweep", "Task", "TaskPrompt", "TensorBoard", "TextRows", "TokenLoss", "TokenStatistics", "TopContexts",
+    "UnmaskedReconstruction", "VPD", "WandB", "WeightSite", "WhitenedSVD", "act_patches", "activation_means",
+    "answer_logits", "attached", "attention_scores", "attribute", "causal_importances", "causal_selectivity",
+    "check_target", "compare", "component_acts", "component_heads", "component_units", "dataset_graph", "decompose",
+    "default_metric", "delta_writes", "edges_into", "edited_model", "edited_weights", "errors", "estimate_run",
+    "evaluate", "evaluate_circuit", "evaluate_subnetworks", "find_circuit", "find_sites", "from_factors", "fwd_hooks",
+    "impacts", "importance_masks", "load_micro_gpt2", "load_task", "logit_lens", "make_task", "micro_gpt2_prompts",
+    "micro_gpt2_tokenizer", "micro_gpt2_tokens", "nearest_components", "neuron_and_head_units",
+    "normalised_faithfulness", "output_derivative", "patch_trace", "patched", "patched_acts", "per_head", "perturbed",
+    "prompt_graph", "score", "shuffled_weights", "site_weight", "sweep", "token_batches", "token_statistics",
+    "top_contexts", "top_logits", "top_samples", "tune_along",
+]  # fmt: skip
 
 _RENAMED = {"Protocol": "EvaluationConfig"}
 """Old names, kept for one release."""
@@ -212,6 +129,7 @@ def __getattr__(name: str) -> _Any:
             globals()["_opening"] = True
             try:
                 __spec__.loader.exec_module(_sys.modules[__name__])  # type: ignore[union-attr]
+                _show_fields(*(globals()[name] for name in __all__))
             except BaseException:
                 del globals()["_opening"]
                 raise

@@ -1,6 +1,8 @@
 """The command as a user runs it: output, exit status, errors without tracebacks."""
 
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
@@ -81,6 +83,7 @@ def test_a_baseline_is_trained_and_evaluated(tmp_path):
     assert kept.keys() - found.keys() == {"checksum", "format", "record"} and kept == kept | found
     shown = command(*arguments, "--oracle", 5, "--seconds", 0)
     assert shown.returncode == 0 and "Left out" in shown.stdout
+    assert "blocks.0.mlp.W_in" in shown.stdout  # whole, whatever the width of a pipe
 
 
 def test_what_a_run_started_from_stands_beside(tmp_path, saved):
@@ -150,7 +153,24 @@ def test_wrong_usage_is_status_2():
     assert shown.returncode == 2 and "--sites" in shown.stderr
 
 
-def test_numbers_of_rows_and_lines_are_at_least_one(tmp_path):
-    for arguments in (("evaluate", "micro-gpt2", tmp_path, "--rows"), ("patch", "micro-gpt2", tmp_path, "--top")):
-        shown = command(*arguments, -1)
-        assert shown.returncode == 2 and arguments[-1] in shown.stderr
+def test_the_version():
+    assert command("--version").stdout.strip() == tlpd.__version__ == importlib.metadata.version("tl-paramdecomp")
+
+
+@pytest.mark.parametrize("arguments", [
+    ("evaluate", "micro-gpt2", ".", "--rows", -1), ("patch", "micro-gpt2", ".", "--top", 0),
+    ("reproduce", "tms-5-2", "--threads", 0), ("decompose", "micro-gpt2", "--sites", "*", "--out", ""),
+    ("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--text", ""),
+], ids=lambda a: a[-2])  # fmt: skip
+def test_values_that_make_no_sense_are_wrong_usage(arguments, tmp_path):
+    shown = command(*arguments, cwd=tmp_path)
+    assert shown.returncode == 2 and arguments[-2] in shown.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["missing", "pipe"])
+def test_a_text_that_is_no_file_is_named(kind, tmp_path):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "stories")
+    what = ("--sites", "blocks.0.mlp.W_in", "--out", "x", "--text", "stories")
+    shown = command("decompose", "micro-gpt2", *what, cwd=tmp_path)
+    assert shown.returncode == 1 and "--text stories is no file" in shown.stderr

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.experiments.l3d_circuits import (
+from tl_paramdecomp.experiments.figures import coefficient_figure, effect_figure, subnetwork_figure
+from tl_paramdecomp.experiments.l3d_scores import (
     feature_cosines,
     moved_outputs,
     products,
@@ -12,7 +13,6 @@ from tl_paramdecomp.experiments.l3d_circuits import (
     read_off,
     toy_scores,
 )
-from tl_paramdecomp.experiments.l3d_figures import coefficient_figure, effect_figure, subnetwork_figure
 from tl_paramdecomp.toy_models import TMS, Circuits, TMSConfig
 from tl_paramdecomp.toy_models.circuits import CircuitsConfig
 

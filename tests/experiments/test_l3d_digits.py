@@ -3,7 +3,7 @@
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.experiments.l3d_digits import chosen_subnetworks, class_purities, digit_scores
+from tl_paramdecomp.experiments.l3d_scores import chosen_subnetworks, class_purities, digit_scores
 from tl_paramdecomp.toy_models import Digits, DigitsConfig, load_digits
 from tl_paramdecomp.toy_models.targets import fresh
 

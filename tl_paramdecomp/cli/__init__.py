@@ -32,7 +32,9 @@ def _status(streams: "Streams") -> int:
     from tl_paramdecomp.cli.app import app
     from tl_paramdecomp.errors import TLParamDecompError
 
-    if sys.argv[1:] and "--help" not in sys.argv:  # takes seconds, and nothing is to be tidied up yet
+    if sys.argv[1:] and not {"--help", "--version"} & set(
+        sys.argv
+    ):  # takes seconds, and nothing is to be tidied up yet
         import tl_paramdecomp.training.fit  # noqa: F401
     asked: list[int] = []
 

@@ -1,5 +1,6 @@
 """Token rows for the command: from the embedded model's grammar, files, or a dataset."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,7 +67,11 @@ def open_rows(
         return Rows(micro_gpt2_tokens(4096, seed=1), micro_gpt2_tokens(HELD_OUT, seed=2))
     source: Any = dataset
     if text is not None:
-        source = Path(text) if isinstance(text, str | Path) else [Path(name) for name in text]
+        paths = [Path(text)] if isinstance(text, str | Path) else [Path(name) for name in text]
+        for path in paths:
+            if not path.is_file() and not glob.has_magic(str(path)):
+                raise DataError(f"--text {path} is no file{' but a pipe; write it to one' * path.is_fifo()}.")
+        source = paths[0] if isinstance(text, str | Path) else paths
     train = token_batches(
         source, model, length=length, column=column, name=config, split=split, separator=separator, join=join, bos=bos,
         shuffle=shuffle, seed=seed, skip=HELD_OUT,

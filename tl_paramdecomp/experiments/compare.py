@@ -57,7 +57,9 @@ class ComparisonProtocol:
     steps: int
     """Of every method that trains."""
     batch_size: int = 8
+    """Rows of a step."""
     seeds: tuple[int, ...] = (0, 1)
+    """Of every method."""
     sparsities: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
     """Factors on each method's own coefficient of importance minimality."""
     oracle_shares: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -67,6 +69,7 @@ class ComparisonProtocol:
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(ladder=(20,), ablated=0, by_site=False)
     )
+    """How each run is measured."""
 
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):

@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,7 @@ from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import CollapseWarning, MissingExtraError, SettingError
 from tl_paramdecomp.experiments import scores as toys
-from tl_paramdecomp.experiments.l3d_circuits import toy_scores
-from tl_paramdecomp.experiments.l3d_digits import chosen_subnetworks, class_purities, digit_scores
+from tl_paramdecomp.experiments.l3d_scores import chosen_subnetworks, class_purities, digit_scores, toy_scores
 from tl_paramdecomp.experiments.recipes import RECIPES, Recipe
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.toy_models import (
@@ -86,6 +85,7 @@ def reproduce(
 
     Raises:
         SettingError: No such name, no seed, or a folder that holds a run of other settings.
+        MissingExtraError: scipy is not installed, or for digits scikit-learn.
     """
     if name not in RECIPES:
         raise SettingError(f"{name!r} is none of {', '.join(RECIPES)}.")
@@ -93,8 +93,9 @@ def reproduce(
         raise SettingError(f"--seeds must be at least 1; given {seeds}.")
     recipe = RECIPES[name]
     recipe = replace(recipe, steps=steps or recipe.steps, batch_size=batch_size or recipe.batch_size)
-    folder, versions = out / name, {}
-    results = []
+    if recipe.one_per_feature:
+        toys.need_scipy()
+    folder, versions, results = out / name, {}, []
     for seed in range(seeds):
         say(f"{name}, seed {seed}")
         results.append(run_seed(recipe, seed, folder / f"seed-{seed}", say))
@@ -209,52 +210,47 @@ def heldout_rows(recipe: Recipe) -> Any:
     return data_of(recipe, L3D_SAMPLE, SAMPLE_SEED)(0)
 
 
-def draw(
-    recipe: Recipe,
-    model: Any,
-    made: Decomposition | SubnetworkDecomposition,
-    folder: Path,
-    scores: Mapping[str, Any],
-) -> None:
+def draw(recipe: Recipe, model: Any, made: Any, folder: Path, scores: Mapping[str, Any]) -> None:
     """The figures that a target of this kind has.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    from tl_paramdecomp.experiments.toy_figures import importance_figure, neuron_figure, vector_figure
     from tl_paramdecomp.report.plotting import save
 
-    if isinstance(made, SubnetworkDecomposition):
-        from tl_paramdecomp.experiments.l3d_figures import (
-            coefficient_figure,
-            effect_figure,
-            image_figure,
-            subnetwork_figure,
-        )
+    for name, figure in figures_of(recipe, model, made, scores):
+        save(figure, folder / f"{name}.png")
 
-        if isinstance(model, Digits):
-            images, labels = load_digits("held_out", model.config.held_out)
-            impact = impacts(model, made, images)
-            pure, _ = class_purities(impact, labels)
-            chosen = chosen_subnetworks(impact, labels, scores["active"])
-            titles = {k: f"subnetwork {k}\n{pure[k].item():.0%} on {c}" for k, c in chosen.items()}
-            heading = "Each class's purest subnetwork: its share of impact there, its top held-out images, their classes in red"
-            save(image_figure(impact, images, labels, titles, heading), folder / "images.png")
-            return
-        save(subnetwork_figure(model, made), folder / "subnetworks.png")
-        save(effect_figure(model, made, heldout_rows(recipe)), folder / "effects.png")
-        if isinstance(model, Circuits) and model.config.function == "linear" and model.config.group == 1:
-            save(coefficient_figure(model, made), folder / "coefficients.png")
-        return
+
+def figures_of(recipe: Recipe, model: Any, made: Any, scores: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Their names, and the figures themselves."""
+    from tl_paramdecomp.experiments import figures
+
     if isinstance(model, InductionTransformer):
         return
-    matrices = toys.importance_matrices(model, made, model.config.n_features)
-    dense = {name for glob in recipe.dense for name in fnmatch.filter(matrices, glob)}
-    save(importance_figure(matrices, dense=dense), folder / "importances.png")
-    if isinstance(model, TMS) and model.config.n_hidden == 2:
-        save(vector_figure(model, made), folder / "vectors.png")
-    if isinstance(model, ResidMLP):
-        save(neuron_figure(model, made), folder / "neurons.png")
+    if isinstance(model, Digits):
+        images, labels = load_digits("held_out", model.config.held_out)
+        impact = impacts(model, made, images)
+        pure, _ = class_purities(impact, labels)
+        chosen = chosen_subnetworks(impact, labels, scores["active"])
+        titles = {k: f"subnetwork {k}\n{pure[k].item():.0%} on {c}" for k, c in chosen.items()}
+        heading = (
+            "Each class's purest subnetwork: its share of impact there, its top held-out images, their classes in red"
+        )
+        yield "images", figures.image_figure(impact, images, labels, titles, heading)
+    elif isinstance(made, SubnetworkDecomposition):
+        yield "subnetworks", figures.subnetwork_figure(model, made)
+        yield "effects", figures.effect_figure(model, made, heldout_rows(recipe))
+        if isinstance(model, Circuits) and model.config.function == "linear" and model.config.group == 1:
+            yield "coefficients", figures.coefficient_figure(model, made)
+    else:
+        matrices = toys.importance_matrices(model, made, model.config.n_features)
+        dense = {name for glob in recipe.dense for name in fnmatch.filter(matrices, glob)}
+        yield "importances", figures.importance_figure(matrices, dense=dense)
+        if isinstance(model, TMS) and model.config.n_hidden == 2:
+            yield "vectors", figures.vector_figure(model, made)
+        if isinstance(model, ResidMLP):
+            yield "neurons", figures.neuron_figure(model, made)
 
 
 def seconds_of(log: Path) -> float:

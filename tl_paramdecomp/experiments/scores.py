@@ -21,8 +21,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters import adapt, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.errors import ShapeError
-from tl_paramdecomp.experiments.assignment import best_assignment
+from tl_paramdecomp.errors import MissingExtraError, ShapeError
 from tl_paramdecomp.patching.hooks import patched
 from tl_paramdecomp.patching.interventions import importance_masks
 
@@ -44,11 +43,9 @@ class FeatureScores(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """Means over features (MMCS, ML2R), with their standard deviations over features."""
+        sides = {"mmcs": self.cosines, "ml2r": self.ratios}
         return {
-            "mmcs": self.cosines.mean().item(),
-            "mmcs_sd": self.cosines.std().item(),
-            "ml2r": self.ratios.mean().item(),
-            "ml2r_sd": self.ratios.std().item(),
+            f"{k}{end}": of(v).item() for k, v in sides.items() for end, of in (("", torch.mean), ("_sd", torch.std))
         }
 
 
@@ -71,10 +68,8 @@ def feature_scores(
     cosines = amounts.sign() * directions
     if among is not None:
         cosines = cosines.masked_fill(~among, -1.0)
-    best = cosines.max(1)
-    return FeatureScores(
-        best.values, lengths.gather(1, best.indices[:, None]).squeeze(1) / target.norm(dim=1), best.indices
-    )
+    values, best = cosines.max(1)
+    return FeatureScores(values, lengths.gather(1, best[:, None]).squeeze(1) / target.norm(dim=1), best)
 
 
 def importance_matrices(
@@ -86,6 +81,34 @@ def importance_matrices(
         NoImportanceError: The decomposition has no importance function.
     """
     return causal_importances(model, decomposition, value * torch.eye(n_features, device=adapt(model).device))
+
+
+def need_scipy() -> Any:
+    """What assigns components to features.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise MissingExtraError(
+            "Components are assigned to features by scipy, which is not installed; pip install 'tl-paramdecomp[toys]'."
+        ) from error
+    return linear_sum_assignment
+
+
+def best_assignment(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
+    """A column for each row, no column twice, so that the sum of the chosen values is largest.
+
+    Raises:
+        ShapeError: There are more rows than columns.
+        MissingExtraError: scipy is not installed.
+    """
+    n, m = values.shape
+    if n > m:
+        raise ShapeError(f"An assignment needs at least as many columns as rows; given {n} rows, {m} columns.")
+    return torch.from_numpy(need_scipy()(values.detach().double().cpu().numpy(), maximize=True)[1])
 
 
 def lined_up(matrix: Float[Tensor, "features C"]) -> Int[Tensor, " C"]:

@@ -44,10 +44,13 @@ class AdversarialReconstruction(Loss):
 
     coefficient: float = 1.0
     steps: int = 1
+    """Steps of ascent."""
     step_size: float = 1.0
     """Of a sign step; steps times size should be about 1 to 2."""
     sites: Replaced = "all"
+    """Masked at once: all, one at a time (`layerwise`), or at each position a random subset."""
     scope: SourceScope = "single_source"
+    """What shares one source of masks: everything, all rows at a position, every n-th row, or nothing."""
     start: Literal["random", "ones", "zeros"] = "random"
     """`ones` is the target itself unless `delta` is absent: the gradient there is 0, and the adversary stays."""
     delta: DeltaUse = "masked"
@@ -169,13 +172,19 @@ class PersistentAdversarialReconstruction(Loss):
 
     coefficient: float = 1.0
     scope: SourceScope = "per_batch_per_position"
+    """As in `AdversarialReconstruction`."""
     repeats: int = 1
     """n of the scope `repeat_across_batch`; must divide the batch."""
     sites: Literal["all", "subset"] = "all"
+    """Masked at once: all, or at each position a random subset."""
     ascents: int = 2
+    """Steps of ascent before each step of the components."""
     optimiser: Literal["adam", "sign"] = "adam"
+    """How it ascends."""
     lr: float = 0.01
+    """Learning rate of the ascent."""
     betas: tuple[float, float] = (0.5, 0.99)
+    """Of its moments."""
     ramp: float = 0.025
     """Share of the run over which the adversary's learning rate rises."""
     parametrisation: Literal["clamp", "sigmoid"] = "clamp"

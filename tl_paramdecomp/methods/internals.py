@@ -27,6 +27,7 @@ class HiddenActsReconstruction(Loss):
 
     coefficient: float = 1.0
     masks: Masking = "stochastic"
+    """Kind of masks the activations are compared under."""
     at: Literal["outputs", "inputs"] = "outputs"
     """What each site writes, or what it reads."""
     relative: bool = True
@@ -85,6 +86,7 @@ class AttentionPatternReconstruction(Loss):
 
     coefficient: float = 1.0
     masks: Masking = "stochastic"
+    """Kind of masks the patterns are compared under."""
 
     def __post_init__(self) -> None:
         _check_masking(self.masks)

@@ -59,6 +59,7 @@ class L3D(Method[SubnetworkDecomposition]):
     """
 
     n_subnetworks: int = 100
+    """How many."""
     rank: int | Mapping[str, int] = 1
     """r of every site; or by glob, the first match counting."""
     active: float = 0.1
@@ -68,11 +69,15 @@ class L3D(Method[SubnetworkDecomposition]):
     gains: bool | str | Sequence[str] = field(default=False, metadata=OMIT_DEFAULT)
     """Which normalisation gains take part: none, all of the model's, or those that globs such as `blocks.0.ln*` match."""
     divergence: SampleDivergence = "kl"
+    """What a sample's output is compared with its reference by; see `SampleDivergence`."""
     reference: Reference = "sample"
+    """Which output a sample's is compared with; see `Reference`."""
     positions: Positions = "one"
+    """Where divergences are taken: at a random position of each row (`one`), at all, the last, or a given one."""
     norm: Norm = "l2"
     """What "norm 1" means for a subnetwork; see `Subnetworks.normalise`."""
     lr: float = 1e-2
+    """Learning rate."""
     decay: float = 0.8
     """Factor on the learning rate at every tenth of the run."""
     warm_start: float = 0.1
@@ -82,6 +87,7 @@ class L3D(Method[SubnetworkDecomposition]):
     threshold_memory: float = 0.99
     """How much of the learned threshold each step keeps."""
     backend: Backend = "auto"
+    """How samples' gradients are taken; auto: the fastest that the model allows."""
 
     def __post_init__(self) -> None:
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]

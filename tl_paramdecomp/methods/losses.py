@@ -104,9 +104,13 @@ class ImportanceMinimality(Loss):
     """`power`: g^p, with p going from `p_start` to `p_end`. `smooth_l0`: g^2 / (g^2 + gamma^2), scaled to be 1 at g = 1, with
     gamma going from `gamma_start` to `gamma_end`."""
     p_start: float = 2.0
+    """Exponent of `power` until `begin`."""
     p_end: float = 0.4
+    """Exponent of `power` from `end` on."""
     gamma_start: float = 1.0
+    """Of `smooth_l0` until `begin`."""
     gamma_end: float = 0.1
+    """Of `smooth_l0` from `end` on."""
     begin: float = 0.0
     """Share of the run at which p or gamma begins to move."""
     end: float = 1.0

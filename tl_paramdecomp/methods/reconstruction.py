@@ -31,6 +31,7 @@ class Reconstruction(Loss):
     """Divergence from the target under masks that `draw` makes, at all sites, one at a time, or a subset."""
 
     sites: Replaced
+    """Masked at once: all, one at a time (`layerwise`), or at each position a random subset."""
     samples: int = 1
 
     @abstractmethod

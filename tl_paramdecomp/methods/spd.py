@@ -70,7 +70,9 @@ class SPD(Method[Decomposition]):
     warm_up_steps: int = 200
     """Faithfulness warm-up, for sites whose start is not already exact."""
     warm_up_lr: float = 1e-2
+    """Learning rate of the warm-up."""
     warm_up_weight_decay: float = 0.0
+    """Weight decay of the warm-up."""
     lr: float = 2e-3
     """Learning rate of V and U."""
     lr_importance: float = 6e-3

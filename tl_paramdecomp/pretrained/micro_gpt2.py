@@ -4,6 +4,7 @@ The weights lie beside this file as a plain transformers checkpoint (safetensors
 what it would load from the hub, offline. Nothing is folded or centred on the way.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -118,10 +119,11 @@ def load_micro_gpt2(host: str = "transformers") -> Any:
     Raises:
         UnsupportedModelError: for another host, or one the installed libraries do not have; it names those there are.
     """
-    if host not in _LOADERS:
-        raise UnsupportedModelError(f"unknown host {host!r}; micro-gpt2 loads on {', '.join(_LOADERS)}")
+    if host not in _HOSTS:
+        raise UnsupportedModelError(f"unknown host {host!r}; micro-gpt2 loads on {', '.join(_HOSTS)}")
+    find, load = _HOSTS[host]
     try:
-        host_class = _HOST_CLASSES[host]()
+        host_class = find()
     except ImportError as error:
         raise UnsupportedModelError(
             f"the installed libraries have no host {host!r} ({error}); "
@@ -129,7 +131,7 @@ def load_micro_gpt2(host: str = "transformers") -> Any:
         ) from error
     # Some hosts draw initial weights before they take ours; the caller's random numbers must not depend on that.
     with torch.random.fork_rng(devices=[]):
-        return _LOADERS[host](host_class)
+        return load(host_class)
 
 
 # hosts -----------------------------------------------------------------------------------------------------------
@@ -159,20 +161,16 @@ def _nnsight_class() -> Any:
     try:
         from nnsight.modeling.transformers import TransformersModel
     except ImportError:
-        from nnsight import LanguageModel
-
-        return LanguageModel
+        from nnsight import LanguageModel as TransformersModel
     return TransformersModel
 
 
 def _available_hosts() -> list[str]:
     found = []
-    for host, find in _HOST_CLASSES.items():
-        try:
+    for host, (find, _) in _HOSTS.items():
+        with contextlib.suppress(ImportError):
             find()
-        except ImportError:
-            continue
-        found.append(host)
+            found.append(host)
     return found
 
 
@@ -182,13 +180,10 @@ def _load_transformers(gpt2_class: Any) -> "GPT2LMHeadModel":
 
 
 def _load_bridge(bridge_class: Any) -> Any:
-    bridge = bridge_class.boot_transformers(
-        str(MICRO_GPT2_DIR),
-        hf_model=_load_transformers(_gpt2_class()),
-        tokenizer=micro_gpt2_tokenizer(),
-        device="cpu",
-    )
-    return bridge.eval()
+    source, tokenizer = _load_transformers(_gpt2_class()), micro_gpt2_tokenizer()
+    return bridge_class.boot_transformers(
+        str(MICRO_GPT2_DIR), hf_model=source, tokenizer=tokenizer, device="cpu"
+    ).eval()
 
 
 def _load_hooked(hooked_class: Any) -> Any:
@@ -198,28 +193,15 @@ def _load_hooked(hooked_class: Any) -> Any:
     source = _load_transformers(_gpt2_class())
     shape = source.config
     config = HookedTransformerConfig(
-        n_layers=shape.n_layer,
-        d_model=shape.n_embd,
-        d_head=shape.n_embd // shape.n_head,
-        n_heads=shape.n_head,
-        d_mlp=shape.n_inner,
-        n_ctx=shape.n_positions,
-        d_vocab=shape.vocab_size,
-        act_fn=shape.activation_function,
-        eps=shape.layer_norm_epsilon,
-        normalization_type="LN",
-        model_name="micro-gpt2",
-        original_architecture="GPT2LMHeadModel",
-        init_weights=False,
-        device="cpu",
-    )
+        n_layers=shape.n_layer, d_model=shape.n_embd, d_head=shape.n_embd // shape.n_head, n_heads=shape.n_head,
+        d_mlp=shape.n_inner, n_ctx=shape.n_positions, d_vocab=shape.vocab_size, act_fn=shape.activation_function,
+        eps=shape.layer_norm_epsilon, normalization_type="LN", model_name="micro-gpt2",
+        original_architecture="GPT2LMHeadModel", init_weights=False, device="cpu",
+    )  # fmt: skip
     model = hooked_class(config, tokenizer=micro_gpt2_tokenizer())
+    weights = {name: weight.detach() for name, weight in convert_gpt2_weights(source, config).items()}
     model.load_and_process_state_dict(
-        {name: weight.detach() for name, weight in convert_gpt2_weights(source, config).items()},
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
+        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     return model.eval()
 
@@ -228,15 +210,9 @@ def _load_nnsight(nnsight_class: Any) -> Any:
     return nnsight_class(_load_transformers(_gpt2_class()), tokenizer=micro_gpt2_tokenizer())
 
 
-_HOST_CLASSES: dict[str, Callable[[], Any]] = {
-    "transformers": _gpt2_class,
-    "transformer_bridge": _bridge_class,
-    "hooked_transformer": _hooked_class,
-    "nnsight": _nnsight_class,
-}
-_LOADERS: dict[str, Callable[[Any], Any]] = {
-    "transformers": _load_transformers,
-    "transformer_bridge": _load_bridge,
-    "hooked_transformer": _load_hooked,
-    "nnsight": _load_nnsight,
+_HOSTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "transformers": (_gpt2_class, _load_transformers),
+    "transformer_bridge": (_bridge_class, _load_bridge),
+    "hooked_transformer": (_hooked_class, _load_hooked),
+    "nnsight": (_nnsight_class, _load_nnsight),
 }

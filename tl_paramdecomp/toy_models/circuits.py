@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, fresh, quiet
+from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, drawn_at, fresh, minimise, quiet
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,9 @@ class GroupedFeatures:
 
     def __call__(self, step: int) -> Float[Tensor, "batch features"]:
         """The batch of a step."""
-        groups = SparseFeatures(
-            self.n_features // self.group, self.probability, self.batch_size, 0.5, self.seed, without_empty=True
-        )(step)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_000_007)
+        n = self.n_features // self.group
+        groups = SparseFeatures(n, self.probability, self.batch_size, 0.5, self.seed, without_empty=True)(step)
+        generator = drawn_at(self.seed, step + 500_000_007)
         values = torch.rand(self.batch_size, self.n_features, generator=generator).mul_(1.0 - self.low).add_(self.low)
         return values.mul_((groups != 0).repeat_interleave(self.group, 1))
 
@@ -74,6 +73,7 @@ class Circuits(ToyTarget):
     A: Float[Tensor, "inputs outputs"]
     layers: Any
     measured: ClassVar[str] = "shares of their own outputs that circuits explain"
+    least: ClassVar[float] = 0.5
 
     def __init__(self, config: CircuitsConfig) -> None:
         super().__init__()
@@ -89,13 +89,10 @@ class Circuits(ToyTarget):
 
     def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
         """What the function gives, as well as the network has learned it."""
-        if self.config.function == "linear":
-            for layer in self.layers:
-                x = layer(x)
-            return torch.relu(x)
+        linear = self.config.function == "linear"
         for layer in self.layers:
-            x = nn.functional.elu(layer(x))
-        return x
+            x = layer(x) if linear else nn.functional.elu(layer(x))
+        return torch.relu(x) if linear else x
 
     def wanted(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
         """The function it was trained on."""
@@ -115,22 +112,14 @@ class Circuits(ToyTarget):
             found.append(1.0 - (y - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
         return torch.stack(found)
 
-    def is_sound(self) -> bool:
-        """Whether every circuit is there."""
-        return bool(self.strengths().min() > 0.5)
-
 
 def train_circuits(config: CircuitsConfig, seed: int = 0, progress: Progress = quiet) -> Circuits:
     """A target trained on the mean square error, by AdamW with a cosine to 0."""
-    data = config.data(config.batch_size, seed)
-    model = fresh(Circuits, config, seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
-    with torch.enable_grad():
-        for step in progress("target", config.steps):
-            x = data(step)
-            optimiser.zero_grad()
-            nn.functional.mse_loss(model(x), model.wanted(x)).backward()
-            optimiser.step()
-            schedule.step()
+    data, model = config.data(config.batch_size, seed), fresh(Circuits, config, seed)
+
+    def loss(step: int) -> Tensor:
+        x = data(step)
+        return nn.functional.mse_loss(model(x), model.wanted(x))
+
+    minimise(loss, model.parameters(), config, progress)
     return model

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_paramdecomp.toy_models.targets import Progress, ToyTarget, fresh, quiet
+from tl_paramdecomp.toy_models.targets import Progress, ToyTarget, drawn_at, fresh, minimise, quiet
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class InductionRows:
 
     def __call__(self, step: int) -> Int[Tensor, "batch length"]:
         """The rows of a step."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = drawn_at(self.seed, step)
         rows = torch.randint(1, self.n_vocab, (self.batch_size, self.length), generator=generator)
         places = torch.randint(0, self.length - 2, (self.batch_size, 1), generator=generator)
         rows.scatter_(1, places, 0)
@@ -83,6 +83,7 @@ class InductionTransformer(ToyTarget):
 
     layers: Any
     measured: ClassVar[str] = "accuracy"
+    least: ClassVar[float] = 0.95
     positions: Float[Tensor, "length d"]
 
     def __init__(self, config: InductionConfig) -> None:
@@ -107,10 +108,6 @@ class InductionTransformer(ToyTarget):
             right = self(rows(0)).argmax(-1) == rows.answers(rows(0))
         return right.float().mean().unsqueeze(0)
 
-    def is_sound(self) -> bool:
-        """Whether it does induction."""
-        return bool(self.strengths() > 0.95)
-
 
 def sinusoids(length: int, width: int) -> Float[Tensor, "length width"]:
     """Sines and cosines of positions at wavelengths from 2 pi to 10,000 times that."""
@@ -121,19 +118,21 @@ def sinusoids(length: int, width: int) -> Float[Tensor, "length width"]:
 
 def train_induction(config: InductionConfig, seed: int = 0, progress: Progress = quiet) -> InductionTransformer:
     """A target trained on the last token alone, by AdamW with a ramp and a cosine to 0."""
-    model = fresh(InductionTransformer, config, seed)
-    rows = config.data(config.batch_size, seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    rows, model = config.data(config.batch_size, seed), fresh(InductionTransformer, config, seed)
     ramp = max(1, config.steps // 100)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1.0, (s + 1) / ramp) * 0.5 * (1.0 + math.cos(math.pi * s / config.steps))
+
+    def loss(step: int) -> Tensor:
+        tokens = rows(step)
+        return nn.functional.cross_entropy(model(tokens), rows.answers(tokens))
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / ramp) * 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
+
+    minimise(
+        loss,
+        model.parameters(),
+        config,
+        progress,
+        lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, factor),
     )
-    with torch.enable_grad():
-        for step in progress("target", config.steps):
-            tokens = rows(step)
-            loss = nn.functional.cross_entropy(model(tokens), rows.answers(tokens))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            rate.step()
     return model

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, fresh, quiet
+from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, fresh, minimise, quiet
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class ResidMLP(ToyTarget):
 
     layers: Any
     measured: ClassVar[str] = "share of ReLU(x) in the feature's own output, at x = 0.75"
+    least: ClassVar[float] = 0.2
 
     def __init__(self, config: ResidMLPConfig) -> None:
         super().__init__()
@@ -78,10 +79,6 @@ class ResidMLP(ToyTarget):
             bare = x @ self.W_E @ self.W_E.T
             return (self(x) - bare).diagonal() / 0.75
 
-    def is_sound(self) -> bool:
-        """Whether every feature's ReLU is computed."""
-        return bool(self.strengths().min() > 0.2)
-
 
 def train_resid_mlp(config: ResidMLPConfig, seed: int = 0, progress: Progress = quiet) -> ResidMLP:
     """A target trained to give x + ReLU(x), by Adam with a cosine to 0 on the mean square error.
@@ -99,22 +96,17 @@ def train_resid_mlp(config: ResidMLPConfig, seed: int = 0, progress: Progress = 
         for layer in model.layers:
             nn.init.xavier_normal_(layer.mlp_in.weight, generator=generator)
             nn.init.xavier_normal_(layer.mlp_out.weight, generator=generator)
-    free = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(free, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
-    with torch.enable_grad():
-        for step in progress("target", config.steps):
-            x = data(step)
-            readers = torch.cat([layer.mlp_in.weight for layer in model.layers] + [embed])
-            writers = torch.cat([embed] + [layer.mlp_out.weight.T for layer in model.layers])
-            paths = writers @ readers.T  # from features and neurons to neurons and features
-            known = x
-            for i in range(config.n_layers):
-                read = known @ paths[: known.shape[1], i * width : (i + 1) * width]
-                known = torch.cat([known, torch.relu(read)], 1)
-            y = known @ paths[:, config.n_layers * width :]
-            optimiser.zero_grad()
-            torch.nn.functional.mse_loss(y, x + torch.relu(x)).backward()
-            optimiser.step()
-            schedule.step()
+
+    def loss(step: int) -> Tensor:
+        x = data(step)
+        readers = torch.cat([layer.mlp_in.weight for layer in model.layers] + [embed])
+        writers = torch.cat([embed] + [layer.mlp_out.weight.T for layer in model.layers])
+        paths = writers @ readers.T  # from features and neurons to neurons and features
+        known = x
+        for i in range(config.n_layers):
+            read = known @ paths[: known.shape[1], i * width : (i + 1) * width]
+            known = torch.cat([known, torch.relu(read)], 1)
+        return nn.functional.mse_loss(known @ paths[:, config.n_layers * width :], x + torch.relu(x))
+
+    minimise(loss, [p for p in model.parameters() if p.requires_grad], config, progress)
     return model

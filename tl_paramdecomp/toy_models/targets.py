@@ -42,13 +42,16 @@ class ToyTarget(nn.Module):
     measured: ClassVar[str]
     """What `strengths` are, in words."""
 
+    least: ClassVar[float]
+    """Of each strength in a target that has all its mechanisms."""
+
     @abstractmethod
     def strengths(self) -> Float[Tensor, " mechanisms"]:
         """How well the target has each mechanism."""
 
-    @abstractmethod
     def is_sound(self) -> bool:
         """Whether it has all of them."""
+        return bool(self.strengths().min() >= self.least)
 
 
 Toy = TypeVar("Toy", bound=ToyTarget)
@@ -59,6 +62,30 @@ def fresh(build: Callable[[Any], Toy], config: Any, seed: int = 0) -> Toy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(config)
+
+
+def minimise(
+    loss: Callable[[int], Float[Tensor, ""]],
+    parameters: Iterable[Tensor],
+    config: Any,
+    progress: Progress,
+    rate: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+) -> None:
+    """AdamW on the loss of each step, at a learning rate that falls by a cosine to 0 unless `rate` says otherwise."""
+    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    schedule = cosine(optimiser, config.steps) if rate is None else rate(optimiser)
+    with torch.enable_grad():
+        for step in progress("target", config.steps):
+            optimiser.zero_grad()
+            loss(step).backward()
+            optimiser.step()
+            schedule.step()
+
+
+def drawn_at(seed: int, step: int) -> torch.Generator:
+    """Random numbers of one step of one seed."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,7 @@ class SparseFeatures:
 
     def __call__(self, step: int) -> Float[Tensor, "batch features"]:
         """The batch of a step."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = drawn_at(self.seed, step)
         shape, p = (self.batch_size, self.n_features), self.probability
         active = torch.rand(shape, generator=generator) < p
         if self.without_empty:
@@ -147,9 +174,7 @@ def save_target(trained: Trained[Any], folder: Path) -> None:
     tensors = {k: t.contiguous() for k, t in trained.model.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=".saving-", dir=folder
-        ) as scratch:  # nothing of another's is written to
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
             safetensors.torch.save_file(tensors, str(Path(scratch, TENSORS)))
             Path(scratch, RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
             for name in (TENSORS, RECORD):

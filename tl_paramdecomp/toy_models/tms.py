@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, fresh, quiet
+from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, fresh, minimise, quiet
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class TMS(ToyTarget):
 
     hidden_layers: Any
     measured: ClassVar[str] = "norms of the features' directions"
+    least: ClassVar[float] = 0.5
 
     def __init__(self, config: TMSConfig) -> None:
         super().__init__()
@@ -64,10 +65,6 @@ class TMS(ToyTarget):
         """Norm of every feature's direction in the hidden space: about 1 where it is represented, near 0 where not."""
         return self.linear1.weight.detach().norm(dim=0)
 
-    def is_sound(self) -> bool:
-        """Whether every feature has a direction."""
-        return bool(self.strengths().min() > 0.5)
-
 
 def train_tms(config: TMSConfig, seed: int = 0, progress: Progress = quiet) -> TMS:
     """A target trained to give its sparse features back, by AdamW with a learning rate that falls linearly to 0."""
@@ -75,16 +72,13 @@ def train_tms(config: TMSConfig, seed: int = 0, progress: Progress = quiet) -> T
     generator = torch.Generator().manual_seed(seed)
     W = nn.init.xavier_normal_(torch.empty(config.n_hidden, config.n_features), generator=generator).requires_grad_()
     b = torch.zeros(config.n_features, requires_grad=True)
-    optimiser = torch.optim.AdamW([W, b], lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=config.steps)
-    with torch.enable_grad():
-        for step in progress("target", config.steps):
-            x = data(step)
-            y = torch.relu(torch.addmm(b, x @ W.T, W))
-            optimiser.zero_grad()
-            torch.nn.functional.mse_loss(y, x).backward()
-            optimiser.step()
-            schedule.step()
+
+    def loss(step: int) -> Tensor:
+        x = data(step)
+        return nn.functional.mse_loss(torch.relu(torch.addmm(b, x @ W.T, W)), x)
+
+    linear = torch.optim.lr_scheduler.LinearLR
+    minimise(loss, [W, b], config, progress, lambda optimiser: linear(optimiser, 1.0, 0.0, total_iters=config.steps))
     model = fresh(TMS, config)
     with torch.no_grad():
         model.linear1.weight.copy_(W)

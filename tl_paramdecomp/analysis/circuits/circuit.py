@@ -59,9 +59,13 @@ class Circuit(Record):
     what: ClassVar[str] = "circuit"
 
     task: str
+    """Its name."""
     metric: str
+    """Its name."""
     granularity: str
+    """What one unit is."""
     method: str
+    """What ordered the units."""
     direction: str
     """`noising`: clean prompts run, and what is outside of the circuit is ablated."""
     value: str
@@ -69,14 +73,19 @@ class Circuit(Record):
     delta: float
     """The delta component's mask."""
     prompts: int
+    """Held-out prompts it was measured on."""
     components: dict[str, list[int]]
     """By site."""
     labels: list[str]
     """Of its units, strongest first where they were ordered."""
     units: int
+    """How many are inside."""
     parameters: float
+    """How many they have."""
     all_units: int
+    """Units of the whole model."""
     all_parameters: float
+    """Their parameters."""
     model: float
     """m(model): the metric's mean over prompts."""
     none: float
@@ -103,6 +112,7 @@ class Circuit(Record):
     cmd: float | None
     """Area between the curve and 1: how far circuits are from the model at any size (MIB)."""
     seed: int
+    """Of all that is drawn."""
 
     def check(self) -> None:
         if not self.random_circuits:

@@ -34,7 +34,9 @@ class LearnedMasks:
     penalty: float = 0.5
     """Weight of the mean of g^p over units, beside a KL in nats."""
     p: float = 0.5
+    """Exponent of the penalty on masks."""
     lr: float = 0.05
+    """Learning rate of the masks."""
     adversary_steps: int = 2
     """Sign steps of 1 / adversary_steps, from a random start; 0: no adversary."""
 

@@ -54,7 +54,9 @@ class LogitLens(Record):
     what: ClassVar[str] = "logit lens"
 
     site: str
+    """Its name."""
     component: int
+    """Its number."""
     applied: str
     """The formula, in words."""
     top: list[LensToken]

@@ -74,9 +74,11 @@ class TokenStatistics(Record):
     active_by: str
     """`importance`, or `activation`."""
     rank_by: str
+    """What tokens are ordered by."""
     positions: int
     """How many counted."""
     components: list[ComponentTokens] = field(repr=False)
+    """Which."""
 
     def of(self, site: str, component: int) -> ComponentTokens:
         """Tokens of one component.

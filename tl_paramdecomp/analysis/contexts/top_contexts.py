@@ -77,6 +77,7 @@ class TopContexts(Record):
     positions: int
     """How many counted."""
     components: list[ComponentContexts] = field(repr=False)
+    """Which."""
 
     def check(self) -> None:
         for own in self.components:

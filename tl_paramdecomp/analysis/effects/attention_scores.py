@@ -52,7 +52,9 @@ class AttentionScores:
     """Scores of one head, before mask and softmax."""
 
     layer: int
+    """Of the attention."""
     head: int
+    """Its query head."""
     queries: list[int]
     """Columns of the query axis."""
     keys: list[int]
@@ -64,6 +66,7 @@ class AttentionScores:
     rotation: str
     """How queries and keys are turned; "none" without rotary embeddings."""
     scale: float
+    """What dot products of queries and keys are multiplied by."""
 
     @property
     def total(self) -> Float[Tensor, "batch query key"]:

@@ -44,8 +44,11 @@ class Attribution(Record):
     arrays: ClassVar[tuple[str, ...]] = ("values", "delta", "bias", "embeddings")
 
     method: str
+    """`gradient`, `integrated` or `ablation`."""
     metric: str
+    """Its name."""
     direction: Direction
+    """What is compared with what."""
     positions: list[int]
     """Columns of the rows that are attributed."""
     by_position: bool
@@ -57,8 +60,11 @@ class Attribution(Record):
     steps: int | None
     """Nodes of the Gauss-Legendre rule of `integrated`."""
     path: str | None
+    """What `integrated` moves along; None for the others."""
     frozen_norms: bool
+    """Whether denominators of norms were held."""
     frozen_patterns: bool
+    """Whether attention patterns were held."""
     values: dict[str, Float[Tensor, "batch columns _C"]]
     """By site, the effect of each component at each of the positions."""
     delta: dict[str, Float[Tensor, "batch columns"]]

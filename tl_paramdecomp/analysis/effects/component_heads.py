@@ -26,6 +26,7 @@ class ComponentHeads(Record):
     what: ClassVar[str] = "shares of heads"
 
     site: str
+    """Its name."""
     side: str
     """`in`: heads divide what is read, V (W_O). `out`: they divide what is written, U (W_Q, W_K, W_V)."""
     values: list[list[float]]

@@ -42,6 +42,7 @@ class IncomingEdges:
     """What a number in a forward pass is made of, one number for each row."""
 
     target: str
+    """Site, component and position."""
     value: Float[Tensor, " batch"]
     """The number itself: a component's activation at one position, or the metric."""
     values: dict[str, Float[Tensor, "batch pos _C"]]

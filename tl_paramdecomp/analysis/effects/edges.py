@@ -111,6 +111,7 @@ class Graph(Record):
     what: ClassVar[str] = "graph of components"
 
     metric: str
+    """Its name."""
     kind: str
     """`prompt`: nodes have positions, and edges signs. `dataset`: mean absolute edges over rows and positions."""
     nodes: Annotated[list[Row], list[NodeRow]]
@@ -122,7 +123,9 @@ class Graph(Record):
     """For each target of a prompt's graph: value, and the sums of its edges from nodes, other components, delta components,
     biases and embeddings, and the remainder."""
     frozen_norms: bool
+    """Whether denominators of norms were held."""
     frozen_patterns: bool
+    """Whether attention patterns were held."""
     rows: int
     """Token rows that the graph is of."""
 

@@ -70,11 +70,13 @@ class Sweep(Record):
     value: str
     """What was put in: zero, mean, resample, corrupt, clean, or a number."""
     metric: str
+    """Its name."""
     granularity: list[str]
     """Axes of each site's effects: `position` and `head`, where they are apart, then `component`."""
     positions: str
     """Where patches were: everywhere, each, or some."""
     prompts: int
+    """How many."""
     clean: float
     """Metric of the clean run, mean over prompts."""
     corrupt: float | None

@@ -58,6 +58,7 @@ class Comparison(Record):
     splitting: Annotated[list[Row], list[SplittingRow]]
     """By method and capacity: components, alive ones, share of the smallest's components that split."""
     versions: dict[str, str]
+    """Of the libraries."""
 
     # --- curves -----------------------------------------------------------------------------------------------------
     def curve(self, method: str, seed: int, metric: Metric, axis: Axis = "l0") -> list[tuple[float, float]]:

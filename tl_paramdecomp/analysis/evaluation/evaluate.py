@@ -60,16 +60,19 @@ class EvaluationConfig:
     """What an evaluation depends on besides model, decomposition and data."""
 
     rows_at_once: int = 8
+    """Rows of one forward pass."""
     samples: int = 4
     """Draws of stochastic and random masks."""
     ladder: tuple[int, ...] = (1, 4, 20, 40)
     """Steps of the adversary, one climb each; the step size is 2 over the steps, at most 1."""
     restarts: int = 3
+    """Starts of the adversary."""
     ablated: int = 64
     """Components that are ablated by themselves, for specificity; 0: none."""
     by_site: bool = True
     """Also mask each matrix by itself."""
     seed: int = 0
+    """Of all that is drawn."""
 
     def __post_init__(self) -> None:
         if min(self.rows_at_once, self.samples, self.restarts) < 1 or min(self.ladder, default=1) < 1:

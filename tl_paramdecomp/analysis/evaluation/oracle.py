@@ -33,6 +33,7 @@ class Oracle:
     samples: int = 4
     """Draws of next tokens that the expectation is taken over."""
     seed: int = 0
+    """Of what is drawn."""
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.samples < 1:

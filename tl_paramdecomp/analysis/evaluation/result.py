@@ -39,6 +39,7 @@ class Evaluation(Record):
     protocol: Row
     """Everything that was set."""
     rows: int
+    """Held-out ones."""
     positions: int
     """Scored ones."""
     ce: Annotated[dict[str, float], Ends | NoEnds]
@@ -59,6 +60,7 @@ class Evaluation(Record):
     run: Row
     """Where the decomposition came from."""
     seconds: float
+    """That it took."""
     left_out: list[str]
     """Parts that the time budget left no room for."""
 

@@ -149,6 +149,7 @@ class SubnetworkEvaluation:
     """How well subnetworks reconstruct held-out gradients: shares of squared norms that are left, 0 the best."""
 
     samples: int
+    """Held-out ones."""
     batch_error: float
     """With the largest coefficients of all samples kept, as in training."""
     fixed_error: float

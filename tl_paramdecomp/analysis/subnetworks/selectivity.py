@@ -103,7 +103,9 @@ class Selectivity:
     divergence, so without a sign."""
 
     delta: float
+    """How far the model is moved."""
     subnetworks: list[int]
+    """Which."""
     top: list[float]
     """Mean divergence from the model as it is, over the top samples of each subnetwork and both signs of delta; nats for
     language models."""

@@ -42,6 +42,7 @@ class Task:
     """
 
     name: str
+    """In results."""
     clean: Int[Tensor, "n pos"]
     """Prompts, padded on the right to one length."""
     corrupt: Int[Tensor, "n pos"] | None

@@ -12,7 +12,7 @@ from tl_paramdecomp.toy_models import TMS, ResidMLP, ResidMLPConfig, TMSConfig
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from tl_paramdecomp.experiments import toy_figures as toys  # noqa: E402
+from tl_paramdecomp.experiments import figures as toys  # noqa: E402
 from tl_paramdecomp.report.plotting import save  # noqa: E402
 
 METHOD = tlpd.SPD(n_components=6, measure="mse", start="random", warm_up_steps=5,
@@ -78,7 +78,7 @@ def test_without_matplotlib_the_extra_is_named():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from tl_paramdecomp.errors import MissingExtraError\n"
-        "from tl_paramdecomp.experiments.toy_figures import importance_figure\n"
+        "from tl_paramdecomp.experiments.figures import importance_figure\n"
         "import torch\n"
         "try: importance_figure({'a': torch.eye(2)})\n"
         "except MissingExtraError as error: print(error)\n"

@@ -8,7 +8,7 @@ import torch
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.experiments import scores as toys
-from tl_paramdecomp.experiments.assignment import best_assignment
+from tl_paramdecomp.experiments.scores import best_assignment
 from tl_paramdecomp.toy_models import ResidMLP, ResidMLPConfig, train_resid_mlp
 
 
