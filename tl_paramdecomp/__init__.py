@@ -7,6 +7,7 @@ Host libraries, the command and plots load when they are used.
 import sys as _sys
 import threading as _threading
 import warnings as _warnings
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -65,7 +66,6 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.data.token_batches import token_batches
     from tl_paramdecomp.experiments.compare import ComparisonProtocol, compare
     from tl_paramdecomp.experiments.tuning import tune_along
-    from tl_paramdecomp.field_docs import show_fields as _show_fields
     from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
     from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
     from tl_paramdecomp.methods.from_factors import from_factors
@@ -129,7 +129,7 @@ def __getattr__(name: str) -> _Any:
             globals()["_opening"] = True
             try:
                 __spec__.loader.exec_module(_sys.modules[__name__])  # type: ignore[union-attr]
-                _show_fields(*(globals()[name] for name in __all__))
+                _import_module("tl_paramdecomp.field_docs").show_fields(*(globals()[name] for name in __all__))
             except BaseException:
                 del globals()["_opening"]
                 raise

@@ -1,15 +1,16 @@
 """The sub-commands and their options."""
 
+import dataclasses
 import functools
+import importlib.metadata
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from tl_paramdecomp import __version__
 from tl_paramdecomp.cli.causal import attribute, circuit, patch
 from tl_paramdecomp.cli.options import (
     AsJson,
@@ -52,7 +53,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> bool:
     if asked:
-        print(__version__)
+        print(importlib.metadata.version("tl-paramdecomp"))
         raise typer.Exit
     return asked
 
@@ -205,8 +206,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a decomposition on held-out rows: masks of every kind, an adversary, sparsity, controls."""
-    import dataclasses
-
     from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
     from tl_paramdecomp.analysis.evaluation.evaluate import evaluate as measure
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
@@ -228,6 +227,10 @@ def evaluate(
     )  # fmt: skip
     if out is not None:
         found.save(out)
+    _print_record(found, as_json)
+
+
+def _print_record(found: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
         return
@@ -271,7 +274,6 @@ def compare(
 ) -> None:
     """Compare methods where they are equally sparse: curves, areas, stability. Run it again to go on."""
     import contextlib
-    import dataclasses
 
     from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights
     from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
@@ -293,18 +295,13 @@ def compare(
     held_out = found_rows.held_out[:rows].to(device)
     with shuffled_weights(opened) if shuffled else contextlib.nullcontext():
         found = run(opened, methods, protocol, found_rows.train, held_out, run_dir=out)
-    talk = Console(stderr=True) if as_json else console
     try:
-        picture = draw_comparison(found, out / "comparison.png", f"{model}: {', '.join(site_globs)}")
+        drawn = draw_comparison(found, out / "comparison.png", f"{model}: {', '.join(site_globs)}")
+        words = f"Curves are in {drawn}."
     except MissingExtraError as error:
-        talk.print(f"No curves: {error}", markup=False, highlight=False)
-    else:
-        talk.print(f"Curves are in [bold]{picture}[/].", highlight=False)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
-        return
-    for table in found.tables():
-        console.print(table)
+        words = f"No curves: {error}"
+    (Console(stderr=True) if as_json else console).print(words, markup=False, highlight=False)
+    _print_record(found, as_json)
 
 
 app.command()(patch)

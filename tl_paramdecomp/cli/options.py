@@ -12,7 +12,7 @@ class _Console(Console):
     """As wide as its terminal; where there is none, as wide as what it prints, so that no name is cut."""
 
     @property
-    def size(self) -> ConsoleDimensions:
+    def size(self) -> ConsoleDimensions:  # type: ignore[override]
         return super().size if self.is_terminal or "COLUMNS" in os.environ else ConsoleDimensions(1000, 25)
 
 

@@ -117,50 +117,44 @@ def compare(
         DataError, NoMatchingSiteError, UnsupportedModelError, DivergedError: As `decompose`.
         DecompositionFileError: A file in the folder cannot be read or written.
     """
+    rows = rows_to_measure(held_out, attention_mask)
+    folder = None if run_dir is None else Path(run_dir)
     with tqdm(desc="compare", disable=not progress, unit="run") as bar:
-        return _Run(model, dict(methods), protocol, data, held_out, attention_mask, run_dir, bar).all()
+        return _Run(model, dict(methods), protocol, data, *rows, folder, bar).all()
 
 
+@dataclass(eq=False)
 class _Run:
     """One comparison under way."""
 
-    def __init__(
-        self,
-        model: Any,
-        methods: dict[str, Method],
-        protocol: ComparisonProtocol,
-        data: Any,
-        held_out: Any,
-        attention_mask: Tensor | None,
-        run_dir: str | Path | None,
-        bar: "tqdm[Any]",
-    ) -> None:
-        if not methods:
+    model: Any
+    methods: dict[str, Method]
+    protocol: ComparisonProtocol
+    data: Any
+    held_out: Any
+    mask: Tensor | None
+    folder: Path | None
+    bar: Any
+    kept: dict[tuple[str, str], Decomposition] = field(default_factory=dict)
+    """Decompositions that are on no disk, or starts; of one method at a time."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
             raise SettingError("There is no method to compare; give {'SPD': tlpd.SPD(), 'SVD': tlpd.SVD()}.")
-        self.model, self.methods, self.protocol, self.data = model, methods, protocol, data
-        self.bar = bar
-        adapter = adapt(model)
-        held_out, attention_mask = self.held_out, self.mask = rows_to_measure(held_out, attention_mask)
-        check_rows(held_out, attention_mask)
-        if not len(held_out):
+        adapter, protocol = adapt(self.model), self.protocol
+        check_rows(self.held_out, self.mask)
+        if not len(self.held_out):
             raise DataError("There are no held-out rows to measure on.")
-        Limits.of(adapter).refuse(held_out, "The held-out data", attention_mask)
+        Limits.of(adapter).refuse(self.held_out, "The held-out data", self.mask)
         self.sites = adapter.select(list(protocol.sites))
         self.ranks = sum(min(site.d_in, site.d_out) for site in self.sites.values())
-        self.folder = None if run_dir is None else Path(run_dir)
-        self.settled = {
-            **_plain(protocol),
-            "target": _digest([adapter.weight(name) for name in self.sites]),
-            "data": _digest(data),
-            "held_out": _digest(held_out),
-            "attention_mask": _digest(attention_mask),
-        }
-        self.kept: dict[tuple[str, str], Decomposition] = {}
-        """Decompositions that are on no disk, or starts; of one method at a time."""
+        rows = {"data": self.data, "held_out": self.held_out, "attention_mask": self.mask}
+        self.settled = {**_plain(protocol), "target": _digest([adapter.weight(name) for name in self.sites])}
+        self.settled |= {name: _digest(given) for name, given in rows.items()}
         self.capacities = sorted({1.0, *protocol.capacities}) if protocol.capacities else []
         self.bar.total = sum(
             len(self.sparsities(m)) * len(protocol.seeds) + len(self.capacities) * (not isinstance(m, ExactBasis))
-            for m in methods.values()
+            for m in self.methods.values()
         )
         self.check()
         self.settle()
@@ -286,9 +280,8 @@ class _Run:
 
     # --- several ----------------------------------------------------------------------------------------------------
     def made(self, label: str, method: Method, sparsity: float, seed: int, capacity: float = 1.0) -> Decomposition:
-        return self.decomposition(
-            label, self.variant(method, sparsity, capacity), _name(sparsity, seed, capacity), seed
-        )
+        pressed = self.variant(method, sparsity, capacity)
+        return self.decomposition(label, pressed, _name(sparsity, seed, capacity), seed)
 
     def active(self, made: Decomposition) -> dict[str, Tensor]:
         return active_components(self.model, made, self.held_out, self.mask)
@@ -300,36 +293,25 @@ class _Run:
         active = {seed: self.active(made) for seed, made in trained.items()}
         starts = {seed: self.decomposition(label, method, f"start, seed {seed}", seed, steps=0) for seed in seeds}
         pairs = list(itertools.permutations(seeds, 2))
-        of_trained = [matched_cosines(trained[a], trained[b], active[a], active[b]) for a, b in pairs]
-        of_starts = [matched_cosines(starts[a], starts[b], active[a], active[b]) for a, b in pairs]
-        return {
-            "method": label,
-            "sparsity": sparsity,
-            "trained": _mean([m._asdict() for m in of_trained if m is not None]),
-            "untrained": _mean([m._asdict() for m in of_starts if m is not None]),
-        }
+        row: Row = {"method": label, "sparsity": sparsity}
+        for name, side in (("trained", trained), ("untrained", starts)):
+            matched = [matched_cosines(side[a], side[b], active[a], active[b]) for a, b in pairs]
+            row[name] = _mean([m._asdict() for m in matched if m is not None])
+        return row
 
     def splitting(self, label: str, method: Method) -> list[Row]:
         """Runs with other numbers of components, the smallest one's components looked for in the largest's."""
         sparsity, seed = sorted(self.protocol.sparsities)[len(self.protocol.sparsities) // 2], self.protocol.seeds[0]
-        capacities, rows, made = self.capacities, [], []
-        for capacity in capacities:
-            rows.append(self.point(label, method, sparsity, seed, capacity))
+        rows, made, active = [], [], []
+        for capacity in self.capacities:
+            row = self.point(label, method, sparsity, seed, capacity)
             made.append(self.made(label, method, sparsity, seed, capacity))
-        active = [self.active(m) for m in made]
-        split = split_share(made[0], made[-1], active[0], active[-1])
-        return [
-            {
-                "method": label,
-                "capacity": capacity,
-                "components": row["components"],
-                "active": sum(int(a.sum()) for a in of.values()),
-                "split": split if capacity == capacities[0] else None,
-                "l0": row["l0"],
-                "rounded": row["rounded"],
-            }
-            for capacity, row, of in zip(capacities, rows, active, strict=True)
-        ]
+            active.append(self.active(made[-1]))
+            alive = sum(int(a.sum()) for a in active[-1].values())
+            kept = {key: row[key] for key in ("components", "l0", "rounded")}
+            rows.append({"method": label, "capacity": capacity, "active": alive, "split": None, **kept})
+        rows[0]["split"] = split_share(made[0], made[-1], active[0], active[-1])
+        return rows
 
 
 def figures(found: Evaluation) -> Row:

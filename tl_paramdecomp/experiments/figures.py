@@ -63,12 +63,10 @@ def vector_figure(model: Any, decomposition: Decomposition) -> "Figure":
 def importance_figure(
     matrices: Mapping[str, Float[Tensor, "features C"]], spare: float = 0.5, dense: Container[str] = ()
 ) -> "Figure":
-    """Importances of components when a single feature is active, by site; components in the order of features.
+    """Importances of components when a single feature is active, by site, from `importance_matrices`.
 
-    Args:
-        matrices: From `importance_matrices`.
-        spare: How many components to show beyond one per feature, as a share of the features.
-        dense: Sites whose components are not one per feature; they stand in the order of their mean importance.
+    Components stand in the order of features, with a share of `spare` more than there are features; at `dense` sites, where
+    they are not one per feature, in the order of their mean importance.
     """
     n, shown = len(next(iter(matrices.values()))), {}
     for name, matrix in matrices.items():
@@ -191,16 +189,7 @@ def image_figure(
     heading: str,
     top: int = 5,
 ) -> "Figure":
-    """The images on which each of some subnetworks has the largest impact, one column for each subnetwork.
-
-    Args:
-        impacts: From `tlpd.impacts`.
-        images: The same rows, in [0, 1].
-        labels: Their classes, written into each image's corner.
-        titles: By subnetwork.
-        heading: Over all of them.
-        top: Images for each.
-    """
+    """The images in [0, 1] on which each subnetwork that has a title has the largest impact (`tlpd.impacts`), in a column."""
     made, panels = subplots(top, len(titles), (0.95 * len(titles) + 0.3, 0.9 * top + 0.8))
     for column, (k, title) in zip(panels.T, titles.items()):
         for panel, n in zip(column, impacts[:, k].topk(top).indices.tolist()):

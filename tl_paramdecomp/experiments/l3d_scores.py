@@ -27,12 +27,7 @@ CONTROLS = 20
 
 # --- toys -------------------------------------------------------------------------------------------------------------
 def purities(decomposition: SubnetworkDecomposition, group: int = 1) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
-    """Each subnetwork's share of its first matrix's energy in the inputs of its own circuit, and which circuit that is.
-
-    Args:
-        decomposition: Of a toy whose first site reads the inputs.
-        group: Inputs of each circuit.
-    """
+    """Each subnetwork's share of its first matrix's energy in the `group` inputs of its own circuit, and which that is."""
     first = next(iter(decomposition.decoder.values()))
     energy = torch.stack([first.matrix(k).detach().square().sum(1) for k in range(decomposition.n_subnetworks)])
     return _largest_share(energy.unflatten(1, (-1, group)).sum(-1))
@@ -45,13 +40,7 @@ def _largest_share(energy: Float[Tensor, "K parts"]) -> tuple[Float[Tensor, " K"
 def toy_scores(
     model: Any, decomposition: SubnetworkDecomposition, rows: Float[Tensor, "rows inputs"]
 ) -> dict[str, Any]:
-    """Held-out errors, dead subnetworks, and how many circuits have a live, pure subnetwork of their own.
-
-    Args:
-        model: A toy of `toy_models`: TMS, or circuits.
-        decomposition: Of all its sites.
-        rows: Held-out rows, a thousand or so.
-    """
+    """Held-out errors, dead subnetworks, and how many circuits of a TMS or Circuits have a live, pure one of their own."""
     group, function = getattr(model.config, "group", 1), getattr(model.config, "function", None)
     found = evaluate_subnetworks(model, decomposition, rows, rows_at_once=len(rows))
     live = torch.tensor(found.active) > 0.01
@@ -128,13 +117,7 @@ def feature_cosines(model: Any, decomposition: SubnetworkDecomposition, owner: I
 def class_purities(
     impacts: Float[Tensor, "images K"], labels: Int[Tensor, " images"], classes: int = 10
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
-    """Each subnetwork's share of impact on its own top class, and which class that is.
-
-    Args:
-        impacts: From `tlpd.impacts`, not negative.
-        labels: Classes of the images.
-        classes: How many there are.
-    """
+    """Each subnetwork's share of impact (`tlpd.impacts`) on its own top class, and which class that is."""
     return _largest_share(
         impacts.new_zeros(classes, impacts.shape[1]).index_add_(0, labels.to(impacts.device), impacts).T
     )
@@ -146,14 +129,7 @@ def digit_scores(
     images: Float[Tensor, "images 1 height width"],
     labels: Int[Tensor, " images"],
 ) -> dict[str, Any]:
-    """Held-out errors, dead subnetworks, how often they are active, and their purities with a control.
-
-    Args:
-        model: A network that gives logits of classes.
-        decomposition: Of its sites, from `L3D`.
-        images: Held-out images, a few hundred.
-        labels: Their classes.
-    """
+    """Held-out errors, dead subnetworks, how often they are active, and their purities with a control."""
     found = evaluate_subnetworks(model, decomposition, images, rows_at_once=len(images))
     active = torch.tensor(found.active)
     live, impact = active > 0, impacts(model, decomposition, images)

@@ -29,14 +29,15 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.analysis.activations import sparsity
 from tl_paramdecomp.analysis.subnetworks.impacts import impacts
-from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import CollapseWarning, MissingExtraError, SettingError
+from tl_paramdecomp.experiments import figures
 from tl_paramdecomp.experiments import scores as toys
 from tl_paramdecomp.experiments.l3d_scores import chosen_subnetworks, class_purities, digit_scores, toy_scores
 from tl_paramdecomp.experiments.recipes import RECIPES, Recipe
 from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.report.plotting import save
 from tl_paramdecomp.toy_models import (
     TMS,
     Circuits,
@@ -152,7 +153,8 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, say: Callable[[str], None]
         "versions": made.info["versions"],
     }
     try:
-        draw(recipe, trained.model, made, folder, result)
+        for name, figure in figures_of(recipe, trained.model, made, result):
+            save(figure, folder / f"{name}.png")
     except MissingExtraError as error:
         say(f"No figures: {error}")
     replace_text(path, json.dumps({**result, "settings": settings}, indent=1))
@@ -169,11 +171,11 @@ def find_target(recipe: Recipe, seed: int, folder: Path, say: Callable[[str], No
     return trained
 
 
-def score(recipe: Recipe, model: Any, made: Decomposition | SubnetworkDecomposition) -> dict[str, Any]:
+def score(recipe: Recipe, model: Any, made: Any) -> dict[str, Any]:
     """All scores that a target of this kind has."""
+    if isinstance(model, Digits):
+        return digit_scores(model, made, *load_digits("held_out", model.config.held_out))
     if isinstance(made, SubnetworkDecomposition):
-        if isinstance(model, Digits):
-            return digit_scores(model, made, *load_digits("held_out", model.config.held_out))
         return toy_scores(model, made, heldout_rows(recipe))
     sample = recipe.target.data(SAMPLE, SAMPLE_SEED)
     rows = sample(0)
@@ -210,22 +212,12 @@ def heldout_rows(recipe: Recipe) -> Any:
     return data_of(recipe, L3D_SAMPLE, SAMPLE_SEED)(0)
 
 
-def draw(recipe: Recipe, model: Any, made: Any, folder: Path, scores: Mapping[str, Any]) -> None:
-    """The figures that a target of this kind has.
+def figures_of(recipe: Recipe, model: Any, made: Any, scores: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The figures that a target of this kind has, by name.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    from tl_paramdecomp.report.plotting import save
-
-    for name, figure in figures_of(recipe, model, made, scores):
-        save(figure, folder / f"{name}.png")
-
-
-def figures_of(recipe: Recipe, model: Any, made: Any, scores: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Their names, and the figures themselves."""
-    from tl_paramdecomp.experiments import figures
-
     if isinstance(model, InductionTransformer):
         return
     if isinstance(model, Digits):

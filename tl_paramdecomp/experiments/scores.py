@@ -75,11 +75,7 @@ def feature_scores(
 def importance_matrices(
     model: Any, decomposition: Decomposition, n_features: int, value: float = PROBE
 ) -> dict[str, Float[Tensor, "features C"]]:
-    """Importances of every component when one feature is active, by site.
-
-    Raises:
-        NoImportanceError: The decomposition has no importance function.
-    """
+    """Importances of every component when one feature is active, by site."""
     return causal_importances(model, decomposition, value * torch.eye(n_features, device=adapt(model).device))
 
 
@@ -268,13 +264,12 @@ def induction_scores(
     model: Any, decomposition: Decomposition, tokens: Int[Tensor, "rows pos"], answers: Int[Tensor, " rows"]
 ) -> dict[str, Any]:
     """Accuracy, and KL from the target, of the induction transformer under each kind of mask."""
-    accuracy, kl = {}, {}
     with torch.no_grad():
         target = torch.log_softmax(model(tokens), -1)
+        accuracy, kl = {"target": (target.argmax(-1) == answers).float().mean().item()}, {}
         for kind in ("unmasked", "stochastic", "importance", "rounded", "zero"):
             with patched(model, decomposition, importance_masks(model, decomposition, tokens, kind)):
                 output = torch.log_softmax(model(tokens), -1)
             accuracy[kind] = (output.argmax(-1) == answers).float().mean().item()
             kl[kind] = (target.exp() * (target - output)).sum(-1).mean().item()
-    accuracy = {"target": (target.argmax(-1) == answers).float().mean().item(), **accuracy}
     return {"accuracy": accuracy, "kl": kl}

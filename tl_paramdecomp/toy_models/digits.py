@@ -49,11 +49,7 @@ class DigitImages:
     seed: int = 0
 
     def __call__(self, step: int) -> Float[Tensor, "batch 1 8 8"]:
-        """The images of a step.
-
-        Raises:
-            MissingExtraError: scikit-learn is not installed.
-        """
+        """The images of a step."""
         return load_digits("train", self.held_out)[0][self.drawn(step)]
 
     def labels(self, step: int) -> Int[Tensor, " batch"]:
@@ -98,11 +94,7 @@ class Digits(ToyTarget):
 def load_digits(
     part: Literal["train", "held_out"], held_out: int
 ) -> tuple[Float[Tensor, "images 1 8 8"], Int[Tensor, " images"]]:
-    """Images and their classes; a fixed permutation says which are held out.
-
-    Args:
-        part: Those to train on, or those held out.
-        held_out: How many are held out.
+    """Images and their classes, of which a fixed permutation holds so many out.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
@@ -124,11 +116,7 @@ def load_digits(
 
 
 def train_digits(config: DigitsConfig, seed: int = 0, progress: Progress = quiet) -> Digits:
-    """A target trained on the cross entropy, by AdamW with a cosine to 0.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-    """
+    """A target trained on the cross entropy, by AdamW with a cosine to 0."""
     data, model = config.data(config.batch_size, seed), fresh(Digits, config, seed)
 
     def loss(step: int) -> Tensor:

@@ -138,15 +138,7 @@ def train_until_sound(
     say: Callable[[str], None] = print,
     tries: int = 20,
 ) -> Trained[Toy]:
-    """Train with seed, seed + 1000, ... until the target has all its mechanisms.
-
-    Args:
-        train: Trains one target.
-        config: Its settings.
-        seed: The first seed.
-        progress: Shows the training.
-        say: Told of every target that is not sound.
-        tries: Seeds to try at most.
+    """Train with seed, seed + 1000, ... until the target has all its mechanisms; `say` is told of every one that has not.
 
     Raises:
         DivergedError: None of the seeds gives a sound target.
@@ -184,11 +176,7 @@ def save_target(trained: Trained[Any], folder: Path) -> None:
 
 
 def load_target(empty: Toy, folder: Path) -> Trained[Toy] | None:
-    """The target of that kind that `save_target` wrote into a folder; None where there is none of the same settings.
-
-    Args:
-        empty: A target of these settings, untrained.
-        folder: Where it may be.
+    """The target that `save_target` wrote into a folder, put into an untrained one; None where its settings are others.
 
     Raises:
         DecompositionFileError: The files are there and cannot be read.

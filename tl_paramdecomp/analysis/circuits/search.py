@@ -31,6 +31,7 @@ class LearnedMasks:
     """
 
     steps: int = 300
+    """Of Adam."""
     penalty: float = 0.5
     """Weight of the mean of g^p over units, beside a KL in nats."""
     p: float = 0.5
