@@ -15,8 +15,8 @@ from tl_paramdecomp.analysis.circuits.units import component_units
 from tl_paramdecomp.analysis.circuits.values import TaskRuns, mask_gradients
 from tl_paramdecomp.analysis.effects.sweep import Sweep
 from tl_paramdecomp.analysis.evaluation.specificity import spearman
-from tl_paramdecomp.cli.demo import TASKS, _ask
 from tl_paramdecomp.errors import DecompositionFileError
+from tl_paramdecomp.experiments.demo import TASKS, _ask
 
 from ..support.models import BUILDERS, VOCAB, build, decomposition_of, dtype_of, gpt2, logits
 from ..support.saved_folders import sealed_lines

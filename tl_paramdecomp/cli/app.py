@@ -74,7 +74,7 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Decompose two layers of the embedded model and ablate what matters; minutes, no network."""
-    from tl_paramdecomp.cli.demo import run_demo
+    from tl_paramdecomp.experiments.demo import run_demo
 
     run_demo(console, out, steps, seed)
 
@@ -209,10 +209,10 @@ def evaluate(
     from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
     from tl_paramdecomp.analysis.evaluation.evaluate import evaluate as measure
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
-    from tl_paramdecomp.cli.methods import start_of
     from tl_paramdecomp.cli.models import check_device, open_model
     from tl_paramdecomp.cli.rows import open_rows
     from tl_paramdecomp.components.decomposition import Decomposition
+    from tl_paramdecomp.experiments.compare import start_of
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import LARGEST, parse_json, read_text
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.base import Method
@@ -14,7 +13,6 @@ from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, Rando
 from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.methods.spd import SPD, VPD
-from tl_paramdecomp.training.fit import decompose
 
 PRESETS: Mapping[str, Callable[[], Any]] = {
     "spd": SPD,
@@ -92,20 +90,3 @@ def method_in(path: Path) -> Any:
     if not isinstance(found, Method):
         raise SettingError(f"{path} holds no method; it should be an object with the method's name as its type.")
     return found
-
-
-def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decomposition:
-    """What a decomposition's run started from, by the settings that are stored with it.
-
-    Raises:
-        SettingError: No run is stored with it, or its start depended on the rows of that run.
-    """
-    run = decomposition.info.get("run")
-    if run is None:
-        raise SettingError("No run is stored with this decomposition, so what it started from is not known.")
-    method = from_settings(run["method"])
-    if isinstance(method, ExactBasis) and method.moment_batches:
-        raise SettingError(
-            f"What {type(method).__name__} starts from depends on the rows of its run; there is no control here."
-        )
-    return decompose(model, run["sites"], method, data, 0, run["batch_size"], run["seed"], progress=False)

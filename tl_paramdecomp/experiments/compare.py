@@ -39,7 +39,7 @@ from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingErro
 from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.from_factors import versions
-from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.methods.settings import from_settings, to_settings
 from tl_paramdecomp.sites import check_dense, check_rows
 from tl_paramdecomp.training.callbacks import StepInfo
 from tl_paramdecomp.training.fit import decompose
@@ -312,6 +312,23 @@ class _Run:
             rows.append({"method": label, "capacity": capacity, "active": alive, "split": None, **kept})
         rows[0]["split"] = split_share(made[0], made[-1], active[0], active[-1])
         return rows
+
+
+def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decomposition:
+    """What a decomposition's run started from, by the settings that are stored with it.
+
+    Raises:
+        SettingError: No run is stored with it, or its start depended on the rows of that run.
+    """
+    run = decomposition.info.get("run")
+    if run is None:
+        raise SettingError("No run is stored with this decomposition, so what it started from is not known.")
+    method = from_settings(run["method"])
+    if isinstance(method, ExactBasis) and method.moment_batches:
+        raise SettingError(
+            f"What {type(method).__name__} starts from depends on the rows of its run; there is no control here."
+        )
+    return decompose(model, run["sites"], method, data, 0, run["batch_size"], run["seed"], progress=False)
 
 
 def figures(found: Evaluation) -> Row:

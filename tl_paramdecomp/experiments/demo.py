@@ -7,25 +7,28 @@
 """
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 from tl_paramdecomp.analysis.effects.sweep import sweep
 from tl_paramdecomp.analysis.next_tokens import answer_log_prob, next_token_probs, top_tokens
-from tl_paramdecomp.cli.models import open_model
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.methods.spd import SPD
 from tl_paramdecomp.patching.hooks import patched
-from tl_paramdecomp.pretrained import TaskPrompt, micro_gpt2_prompts, micro_gpt2_tokenizer, micro_gpt2_tokens
+from tl_paramdecomp.pretrained import (
+    TaskPrompt,
+    load_micro_gpt2,
+    micro_gpt2_prompts,
+    micro_gpt2_tokenizer,
+    micro_gpt2_tokens,
+)
 from tl_paramdecomp.report.quality import measure_quality, quality_tables, write_quality
 from tl_paramdecomp.training.fit import decompose
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SITES = ("blocks.0.mlp.*", "blocks.1.attn.*")
 TASKS = {
@@ -36,10 +39,13 @@ TASKS = {
 }
 
 
-def run_demo(console: Console, out: Path, steps: int, seed: int) -> None:
+def run_demo(console: "Console", out: Path, steps: int, seed: int) -> None:
     """Run the demo and print it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the only bar is that of the training
     torch.set_num_threads(1)  # on matrices this small a second thread gains little, and on a busy machine costs much
-    model = open_model("micro-gpt2")
+    model = load_micro_gpt2()
     begun = time.perf_counter()
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"[bold]micro-gpt2[/]: a GPT-2 of {size:,} parameters that comes with the package.", highlight=False)
@@ -61,8 +67,10 @@ def run_demo(console: Console, out: Path, steps: int, seed: int) -> None:
     console.print('  model = tlpd.load_micro_gpt2("transformer_bridge")', highlight=False)
 
 
-def _ask(console: Console, model: Any, made: Decomposition, prompt: TaskPrompt, generator: torch.Generator) -> None:
+def _ask(console: "Console", model: Any, made: Decomposition, prompt: TaskPrompt, generator: torch.Generator) -> None:
     """One prompt's next token: as it is, without the component that matters most, and without a random one."""
+    from rich.table import Table
+
     tokens = prompt.tokens.unsqueeze(0)
     effects = sweep(model, made, tokens, answer_log_prob(prompt.answers), progress=False)
     top = max(effects.rows(), key=lambda row: row.effect)
@@ -75,18 +83,10 @@ def _ask(console: Console, model: Any, made: Decomposition, prompt: TaskPrompt, 
     text = prompt.text if len(words) <= 20 else f"… {' '.join(words[-18:])}"
     console.print(f"[bold]{TASKS[prompt.task]}[/]\n[italic]{text} …[/]", highlight=False)
     console.print(f"What matters most: component {top.component} of {top.site}.", highlight=False)
-    console.print(_next_tokens(prompt, probs))
-
-
-def _next_tokens(prompt: TaskPrompt, probs: Mapping[str, Float[Tensor, " vocab"]]) -> Table:
-    tokenizer = micro_gpt2_tokenizer()
-    table = Table()
-    table.add_column("")
-    for label in probs:
-        table.add_column(label)
     right = "right answer" if len(prompt.answers) == 1 else f"any of {len(prompt.answers)} right answers"
+    table, tokenizer = Table("", *probs), micro_gpt2_tokenizer()
     table.add_row(right, *(f"{p[list(prompt.answers)].sum().item():6.1%}" for p in probs.values()), style="bold")
     ranked = zip(*(top_tokens(p, tokenizer, 3) for p in probs.values()))
     for label, row in zip(("likeliest", "second", "third"), ranked):
         table.add_row(label, *(f"{p:6.1%} {token.strip()}" for token, p in row))
-    return table
+    console.print(table)
