@@ -40,51 +40,42 @@ def patch(
     decomposition: DecompositionFolder,
     prompt: PromptText = None,
     task: TaskName = None,
-    ablate: Annotated[
-        Components, typer.Option(help="SITE:C[,C...] to remove, such as blocks.0.mlp.W_in:3,17,20-25 (* for all).")
-    ] = None,
+    ablate: Annotated[Components, typer.Option(help="SITE:C[,C...] to remove.")] = None,
     keep_only: Annotated[Components, typer.Option(help="SITE:C[,C...] to keep, all else of the site removed.")] = None,
-    set_to: Annotated[
-        Components, typer.Option("--set", help="SITE:C[,C...]=VALUE that activations are set to (steering).")
-    ] = None,
-    scale: Annotated[Components, typer.Option(help="SITE:C[,C...]=FACTOR that activations are multiplied by.")] = None,
+    set_to: Annotated[Components, typer.Option("--set", help="SITE:C[,C...]=VALUE to set to (steering).")] = None,
+    scale: Annotated[Components, typer.Option(help="SITE:C[,C...]=FACTOR to multiply by.")] = None,
     mean: Annotated[
-        Components, typer.Option(help="SITE:C[,C...] set to the mean over the task's prompts, or the corrupt prompt.")
+        Components, typer.Option(help="SITE:C[,C...] to set to the mean over the task's or corrupt prompt.")
     ] = None,
-    corrupt: Annotated[
-        Components, typer.Option(help="SITE:C[,C...] set to what they are on the corrupt prompt.")
-    ] = None,
-    delta: Annotated[
-        Components, typer.Option(help="SITE=FACTOR that the delta component W - VU is multiplied by.")
-    ] = None,
+    corrupt: Annotated[Components, typer.Option(help="SITE:C[,C...] to take from the corrupt prompt.")] = None,
+    delta: Annotated[Components, typer.Option(help="SITE=FACTOR to multiply the delta component W - VU by.")] = None,
     head: Annotated[int | None, typer.Option(help="Only in this attention head.")] = None,
-    position: Annotated[
-        list[int] | None, typer.Option(help="Only at this position; may be given several times.")
-    ] = None,
+    position: Annotated[list[int] | None, typer.Option(help="Only at this position; repeatable.")] = None,
     corrupt_prompt: CorruptPrompt = None,
     answer: Answer = None,
     wrong: Wrong = None,
     generate: Annotated[int | None, typer.Option(help="Also continue the prompt by so many tokens.")] = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Rank what each component does for the metric: with it minus without it.")
+        bool, typer.Option("--sweep", help="Rank components by the metric with each minus without it.")
     ] = False,
     sites: SomeSites = None,
     value: Annotated[
-        str | None, typer.Option(help="What a sweep puts in: zero (the default), mean, resample, corrupt, a number.")
+        str | None, typer.Option(help="A sweep puts in: zero (default), mean, resample, corrupt, a number.")
     ] = None,
-    direction: Annotated[
-        str, typer.Option(help="Of a sweep: noising (the clean run is patched) or denoising (the corrupt one).")
-    ] = "noising",
+    direction: Annotated[str, typer.Option(help="Of a sweep: noising (of the clean run) or denoising.")] = "noising",
     prompts: Prompts = 64,
     split: Split = None,
     seed: Seed = 0,
-    top: Annotated[int | None, typer.Option(min=1, help="Next tokens to show (5), or effects of a sweep (10).")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Next tokens to show (5), or effects (10).")] = None,
     out: OutFile = None,
     device: DeviceName = "cpu",
     host: HostName = "transformers",
     as_json: AsJson = False,
 ) -> None:
-    """Ask what patching components does to a prompt's next token, its continuation or a task's scores."""
+    """Ask what patching components does to a prompt's next token, its continuation or a task's scores.
+
+    SITE:C[,C...] names components of a site: blocks.0.mlp.W_in:3,17,20-25, or blocks.0.mlp.W_in:* for all.
+    """
     from tl_paramdecomp.cli.causal_runs import Question, run_patch, run_sweep
     from tl_paramdecomp.cli.edits import Edits
 
@@ -130,9 +121,7 @@ def attribute(
             help="Effects of each position, or their sum; left out: of each, where prompts are of one template.",
         ),
     ] = None,
-    graph: Annotated[
-        int | None, typer.Option(help="Also direct effects between so many components, the strongest.")
-    ] = None,
+    graph: Annotated[int | None, typer.Option(help="Also effects between so many components.")] = None,
     sites: SomeSites = None,
     prompts: Prompts = 64,
     split: Split = None,
@@ -156,17 +145,13 @@ def circuit(
     decomposition: DecompositionFolder,
     task: Annotated[str, typer.Option(help=TASK_HELP)],
     method: Annotated[
-        str, typer.Option(help="What orders components: gradients (over masks), or masks (learned, slower).")
+        str, typer.Option(help="Orders components: gradients, or masks (learned, slower).")
     ] = "gradients",
-    faithfulness: Annotated[
-        float, typer.Option(help="Share of the metric to reach with everything outside ablated.")
-    ] = 0.9,
-    stochastic: Annotated[
-        float, typer.Option(help="Share to reach with everything outside masked at random; 0: whatever it is.")
-    ] = 0.8,
+    faithfulness: Annotated[float, typer.Option(help="Share of the metric to reach with all else ablated.")] = 0.9,
+    stochastic: Annotated[float, typer.Option(help="The same with all else masked at random; 0: any.")] = 0.8,
     value: Annotated[str, typer.Option(help="What ablated components become: zero, mean, corrupt.")] = "zero",
     delta: Annotated[float, typer.Option(help="Mask of the delta component W - VU.")] = 1.0,
-    prompts: Annotated[int, typer.Option(help="Prompts to search on, and as many others to measure on.")] = 64,
+    prompts: Annotated[int, typer.Option(help="Prompts to search on, and as many to measure on.")] = 64,
     seed: Seed = 0,
     out: OutFile = None,
     device: DeviceName = "cpu",
