@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +53,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> bool:
     if asked:
-        print(importlib.metadata.version("tl-paramdecomp"))
+        print(sys.modules["tl_paramdecomp"].__version__)
         raise typer.Exit
     return asked
 
