@@ -88,6 +88,7 @@ class PerHead:
     """Components of one site, head by head; key/value heads for W_K and W_V under grouped-query attention."""
 
     site: str
+    """Its name."""
     side: str
     """`in`: heads divide what is read (W_O). `out`: they divide what is written."""
     acts: Float[Tensor, "batch pos C"]

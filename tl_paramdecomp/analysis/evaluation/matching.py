@@ -118,7 +118,9 @@ class NearestComponents(Record):
     what: ClassVar[str] = "nearest components"
 
     site: str
+    """Its name."""
     components: list[int]
+    """Those whose nearest are given."""
     nearest: list[list[int]]
     """For each component, indices in the other decomposition."""
     cosines: list[list[float]]
