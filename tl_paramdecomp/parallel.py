@@ -45,12 +45,7 @@ WHOLE = Place()
 
 
 class ProcessGroup:
-    """The processes that a batch is divided among; by itself, one.
-
-    Args:
-        group: Their process group.
-        device: Where its messages must be; None: anywhere.
-    """
+    """The processes that a batch is divided among; by itself, one. Messages are on `device`; None: anywhere."""
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
         self.group, self.device = group, device
@@ -103,18 +98,14 @@ ALONE = ProcessGroup()
 
 
 def windows(rows: int, processes: ProcessGroup, accumulate: int, together: int = 1) -> list[Window]:
-    """Rows of this process's micro-batches, of a batch of so many rows.
+    """Rows of this process's microbatches, of a batch of so many rows; those that belong together stay together.
 
     Raises:
-        DataError: The batch cannot be divided evenly; rows that belong together stay together.
+        DataError: The batch cannot be divided evenly.
     """
     parts = processes.world * accumulate
     if rows % (parts * together):
-        among = (
-            f"{processes.world} processes x {accumulate} micro-batches"
-            if processes.world > 1
-            else f"{accumulate} micro-batches"
-        )
+        among = f"{processes.world} processes x " * (processes.world > 1) + f"{accumulate} micro-batches"
         pairs = f", {together} rows together" if together > 1 else ""
         raise DataError(f"A batch of {rows} rows cannot be divided among {among}{pairs}; choose another batch_size.")
     each = rows // parts

@@ -16,10 +16,10 @@ from tl_paramdecomp.errors import (
     TargetMismatchError,
     UnsupportedSiteError,
 )
-from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.divergence import MeanSquare
 from tl_paramdecomp.methods.losses import Faithfulness
 from tl_paramdecomp.methods.random_streams import as_streams
+from tl_paramdecomp.methods.step import LossStep
 
 from ..support.models import (
     BUILDERS,

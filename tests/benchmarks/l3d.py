@@ -13,7 +13,7 @@ import tl_paramdecomp as tlpd
 from tests.benchmarks.peak_memory import resident
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.methods.base import TrainingStep
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients
 from tl_paramdecomp.patching.frozen import frozen
 

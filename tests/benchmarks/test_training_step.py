@@ -16,8 +16,8 @@ from tests.benchmarks.timing import ratio
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.methods.base import TrainingStep
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.spd import SPD
 from tl_paramdecomp.patching.frozen import frozen

@@ -13,12 +13,12 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.factors import Components, TiedComponents
 from tl_paramdecomp.errors import DecompositionFileError, NoMatchingSiteError, SettingError, ShapeError
-from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.divergence import MeanSquare
+from tl_paramdecomp.methods.from_factors import resolved_ties
 from tl_paramdecomp.methods.losses import Faithfulness
 from tl_paramdecomp.methods.random_streams import as_streams
 from tl_paramdecomp.methods.starts import warm_up
-from tl_paramdecomp.methods.ties import resolved_ties
+from tl_paramdecomp.methods.step import LossStep
 
 from ..support.models import gpt2
 from ..support.saved_folders import forge, forge_format_1, values_of

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
-from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.from_factors import describe
+from tl_paramdecomp.methods.step import LossStep
 
 WIDTHS = (5, 4, 6, 3)
 C = (4, 5, 3)

@@ -13,7 +13,7 @@ from tl_paramdecomp.analysis.next_tokens import masked_kl
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.baselines import second_moments
-from tl_paramdecomp.methods.bases import head_factors, neuron_factors, random_factors, svd_factors, whitened_factors
+from tl_paramdecomp.methods.starts import head_factors, neuron_factors, random_factors, svd_factors, whitened_factors
 from tl_paramdecomp.sites import WeightSite
 
 BASES = [tlpd.SVD, tlpd.WhitenedSVD, tlpd.NeuronBasis, tlpd.RandomBasis]

@@ -11,12 +11,12 @@ from tests.support.exactness import difference
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.errors import ShapeError
-from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.l3d import reconstruction
+from tl_paramdecomp.methods.loss import ACTIVE, _l0
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.methods.objective import ACTIVE, _l0
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, subset_routes
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, references
+from tl_paramdecomp.methods.step import LossStep
 
 K = 5
 
@@ -90,7 +90,7 @@ def test_everything_is_what_dense_gradients_give(rank: int, backend: Any) -> Non
     sites = list(made.sites)
     assert sites == ["first.weight", "second.weight", "third.weight", "head.weight"]
     run = GradientPass(adapt(model), sites, x)
-    assert {name: tuple(t.shape) for name, t in run.x.items()} == {
+    assert {name: tuple(x.shape) for name, ((x, _),) in run.sites.items()} == {
         "first.weight": (4, 49, 18),
         "second.weight": (4, 12, 18),
         "third.weight": (4, 10, 12),

@@ -14,7 +14,7 @@ from tests.support.divided import LOSSES, batches, methods
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt, base, wiring
 from tl_paramdecomp.components.importance import ImportanceConfig
-from tl_paramdecomp.methods.base import TrainingStep
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.random_streams import Generators, RandomNumbers
 from tl_paramdecomp.patching.frozen import frozen
 

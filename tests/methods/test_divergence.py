@@ -11,10 +11,11 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
-from tl_paramdecomp.methods.base import LossStep, TrainingStep
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, MeanSquare
 from tl_paramdecomp.methods.losses import ImportanceMinimality
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
+from tl_paramdecomp.methods.step import LossStep
 
 BATCH, POS, D, VOCAB = 3, 5, 6, 11
 

@@ -11,15 +11,15 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.base import LossStep, TrainingStep
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.methods.pieces import run_alone
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
     StochasticReconstruction,
     UnmaskedReconstruction,
 )
+from tl_paramdecomp.methods.step import LossStep
 
 from .forms import case
 
@@ -207,6 +207,7 @@ def test_one_parts_activations_are_gone_when_the_next_is_made(loss):
         left.append(len(held))
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        run_alone(loss.parts(step), take)
+        for part in loss.alone(step):
+            take(part)
     print(f"tensors kept for backward, by part: {most}; after it: {left}")
     assert len(most) > 2 and min(most) > 0 and max(left) == 0

@@ -7,7 +7,7 @@ import tl_paramdecomp as tlpd
 from tests.support.divided import LOSSES, batches, methods
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.methods.base import TrainingStep
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.patching.frozen import frozen
 
 SITES = ["blocks.0.mlp.W_in", "blocks.1.mlp.W_out"]

@@ -10,9 +10,9 @@ from tests.support.models import VOCAB, gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
-from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, importance_masks_of, stochastic_masks
+from tl_paramdecomp.methods.step import LossStep
 
 from .forms import case, compare, padded
 

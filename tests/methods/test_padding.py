@@ -8,8 +8,8 @@ from tests.support.models import VOCAB, gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.base import Loss, LossStep
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
+from tl_paramdecomp.methods.loss import Loss
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
@@ -17,6 +17,7 @@ from tl_paramdecomp.methods.reconstruction import (
     UnmaskedReconstruction,
 )
 from tl_paramdecomp.methods.settings import TABLE
+from tl_paramdecomp.methods.step import LossStep
 
 LOSSES = {
     "faithfulness": Faithfulness(rows=3),

@@ -6,7 +6,6 @@ import torch
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.adversary import SCOPES, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.pieces import run_alone
 
 from .forms import case, padded
 from .test_adversary import dense_masks, shape_of
@@ -78,14 +77,9 @@ def stored(memory, plain, name="persistent_adversarial"):
 
 def step_in_training(loss, step):
     """What `SPD` does with a loss: each part's gradient before the next is asked for."""
-    found = []
-
-    def take(part):
+    for part in loss.alone(step):
         (loss.coefficient * part).backward()
-        found.append(part)
-
-    run_alone(loss.parts(step), take)
-    return found[-1]
+    return part
 
 
 def follow(of, loss, n_steps=4, optimiser="adam", parametrisation="clamp", delta="masked"):
@@ -222,7 +216,7 @@ def test_two_streams_have_sources_of_their_own():
     """The same loss on a behaviour's rows and on the others: each as if it were alone, whatever their batches' shapes."""
     from tl_paramdecomp.adapters import adapt
     from tl_paramdecomp.data.batch import Batch
-    from tl_paramdecomp.methods.base import TrainingStep
+    from tl_paramdecomp.methods.method import TrainingStep
 
     of, memory = case(), {}
     loss = PersistentAdversarialReconstruction(0.5, ramp=0.0)

@@ -8,7 +8,6 @@ import torch
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.masked_output import InterpolatedMask
-from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.random_streams import as_streams
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
@@ -18,6 +17,7 @@ from tl_paramdecomp.methods.reconstruction import (
     stochastic_masks,
     subset_routes,
 )
+from tl_paramdecomp.methods.step import LossStep
 
 from .forms import case, compare, padded
 

@@ -12,8 +12,8 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.base import Loss
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
+from tl_paramdecomp.methods.loss import Loss
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,

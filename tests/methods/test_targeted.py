@@ -12,8 +12,8 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
-from tl_paramdecomp.methods.base import TrainingStep
 from tl_paramdecomp.methods.losses import ImportanceMinimality
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 
 from .forms import case, padded

@@ -14,10 +14,10 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
 from tl_paramdecomp.analysis.next_tokens import masked_kl, next_token_probs
 from tl_paramdecomp.errors import TLParamDecompError, UnsupportedModelError
-from tl_paramdecomp.methods.base import LossStep
 from tl_paramdecomp.methods.internals import HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
+from tl_paramdecomp.methods.step import LossStep
 
 HOSTS = ("transformers", "nnsight")
 KINDS = ("GPT2Model", "LlamaModel", "GPT2ForSequenceClassification", "GPT2ForTokenClassification")

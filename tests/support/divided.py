@@ -7,9 +7,9 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.base import TrainingStep
 from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
+from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.methods.reconstruction import (
     ImportanceMaskedReconstruction,
@@ -64,6 +64,9 @@ def methods():
     found = {name: tlpd.SPD(losses=(loss,), **small) for name, loss in LOSSES.items()}
     found |= {
         "SPD": tlpd.SPD(**small),
+        "drawn rows beside an adversary": tlpd.SPD(
+            losses=(Faithfulness(3.0, rows=4), AdversarialReconstruction()), **small
+        ),
         "SPD in chunks": tlpd.SPD(kl_chunk=3, **small),
         "SPD by mean squares": tlpd.SPD(measure="mse", **small),
         "SPD.paper": tlpd.SPD.paper(n_components=6),

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.components.disk import read_tensors
 from tl_paramdecomp.errors import CollapseWarning, DivergedError
-from tl_paramdecomp.methods.base import LossReport, ParameterGroup
 from tl_paramdecomp.methods.losses import ImportanceMinimality
+from tl_paramdecomp.methods.method import LossReport, ParameterGroup
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.training import collapse, loop
 from tl_paramdecomp.training.callbacks import STOP

@@ -14,8 +14,8 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.data.prompt_tokens import context_of
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import KL_NEEDS
 from tl_paramdecomp.methods.divergence import KL
+from tl_paramdecomp.methods.step import KL_NEEDS
 from tl_paramdecomp.patching.hooks import patched
 from tl_paramdecomp.sites import check_rows
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from tl_paramdecomp.components.disk import LARGEST, parse_json, read_text
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.l3d import L3D
+from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.methods.spd import SPD, VPD
 

@@ -15,8 +15,8 @@ from tl_paramdecomp.cli.methods import ALL_PRESETS, method_named
 from tl_paramdecomp.cli.models import Host
 from tl_paramdecomp.cli.settings_paths import merge, put
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.field_types import TYPE, build, unknown
+from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.methods.settings import TABLE, from_settings, to_settings
 from tl_paramdecomp.sites import Fingerprint
 

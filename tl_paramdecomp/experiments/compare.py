@@ -36,9 +36,9 @@ from tl_paramdecomp.data.sources import digest_of_rows
 from tl_paramdecomp.data.tables import Table, as_known
 from tl_paramdecomp.data.token_batches import TokenBatches
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
-from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.from_factors import versions
+from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.methods.settings import from_settings, to_settings
 from tl_paramdecomp.sites import check_dense, check_rows
 from tl_paramdecomp.training.callbacks import StepInfo

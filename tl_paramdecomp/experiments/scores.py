@@ -22,6 +22,7 @@ from tl_paramdecomp.adapters import adapt, site_weight
 from tl_paramdecomp.analysis.activations import causal_importances
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import MissingExtraError, ShapeError
+from tl_paramdecomp.methods.divergence import kl as kl_of
 from tl_paramdecomp.patching.hooks import patched
 from tl_paramdecomp.patching.interventions import importance_masks
 
@@ -271,5 +272,5 @@ def induction_scores(
             with patched(model, decomposition, importance_masks(model, decomposition, tokens, kind)):
                 output = torch.log_softmax(model(tokens), -1)
             accuracy[kind] = (output.argmax(-1) == answers).float().mean().item()
-            kl[kind] = (target.exp() * (target - output)).sum(-1).mean().item()
+            kl[kind] = kl_of(target, output).mean().item()
     return {"accuracy": accuracy, "kl": kl}

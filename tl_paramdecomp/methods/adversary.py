@@ -9,9 +9,9 @@ Parameters", 2026).
 """
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
-from tl_paramdecomp.methods.pieces import Request, Total, Work, run_alone
+from tl_paramdecomp.methods.loss import Loss, LossBatch
 from tl_paramdecomp.methods.reconstruction import DeltaUse, Replaced, check_masks, routed, subset_routes
-from tl_paramdecomp.parallel import Window
+from tl_paramdecomp.methods.step import LossStep, SiteMasks
+from tl_paramdecomp.parallel import Place, Window
 
 SourceScope = Literal["single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position"]
 """What shares a source: everything [C+1]; all rows, each position its own [pos, C+1]; every n-th row [n, pos, C+1]; nothing
@@ -67,45 +67,54 @@ class AdversarialReconstruction(Loss):
         if self.start not in ("random", "ones", "zeros"):
             raise SettingError(f"The adversary starts from 'random', 'ones' or 'zeros'; given {self.start!r}.")
 
-    def parts(self, step: LossStep) -> Work:
+    def prepare(self, batch: LossBatch) -> "list[_Adversary] | None":
+        """Sources that rows share, moved by the gradients of all of them; None where each row has its own."""
+        return None if self.scope == OWN else list(self._found(batch))
+
+    def parts(self, step: LossStep, shared: "list[_Adversary] | None") -> Iterator[Tensor]:
         """One part, or one for each site where they are masked one at a time."""
-        groups = [(name,) for name in step.importances] if self.sites == "layerwise" else [tuple(step.importances)]
-        for names in groups:
-            routes = subset_routes(step) if self.sites == "subset" else None
-            start = start_sources(step, names, self.scope, self.start)
-            sources = yield from _climbed(step, start, self.steps, self.step_size, routes, self.delta, self.scope)
-            masks = source_masks(step, sources, routes, self.delta)
-            yield step.divergence.of(step.run_masked(masks)) / len(groups)
+        n = len(step.importances) if self.sites == "layerwise" else 1
+        for adversary in self._found(LossBatch.of(step)) if shared is None else shared:
+            masks = source_masks(step, adversary.sources, adversary.routes.get(step.place), self.delta)
+            yield step.divergence.of(step.run_masked(masks)) / n
+
+    def _found(self, batch: LossBatch) -> "Iterator[_Adversary]":
+        for names in [(name,) for name in batch.sites] if self.sites == "layerwise" else [batch.sites]:
+            adversary = _Adversary(self, names)
+            for _ in range(self.steps):
+                gradients = batch.total(adversary.gradients)
+                adversary.sources = {n: ascended(s, gradients[n], self.step_size) for n, s in adversary.sources.items()}
+            yield adversary
 
 
-def worst_sources(
-    step: LossStep,
-    sources: Sources,
-    steps: int,
-    step_size: float,
-    routes: Routes | None = None,
-    delta: DeltaUse = "masked",
-) -> Sources:
+@dataclass
+class _Adversary:
+    """Sources of some sites, and where each microbatch is routed past them; drawn when a microbatch is first seen."""
+
+    loss: AdversarialReconstruction
+    names: Sequence[str]
+    sources: Sources = field(default_factory=dict)
+    routes: dict[Place, Routes] = field(default_factory=dict)
+
+    def gradients(self, step: LossStep) -> dict[str, Tensor]:
+        if self.loss.sites == "subset" and step.place not in self.routes:
+            self.routes[step.place] = subset_routes(step)
+        self.sources = self.sources or start_sources(step, self.names, self.loss.scope, self.loss.start)
+        routes, delta = self.routes.get(step.place), self.loss.delta
+        return _gradients(step, self.sources, lambda leaves: source_masks(step, leaves, routes, delta, detached=True))
+
+
+def worst_sources(step: LossStep, sources: Sources, steps: int, step_size: float) -> Sources:
     """Sources that raise the divergence of a whole batch, from a start by `steps` sign steps."""
-    return run_alone(_climbed(step, sources, steps, step_size, routes, delta))
-
-
-def _climbed(
-    step: LossStep,
-    sources: Sources,
-    steps: int,
-    step_size: float,
-    routes: Routes | None = None,
-    delta: DeltaUse = "masked",
-    scope: SourceScope = "single_source",
-) -> Generator[Request, Any, Sources]:
-    """The same for a piece of a batch: what rows share moves by the gradient of all of them."""
     for _ in range(steps):
-        gradients = _gradients(step, sources, routes, delta)
-        if scope != OWN:
-            gradients = yield Total(gradients)
-        sources = {name: (s + step_size * gradients[name].sign()).clamp_(0.0, 1.0) for name, s in sources.items()}
+        gradients = _gradients(step, sources, lambda leaves: source_masks(step, leaves, detached=True))
+        sources = {name: ascended(s, gradients[name], step_size) for name, s in sources.items()}
     return sources
+
+
+def ascended(source: Float[Tensor, "..."], gradient: Float[Tensor, "..."], step_size: float) -> Float[Tensor, "..."]:
+    """A source in [0, 1] after one step uphill by the signs of its gradient: projected gradient ascent."""
+    return (source + step_size * gradient.sign()).clamp_(0.0, 1.0)
 
 
 def start_sources(
@@ -144,22 +153,15 @@ def source_masks(
     return masks if routes is None else routed(masks, routes)
 
 
-def _gradients(step: LossStep, sources: Sources, routes: Routes | None, delta: DeltaUse) -> dict[str, Tensor]:
-    """Gradient with respect to sources of what the piece adds to the batch's divergence, everything else constant."""
-    leaves = {name: s.detach().requires_grad_(True) for name, s in sources.items()}
-    with torch.enable_grad():
-        loss = step.divergence.of(step.run_masked(source_masks(step, leaves, routes, delta, detached=True)))
-    return _scaled_gradients(step, loss, leaves)
-
-
-def _scaled_gradients(
-    step: LossStep, loss: Float[Tensor, ""], leaves: Mapping[str, Tensor]
+def _gradients(
+    step: LossStep, sources: Sources, masks: Callable[[dict[str, Tensor]], SiteMasks]
 ) -> dict[str, Float[Tensor, "..."]]:
-    """Gradients of what a piece's loss adds to the batch's."""
+    """Gradient with respect to sources of what a microbatch adds to the batch's divergence, everything else constant."""
     with torch.enable_grad():
-        scaled = step.place.weight * step.scale * loss
-    found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True, materialize_grads=True)  # a pooler's
-    return {name: g if step.scale == 1.0 else g / step.scale for name, g in zip(leaves, found, strict=True)}
+        leaves = {name: s.detach().requires_grad_(True) for name, s in sources.items()}
+        loss = step.place.weight * step.scale * step.divergence.of(step.run_masked(masks(leaves)))
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)  # a pooler's
+    return {name: g / step.scale for name, g in zip(leaves, found, strict=True)}
 
 
 # --- persistent -------------------------------------------------------------------------------------------------------
@@ -207,21 +209,40 @@ class PersistentAdversarialReconstruction(Loss):
                 f"{self.parametrisation!r}."
             )
 
-    def parts(self, step: LossStep) -> Work:
-        """One part; after its gradient is taken the sources move."""
-        kept, moves = self._remembered(step), self._moves(step)
-        for i in range(self.ascents):
-            leaves, sources = self._leaves(step, kept)
-            with torch.enable_grad():
-                loss = step.divergence.of(step.run_masked(source_masks(step, sources, None, self.delta, detached=True)))
-            yield from self._ascend(step, kept, _scaled_gradients(step, loss, leaves), moves + i + 1)
-        leaves, sources = self._leaves(step, kept)
+    def prepare(self, batch: LossBatch) -> "_Moves":
+        """Moves by themselves of the sources that rows share."""
+        before = int(batch.memory.get(self._key("", "moves"), 0))
+        fresh = any(self._key(site, "source") not in batch.memory for site in batch.sites)
+        shared = _Moves(before, before + self.ascents, fresh)
+        for i in range(self.ascents if self.scope != OWN else 0):
+            gradients = batch.total(lambda step: self._gradients(step, self._stored(step, shared)))
+            self._ascend(batch, None, gradients, before + i + 1)
+        return shared
+
+    def parts(self, step: LossStep, shared: "_Moves") -> Iterator[Tensor]:
+        """One part; its gradient moves the sources: those that each row has for itself at once, others at the end."""
+        own, local, stored = self.scope == OWN, step.place.local, self._stored(step, shared)
+        for i in range(self.ascents if own else 0):
+            self._ascend(step, local, self._gradients(step, stored), shared.before + i + 1)
+        leaves = {site: s.detach().requires_grad_(True) for site, s in stored.items()}
         routes = subset_routes(step) if self.sites == "subset" else None
-        yield step.divergence.of(step.run_masked(source_masks(step, sources, routes, self.delta)))
-        if self.coefficient and all(leaf.grad is not None for leaf in leaves.values()):
-            scale = self.coefficient * step.place.n_processes * step.scale
-            gradients = {name: leaf.grad / scale for name, leaf in leaves.items() if leaf.grad is not None}
-            yield from self._ascend(step, kept, gradients, moves + self.ascents + 1)
+        masks = source_masks(step, self._sources(step, leaves), routes, self.delta)
+        yield step.divergence.of(step.run_masked(masks))
+        if not self.coefficient or any(leaf.grad is None for leaf in leaves.values()):
+            return
+        scale = self.coefficient * step.place.n_processes * step.scale
+        gradients = {site: leaf.grad / scale for site, leaf in leaves.items() if leaf.grad is not None}
+        shared.after = shared.before + self.ascents + 1
+        if own:
+            self._ascend(step, local, gradients, shared.after)
+        else:
+            shared.last = {site: shared.last[site] + g if shared.last else g for site, g in gradients.items()}
+
+    def finish(self, batch: LossBatch, shared: "_Moves") -> None:
+        """The last move of sources that rows share."""
+        if shared.last:
+            self._ascend(batch, None, batch.processes.total(shared.last), shared.after)
+        batch.memory[self._key("", "moves")] = torch.tensor(shared.after)
 
     def goes_over_rows(self, key: str) -> bool:
         return self.scope == OWN and key.startswith(f"{self.name}/") and not key.endswith("/moves")
@@ -229,56 +250,42 @@ class PersistentAdversarialReconstruction(Loss):
     def _key(self, site: str, what: str) -> str:
         return f"{self.name}/{site}/{what}"
 
-    def _remembered(self, step: LossStep) -> dict[str, Tensor]:
-        """Sources as stored, [*scope, C+1]; made at the first step. Where rows have their own, those of this piece."""
+    def _stored(self, step: LossStep, shared: "_Moves") -> dict[str, Tensor]:
+        """What is remembered of the sources, random at first; where rows have their own, a view of this microbatch's."""
         local = step.place.local if self.scope == OWN else None
-        if any(self._key(site, "source") not in step.known for site in step.importances):
-            self._begin(step, local)
-        kept = {site: step.memory[self._key(site, "source")] for site in step.importances}
-        return {site: _of_piece(source, local) for site, source in kept.items()}
-
-    def _begin(self, step: LossStep, local: Window | None) -> None:
-        for site, fresh in start_sources(step, None, self.scope, "random", self.repeats).items():
-            start = torch.logit(fresh, 1e-3) if self.parametrisation == "sigmoid" else fresh
-            if step.place.leads:
+        if shared.fresh and local not in shared.begun:
+            shared.begun.add(local)
+            for site, fresh in start_sources(step, None, self.scope, "random", self.repeats).items():
+                start = torch.logit(fresh, 1e-3) if self.parametrisation == "sigmoid" else fresh
                 rows = start.shape[:1] if local is None else (local.of,)
                 for what in ("source", "mean", "square"):
-                    step.memory[self._key(site, what)] = start.new_zeros((*rows, *start.shape[1:]))
-            if step.place.leads or local is not None:
-                _of_piece(step.memory[self._key(site, "source")], local).copy_(start)
+                    if self._key(site, what) not in step.memory:
+                        step.memory[self._key(site, what)] = start.new_zeros((*rows, *start.shape[1:]))
+                _of_rows(step.memory[self._key(site, "source")], local).copy_(start)
+        return {site: _of_rows(step.memory[self._key(site, "source")], local) for site in step.importances}
 
-    def _moves(self, step: LossStep) -> int:
-        """Moves of the sources before this step."""
-        return int(step.known.get(self._key("", "moves"), 0))
+    def _sources(self, step: LossStep, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sources in [0, 1] at a microbatch's rows."""
+        found = {site: s.sigmoid() if self.parametrisation == "sigmoid" else s for site, s in stored.items()}
+        return {site: _at_rows(s, self.scope, step.rows_of(site)) for site, s in found.items()}
 
-    def _leaves(self, step: LossStep, kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Leaves for gradients, and the sources in [0, 1] that they stand for at this batch's rows."""
-        leaves = {site: s.detach().requires_grad_(True) for site, s in kept.items()}
-        sources = {}
-        with torch.enable_grad():  # as a metric it is asked for without gradients, but its ascents need them
-            for site, leaf in leaves.items():
-                s = leaf.sigmoid() if self.parametrisation == "sigmoid" else leaf
-                sources[site] = _at_rows(s, self.scope, step.rows_of(site))
-        return leaves, sources
+    def _gradients(self, step: LossStep, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _gradients(
+            step, stored, lambda s: source_masks(step, self._sources(step, s), None, self.delta, detached=True)
+        )
 
     def _ascend(
-        self, step: LossStep, kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor], moves: int
-    ) -> Generator[Request, Any, None]:
-        """Move the stored sources uphill, in place; what rows share by the gradient of all of them, and once."""
-        if self.scope != OWN:
-            gradients = yield Total(dict(gradients))
-        if step.place.leads:
-            step.memory[self._key("", "moves")] = torch.tensor(moves)
-        elif self.scope != OWN:
-            return
-        lr = self.lr * (min(1.0, step.progress / self.ramp) if self.ramp else 1.0)
-        local = step.place.local if self.scope == OWN else None
-        for site, source in kept.items():
-            move = gradients[site]
+        self, of: LossStep | LossBatch, local: Window | None, gradients: Mapping[str, Tensor], moves: int
+    ) -> None:
+        """Move stored sources uphill, in place; where rows have their own, those of a microbatch."""
+        lr = self.lr * (min(1.0, of.progress / self.ramp) if self.ramp else 1.0)
+        for site, move in gradients.items():
+            source, mean, square = (
+                _of_rows(of.memory[self._key(site, what)], local) for what in ("source", "mean", "square")
+            )
             if self.optimiser == "sign":
                 move = move.sign()
             else:
-                mean, square = (_of_piece(step.memory[self._key(site, what)], local) for what in ("mean", "square"))
                 mean.lerp_(move, 1.0 - self.betas[0])
                 square.mul_(self.betas[1]).addcmul_(move, move, value=1.0 - self.betas[1])
                 denominator = (square / (1.0 - self.betas[1] ** moves)).sqrt_().add_(1e-8)
@@ -288,8 +295,23 @@ class PersistentAdversarialReconstruction(Loss):
                 source.clamp_(0.0, 1.0)
 
 
-def _of_piece(source: Float[Tensor, "..."], local: Window | None) -> Float[Tensor, "..."]:
-    """Rows of a piece, among those of its process; a view."""
+@dataclass
+class _Moves:
+    """What becomes of persistent sources in one step."""
+
+    before: int
+    """Moves before the step."""
+    after: int
+    fresh: bool
+    """Whether there were none."""
+    begun: set[Window | None] = field(default_factory=set)
+    """Rows whose sources have begun since; None: what rows share."""
+    last: dict[str, Tensor] = field(default_factory=dict)
+    """Gradients of the loss itself with respect to what rows share, added up over microbatches."""
+
+
+def _of_rows(source: Float[Tensor, "..."], local: Window | None) -> Float[Tensor, "..."]:
+    """Rows of a microbatch, among those of its process; a view."""
     return source if local is None else source.narrow(0, local.first, local.rows)
 
 
@@ -299,15 +321,15 @@ def _check_scope(scope: str) -> None:
 
 
 def _scope_shape(scope: SourceScope, rows: Sequence[int], repeats: int) -> tuple[int, ...]:
-    if scope == "single_source":
-        return ()
-    if scope == "broadcast_across_batch":
-        return tuple(rows[1:])
-    if scope == "per_batch_per_position":
-        return tuple(rows)
-    if rows[0] % repeats:
+    if scope == "repeat_across_batch" and rows[0] % repeats:
         raise SettingError(f"repeats={repeats} does not divide the batch of {rows[0]} rows; choose another.")
-    return (repeats, *rows[1:])
+    shapes: dict[str, tuple[int, ...]] = {
+        "single_source": (),
+        "broadcast_across_batch": tuple(rows[1:]),
+        "repeat_across_batch": (repeats, *rows[1:]),
+        OWN: tuple(rows),
+    }
+    return shapes[scope]
 
 
 def _at_rows(source: Tensor, scope: SourceScope, rows: Sequence[int]) -> Tensor:

@@ -23,8 +23,10 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup, Progress, TrainingStep
-from tl_paramdecomp.methods.bases import (
+from tl_paramdecomp.methods.from_factors import describe
+from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.methods.spd import SPD
+from tl_paramdecomp.methods.starts import (
     Factors,
     head_factors,
     neuron_factors,
@@ -32,8 +34,6 @@ from tl_paramdecomp.methods.bases import (
     svd_factors,
     whitened_factors,
 )
-from tl_paramdecomp.methods.from_factors import describe
-from tl_paramdecomp.methods.spd import SPD
 from tl_paramdecomp.sites import WeightSite
 
 

@@ -7,10 +7,10 @@ passes end before the unembedding, and each chunk is unembedded, compared and tu
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 Scored = Bool[Tensor, "..."] | None
@@ -20,8 +20,10 @@ Scored = Bool[Tensor, "..."] | None
 class Divergence(ABC):
     """Distance from one batch's target output; `of` takes what the masked model gives in its place."""
 
+    of_hidden: ClassVar[bool] = False
+    """Whether it takes vectors before the unembedding in place of outputs."""
     share: float = 1.0
-    """Factor on a piece's distance, where it is not the piece's share of all positions that it weighs by."""
+    """Factor on a microbatch's distance, where it is not its share of all positions that it weighs by."""
 
     def __init__(self, target: Float[Tensor, "*rows width"], scored: Scored) -> None:
         self.by_row = target.ndim == 2
@@ -45,10 +47,10 @@ class MeanSquare(Divergence):
     """Mean square over all elements."""
 
     def of(self, output: Float[Tensor, "*rows width"]) -> Float[Tensor, ""]:
-        wide, rows = torch.promote_types(output.dtype, torch.float32), self.rows(output)
+        rows = wide(self.rows(output))
         if rows.numel() == 0:
-            return rows.to(wide).sum()  # a piece of a batch that is padding alone: 0, and not 0 / 0
-        return self.share * torch.nn.functional.mse_loss(rows.to(wide), self.target.to(wide))
+            return rows.sum()  # a microbatch that is padding alone: 0, and not 0 / 0
+        return self.share * torch.nn.functional.mse_loss(rows, self.target.to(rows.dtype))
 
 
 class KL(Divergence):
@@ -56,8 +58,7 @@ class KL(Divergence):
 
     def __init__(self, target: Float[Tensor, "*rows vocab"], scored: Scored) -> None:
         super().__init__(target, scored)
-        wide = torch.promote_types(target.dtype, torch.float32)
-        self.target = torch.log_softmax(self.target.to(wide), -1)
+        self.target = log_probabilities(self.target)
         self.probs = self.target.exp()
 
     def of(self, output: Float[Tensor, "*rows vocab"]) -> Float[Tensor, ""]:
@@ -67,6 +68,8 @@ class KL(Divergence):
 class ChunkedKL(Divergence):
     """The same KL from the vectors before the unembedding, some positions at a time."""
 
+    of_hidden = True
+
     def __init__(
         self, target: Float[Tensor, "*rows d_model"], scored: Scored, unembed: Callable[[Tensor], Tensor], chunk: int
     ) -> None:
@@ -75,6 +78,26 @@ class ChunkedKL(Divergence):
 
     def of(self, output: Float[Tensor, "*rows d_model"]) -> Float[Tensor, ""]:
         return _KLInChunks.apply(self.rows(output), self.target, self.unembed, self.chunk) / max(1, len(self.target))
+
+
+def kl(log_p: Float[Tensor, "*rows width"], log_q: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows"]:
+    """KL(p || q) in nats of each row, from logarithms of probabilities; not a number where a p is 0."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def log_probabilities(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    """Of next tokens, in float32 at least."""
+    return torch.log_softmax(wide(logits), -1)
+
+
+def mean_square(target: Float[Tensor, "*rows width"], output: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows"]:
+    """Mean square over the width of each row's difference, in float32 at least."""
+    return (wide(output) - wide(target)).square().mean(-1)
+
+
+def wide(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """In float32 at least; indices stay."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
 
 
 def _kl_and_gradient(

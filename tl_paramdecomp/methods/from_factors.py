@@ -1,6 +1,6 @@
 """Decompositions from factors that are already there."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,8 +11,8 @@ from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.identity import in_order
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
-from tl_paramdecomp.errors import ShapeError
-from tl_paramdecomp.methods.ties import named_ties, resolved_ties
+from tl_paramdecomp.components.ties import check_ties
+from tl_paramdecomp.errors import NoMatchingSiteError, SettingError, ShapeError
 
 
 def from_factors(
@@ -38,10 +38,9 @@ def from_factors(
     for name, pair in named.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ShapeError(f"{name} needs a pair (V, U); given {type(pair).__name__} of length {len(pair)}.")
-    ties = named_ties(adapter, tied or {})
-    sites = in_order(adapter.sites, {*named, *ties})
+    ties = resolved_ties(adapter, named, tied or {}, given=named)
     ordered = {name: (named[name][0], named[name][1]) for name in in_order(adapter.sites, named)}
-    return describe(adapter, ordered, tied=resolved_ties(adapter, sites, ties, given=named))
+    return describe(adapter, ordered, tied=ties)
 
 
 def describe(
@@ -51,15 +50,8 @@ def describe(
     generator: torch.Generator | None = None,
     tied: Mapping[str, str] | None = None,
 ) -> Decomposition:
-    """A decomposition that remembers which target its factors belong to.
-
-    Args:
-        adapter: The target's.
-        factors: V and U of each site that is not tied, by canonical names.
-        importance: Its causal-importance function.
-        generator: Seeds the importance function's start.
-        tied: From `resolved_ties`.
-    """
+    """A decomposition that remembers which target its factors belong to; sites by canonical names, ties from `resolved_ties`,
+    and the generator seeds the importance function's start."""
     names = in_order(adapter.sites, {*factors, *(tied or ())})
     sites = {name: adapter.site(name) for name in names}
     fingerprints = {name: adapter.fingerprint(name) for name in names}
@@ -81,3 +73,67 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+# --- ties -------------------------------------------------------------------------------------------------------------
+def resolved_ties(
+    adapter: ModelAdapter,
+    sites: Collection[str],
+    tied: Mapping[str, str],
+    *,
+    counts: Mapping[str, int] | None = None,
+    given: Collection[str] | None = None,
+) -> dict[str, str]:
+    """Ties by canonical names, after seeing that the target's own weights are each other's transpose.
+
+    Args:
+        adapter: The target's.
+        sites: The sites to decompose, by canonical names.
+        tied: Each tied site and the site whose components it takes; exact names or aliases.
+        counts: C of each site, where it is chosen site by site.
+        given: Sites that have factors already; None: all that are not tied will get some.
+
+    Raises:
+        NoMatchingSiteError: An unknown name.
+        SettingError: A site that is not to be decomposed or tied twice, ties that form a chain, C that differ, weights that
+            are not each other's transpose.
+        ShapeError: The shape of one is not that of the other transposed.
+    """
+    found: dict[str, str] = {}
+    for names in tied.items():
+        try:
+            name, source = map(adapter.resolve, names)
+        except NoMatchingSiteError as error:
+            raise NoMatchingSiteError(f"A tie names two sites exactly, by name or alias. {error}") from error
+        if name in found:
+            raise SettingError(f"{name} is tied twice, to {found[name]} and to {source}; choose one.")
+        found[name] = source
+    own = [name for name in sites if name not in found] if given is None else given
+    every = sites if given is None else in_order(adapter.sites, {*sites, *found})
+    check_ties(found, {name: adapter.site(name) for name in every}, own)
+    for name, source in found.items():
+        if counts is not None and counts[name] != counts[source]:
+            raise SettingError(
+                f"{name} is tied to {source}, but n_components gives them {counts[name]} and {counts[source]}; give both the "
+                "same number."
+            )
+        _check_weights(adapter, name, source)
+    return found
+
+
+def _check_weights(adapter: ModelAdapter, name: str, source: str) -> None:
+    """See that W of one site is W^T of the other, up to the rounding of the coarser of their dtypes."""
+    weight, other = adapter.weight(name).detach(), adapter.weight(source).detach().T
+    if weight.dtype == other.dtype and torch.equal(weight, other):
+        return
+    coarse = max((torch.finfo(t.dtype) for t in (weight, other)), key=lambda info: info.eps)
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, other.dtype), torch.float32)
+    weight, other = weight.to(dtype), other.to(weight.device, dtype)
+    difference = (weight - other).abs()
+    allowed = torch.maximum(weight.abs(), other.abs()).clamp(min=coarse.smallest_normal) * coarse.eps
+    if not (difference <= allowed).all():  # not a number is no transpose either
+        raise SettingError(
+            f"{name} cannot be tied to {source}: the target's own weights are not each other's transpose (largest difference "
+            f"{difference.max().item():.3g}, largest entry {weight.abs().max().item():.3g}). Leave the tie out, or load the "
+            "model without processing its weights (folding, centring), if that is what parted them."
+        )

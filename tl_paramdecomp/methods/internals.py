@@ -4,18 +4,19 @@ Outputs can be right for the wrong reasons. These terms ask whether the activati
 attends, survive masking too; as metrics they show it, as auxiliary losses they make runs agree more across seeds.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks, SiteValues
-from tl_paramdecomp.methods.pieces import Total, Work
+from tl_paramdecomp.methods.divergence import wide
+from tl_paramdecomp.methods.loss import Loss, LossBatch
 from tl_paramdecomp.methods.reconstruction import importance_masks_of, stochastic_masks
-from tl_paramdecomp.parallel import WHOLE
+from tl_paramdecomp.methods.step import LossStep, SiteMasks, SiteValues
 
 Masking = Literal["stochastic", "importance"]
 """Random masks m = g + (1 - g) r with the delta component masked too, or m = g without it."""
@@ -40,19 +41,18 @@ class HiddenActsReconstruction(Loss):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Name in logs."""
         return f"hidden_acts_{self.masks}_{self.at}"
 
-    def parts(self, step: LossStep) -> Work:
-        """One part."""
-        # an embedding reads indices, which no mask changes
-        names = [n for n in step.inputs if self.at == "outputs" or step.inputs[n].is_floating_point()]
-        if not names:
-            raise SettingError("None of the sites reads activations; compare at='outputs'.")
-        sizes = {}
-        if self.relative and step.place is not WHOLE:  # relative to the whole batch's activations
-            own = {name: step.place.weight * _mean(self._clean(step, name).square()) for name in names}
-            sizes = yield Total(own)
+    def prepare(self, batch: LossBatch) -> dict[str, Tensor]:
+        """Mean squares of the whole batch's activations, which errors are relative to; by site."""
+        if not (self.relative and batch.divided):
+            return {}
+        return batch.total(lambda step: {
+            name: step.place.weight * _mean(self._clean(step, name).square()) for name in self._names(step)
+        })  # fmt: skip
+
+    def parts(self, step: LossStep, shared: dict[str, Tensor]) -> Iterator[Tensor]:
+        names = self._names(step)
         kept: dict[str, SiteValues] = {}
         step.run_masked(_masks(step, self.masks), kept)
         errors = []
@@ -61,9 +61,16 @@ class HiddenActsReconstruction(Loss):
             clean = self._clean(step, name, masked)
             error = _mean((_rows(step, masked) - clean).square())
             if self.relative:
-                error = error / (sizes[name] if sizes else _mean(clean.square())).clamp(min=1e-30)
+                error = error / (shared[name] if shared else _mean(clean.square())).clamp(min=1e-30)
             errors.append(error.to(step.device))
         yield torch.stack(errors).mean()
+
+    def _names(self, step: LossStep) -> list[str]:
+        """Sites to compare at; an embedding reads indices, which no mask changes."""
+        names = [n for n in step.inputs if self.at == "outputs" or step.inputs[n].is_floating_point()]
+        if not names:
+            raise SettingError("None of the sites reads activations; compare at='outputs'.")
+        return names
 
     def _clean(self, step: LossStep, name: str, like: Tensor | None = None) -> Float[Tensor, "n d"]:
         """The target's own activations at the positions that count."""
@@ -72,11 +79,11 @@ class HiddenActsReconstruction(Loss):
 
 
 def _rows(step: LossStep, values: Float[Tensor, "*rows d"]) -> Float[Tensor, "n d"]:
-    return _wide(step.at_scored(values))
+    return wide(step.at_scored(values))
 
 
 def _mean(values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """The mean, or 0 where a piece of a batch is padding alone."""
+    """The mean, or 0 where a microbatch is padding alone."""
     return values.mean() if values.numel() else values.sum()
 
 
@@ -93,11 +100,9 @@ class AttentionPatternReconstruction(Loss):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Name in logs."""
         return f"attention_patterns_{self.masks}"
 
-    def parts(self, step: LossStep) -> Work:
-        """One part."""
+    def parts(self, step: LossStep, shared: Any) -> Iterator[Tensor]:
         with torch.no_grad(), step.adapter.patterns() as clean:
             step.adapter.forward(step.tokens, step.attention_mask)
         with step.adapter.patterns() as masked:
@@ -117,13 +122,9 @@ def clean_output(step: LossStep, name: str) -> Float[Tensor, "batch ... d_out"]:
 def _pattern_kl(
     step: LossStep, clean: Float[Tensor, "batch head query key"], masked: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, ""]:
-    p, q = (_wide(t).transpose(1, 2) for t in (clean, masked))
+    p, q = (wide(t).transpose(1, 2) for t in (clean, masked))
     kl = (torch.xlogy(p, p) - torch.xlogy(p, q.clamp(min=1e-30))).sum(-1)
     return _mean(step.at_scored(kl))
-
-
-def _wide(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _masks(step: LossStep, masks: Masking) -> SiteMasks:

@@ -12,8 +12,6 @@ Everything is worked out from what sites read and the gradients of what they wri
 What is decomposed is the local loss landscape, not the weights: subnetworks do not sum to W.
 """
 
-import fnmatch
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,20 +26,19 @@ from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import Backend, Gradients, SampleGradient, random_subnetworks
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
-from tl_paramdecomp.methods.base import KL_NEEDS, LossReport, Method, Microbatch, ParameterGroup, Progress, TrainingStep
+from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.from_factors import origin_of
-from tl_paramdecomp.methods.pieces import Every, Work, run_alone, run_together
+from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.random_streams import RandomStreams
 from tl_paramdecomp.methods.sample_gradients import (
-    GradientPass,
-    Outputs,
     Positions,
     Reference,
     SampleDivergence,
-    piece_gradients,
+    batch_gradients,
 )
-from tl_paramdecomp.parallel import ALONE, WHOLE, ProcessGroup
+from tl_paramdecomp.methods.starts import by_site
+from tl_paramdecomp.methods.step import KL_NEEDS
+from tl_paramdecomp.parallel import ALONE, ProcessGroup
 from tl_paramdecomp.sites import NormSite, WeightSite, select_norms
 
 Norm = Literal["l2", "paper_code"]
@@ -126,23 +123,9 @@ class L3D(Method[SubnetworkDecomposition]):
         return replace(published, **changes)
 
     def ranks(self, sites: Mapping[str, WeightSite]) -> dict[str, int]:
-        """r of each site.
-
-        Raises:
-            NoMatchingSiteError: A glob of `rank` matches no site, or a site matches none.
-        """
-        if not isinstance(self.rank, Mapping):
-            return {name: min(self.rank, site.d_in, site.d_out) for name, site in sites.items()}
-        for glob in self.rank:
-            if not fnmatch.filter(sites, glob):
-                raise NoMatchingSiteError(f"rank names {glob!r}, which matches none of {', '.join(sites)}.")
-        found = {}
-        for name, site in sites.items():
-            glob = next((g for g in self.rank if fnmatch.fnmatchcase(name, g)), None)
-            if glob is None:
-                raise NoMatchingSiteError(f"rank says nothing of {name}; add a glob for it, or '*' last.")
-            found[name] = min(self.rank[glob], site.d_in, site.d_out)
-        return found
+        """r of each site, at most its smaller side; errors as `by_site`."""
+        ranks = by_site(self.rank, sites, "rank") if isinstance(self.rank, Mapping) else dict.fromkeys(sites, self.rank)
+        return {name: min(ranks[name], site.d_in, site.d_out) for name, site in sites.items()}
 
     def norms(self, adapter: ModelAdapter) -> dict[str, NormSite]:
         """Norms whose gains take part.
@@ -161,7 +144,6 @@ class L3D(Method[SubnetworkDecomposition]):
 
     @property
     def rows_together(self) -> int:
-        """Two where each sample comes with its reference."""
         return 2 if self.reference == "pairs" else 1
 
     # --- Method -----------------------------------------------------------------------------------------------------
@@ -182,8 +164,10 @@ class L3D(Method[SubnetworkDecomposition]):
         biases |= {name for name, norm in norms.items() if self.biases and norm.has_bias}
         weight = adapter.weight(next(iter(sites)))
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        decoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator, norms)
-        encoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator, norms)
+        decoder, encoder = (
+            random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator, norms)
+            for _ in range(2)
+        )
         encoder.load_state_dict(decoder.state_dict())
         fingerprints = {name: adapter.fingerprint(name) for name in (*sites, *norms)}
         made = SubnetworkDecomposition(encoder, decoder, sites, fingerprints, info=origin_of(adapter), norms=norms)
@@ -204,41 +188,20 @@ class L3D(Method[SubnetworkDecomposition]):
     def gradients(self, step: TrainingStep) -> LossReport:
         made: SubnetworkDecomposition = step.decomposition
         microbatches = step.microbatches(step.batch, self.rows_together)
-
-        def take(_: int, part: Tensor) -> None:
-            (step.processes.world * part).backward()
-
-        work = [self._work(step, each, len(microbatches) > 1) for each in microbatches]
-        found = joined(run_together(work, step.processes, take))
+        kinds = self.positions, self.reference, self.divergence
+        groups = batch_gradients(step.adapter, list(made.decoder), microbatches, *kinds, step.processes)
+        active = 1.0 if step.progress < self.warm_start else self.active
+        found = reconstruction(made, groups, active, self.backend, step.processes)
+        (step.processes.world * found.loss).backward()
         with torch.no_grad():
             if step.progress >= self.warm_start:
                 kept = self.threshold_memory if made.threshold > 0 else 0.0
                 made.threshold.lerp_(found.threshold, 1.0 - kept)
-            sums = {"loss": found.loss, "active": found.mask.sum(0), "rows": torch.tensor(len(found.mask))}
+            sums = {"loss": found.loss.detach(), "active": found.mask.sum(0), "rows": torch.tensor(len(found.mask))}
             sums = step.processes.total(sums)
-            self._count(step, found, sums["active"], microbatches[0].random)
+            self._count(step, found, sums["active"], microbatches[0].random(0))
         figures = {"l0": sums["active"].sum() / sums["rows"], "unused_in_batch": (sums["active"] == 0).float().sum()}
         return LossReport(sums["loss"], {"reconstruction": sums["loss"]}, lambda: figures)
-
-    def _work(self, step: TrainingStep, microbatch: Microbatch, several: bool) -> Work:
-        """Reconstruction of one piece's gradients."""
-        made: SubnetworkDecomposition = step.decomposition
-        tokens, mask = microbatch.batch
-        opened = functools.partial(GradientPass, step.adapter, list(made.decoder), tokens, mask)
-        if several:  # of several micro-batches only one at a time keeps what a backward pass needs
-            with torch.no_grad():
-                seen = Outputs(step.adapter.forward(tokens, mask), mask)
-        else:
-            seen = opened()
-            opened = functools.partial(_given, seen)
-        places = seen.places(self.positions, microbatch.random, every=microbatch.place is not WHOLE)
-        groups = yield from piece_gradients(
-            opened, seen, places, self.reference, self.divergence, microbatch.random, microbatch.place
-        )
-        active = 1.0 if step.progress < self.warm_start else self.active
-        found = yield from piece_reconstruction(made, groups, active, self.backend)
-        yield found.loss
-        return found._replace(loss=found.loss.detach())
 
     def after_step(self, step: TrainingStep) -> None:
         made: SubnetworkDecomposition = step.decomposition
@@ -258,10 +221,6 @@ class L3D(Method[SubnetworkDecomposition]):
         if int(seen) % self.revive_every == 0:
             revive(step.decomposition, found, counts == 0, random.shared.on(device), step.processes)
             counts.zero_()
-
-
-def _given(run: GradientPass) -> GradientPass:
-    return run
 
 
 class Reconstruction(NamedTuple):
@@ -285,6 +244,7 @@ def reconstruction(
     groups: Sequence[Gradients],
     active: float | None,
     backend: Backend = "auto",
+    processes: ProcessGroup = ALONE,
 ) -> Reconstruction:
     """Coefficients of samples, and how well they reconstruct.
 
@@ -294,43 +254,24 @@ def reconstruction(
         active: Share of the coefficients to keep, the largest over all samples together; None: those that reach the learned
             threshold.
         backend: How inner products are taken.
+        processes: That have other samples of the batch: the largest are those of all of them, and losses add up to the batch's.
     """
-    return run_alone(piece_reconstruction(made, groups, active, backend))
-
-
-def piece_reconstruction(
-    made: SubnetworkDecomposition, groups: Sequence[Gradients], active: float | None, backend: Backend
-) -> Work:
-    """The same for a piece of a batch: kept are the largest of the whole batch, and losses of pieces add up to the batch's."""
     a = torch.cat([made.encoder.inner(group, backend) for group in groups])
     c = torch.cat([made.decoder.inner(group, backend) for group in groups])
     norms = torch.cat([made.decoder.squared_norm(group) for group in groups])
     size = a.detach().abs()
-    every = yield Every({"size": size, "norms": norms.detach()})
+    all_sizes, all_norms = (torch.cat(processes.every(t)) for t in (size, norms.detach()))
     if active is None:
         threshold = made.threshold.to(size.dtype)
     else:
-        flat = every["size"].flatten()
+        flat = all_sizes.flatten()
         threshold = flat.kthvalue(flat.numel() - max(1, round(active * flat.numel())) + 1).values
     mask = (size >= threshold) & (size > 0)
     # in float64: differences of large numbers lose their digits in float32
     kept, gram, norms = (a * mask).double(), made.decoder.gram().double(), norms.double()
     residuals = norms - 2.0 * (kept * c.double()).sum(1) + ((kept @ gram) * kept).sum(1)
-    loss = (residuals.sum() / every["norms"].double().sum().clamp(min=1e-30)).to(a.dtype)
+    loss = (residuals.sum() / all_norms.double().sum().clamp(min=1e-30)).to(a.dtype)
     return Reconstruction(loss, a.detach(), mask, threshold, norms, residuals.detach(), list(groups))
-
-
-def joined(pieces: Sequence[Reconstruction]) -> Reconstruction:
-    """What the pieces of one process found, as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    a, mask, norms, residuals = (
-        torch.cat([getattr(piece, name) for piece in pieces])
-        for name in ("coefficients", "mask", "squared_norms", "residuals")
-    )
-    loss = torch.stack([piece.loss for piece in pieces]).sum()
-    groups = [group for piece in pieces for group in piece.groups]
-    return Reconstruction(loss, a, mask, pieces[0].threshold, norms, residuals, groups)
 
 
 @torch.no_grad()
@@ -354,18 +295,15 @@ def revive(
         return
     first = sum(len(t) for t in residuals[: processes.rank])
     drawn = torch.multinomial(weights.float(), len(places), replacement=True, generator=generator)
-    sizes = [len(next(iter(group.values()))[1]) for group in found.groups]
+    samples = [(group, i) for group in found.groups for i in range(len(next(iter(group.values()))[1]))]
     for side in (made.decoder, made.encoder):
         for parameter in side.parameters():
             parameter[places] = 0.0
     for k, n in zip(places.tolist(), (drawn - first).tolist(), strict=True):
-        if not 0 <= n < sum(sizes):
-            continue  # another process has that sample
-        group = 0
-        while n >= sizes[group]:
-            n, group = n - sizes[group], group + 1
-        for name, part in made.decoder.items():
-            _begin_anew([part, made.encoder[name]], k, found.groups[group][name], n)
+        if 0 <= n < len(samples):  # else another process has that sample
+            group, i = samples[n]
+            for name, part in made.decoder.items():
+                _begin_anew([part, made.encoder[name]], k, group[name], i)
     if processes.world > 1:
         for side in (made.decoder, made.encoder):
             for parameter in side.parameters():

@@ -5,6 +5,7 @@ sites and components without dividing by their number.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Loss, LossStep
-from tl_paramdecomp.methods.pieces import Total, Work
-from tl_paramdecomp.parallel import WHOLE
+from tl_paramdecomp.methods.divergence import wide
+from tl_paramdecomp.methods.loss import Loss, LossBatch
+from tl_paramdecomp.methods.step import LossStep
 
 EPSILON = 1e-12
 """Added to importances before a power is taken."""
@@ -40,7 +41,7 @@ class Faithfulness(Loss):
         if self.rows is not None and self.rows < 1:
             raise SettingError(f"Faithfulness needs at least one row of each weight; given rows={self.rows}.")
 
-    def parts(self, step: LossStep) -> Work:
+    def parts(self, step: LossStep, shared: Any) -> Iterator[Tensor]:
         """One part for each large site, small ones together."""
         sizes = {name: c.site.d_in * c.site.d_out for name, c in step.decomposition.items()}
         gathered, entries = torch.zeros((), device=step.device), 0
@@ -79,9 +80,9 @@ class _SquaredRest(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, V: Tensor, U: Tensor, weight: Tensor, scale: float) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.promote_types(V.dtype, torch.float32))
-        v, u = V.to(wide), U.to(wide)
-        rest = torch.addmm(weight.to(wide), v, u, alpha=-1.0)
+        dtype = torch.promote_types(weight.dtype, torch.promote_types(V.dtype, torch.float32))
+        v, u = V.to(dtype), U.to(dtype)
+        rest = torch.addmm(weight.to(dtype), v, u, alpha=-1.0)
         to_v, to_u = ctx.needs_input_grad[:2]
         dv = (rest @ u.T).mul_(-2.0 * scale).to(V.dtype) if to_v else None
         du = (v.T @ rest).mul_(-2.0 * scale).to(U.dtype) if to_u else None
@@ -144,25 +145,27 @@ class ImportanceMinimality(Loss):
         share = (progress - self.begin) / (self.end - self.begin)
         return start + (end - start) * share
 
-    def parts(self, step: LossStep) -> Work:
-        """One part."""
+    def prepare(self, batch: LossBatch) -> dict[str, Tensor]:
+        """How much each component is used in the whole batch, which the frequency term asks for; by site."""
+        if not (self.frequency and batch.divided):
+            return {}
+        sharpness = self.sharpness(batch.progress)
+        return batch.total(lambda step: {name: self._sums(_scored(step, name), sharpness) for name in batch.sites})
+
+    def parts(self, step: LossStep, shared: dict[str, Tensor]) -> Iterator[Tensor]:
         sharpness, total = self.sharpness(step.progress), torch.zeros((), device=step.device)
-        sums: dict[str, Tensor] = {}
-        if self.frequency and step.place is not WHOLE:  # it asks how much each component is used in the whole batch
-            own = {name: self._sums(_scored(step, name), sharpness) for name in step.importances}
-            sums = yield Total(own)
         for name in step.importances:
             g = _scored(step, name)
-            value = _Penalty.apply(g, self, sharpness, sums.get(name), round(len(g) / (step.place.weight or 1.0)))
+            value = _Penalty.apply(g, self, sharpness, shared.get(name), round(len(g) / (step.place.weight or 1.0)))
             total = total + value.to(total.device)
         yield total
 
     def _sums(self, g: Float[Tensor, "n C"], sharpness: float) -> Float[Tensor, " C"]:
         """Penalties summed over positions."""
-        wide = g.detach().to(torch.promote_types(g.dtype, torch.float32))
+        g = wide(g.detach())
         if self.penalty == "power":
-            return (wide + EPSILON).log().mul_(sharpness).exp_().sum(0)
-        square, gamma = wide.square(), sharpness * sharpness
+            return (g + EPSILON).log().mul_(sharpness).exp_().sum(0)
+        square, gamma = g.square(), sharpness * sharpness
         return (square / (square + gamma)).mul_(1.0 + gamma).sum(0)
 
 
@@ -174,16 +177,16 @@ def _scored(step: LossStep, name: str) -> Float[Tensor, "n C"]:
 class _Penalty(torch.autograd.Function):
     """Sum over components of mean_c + beta mean_c log2(1 + sum_c), with its gradient worked out beside it.
 
-    Of a piece of a batch, mean_c is the piece's own and sum_c that of all `n_all` positions of the batch, so that values and
-    gradients of the pieces, each times its weight, add up to the batch's.
+    Of a microbatch, mean_c is its own and sum_c that of all `n_all` positions of the batch, so that values and gradients of
+    the microbatches, each times its weight, add up to the batch's.
     """
 
     @staticmethod
     def forward(
         ctx: Any, g: Tensor, loss: ImportanceMinimality, sharpness: float, sum_all: Tensor | None, n_all: int
     ) -> Tensor:
-        wide = g.to(torch.promote_types(g.dtype, torch.float32))
-        shifted = wide + EPSILON if loss.penalty == "power" else wide.square()
+        g_wide = wide(g)
+        shifted = g_wide + EPSILON if loss.penalty == "power" else g_wide.square()
         if loss.penalty == "power":
             values = shifted.log().mul_(sharpness).exp_()
             slopes = torch.div(values, shifted, out=shifted).mul_(sharpness)
@@ -191,7 +194,7 @@ class _Penalty(torch.autograd.Function):
             gamma = sharpness * sharpness
             below = (shifted + gamma).reciprocal_()
             values = shifted.mul_(below).mul_(1.0 + gamma)
-            slopes = below.square_().mul_(wide).mul_(2.0 * gamma * (1.0 + gamma))
+            slopes = below.square_().mul_(g_wide).mul_(2.0 * gamma * (1.0 + gamma))
         n = max(len(g), 1)
         sums = values.sum(0)
         total, factor = sums.sum() / n, torch.full_like(sums, 1.0 / n)

@@ -5,9 +5,9 @@ Masks are m = g + (1 - g) r: what is important stays whole, the rest in any amou
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -16,8 +16,8 @@ from torch import Tensor
 from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.components.sigmoids import binomial_lower
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Loss, LossStep, SiteMasks
-from tl_paramdecomp.methods.pieces import Work
+from tl_paramdecomp.methods.loss import Loss
+from tl_paramdecomp.methods.step import LossStep, SiteMasks
 
 Replaced = Literal["all", "layerwise", "subset"]
 """Which sites are masked at once: all; one at a time, averaged; or at each position a random subset of random size."""
@@ -30,7 +30,7 @@ DeltaUse = Literal["masked", "absent", "kept"]
 class Reconstruction(Loss):
     """Divergence from the target under masks that `draw` makes, at all sites, one at a time, or a subset."""
 
-    sites: Replaced
+    sites: Replaced = "all"
     """Masked at once: all, one at a time (`layerwise`), or at each position a random subset."""
     samples: int = 1
 
@@ -38,7 +38,7 @@ class Reconstruction(Loss):
     def draw(self, step: LossStep) -> SiteMasks:
         """Masks of every site, drawn anew."""
 
-    def parts(self, step: LossStep) -> Work:
+    def parts(self, step: LossStep, shared: Any) -> Iterator[Tensor]:
         """One part for each forward pass, divided by their number."""
         passes = self.samples * (len(step.importances) if self.sites == "layerwise" else 1)
         for _ in range(self.samples):
@@ -85,11 +85,9 @@ class StochasticReconstruction(Reconstruction):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Name in logs."""
         return f"stochastic_{self.sites}"
 
     def draw(self, step: LossStep) -> SiteMasks:
-        """Fresh random masks."""
         return stochastic_masks(step, self.delta, self.sampling)
 
 
@@ -108,29 +106,22 @@ class ImportanceMaskedReconstruction(Reconstruction):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Name in logs."""
         return f"importance_masked_{self.sites}"
 
     def draw(self, step: LossStep) -> SiteMasks:
-        """m = g, d = 0."""
         return importance_masks_of(step)
 
 
 @dataclass(frozen=True)
-class UnmaskedReconstruction(Loss):
+class UnmaskedReconstruction(Reconstruction):
     """Divergence with every component whole and the delta component absent: faithfulness on the scale of outputs."""
 
     coefficient: float = 1.0
     name: str = "unmasked"
 
-    def parts(self, step: LossStep) -> Work:
-        """One part."""
-        masks = {}
-        for name, importance in step.importances.items():
-            g = importance.lower.detach()
-            ones, nothing = g.new_ones(g.shape[-1]), g.new_zeros(g.shape[-1])
-            masks[name] = InterpolatedMask(ones, nothing, 1.0)
-        yield step.divergence.of(step.run_masked(masks))
+    def draw(self, step: LossStep) -> SiteMasks:
+        every = {name: g.lower.detach().new_ones(g.lower.shape[-1]) for name, g in step.importances.items()}
+        return {name: InterpolatedMask(ones, torch.zeros_like(ones), 1.0) for name, ones in every.items()}
 
 
 def stochastic_masks(step: LossStep, delta: DeltaUse = "masked", sampling: Sampling = "continuous") -> SiteMasks:

@@ -7,7 +7,7 @@ output with the divergence's own gradient, which is known in closed form; no gra
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,9 +18,10 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetworks import Gradients, SampleGradient
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedSiteError
-from tl_paramdecomp.methods.pieces import Every, Work, run_alone
+from tl_paramdecomp.methods.divergence import wide
+from tl_paramdecomp.methods.method import Microbatch
 from tl_paramdecomp.methods.random_streams import AnyGenerator, as_streams
-from tl_paramdecomp.parallel import WHOLE, Place
+from tl_paramdecomp.parallel import ALONE, WHOLE, ProcessGroup
 from tl_paramdecomp.sites import SiteCall
 
 SampleDivergence = Literal["kl", "mse", "paper_code"]
@@ -34,23 +35,15 @@ Positions = Literal["one", "all", "last"] | int
 
 
 class Outputs:
-    """What one forward pass gave, and where divergences may be taken.
-
-    Args:
-        output: [row, pos, width], or [row, width].
-        attention_mask: 1 where a position counts.
-    """
+    """What one forward pass gave, [row, pos, width] or [row, width], and where divergences may be taken."""
 
     def __init__(self, output: Tensor, attention_mask: Tensor | None = None) -> None:
-        self.by_position = output.ndim == 3
-        """Whether outputs are [row, pos, width]; else [row, width]."""
-        self.output = output
-        n, length = output.shape[0], output.shape[1] if self.by_position else 1
-        scored = torch.ones(n, length, dtype=torch.bool, device=output.device)
-        self.scored = (
-            scored if attention_mask is None or not self.by_position else attention_mask.bool().to(output.device)
-        )
+        self.output, self.by_position = output, output.ndim == 3
+        shape = output.shape[:2] if self.by_position else (len(output), 1)
+        self.scored = torch.ones(shape, dtype=torch.bool, device=output.device)
         """[row, pos]: where a divergence may be taken."""
+        if attention_mask is not None and self.by_position:
+            self.scored = attention_mask.bool().to(output.device)
 
     def places(self, positions: Positions, generator: AnyGenerator, every: bool = False) -> list[Int[Tensor, " n"]]:
         """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`.
@@ -58,35 +51,33 @@ class Outputs:
         Args:
             positions: Which.
             generator: Draws them.
-            every: For `all`, also positions that no row has, as other pieces of the batch may.
+            every: For `all`, also positions that no row has, as other microbatches may.
 
         Raises:
             SettingError: The output has no positions, or not so many.
             DataError: A row has no position that counts, or the given one does not.
         """
-        n, length = self.scored.shape
+        (n, length), device = self.scored.shape, self.output.device
         if not self.by_position or length == 1:
-            return [torch.zeros(n, dtype=torch.int64, device=self.output.device)]
+            return [torch.zeros(n, dtype=torch.int64, device=device)]
         if not bool(self.scored.any(1).all()):
             raise DataError("A row has no position that counts; leave such rows out.")
+        order = torch.arange(length, device=device)
         if positions == "all":
-            order = torch.arange(length, device=self.output.device)
             places = torch.where(self.scored, order, -1)
             return [place for place in places.T if every or bool((place >= 0).any())]
         if positions == "one":
-            like = torch.empty(0, device=self.output.device)
-            drawn = as_streams(generator).uniform((n, length), like)
-            return [(drawn * self.scored).argmax(1)]
-        if positions == "last":
-            order = torch.arange(length, device=self.output.device)
+            order = as_streams(generator).uniform((n, length), torch.empty(0, device=device))
+        if positions in ("one", "last"):
             return [(order * self.scored).argmax(1)]
+        assert isinstance(positions, int)
         if not -length <= positions < length:
             raise SettingError(f"positions={positions} lies outside of rows of {length}.")
         if not bool(self.scored[:, positions].all()):
             raise DataError(
                 f"Position {positions} is padding in some row; leave such rows out, or use positions='last'."
             )
-        return [torch.full((n,), positions % length, device=self.output.device)]
+        return [torch.full((n,), positions % length, device=device)]
 
     def at(self, places: Int[Tensor, " n"]) -> Float[Tensor, "some width"]:
         """Outputs at one position of each row that has one, with their graph."""
@@ -97,28 +88,23 @@ class Outputs:
             return self.output[rows, places[rows]]
 
 
-class GradientPass(Outputs):
-    """One forward pass, from which gradients at several positions can be taken.
+Calls = list[tuple[Tensor, Tensor]]
+"""What a site read or a norm's gain multiplied, and a leaf whose gradient is the output's, call by call."""
 
-    Args:
-        adapter: The model's.
-        sites: Names of sites, and of norms.
-        tokens: Rows.
-        attention_mask: 1 where a position counts.
-    """
+
+class GradientPass(Outputs):
+    """One forward pass over rows, from which gradients at several positions can be taken, by names of sites and norms."""
 
     def __init__(
         self, adapter: ModelAdapter, sites: Sequence[str], tokens: Tensor, attention_mask: Tensor | None = None
     ) -> None:
-        self.x: dict[str, Tensor] = {}
-        self.leaves: dict[str, Tensor] = {}
-        self.norm_calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sites if adapter.is_norm(name)}
-        """By norm, the normalised rows and the leaf of each of its calls, as HookedTransformer calls `ln1` three times."""
+        # HookedTransformer calls a norm such as `ln1` three times
+        self.norms: dict[str, Calls] = {name: [] for name in sites if adapter.is_norm(name)}
+        self.sites: dict[str, Calls] = {name: [] for name in sites if name not in self.norms}
         fns = {
-            name: functools.partial(_opened_norm, self.norm_calls[name], name, tokens)
-            if name in self.norm_calls
-            else functools.partial(_opened, self.x, self.leaves, name, len(tokens))
-            for name in sites
+            name: functools.partial(opened, calls[name], name, tokens)
+            for opened, calls in ((_opened, self.sites), (_opened_norm, self.norms))
+            for name in calls
         }
         with torch.enable_grad(), adapter.intercept(fns):
             output = adapter.forward(tokens, attention_mask)
@@ -131,36 +117,32 @@ class GradientPass(Outputs):
         rows: Int[Tensor, " n"] | None = None,
         keep: bool = False,
     ) -> Gradients:
-        """Gradients by site and norm of n scalars, whose gradients with respect to the outputs are given; in float32 at least.
+        """Gradients by site and norm of n scalars, in float32 at least.
 
         Args:
             output: From `at`.
-            cotangent: Gradient of each row's scalar with respect to its output.
+            cotangent: Gradient of each scalar with respect to its output.
             rows: The rows that these are; None: all of them.
             keep: Whether further gradients will be asked for.
         """
-        leaves = [*self.leaves.values(), *(leaf for calls in self.norm_calls.values() for _, leaf in calls)]
+        calls = [call for kind in (self.sites, self.norms) for of_name in kind.values() for call in of_name]
+        leaves = [leaf for _, leaf in calls]
         found = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), retain_graph=keep, allow_unused=True)
         given = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)])
         made: dict[str, SampleGradient | GainGradient] = {}
-        for name in self.leaves:
+        for name, x in ((name, x) for name, of_site in self.sites.items() for x, _ in of_site):
             g = next(given)
-            made[name] = SampleGradient(_wide(_by_position(self.x[name], g)), _wide(_rows(g)))
-        for name, calls in self.norm_calls.items():
-            made[name] = _gain_gradient([(x, next(given)) for x, _ in calls], self.output.shape[0])
+            made[name] = SampleGradient(wide(_by_position(x, g)), wide(_rows(g)))
+        for name, of_norm in self.norms.items():
+            made[name] = _gain_gradient([(x, next(given)) for x, _ in of_norm], len(self.output))
         return made if rows is None else {name: gradient.select(rows) for name, gradient in made.items()}
 
 
 def output_gradient(
     output: Float[Tensor, "n width"], reference: Float[Tensor, "n width"], divergence: SampleDivergence
 ) -> Float[Tensor, "n width"]:
-    """Gradient of each row's divergence with respect to its output, the reference a constant.
-
-    Args:
-        output: Logits, or a model's outputs.
-        reference: Probabilities for `kl`, else outputs.
-        divergence: Which; softmax(z) - q for `kl`, 2 (p - r) / width for `mse`, (2 p - r) / width for `paper_code`.
-    """
+    """Gradient of each row's divergence with respect to its output, the reference (for `kl` probabilities) a constant:
+    softmax(z) - q for `kl`, 2 (p - r) / width for `mse`, (2 p - r) / width for `paper_code`."""
     if divergence == "kl":
         return torch.softmax(output, -1) - reference
     twice = 2.0 * output - (2.0 if divergence == "mse" else 1.0) * reference
@@ -181,7 +163,7 @@ def references(
         kind: Which.
         divergence: Of which divergence.
         generator: Draws other samples.
-        among: The samples of the whole batch; None: these are all.
+        among: Where the rows stand among the samples of the whole batch; None: these are all.
 
     Raises:
         SettingError: Uniform outputs where outputs are no distribution.
@@ -213,74 +195,108 @@ def references(
 
 
 class Among(NamedTuple):
-    """The samples of a whole batch, and where those of a piece are among them."""
+    """The samples of a whole batch, and where those of a microbatch are among them."""
 
     outputs: Float[Tensor, "all width"]
     places: Int[Tensor, " n"]
-    """Of the piece's samples among all."""
+    """Of the microbatch's samples among all."""
     drawn: Int[Tensor, " n"]
-    """Of the piece's samples among its rows, for each of which a number is drawn."""
+    """Of the microbatch's samples among its rows, for each of which a number is drawn."""
     rows: int
-    """Rows of the piece."""
+    """Rows of the microbatch."""
 
 
 def _values(output: Float[Tensor, "n width"], divergence: SampleDivergence) -> Float[Tensor, "n width"]:
-    output = _wide(output.detach())
+    output = wide(output.detach())
     return torch.softmax(output, -1) if divergence == "kl" else output
+
+
+class _Samples:
+    """What one microbatch gave at some places of its rows."""
+
+    def __init__(self, seen: Outputs, places: Sequence[Tensor]) -> None:
+        order = torch.arange(len(seen.output), device=seen.output.device)
+        self.n_rows, self.places = len(order), places
+        self.rows = [order[place >= 0] if seen.by_position else order for place in places]
+        """Which rows have each place."""
+        self.outputs = [seen.at(place).detach() for place in places]
+        self.among: list[Among | None] = [None] * len(places)
+        """Where they are among the samples of the whole batch, where they are compared with those."""
+
+    def gradients(
+        self, run: GradientPass, reference: Reference, divergence: SampleDivergence, generator: AnyGenerator
+    ) -> Iterator[Gradients]:
+        """Place by place, from a pass over the microbatch."""
+        given = zip(self.outputs, self.among, strict=True)
+        against = [references(output, reference, divergence, generator, among) for output, among in given]
+        for i, place in enumerate(self.places):
+            output = run.at(place)
+            cotangent = output_gradient(wide(output.detach()), against[i], divergence)
+            some = self.rows[i] if run.by_position and bool((place < 0).any()) else None
+            found = run.gradients(output, cotangent, some, keep=i + 1 < len(self.places))
+            yield _firsts(found) if reference == "pairs" else found
+
+
+def _compared(samples: Sequence[_Samples], processes: ProcessGroup = ALONE) -> None:
+    """Tell the samples of each microbatch where they are among those of all microbatches of all processes."""
+    found: list[Tensor] = []
+    firsts: list[int] = []
+    for own in zip(*(each.outputs for each in samples), strict=True):  # place by place
+        by_process = processes.every(torch.cat(own))
+        firsts.append(sum(map(len, [*found, *by_process[: processes.rank]])))
+        found += by_process
+    together = torch.cat(found)
+    for each in samples:
+        for i, rows in enumerate(each.rows):
+            numbers = firsts[i] + torch.arange(len(rows), device=rows.device)
+            each.among[i] = Among(together, numbers, rows, each.n_rows)
+            firsts[i] += len(rows)
 
 
 def all_gradients(
     run: GradientPass,
-    places: Sequence[Int[Tensor, " n"]],
+    places: Sequence[Tensor],
     reference: Reference,
     divergence: SampleDivergence,
     generator: AnyGenerator,
 ) -> Iterator[Gradients]:
     """Gradients of the samples at each of the places, one group after the other; references are drawn from all of them."""
-    yield from run_alone(piece_gradients(lambda: run, run, places, reference, divergence, generator))
+    samples = _Samples(run, places)
+    _compared([samples])
+    yield from samples.gradients(run, reference, divergence, generator)
 
 
-def piece_gradients(
-    opened: Callable[[], GradientPass],
-    seen: Outputs,
-    places: Sequence[Int[Tensor, " n"]],
+def batch_gradients(
+    adapter: ModelAdapter,
+    sites: Sequence[str],
+    microbatches: Sequence[Microbatch],
+    positions: Positions,
     reference: Reference,
     divergence: SampleDivergence,
-    generator: AnyGenerator,
-    place: Place = WHOLE,
-) -> Work:
-    """The same for a piece of a batch, whose references come from the whole batch.
+    processes: ProcessGroup = ALONE,
+) -> list[Gradients]:
+    """The same for this process's rows of a batch, whose references come from the whole batch.
 
-    Args:
-        opened: Gives the pass to take gradients from, once the references are known.
-        seen: What a pass over the same rows gave.
-        places: Of the samples.
-        reference: Which.
-        divergence: Of which divergence.
-        generator: Draws other samples.
-        place: Where the rows stand in their batch.
+    Of several microbatches only one at a time keeps what a backward pass needs: a first pass over each gives outputs alone.
     """
-    every = torch.arange(len(seen.output), device=seen.output.device)
-    rows = [every[at >= 0] if seen.by_position else every for at in places]
-    outputs = {f"output {i}": seen.at(at).detach() for i, at in enumerate(places)}
-    numbers = {f"row {i}": some + place.window.first for i, some in enumerate(rows)}
-    whole = outputs | numbers
-    if reference in ("sample", "mean", "paper_code"):  # what the others are compared with does not leave the piece
-        whole = yield Every(whole)
-    together = torch.cat([whole[name] for name in outputs])
-    against, before = [], 0
-    for i, some in enumerate(rows):
-        own = before + torch.searchsorted(whole[f"row {i}"], numbers[f"row {i}"])
-        before += len(whole[f"row {i}"])
-        among = Among(together, own, some, len(every))
-        against.append(references(outputs[f"output {i}"], reference, divergence, generator, among))
-    run, groups = opened(), []
-    for i, at in enumerate(places):
-        output = run.at(at)
-        cotangent = output_gradient(_wide(output.detach()), against[i], divergence)
-        some = rows[i] if run.by_position and bool((at < 0).any()) else None
-        found = run.gradients(output, cotangent, some, keep=i + 1 < len(places))
-        groups.append(_firsts(found) if reference == "pairs" else found)
+    several = len(microbatches) > 1
+    runs: list[GradientPass] = []
+    samples = []
+    for batch, place, random in microbatches:
+        if several:
+            with torch.no_grad():
+                seen = Outputs(adapter.forward(*batch), batch.attention_mask)
+        else:
+            seen = GradientPass(adapter, sites, *batch)
+            runs.append(seen)
+        samples.append(_Samples(seen, seen.places(positions, random(0), every=place is not WHOLE)))
+    if reference in ("sample", "mean", "paper_code"):  # the others do not look beyond their microbatch
+        _compared(samples, processes)
+    groups: list[Gradients] = []
+    for own, (batch, _, random) in zip(samples, microbatches, strict=True):
+        run = runs.pop() if runs else GradientPass(adapter, sites, *batch)
+        groups += own.gradients(run, reference, divergence, random(0))
+        del run
     return groups
 
 
@@ -289,24 +305,23 @@ def _firsts(found: Gradients) -> Gradients:
     return {name: gradient.select(slice(None, None, 2)) for name, gradient in found.items()}
 
 
-def _opened(inputs: dict[str, Tensor], leaves: dict[str, Tensor], name: str, n: int, call: SiteCall) -> Tensor:
-    """A site's function that leaves its output, and keeps its input and a leaf whose gradient is the output's."""
-    if name in inputs:
+def _opened(calls: Calls, name: str, tokens: Tensor, call: SiteCall) -> Tensor:
+    """A site's function that leaves its output, and keeps its input and a leaf."""
+    if calls:
         raise UnsupportedSiteError(
             f"{name} is called more than once in a forward pass, so that its gradient is not that of one product."
         )
-    x, y = call.x.detach(), call.y
-    inputs[name] = x.expand(n, *x.shape[1:])
-    leaves[name] = torch.zeros_like(y).expand(n, *y.shape[1:]).clone().requires_grad_(True)
-    return y + leaves[name]
+    x, y, n = call.x.detach(), call.y, len(tokens)
+    leaf = torch.zeros_like(y).expand(n, *y.shape[1:]).clone().requires_grad_(True)
+    calls.append((x.expand(n, *x.shape[1:]), leaf))
+    return y + leaf
 
 
-def _opened_norm(calls: list[tuple[Tensor, Tensor]], name: str, tokens: Tensor, call: SiteCall) -> Tensor:
+def _opened_norm(calls: Calls, name: str, tokens: Tensor, call: SiteCall) -> Tensor:
     """A norm's function that leaves its output, and keeps what its gain multiplies and a leaf, for each call."""
     x, y, n = call.x.detach(), call.y, len(tokens)
-    flattened = (
-        y.ndim == 2 and not tokens.is_floating_point() and len(y) % tokens.numel() == 0
-    )  # rows, positions, heads
+    # rows, positions and heads may be one dimension
+    flattened = y.ndim == 2 and not tokens.is_floating_point() and len(y) % tokens.numel() == 0
     if len(y) not in (1, n) and not flattened:
         raise UnsupportedSiteError(
             f"{name} normalises rows of shape {list(y.shape)} in a pass over {n} rows, so that it is not known which belong to "
@@ -319,17 +334,12 @@ def _opened_norm(calls: list[tuple[Tensor, Tensor]], name: str, tokens: Tensor, 
     return y + leaf
 
 
-def _gain_gradient(calls: Sequence[tuple[Tensor, Tensor]], n: int) -> GainGradient:
+def _gain_gradient(calls: Calls, n: int) -> GainGradient:
     """Gradients of n scalars, one for each row, from the normalised rows and the outputs' gradients of all calls."""
-    wide = [(_wide(x), _wide(g)) for x, g in calls]
-    gains = [(x * g).reshape(n, -1, g.shape[-1]).sum(1) for x, g in wide]
-    biases = [g.reshape(n, -1, g.shape[-1]).sum(1) for _, g in wide]
+    pairs = [(wide(x), wide(g)) for x, g in calls]
+    gains = [(x * g).reshape(n, -1, g.shape[-1]).sum(1) for x, g in pairs]
+    biases = [g.reshape(n, -1, g.shape[-1]).sum(1) for _, g in pairs]
     return GainGradient(torch.stack(gains).sum(0), torch.stack(biases).sum(0))
-
-
-def _wide(t: Tensor) -> Tensor:
-    """In float32 at least; indices stay."""
-    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
 
 
 def _rows(g: Tensor) -> Float[Tensor, "n pos d_out"]:

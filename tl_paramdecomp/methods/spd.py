@@ -11,7 +11,6 @@
 Parameters", 2026) has a persistent adversary and one importance function, a transformer, for all sites.
 """
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,25 +23,15 @@ from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
+from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
-from tl_paramdecomp.methods.base import (
-    KL_NEEDS,
-    MSE_INSTEAD,
-    Loss,
-    LossReport,
-    Measure,
-    Method,
-    ParameterGroup,
-    Progress,
-    TrainingStep,
-)
-from tl_paramdecomp.methods.from_factors import describe
+from tl_paramdecomp.methods.from_factors import describe, resolved_ties
+from tl_paramdecomp.methods.loss import Loss, Objective, unscale
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.methods.objective import Objective, unscale
+from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
-from tl_paramdecomp.methods.starts import Start, initial_factors, warm_up
-from tl_paramdecomp.methods.ties import resolved_ties
+from tl_paramdecomp.methods.starts import Start, by_site, initial_factors, warm_up
+from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, Measure
 from tl_paramdecomp.sites import WeightSite
 
 
@@ -173,16 +162,14 @@ class SPD(Method[Decomposition]):
         return self._with_minimality(lambda coefficient: factor * coefficient)
 
     def _with_minimality(self, change: Callable[[float], float]) -> "SPD":
-        changed = {
-            stream: tuple(
-                replace(loss, coefficient=change(loss.coefficient)) if isinstance(loss, ImportanceMinimality) else loss
-                for loss in getattr(self, stream)
-            )
-            for stream in ("losses", "background_losses")
-        }
+        def changed(loss: Loss) -> Loss:
+            is_minimality = isinstance(loss, ImportanceMinimality)
+            return replace(loss, coefficient=change(loss.coefficient)) if is_minimality else loss
+
         if not any(isinstance(loss, ImportanceMinimality) for loss in self.losses):
             raise SettingError("None of the losses is ImportanceMinimality, so nothing presses towards few components.")
-        return replace(self, **changed)
+        background = tuple(map(changed, self.background_losses))
+        return replace(self, losses=tuple(map(changed, self.losses)), background_losses=background)
 
     def wider(self, factor: float, sites: Mapping[str, WeightSite]) -> "SPD":
         """The same method with so many times as many components at each site."""
@@ -214,23 +201,10 @@ class SPD(Method[Decomposition]):
         return made
 
     def counts(self, sites: Mapping[str, WeightSite]) -> dict[str, int]:
-        """C of each site.
-
-        Raises:
-            NoMatchingSiteError: A glob of `n_components` matches no site, or a site matches none.
-        """
+        """C of each site; errors as `by_site`."""
         if not isinstance(self.n_components, Mapping):
             return {name: self.n_components or _default_count(site) for name, site in sites.items()}
-        for glob in self.n_components:
-            if not fnmatch.filter(sites, glob):
-                raise NoMatchingSiteError(f"n_components names {glob!r}, which matches none of {', '.join(sites)}.")
-        counts = {}
-        for name in sites:
-            glob = next((g for g in self.n_components if fnmatch.fnmatchcase(name, g)), None)
-            if glob is None:
-                raise NoMatchingSiteError(f"n_components says nothing of {name}; add a glob for it, or '*' last.")
-            counts[name] = self.n_components[glob]
-        return counts
+        return by_site(self.n_components, sites, "n_components")
 
     def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:
         assert decomposition.importance is not None

@@ -10,8 +10,8 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import source_masks, start_sources, worst_sources
-from tl_paramdecomp.methods.base import LossStep, SiteMasks, measure_of
 from tl_paramdecomp.methods.reconstruction import stochastic_masks
+from tl_paramdecomp.methods.step import LossStep, SiteMasks, measure_of
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tl_paramdecomp.errors import CollapseWarning
-from tl_paramdecomp.methods.base import ParameterGroup
+from tl_paramdecomp.methods.method import ParameterGroup
 
 LINES, STEPS, SHARE = 10, 100, 0.05
 """Importances must stay all alike for so many logged steps, so many steps, and such a share of the run."""

@@ -2,7 +2,7 @@
 
 By default every process holds all components, and gradients are averaged by `DistributedDataParallel` (`Replicas`). Components
 that outgrow a device are kept in shards by FSDP2 (`shards`). The engines are torch's own; what rows of a batch must know of
-each other, the methods ask for themselves (`methods.pieces`).
+each other, the methods add up themselves (`parallel`).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tl_paramdecomp.errors import PeerLostError
-from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
+from tl_paramdecomp.methods.method import LossReport, Method, TrainingStep
 from tl_paramdecomp.parallel import ALONE, ProcessGroup
 
 TIMEOUT = datetime.timedelta(minutes=10)

@@ -17,7 +17,7 @@ import torch
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.data.sources import batch_source
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Made, Method
+from tl_paramdecomp.methods.method import Made, Method
 from tl_paramdecomp.methods.random_streams import RandomScope
 from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen

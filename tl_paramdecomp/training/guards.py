@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_paramdecomp.errors import DivergedError
-from tl_paramdecomp.methods.base import LossReport
+from tl_paramdecomp.methods.method import LossReport
 from tl_paramdecomp.training.runs.checkpoint import readable, state_tensors
 from tl_paramdecomp.training.shards import own_part
 from tl_paramdecomp.training.state import SavedState, TrainingState

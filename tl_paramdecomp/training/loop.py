@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import LossReport, Method, TrainingStep
+from tl_paramdecomp.methods.method import LossReport, Method, TrainingStep
 from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.parallel import ProcessGroup
 from tl_paramdecomp.training import clock

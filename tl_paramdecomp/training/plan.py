@@ -7,8 +7,8 @@ import torch
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.base import Method
 from tl_paramdecomp.methods.baselines import ExactBasis
+from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.methods.random_streams import RandomScope
 from tl_paramdecomp.training.guards import OnNonfinite
 

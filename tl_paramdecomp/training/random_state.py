@@ -17,7 +17,7 @@ def random_tensors(numbers: RandomNumbers, processes: ProcessGroup) -> dict[str,
     Data code draws from the global ones.
     """
     found = {"torch": torch.get_rng_state()}
-    for name, state in numbers.state().items():
+    for name, state in numbers.own.state().items():
         for rank, each in enumerate(processes.every(state)):
             found[f"masks.{rank}.{name}"] = each
     if numbers.device.type == "cuda":
@@ -50,7 +50,7 @@ def set_random(
     if as_before:
         own = f"masks.{processes.rank}."
         state = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
-        numbers.restore({"": state.pop(""), **state})
+        numbers.own.restore({"": state.pop(""), **state})
     else:
         numbers.begin_anew(processes.rank, step)
     torch.set_rng_state(tensors["torch"])

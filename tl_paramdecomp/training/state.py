@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.data.sources import BatchSource
-from tl_paramdecomp.methods.base import LossReport, Method, ParameterGroup
+from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup
 from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.parallel import ALONE, ProcessGroup
 from tl_paramdecomp.training.random_state import random_tensors

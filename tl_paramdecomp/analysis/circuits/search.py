@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.analysis.circuits.values import TaskRuns
 from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.methods.adversary import ascended
+from tl_paramdecomp.methods.divergence import kl
 
 Good = Callable[[Float[Tensor, " n"]], bool]
 """Whether a circuit, given as 1 inside and 0 outside, is good enough."""
@@ -68,14 +70,14 @@ class LearnedMasks:
     @staticmethod
     def _kl(runs: TaskRuns, target: Float[Tensor, "prompts vocab"], keep: Tensor) -> Float[Tensor, ""]:
         log_q = torch.log_softmax(runs.logits(keep).float(), -1)
-        return (target.exp() * (target - log_q)).sum(-1).mean()
+        return kl(target, log_q).mean()
 
     def _adversary(self, runs: TaskRuns, target: Tensor, g: Tensor, generator: torch.Generator) -> Float[Tensor, " n"]:
         source = torch.rand(len(g), generator=generator, device=g.device)
         for _ in range(self.adversary_steps):
             leaf = source.requires_grad_(True)
             (gradient,) = torch.autograd.grad(self._kl(runs, target, g + (1.0 - g) * leaf), leaf)
-            source = (source.detach() + gradient.sign() / self.adversary_steps).clamp(0.0, 1.0)
+            source = ascended(source.detach(), gradient, 1.0 / self.adversary_steps)
         return source.detach()
 
 

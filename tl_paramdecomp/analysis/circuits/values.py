@@ -23,6 +23,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.adversary import ascended
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SiteCall, SiteFn
 
@@ -151,7 +152,7 @@ def adversarial_value(
         worst = min(worst, value.item())
         if i < steps:
             (gradient,) = torch.autograd.grad(value, leaf)
-            source = (source - min(1.0, 2.0 / steps) * gradient.sign()).clamp(0.0, 1.0)
+            source = ascended(source, -gradient, min(1.0, 2.0 / steps))
     return sign * worst
 
 

@@ -39,7 +39,7 @@ from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
-from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
+from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.components.masked_output import InterpolatedMask
-from tl_paramdecomp.methods.base import LossStep, Measure, SiteMasks
-from tl_paramdecomp.methods.divergence import KL
+from tl_paramdecomp.methods.divergence import KL, kl, mean_square
+from tl_paramdecomp.methods.step import LossStep, Measure, SiteMasks
 
 Delta = Literal["absent", "kept", "masked"]
 Kind = Literal["unmasked", "importance", "rounded", "stochastic", "random", "zero", "permuted"]
@@ -102,12 +102,8 @@ class Target(NamedTuple):
     def distances(self, output: Float[Tensor, "n width"]) -> Float[Tensor, " n"]:
         """KL of other logits at the same positions from it; or mean square over the width."""
         if self.following is not None:
-            return self._kl(torch.log_softmax(output.to(self.log_p.dtype), -1))
-        wide = torch.promote_types(self.log_p.dtype, torch.float32)
-        return (output.to(wide) - self.log_p.to(wide)).square().mean(-1)
-
-    def _kl(self, log_q: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-        return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
+            return kl(self.log_p, torch.log_softmax(output.to(self.log_p.dtype), -1))
+        return mean_square(self.log_p, output)
 
     def sums(self, output: Float[Tensor, "n width"]) -> Sums:
         """How far other outputs at the same positions are from it."""
@@ -117,8 +113,8 @@ class Target(NamedTuple):
         agree = self.log_p.argmax(-1) == log_q.argmax(-1)
         followed = self.following >= 0
         ce = -log_q[followed].gather(-1, self.following[followed].unsqueeze(-1))
-        kl = self._kl(log_q).double().sum().item()
-        return Sums(kl, int(agree.sum()), len(log_q), ce.double().sum().item(), int(followed.sum()))
+        distance = kl(self.log_p, log_q).double().sum().item()
+        return Sums(distance, int(agree.sum()), len(log_q), ce.double().sum().item(), int(followed.sum()))
 
 
 def masks_of(

@@ -21,7 +21,7 @@ from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, along_writes
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.errors import SettingError, ShapeError
-from tl_paramdecomp.methods.base import KL_NEEDS, MSE_INSTEAD, Measure
+from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, Measure
 
 
 @dataclass(frozen=True)

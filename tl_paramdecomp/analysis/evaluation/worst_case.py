@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.methods.adversary import source_masks
-from tl_paramdecomp.methods.base import LossStep
+from tl_paramdecomp.methods.adversary import ascended, source_masks
+from tl_paramdecomp.methods.step import LossStep
 
 Steps = Callable[[], Iterable[tuple[LossStep, int]]]
 """Gives the batches of an evaluation anew, each with the number of its scored positions."""
@@ -39,8 +39,7 @@ def climb(batches: Steps, steps: int, generator: torch.Generator) -> Climb:
     for i in range(steps + 1):
         kl, gradients = _value_and_gradient(batches, sources, wanted=i < steps)
         values.append(kl)
-        if gradients:
-            sources = {name: (s + size * gradients[name].sign()).clamp_(0.0, 1.0) for name, s in sources.items()}
+        sources = {name: ascended(sources[name], gradient, size) for name, gradient in gradients.items()}
     return Climb(values[0], max(values))
 
 

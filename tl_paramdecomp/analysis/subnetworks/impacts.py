@@ -24,10 +24,10 @@ from tl_paramdecomp.components.gain_subnetworks import GainGradient, pairwise_ga
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import CHUNK, Gradients, SampleGradient, Subnetworks
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.base import KL_NEEDS
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
 from tl_paramdecomp.methods.settings import from_settings
+from tl_paramdecomp.methods.step import KL_NEEDS
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import moved_part
 from tl_paramdecomp.patching.target import checked_adapter

@@ -17,6 +17,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.subnetworks.impacts import impacts, method_of, output_derivative, scored_of
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.divergence import kl, log_probabilities, mean_square
 from tl_paramdecomp.methods.sample_gradients import SampleDivergence
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
@@ -199,8 +200,6 @@ def _changes(
 
 
 def _divergence(before: Tensor, after: Tensor, divergence: SampleDivergence) -> Float[Tensor, "rows *pos"]:
-    wide = torch.promote_types(before.dtype, torch.float32)
     if divergence != "kl":
-        return (after.to(wide) - before.to(wide)).square().mean(-1)
-    log_p, log_q = before.to(wide).log_softmax(-1), after.to(wide).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
+        return mean_square(before, after)
+    return kl(log_probabilities(before), log_probabilities(after)).clamp(min=0.0)

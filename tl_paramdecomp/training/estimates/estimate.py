@@ -18,7 +18,7 @@ from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
 from tl_paramdecomp.data.sources import batch_source
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.base import Method
+from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training.estimates.memory import available, held, peak_resident, size_of

@@ -14,7 +14,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.base import Captured
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.data.sources import BatchSource
-from tl_paramdecomp.methods.base import Method, TrainingStep
+from tl_paramdecomp.methods.method import Method, TrainingStep
 from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.sites import Fingerprint, WeightSite
 from tl_paramdecomp.training.estimates.memory import LiveBytes, Peak, available, continued, size_of
