@@ -30,15 +30,15 @@ from tl_paramdecomp.adapters.norm_scales import opened_norms
 from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
 from tl_paramdecomp.analysis.effects.attributions import Attribution, Direction
-from tl_paramdecomp.analysis.effects.single_runs import Runner, SitePatches, Unpatched
+from tl_paramdecomp.analysis.effects.single_runs import Runs, SitePatches
 from tl_paramdecomp.analysis.effects.site_writes import (
+    EMBEDDINGS,
     Prompts,
     SiteWrites,
     along_writes,
     chosen_columns,
     chosen_sites,
     dotted,
-    other_embeddings,
     prompts_of,
 )
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -165,7 +165,7 @@ class _Run:
     frozen_patterns: bool
 
     def __post_init__(self) -> None:
-        self.embeddings = other_embeddings(self.adapter, self.sites)
+        self.embeddings = [name for name in EMBEDDINGS if name in self.adapter.wirings and name not in self.sites]
 
     # --- passes -----------------------------------------------------------------------------------------------------
     def read(self, rows: Tensor, embeddings: bool = True) -> tuple[SiteWrites, Float[Tensor, " batch"]]:
@@ -249,9 +249,9 @@ class _Run:
         found = {name: own.change.new_zeros((*own.shape, len(rows))) for name, own in patches.items()}
         with torch.no_grad(), tqdm(desc="ablations", disable=not progress, leave=False) as bar:
             bar.total = sum(map(len, wanted.values()))
-            runner = Runner(Unpatched(self.adapter, rows, prompts.attention_mask, rows_at_once), None, prompts.measure)
-            for block, names in runner.prompts.by_block(patches).items():
-                for name, some, scores in runner.patched({name: patches[name] for name in names}, block, wanted):
+            run = Runs(self.adapter, rows, prompts.attention_mask, rows_at_once, prompts.measure)
+            for block, names in run.by_block(patches).items():
+                for name, some, scores in run.patched({name: patches[name] for name in names}, block, wanted):
                     effects = sign * (plain - scores)
                     found[name].view(-1, len(rows))[some] = effects.to(found[name])
                     bar.update(len(some))

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,24 +82,30 @@ class SitePatches:
 
 
 @dataclass(eq=False)
-class Unpatched:
-    """Rows that are run unpatched once, some at a time, with what later passes need of them."""
+class Runs:
+    """Rows that are run unpatched once, some at a time, with what later passes need of them; and with patches, in batches."""
 
     adapter: ModelAdapter
     tokens: Tensor
     attention_mask: Tensor | None
     rows_at_once: int
+    score: Callable[[Tensor], Tensor] | None = None
+    """Of the logits of all rows under one patch: [n, vocab] at the answers, or [n, pos, vocab]."""
+    last: Int[Tensor, " n"] | None = None
+    """Answer positions; None where all logits are wanted."""
     resumes: bool = True
     """Keep what blocks return, where the host's passes can begin later and no patch is open elsewhere."""
 
     def __post_init__(self) -> None:
-        self.resumes = self.resumes and bool(self.adapter.blocks) and not self.adapter.interceptions
-        self.ends = UNEMBEDDING in self.adapter.wirings and self.adapter.splits_at_unembedding
+        alone = not self.adapter.interceptions
+        self.resumes = self.resumes and bool(self.adapter.blocks) and alone
+        self.splits = UNEMBEDDING in self.adapter.wirings and self.adapter.splits_at_unembedding
+        self.ends = self.last is not None and alone and self.adapter.splits_at_unembedding
         self.parts = list(torch.arange(len(self.tokens), device=self.tokens.device).split(self.rows_at_once))
         self.blocks: list[tuple[Any, ...]] = []
         for part in self.parts if self.resumes else ():
             rows, mask = self.batch(part, 1)
-            self.blocks.append(self.adapter.capture(rows, (), mask, keep_blocks=True, to_hidden=self.ends).blocks)
+            self.blocks.append(self.adapter.capture(rows, (), mask, keep_blocks=True, to_hidden=self.splits).blocks)
 
     def batch(self, part: Tensor, copies: int) -> tuple[Tensor, Tensor | None]:
         """Copies of rows, one after the other, and their attention mask."""
@@ -110,7 +116,7 @@ class Unpatched:
         """x of sites that lie at or after a block."""
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         at_end = any(name.startswith(UNEMBEDDING) for name in names)
-        short = self.ends and not at_end and not self.adapter.interceptions
+        short = self.splits and not at_end and not self.adapter.interceptions
         for i, part in enumerate(self.parts):
             rows, mask = self.batch(part, 1)
             with self.resumed(i, 1, block):
@@ -137,24 +143,6 @@ class Unpatched:
             groups.setdefault((self.adapter.block_of(name) or last) if self.resumes else 0, []).append(name)
         return dict(sorted(groups.items()))
 
-
-@dataclass(eq=False)
-class Runner:
-    """Runs patches in batches and scores each.
-
-    Args of `score`: the logits of all prompts under one patch: [n, vocab] at the answers, or [n, pos, vocab].
-    """
-
-    prompts: Unpatched
-    last: Int[Tensor, " n"] | None
-    """Answer positions; None where all logits are wanted."""
-    score: Callable[[Tensor], Tensor]
-    adapter: ModelAdapter = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.adapter = self.prompts.adapter
-        self.ends = self.last is not None and not self.adapter.interceptions and self.adapter.splits_at_unembedding
-
     def plain(self) -> Float[Tensor, " n"]:
         """Scores of the run that is not patched."""
         return self._scores({}, 0)[0]
@@ -163,7 +151,7 @@ class Runner:
         self, patches: Mapping[str, SitePatches], block: int, wanted: Mapping[str, Sequence[int]] | None = None
     ) -> Iterator[tuple[str, list[int], Float[Tensor, "some n"]]]:
         """Scores of patches whose sites lie at or after a block, batch by batch: a site, some of its patches, their scores."""
-        at_once = max(1, self.prompts.rows_at_once // len(self.prompts.tokens))
+        at_once = max(1, self.rows_at_once // len(self.tokens))
         queue = [
             (name, i) for name, own in patches.items() for i in (range(len(own)) if wanted is None else wanted[name])
         ]
@@ -171,15 +159,16 @@ class Runner:
             batch: dict[str, list[int]] = {}
             for name, patch in queue[first : first + at_once]:
                 batch.setdefault(name, []).append(patch)
-            device = self.prompts.tokens.device
+            device = self.tokens.device
             added = {name: patches[name].added(torch.tensor(some, device=device)) for name, some in batch.items()}
             scores = self._scores(added, block).split([len(some) for some in batch.values()])
             yield from ((name, some, part) for (name, some), part in zip(batch.items(), scores))
 
     def _scores(self, added: Mapping[str, Tensor], block: int) -> Float[Tensor, "patches n"]:
         copies = sum(map(len, added.values())) or 1
-        parts = [self._logits(i, part, copies, added, block) for i, part in enumerate(self.prompts.parts)]
+        parts = [self._logits(i, part, copies, added, block) for i, part in enumerate(self.parts)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        assert self.score is not None
         return torch.stack([self.score(logits).detach().double() for logits in whole])
 
     def _logits(self, i: int, part: Tensor, copies: int, added: Mapping[str, Tensor], block: int) -> Tensor:
@@ -188,10 +177,10 @@ class Runner:
         for site, writes in added.items():
             fns[site] = functools.partial(_add, writes[:, part].flatten(0, 1), at * n, copies * n)
             at += len(writes)
-        tokens, mask = self.prompts.batch(part, copies)
+        tokens, mask = self.batch(part, copies)
         ends = self.ends and not any(site.startswith(UNEMBEDDING) for site in fns)
         run = self.adapter.hidden if ends else self.adapter.forward
-        with self.prompts.resumed(i, copies, block), self.adapter.intercept(fns) if fns else contextlib.nullcontext():
+        with self.resumed(i, copies, block), self.adapter.intercept(fns) if fns else contextlib.nullcontext():
             out = run(tokens, mask)
         if self.last is not None:
             out = out[torch.arange(len(out), device=out.device), self.last[part].to(out.device).repeat(copies)]

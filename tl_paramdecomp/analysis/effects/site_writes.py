@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.positions import PositionsLike, parse_positions
@@ -115,11 +114,6 @@ def dotted(write: Tensor, gradient: Float[Tensor, "batch pos d_out"]) -> Float[T
     with torch.no_grad():
         wide = torch.promote_types(write.dtype, gradient.dtype)
         return (write.detach().to(wide) * gradient.to(wide)).sum(-1)
-
-
-def other_embeddings(adapter: ModelAdapter, names: Iterable[str]) -> list[str]:
-    """Embedding tables of the model that are not among some sites."""
-    return [name for name in EMBEDDINGS if name in adapter.wirings and name not in set(names)]
 
 
 def chosen_sites(decomposition: Decomposition, sites: SitePattern | None) -> list[str]:

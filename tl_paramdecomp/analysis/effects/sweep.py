@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters.outputs import need_answers
-from tl_paramdecomp.analysis.effects.single_runs import Runner, SitePatches, Unpatched
+from tl_paramdecomp.analysis.effects.single_runs import Runs, SitePatches
 from tl_paramdecomp.analysis.effects.site_writes import Prompts, prompts_of
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, DataFrame, Record, Table, frame_of, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -220,20 +220,20 @@ def sweep(
     claims = {name: Claim(decomposition[name], additive=True) for name in chosen}
     with torch.no_grad(), claimed(adapter.core, claims):
 
-        def runner(tokens: Tensor, resumes: bool) -> Runner:
-            unpatched = Unpatched(adapter, tokens, runs.attention_mask, rows_at_once, resumes)
-            return Runner(unpatched, None if runs.task is None else runs.task.last, runs.score)
+        def runner(tokens: Tensor, resumes: bool) -> Runs:
+            last = None if runs.task is None else runs.task.last
+            return Runs(adapter, tokens, runs.attention_mask, rows_at_once, runs.score, last, resumes)
 
         run, others = runner(base, True), None
         before = run.plain()
         ends = [None if rows is None else before if rows is base else runner(rows, False).plain()
                 for rows in (runs.clean, runs.corrupt)]  # fmt: skip
         if put in ("corrupt", "clean") and source is not None:
-            others = Unpatched(adapter, source, runs.attention_mask, rows_at_once)
+            others = Runs(adapter, source, runs.attention_mask, rows_at_once)
         found: dict[str, Tensor] = {}
         with tqdm(desc="sweep", disable=not progress, unit="patch") as bar:
-            for block, names in run.prompts.by_block(chosen).items():
-                x = run.prompts.inputs(names, block)
+            for block, names in run.by_block(chosen).items():
+                x = run.inputs(names, block)
                 other = {} if others is None else others.inputs(names, block)
                 patches = {}
                 for name in names:
