@@ -485,7 +485,7 @@ def _by_position(step: LossStep, g: Float[Tensor, "batch *pos C"], width: int | 
     """Importances at the positions that count; a site that is called once for a row, such as a pooler, stands at each."""
     rows = max((i.lower.shape[:-1] for i in step.importances.values()), key=len) if width is None else (len(g), width)
     rows = rows if step.scored is None else step.scored.shape
-    return step.at_scored(g.unsqueeze(1).expand(*rows, -1) if g.ndim - 1 < len(rows) else g)
+    return step.at_scored(g.unsqueeze(1).expand(*rows, -1) if g.ndim - 1 < len(rows) == 2 else g)
 
 
 def _by_output(step: LossStep, g: Float[Tensor, "batch *pos C"]) -> Float[Tensor, "n C"]:
