@@ -118,16 +118,8 @@ def attribute(
         towards: Direction = "removal"
     else:
         towards = "corrupt to clean" if method == "integrated" else direction
-    run = _Run(
-        adapter,
-        {n: decomposition[n] for n in names},
-        prompts,
-        towards,
-        columns,
-        by_position,
-        frozen_norms,
-        frozen_patterns,
-    )
+    own = {name: decomposition[name] for name in names}
+    run = _Run(adapter, own, prompts, towards, columns, by_position, frozen_norms, frozen_patterns)
     if method == "gradient":
         return run.by_gradient()
     if method == "integrated":
