@@ -1,13 +1,15 @@
 """Scores of toy targets: against solutions written by hand, and broken ones."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.errors import ShapeError
+from tl_paramdecomp.errors import MissingExtraError, ShapeError
 from tl_paramdecomp.experiments import scores as toys
+from tl_paramdecomp.experiments.reproduce import reproduce
 from tl_paramdecomp.experiments.scores import best_assignment
 from tl_paramdecomp.toy_models import ResidMLP, ResidMLPConfig, train_resid_mlp
 
@@ -29,6 +31,15 @@ def test_the_assignment_is_the_best_of_all(rows, columns, seed):
 def test_more_features_than_components_have_no_assignment():
     with pytest.raises(ShapeError, match="3 rows, 2 columns"):
         best_assignment(drawn(3, 2))
+
+
+def test_without_scipy_the_extra_is_named_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(MissingExtraError, match=r"tl-paramdecomp\[toys\]"):
+        best_assignment(drawn(2, 2))
+    with pytest.raises(MissingExtraError, match="scipy"):
+        reproduce("tms-5-2", 1, tmp_path, print)
+    assert not list(tmp_path.iterdir())
 
 
 # MMCS and ML2R ---------------------------------------------------------------------------------------------------
