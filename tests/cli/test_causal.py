@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import tl_paramdecomp as tlpd
-from tests.cli.test_commands import command
+from tests.support.commands import command
 from tl_paramdecomp.analysis.next_tokens import greedy_continuation
 from tl_paramdecomp.analysis.tasks.metrics import mean_scores
 from tl_paramdecomp.analysis.tasks.prompts import position_texts, search_and_test, task_named

@@ -3,42 +3,14 @@
 import importlib.metadata
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.cli import main
 from tl_paramdecomp.pretrained import load_micro_gpt2
 
-
-def command(*arguments, cwd=None):
-    code = "from tl_paramdecomp.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
-    )
-
-
-@pytest.fixture
-def inside(monkeypatch, capsys):
-    """The same in this process, which need not load everything again."""
-
-    def run(*arguments, cwd="."):
-        handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
-        monkeypatch.setattr(sys, "argv", ["tl-paramdecomp", *map(str, arguments)])
-        monkeypatch.chdir(cwd)
-        try:
-            with pytest.raises(SystemExit) as end:
-                main()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            sys.unraisablehook = hook
-        return subprocess.CompletedProcess(arguments, end.value.code, *capsys.readouterr())
-
-    return run
+from ..support.commands import command
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +27,10 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     "name", ["demo", "sites", "decompose", "evaluate", "compare", "patch", "attribute", "circuit", "reproduce"]
 )
-def test_help_says_what_a_command_does(name, inside):
-    shown = inside(name, "--help")
+def test_help_says_what_a_command_does(name):
+    shown = command(name, "--help")
     assert shown.returncode == 0 and "Usage" in shown.stdout and len(shown.stdout) > 300
-    assert inside("--help").stdout.count(name) >= 1
+    assert command("--help").stdout.count(name) >= 1
 
 
 def test_sites_as_json():
@@ -157,20 +129,20 @@ def test_compare_draws_curves_and_goes_on(tmp_path):
     (("circuit", "micro-gpt2", "nowhere", "--task", "ioi", "--device", "tpus"), "SettingError"),
     (("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--settings", "s.json", "--importance", "1"), "SettingError"),
 ])  # fmt: skip
-def test_errors_are_one_line_and_status_1(arguments, words, tmp_path, inside):
-    shown = inside(*arguments, cwd=tmp_path)
+def test_errors_are_one_line_and_status_1(arguments, words, tmp_path):
+    shown = command(*arguments, cwd=tmp_path)
     assert shown.returncode == 1 and words in shown.stderr and "Traceback" not in shown.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad", ["blocks.0.mlp.W_in", "blocks.0.mlp.W_in:x", "blocks.0.mlp.W_in:99"])
-def test_bad_components_are_refused(saved, bad, inside):
-    shown = inside("patch", "micro-gpt2", saved, "--prompt", "the cat", "--ablate", bad)
+def test_bad_components_are_refused(saved, bad):
+    shown = command("patch", "micro-gpt2", saved, "--prompt", "the cat", "--ablate", bad)
     assert shown.returncode == 1 and "Traceback" not in shown.stderr and "Error" in shown.stderr
 
 
-def test_wrong_usage_is_status_2(inside):
-    shown = inside("decompose", "micro-gpt2")
+def test_wrong_usage_is_status_2():
+    shown = command("decompose", "micro-gpt2")
     assert shown.returncode == 2 and "--sites" in shown.stderr
 
 
@@ -183,15 +155,15 @@ def test_the_version():
     ("reproduce", "tms-5-2", "--threads", 0), ("decompose", "micro-gpt2", "--sites", "*", "--out", ""),
     ("decompose", "micro-gpt2", "--sites", "*", "--out", "x", "--text", ""),
 ], ids=lambda a: a[-2])  # fmt: skip
-def test_values_that_make_no_sense_are_wrong_usage(arguments, tmp_path, inside):
-    shown = inside(*arguments, cwd=tmp_path)
+def test_values_that_make_no_sense_are_wrong_usage(arguments, tmp_path):
+    shown = command(*arguments, cwd=tmp_path)
     assert shown.returncode == 2 and arguments[-2] in shown.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["missing", "pipe"])
-def test_a_text_that_is_no_file_is_named(kind, tmp_path, inside):
+def test_a_text_that_is_no_file_is_named(kind, tmp_path):
     if kind == "pipe":
         os.mkfifo(tmp_path / "stories")
     what = ("--sites", "blocks.0.mlp.W_in", "--out", "x", "--text", "stories")
-    shown = inside("decompose", "micro-gpt2", *what, cwd=tmp_path)
+    shown = command("decompose", "micro-gpt2", *what, cwd=tmp_path)
     assert shown.returncode == 1 and "--text stories is no file" in shown.stderr

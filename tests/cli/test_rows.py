@@ -9,7 +9,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.cli.rows import HELD_OUT, open_rows
 from tl_paramdecomp.errors import DataError
 
-from .test_commands import command
+from ..support.commands import command
 
 STORIES = ["the cat saw mary .", "then mary went to the store .", "so john gave a book to mary ."] * 60
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,13 +14,10 @@ from tl_paramdecomp.cli.settings_paths import parse_change, read_tree
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.settings import to_settings
 
+from ..support.commands import command
+
 TREE = {"model": "micro-gpt2", "sites": "blocks.0.mlp.W_in", "method": {"preset": "spd", "n_components": 8}, "steps": 2,
         "batch_size": 2, "log_every": 1}  # fmt: skip
-
-
-def command(*words):
-    start = [sys.executable, "-c", "from tl_paramdecomp.cli import main; main()", "decompose", *map(str, words)]
-    return subprocess.run(start, capture_output=True, text=True, timeout=300)
 
 
 def written(tmp_path, name="run.yaml", **changes):
@@ -103,23 +98,23 @@ def test_a_tree_of_settings_is_those_settings():
 def test_a_resolved_file_is_the_same_run(tmp_path):
     """Bit for bit, with every setting, versions and fingerprints in it; and no run of a model with other weights."""
     path = written(tmp_path)
-    first = command(path, "--out", tmp_path / "first", "--set", "method.lr=1e-3")
+    first = command("decompose", path, "--out", tmp_path / "first", "--set", "method.lr=1e-3")
     assert first.returncode == 0, first.stderr
     resolved = tmp_path / "first" / "resolved.yaml"
     tree = yaml.safe_load(resolved.read_text(encoding="utf-8"))
     assert tree.keys() == {field.name for field in dataclasses.fields(RunSettings)}
     assert tree["versions"]["torch"] and tree["target"].keys() == {"blocks.0.mlp.W_in"}
-    again = command(resolved, "--out", tmp_path / "again")
+    again = command("decompose", resolved, "--out", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     one, two = (tlpd.Decomposition.load(tmp_path / name / "decomposition") for name in ("first", "again"))
     assert all(torch.equal(t, two.state_dict()[name]) for name, t in one.state_dict().items())
-    other = command(path, "--out", tmp_path / "other")
+    other = command("decompose", path, "--out", tmp_path / "other")
     assert other.returncode == 0, other.stderr
     three = tlpd.Decomposition.load(tmp_path / "other" / "decomposition")
     assert not all(torch.equal(t, three.state_dict()[name]) for name, t in one.state_dict().items())
     tree["target"]["blocks.0.mlp.W_in"]["norm"] *= 1.01
     resolved.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    changed = command(resolved, "--out", tmp_path / "changed")
+    changed = command("decompose", resolved, "--out", tmp_path / "changed")
     assert changed.returncode == 1 and "TargetMismatchError" in changed.stderr and not (tmp_path / "changed").exists()
 
 
@@ -127,7 +122,7 @@ def test_a_dry_run_touches_no_file(tmp_path, monkeypatch):
     path = written(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
-    shown = command(path, "--dry-run")
+    shown = command("decompose", path, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     for words in ("blocks.0.mlp.W_in", "importance function", "peak of the run", "a checkpoint"):
@@ -135,7 +130,7 @@ def test_a_dry_run_touches_no_file(tmp_path, monkeypatch):
 
 
 def test_options_of_the_other_form_are_refused(tmp_path):
-    shown = command(written(tmp_path), "--steps", "3")
+    shown = command("decompose", written(tmp_path), "--steps", "3")
     assert shown.returncode == 1 and "--set KEY=VALUE" in shown.stderr
-    missing = command(tmp_path / "none.yaml")
+    missing = command("decompose", tmp_path / "none.yaml")
     assert missing.returncode == 1 and "There is no run file" in missing.stderr
