@@ -135,7 +135,7 @@ def test_where_all_are_damaged_the_run_refuses_and_touches_nothing(folder: Path,
 
 
 @pytest.mark.parametrize("key", ["format", "step", "device", "on_host", "data", "files", "guards", "warned"])
-def test_a_wrong_type_in_every_field(folder: Path, state: TrainingState, key: str) -> None:
+def test_a_wrong_type_in_every_field(folder: Path, key: str) -> None:
     newest = steps(folder)[4]
     values = metadata(newest)
     shutil.rmtree(steps(folder)[2])
