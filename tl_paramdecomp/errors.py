@@ -32,6 +32,7 @@ Each says what was given, what was expected and what to try, and leaves the mode
 The package's warnings:
 
     CollapseWarning (UserWarning)               a training run that has gone where nothing more is learned, or is about to
+    RowStartWarning (UserWarning)               rows that begin otherwise than those a decomposition was made on
 """
 
 
@@ -141,3 +142,7 @@ class DivergedError(TLParamDecompError, ArithmeticError):
 
 class CollapseWarning(UserWarning):
     """A run's importances say nothing any more, or its settings let them get there."""
+
+
+class RowStartWarning(UserWarning):
+    """Rows begin with the beginning-of-sequence token, and those that a decomposition was made on did not, or the reverse."""

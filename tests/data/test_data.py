@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tl_paramdecomp.data.sources import TextRows, batch_source
+from tl_paramdecomp.data.documents import TextRows
+from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import DataError
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.data import text_files
-from tl_paramdecomp.data.sources import batch_source
+from tl_paramdecomp.data import files
+from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import DataError, SettingError
 
 from ..support.hosts import assets
 from ..support.models import gpt2, tokenizer
-from ..support.task_tokenizers import bpe
+from ..support.task_tokenizers import bpe, whole_words
 from .texts import documents
 
 WORDS = "w3 w4 w5 w6 w7 w8 w9\n" * 30
@@ -73,44 +73,6 @@ def test_what_the_hub_says(monkeypatch, error, words):
     refused(["'a/b'", *words], "a/b", tokenizer(), name="x")
 
 
-def test_files_that_are_not_there(tmp_path):
-    refused("'missing.txt' is no file", "missing.txt", tokenizer())
-    refused("matches no file", str(tmp_path / "*.jsonl"), tokenizer())
-    refused("no file", [file(tmp_path, WORDS), tmp_path / "missing.parquet"], tokenizer())
-    refused("is packed; unpack it", file(tmp_path, b"\x1f\x8b", "x.txt.gz"), tokenizer())
-    refused("one kind", [file(tmp_path, WORDS), file(tmp_path, "{}", "x.jsonl")], tokenizer())
-    refused("no columns", file(tmp_path, WORDS), tokenizer(), column="text")
-    refused("each record is a document", file(tmp_path, lines({"text": "w3"}), "x.jsonl"), tokenizer(), separator="\n")
-    refused("cannot be read", file(tmp_path, b"no parquet", "x.parquet"), tokenizer())
-
-
-@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json", "x.parquet"])
-def test_empty_files(tmp_path, name):
-    refused([name, "is empty"], file(tmp_path, b"", name), tokenizer())
-    (tmp_path / "other").mkdir()
-    if name != "x.parquet":
-        refused("empty", [file(tmp_path, b"", name), file(tmp_path / "other", b"", name)], tokenizer())
-
-
-def test_files_of_nothing_but_blanks(tmp_path):
-    refused("empty", file(tmp_path, "\n\n", "x.jsonl"), tokenizer())
-    refused("fills no row", file(tmp_path, " \n \n"), tokenizer())
-    refused("hold nothing", file(tmp_path, lines({"text": ""}, {"text": None}), "x.jsonl"), tokenizer())
-
-
-def test_datasets_without_rows():
-    import datasets
-
-    empty = datasets.Dataset.from_dict({"text": []})
-    refused("is empty", empty, tokenizer())
-    refused("is empty", datasets.IterableDataset.from_generator(lambda: iter([])), tokenizer())
-    refused("empty", torch.zeros(0, 8, dtype=torch.long))
-    refused("empty", torch.zeros(0, dtype=torch.long))
-    refused(
-        ["splits 'train', 'test'", "data['train']"], datasets.DatasetDict({"train": empty, "test": empty}), tokenizer()
-    )
-
-
 # --- columns ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", ["dataset", "stream", "generator", "jsonl", "json", "parquet"])
 def test_unknown_columns_name_the_nearest(tmp_path, form):
@@ -129,20 +91,6 @@ def test_unknown_columns_name_the_nearest(tmp_path, form):
     refused("int where text or a list", forms[form], tokenizer(), column="number")
 
 
-def test_a_column_that_is_missing_further_on(tmp_path):
-    path = file(tmp_path, lines({"text": "w3"}, {"txt": "w4"}), "x.jsonl")
-    refused(["no column 'text'", "nearest: 'txt'"], path, tokenizer())
-
-
-def test_lines_that_are_no_objects(tmp_path):
-    refused(
-        ["x.jsonl", "line that begins at byte 15", "no JSON"],
-        file(tmp_path, '{"text": "w3"}\n{"te', "x.jsonl"),
-        tokenizer(),
-    )
-    refused(["holds int", "byte 15"], file(tmp_path, '{"text": "w3"}\n3\n', "x.jsonl"), tokenizer())
-
-
 # --- bytes ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 @pytest.mark.parametrize("before", [0, 7, 5_000, 3_000_000])
@@ -155,17 +103,13 @@ def test_bytes_that_are_no_utf_8(tmp_path, name, before):
 
 
 def test_bytes_behind_a_character_that_two_reads_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "PIECE", 16)
+    monkeypatch.setattr(files, "PIECE", 16)
     for before in range(14, 20):
         refused(f"byte {2 * before + 1} (0xff)", file(tmp_path, b"w" + "é".encode() * before + b"\xff"), tokenizer())
 
 
-def test_a_file_that_ends_within_a_character(tmp_path):
-    refused(["x.txt", "ends within a character, at byte 6"], file(tmp_path, b"w3 w4 \xc3"), tokenizer())
-
-
 def test_what_is_too_far_on_to_be_looked_at_first_is_found_on_the_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "CHECKED", 100)
+    monkeypatch.setattr(files, "CHECKED", 100)
     for name, good in (("x.txt", WORDS), ("x.jsonl", lines({"text": WORDS}) * 3)):
         path = file(tmp_path, good.encode() + b"\xff\n", name)
         with pytest.raises(DataError, match=rf"byte {len(good.encode())} \(0xff\)"):
@@ -218,10 +162,6 @@ def test_tokens_added_for_padding_may_lie_beyond_the_embedding(tmp_path):
     refused(["'w3 [PAD]", "token 61"], file(tmp_path, "w3 [PAD] " * 99), gpt2(), tokenizer=own)
 
 
-def test_words_that_a_tokenizer_cannot_write(tmp_path):
-    refused(["cannot write", "xylophone"], file(tmp_path, "a xylophone " * 9), tlpd.micro_gpt2_tokenizer())
-
-
 @pytest.mark.parametrize("form", ["rows", "line", "dataset", "stream", "joined"])
 def test_tokens_that_the_model_has_not(form):
     import datasets
@@ -267,49 +207,102 @@ def test_other_forms_with_tokens_that_the_model_has_not(form, tmp_path):
     assert (tmp_path / "run").exists() == (form == "function")
 
 
-# --- shapes and settings ------------------------------------------------------------------------------------------------------
-def test_rows_that_are_too_short(tmp_path):
+# --- a table of what is refused -----------------------------------------------------------------------------------------------
+def text(content, name="x.txt"):
+    return lambda folder: file(folder, content, name)
+
+
+def dataset(streamed=False, **columns):
+    def made(folder):
+        import datasets
+
+        found = datasets.Dataset.from_dict(columns)
+        return found.to_iterable_dataset() if streamed else found
+
+    return made
+
+
+def splits(folder):
     import datasets
 
-    refused(["fills no row", "7 tokens in all", "length="], file(tmp_path, "w3 w4 w5 w6 w7 w8"), tokenizer())
-    refused(["row of 6 tokens", "length=8"], torch.zeros(5, 6, dtype=torch.long))
-    refused(["has 7 tokens", "a row takes 8"], torch.zeros(7, dtype=torch.long))
-    data = datasets.Dataset.from_dict({"tokens": [[3] * 8, [3] * 5]})
-    for one in (data, data.to_iterable_dataset()):
-        refused(["row of 5 tokens", "length=8", "join=True"], one, batch_size=2)
+    empty = datasets.Dataset.from_dict({"text": []})
+    return datasets.DatasetDict({"train": empty, "test": empty})
 
 
-def test_fewer_rows_than_are_left_out_or_asked_for(tmp_path):
-    path = file(tmp_path, WORDS)
-    refused("behind the first 99 rows", path, tokenizer(), skip=99)
-    refused("skip=20 leaves none", torch.zeros(20, 8, dtype=torch.long), skip=20)
+def no_records(folder):
+    import datasets
+
+    return datasets.IterableDataset.from_generator(lambda: iter([]))
+
+
+def two_empty(folder):
+    (folder / "other").mkdir()
+    return [file(folder, b"", "x.txt"), file(folder / "other", b"", "x.txt")]
+
+
+WHOLE, TWENTY, SHORT = text(WORDS), torch.zeros(20, 8, dtype=torch.long), {"tokens": [[3] * 8, [3] * 5]}
+REFUSED = {
+    # what there is not
+    "no file": ("'missing.txt' is no file", "missing.txt", {}),
+    "no match": ("matches no file", lambda folder: str(folder / "*.jsonl"), {}),
+    "one is missing": ("no file", lambda folder: [file(folder, WORDS), folder / "missing.parquet"], {}),
+    "packed": ("is packed; unpack it", text(b"\x1f\x8b", "x.txt.gz"), {}),
+    "two kinds": ("one kind", lambda folder: [file(folder, WORDS), file(folder, "{}", "x.jsonl")], {}),
+    "text has no columns": ("no columns", WHOLE, {"column": "text"}),
+    "records have no separator": ("each record is a document", text(lines({"text": "w3"}), "x.jsonl"), {"separator": "\n"}),
+    "no parquet": ("cannot be read", text(b"no parquet", "x.parquet"), {}),
+    "empty text": (["x.txt", "is empty"], text(b""), {}), "empty lines": (["x.jsonl", "is empty"], text(b"", "x.jsonl"), {}),
+    "empty json": (["x.json", "is empty"], text(b"", "x.json"), {}), "two empty files": ("empty", two_empty, {}),
+    "empty parquet": (["x.parquet", "is empty"], text(b"", "x.parquet"), {}),
+    "blank lines": ("empty", text("\n\n", "x.jsonl"), {}), "blanks": ("fills no row", text(" \n \n"), {}),
+    "empty records": ("hold nothing", text(lines({"text": ""}, {"text": None}), "x.jsonl"), {}),
+    "empty dataset": ("is empty", dataset(text=[]), {}), "empty stream": ("is empty", no_records, {}),
+    "empty rows": ("empty", torch.zeros(0, 8, dtype=torch.long), {}),
+    "empty line": ("empty", torch.zeros(0, dtype=torch.long), {}),
+    "splits": (["splits 'train', 'test'", "data['train']"], splits, {}),
+    # columns and lines
+    "column missing further on": (
+        ["no column 'text'", "nearest: 'txt'"], text(lines({"text": "w3"}, {"txt": "w4"}), "x.jsonl"), {}
+    ),
+    "half a line": (["x.jsonl", "line that begins at byte 15", "no JSON"], text('{"text": "w3"}\n{"te', "x.jsonl"), {}),
+    "a number": (["holds int", "byte 15"], text('{"text": "w3"}\n3\n', "x.jsonl"), {}),
+    "half a character": (["x.txt", "ends within a character, at byte 6"], text(b"w3 w4 \xc3"), {}),
+    # tokenizers
+    "unknown words": (["cannot write", "xylophone"], text("a xylophone " * 9), {"tokenizer": tlpd.micro_gpt2_tokenizer()}),
+    "no tokenizer": (["x.txt is text", "tokenizer=..."], WHOLE, {"tokenizer": None}),
+    "a number as tokenizer": ("given int", WHOLE, {"tokenizer": 3}),
+    "no such mark": ("bos=True needs", text("a b"), {"tokenizer": whole_words(), "bos": True}),
+    "a name as model": ("Expected a model or a tokenizer, given str", WHOLE, {"model": "gpt2", "tokenizer": None}),
+    # shapes and settings
+    "too few words": (["fills no row", "7 tokens in all", "length="], text("w3 w4 w5 w6 w7 w8"), {}),
+    "short rows": (["row of 6 tokens", "length=8"], torch.zeros(5, 6, dtype=torch.long), {}),
+    "short line": (["has 7 tokens", "a row takes 8"], torch.zeros(7, dtype=torch.long), {}),
+    "short records": (["row of 5 tokens", "length=8", "join=True"], dataset(**SHORT), {"batch_size": 2}),
+    "short stream": (["row of 5 tokens", "length=8", "join=True"], dataset(True, **SHORT), {"batch_size": 2}),
+    "all left out": ("behind the first 99 rows", WHOLE, {"skip": 99}),
+    "all rows left out": ("skip=20 leaves none", TWENTY, {"skip": 20}),
+    "floats": ("torch.float32 [3, 4]", torch.zeros(3, 4), {}),
+    "a cube": ("[3, 4, 5]", torch.zeros(3, 4, 5, dtype=torch.long), {}),
+    "an int": ("given int", 3, {}), "a dict of rows": ("given dict", {"tokens": [[3]]}, {}),
+    "an iterator": ("one-time iterator", lambda folder: iter([{"text": "w3"}]), {}), "ints": ("holds int", [3, 4], {}),
+    "nested": ("torch.int64 [1, 1]", [{"text": [[3]]}], {}), "nothing": ("is empty", [], {}),
+    "words in a list": ("holds list where text", [{"text": ["w3"]}], {}),
+    "length 1 with a mark": ("at least 2 tokens", WHOLE, {"length": 1, "bos": True}),
+    "length 0": ("at least 1", WHOLE, {"length": 0}),
+    "shuffle": ("shuffle must be", WHOLE, {"shuffle": -1}), "batch_size": ("batch_size must be", WHOLE, {"batch_size": 0}),
+    "skip": ("skip must be", WHOLE, {"skip": -1}), "join": ("leave join out", WHOLE, {"join": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused(tmp_path, what):
+    words, data, arguments = REFUSED[what]
+    model = arguments.get("model", None)
+    given = {"tokenizer": None if isinstance(data, torch.Tensor) else tokenizer(), **arguments}
+    given.pop("model", None)
+    refused(words, data(tmp_path) if callable(data) else data, model, **given)
+
+
+def test_fewer_rows_than_are_asked_for(tmp_path):
     with pytest.raises(DataError, match="gives 26 rows, and 99 are needed"):
-        tlpd.token_batches(path, tokenizer(), length=8).first_rows(99)
-
-
-@pytest.mark.parametrize("data, words", [
-    (torch.zeros(3, 4), "torch.float32 [3, 4]"), (torch.zeros(3, 4, 5, dtype=torch.long), "[3, 4, 5]"), (3, "given int"),
-    ({"tokens": [[3]]}, "given dict"), (iter([{"text": "w3"}]), "one-time iterator"), ([3, 4], "holds int"),
-    ([{"text": [[3]]}], "torch.int64 [1, 1]"), ([], "is empty"), ([{"text": ["w3"]}], "holds list where text"),
-], ids=lambda given: given if isinstance(given, str) else type(given).__name__)  # fmt: skip
-def test_what_is_no_data(data, words):
-    refused(words, data, tokenizer())
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ({"length": 1, "bos": True}, "at least 2 tokens"), ({"length": 0}, "at least 1"), ({"shuffle": -1}, "shuffle must be"),
-    ({"batch_size": 0}, "batch_size must be"), ({"skip": -1}, "skip must be"),
-    ({"join": False}, "leave join out"), ({"tokenizer": 3}, "given int"),
-])  # fmt: skip
-def test_settings_that_make_no_sense(tmp_path, arguments, words):
-    refused(words, file(tmp_path, WORDS), arguments.pop("model", None), **({"tokenizer": tokenizer()} | arguments))
-
-
-def test_a_mark_that_the_tokenizer_has_not(tmp_path):
-    from ..support.task_tokenizers import whole_words
-
-    refused("bos=True needs", file(tmp_path, "a b"), whole_words(), bos=True)
-
-
-def test_a_model_that_is_neither_model_nor_tokenizer(tmp_path):
-    refused("Expected a model or a tokenizer, given str", file(tmp_path, WORDS), "gpt2")
+        tlpd.token_batches(file(tmp_path, WORDS), tokenizer(), length=8).first_rows(99)

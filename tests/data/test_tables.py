@@ -11,7 +11,7 @@ import tl_paramdecomp as tlpd
 from tests.data.texts import documents
 from tests.support.hosts import on_host
 from tests.support.models import gpt2, tokenizer
-from tl_paramdecomp.data.sources import batch_source
+from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import DataError
 
 pandas = pytest.importorskip("pandas")
@@ -155,7 +155,7 @@ def test_missing_texts_are_left_out_and_other_things_refused():
     for missing in (None, float("nan")):
         frame = pandas.DataFrame({"text": [texts[0], missing, texts[1]]})
         assert same(batch_source(frame, 1, 0, own, 3).batch(0), wanted)
-        assert same(tlpd.token_batches(frame, own, length=3, bos=True, shuffle=0).source(1).batch(0), wanted)
+        assert same(tlpd.token_batches(frame, own, length=3, shuffle=0).source(1).batch(0), wanted)
     with pytest.raises(DataError, match="holds int .* where text should be"):
         batch_source(pandas.Series(["w3", 5], dtype=object), 1, 0, own, 8).batch(0)
 
@@ -298,9 +298,9 @@ class Counting:
 def test_a_long_document_is_tokenised_piece_by_piece_and_once(form: str, tmp_path, monkeypatch):
     import datasets
 
-    from tl_paramdecomp.data import text_files
+    from tl_paramdecomp.data import files
 
-    monkeypatch.setattr(text_files, "PIECE", 1000)
+    monkeypatch.setattr(files, "PIECE", 1000)
     texts = [" ".join(f"w{(i * n) % 59}" for i in range(9000)) for n in (1, 7)]
     records = [{"text": text} for text in texts]
     path = tmp_path / "x.jsonl"
@@ -323,13 +323,13 @@ def test_a_long_document_is_tokenised_piece_by_piece_and_once(form: str, tmp_pat
 
 
 def test_pieces_end_with_a_line_a_word_or_where_they_are_full(monkeypatch):
-    from tl_paramdecomp.data import text_files
-    from tl_paramdecomp.data.cursors import items_of
-    from tl_paramdecomp.data.text import PieceCursor
 
-    monkeypatch.setattr(text_files, "PIECE", 10)
-    pieces = list(PieceCursor(items_of(["ab\ncd ef ghij kl", "x" * 25, "short"]).open(), lambda text: text))
-    assert [p if isinstance(p, str) else p.text for p in pieces] == [
+    from tl_paramdecomp.data import files
+    from tl_paramdecomp.data.documents import pieces_of
+
+    monkeypatch.setattr(files, "PIECE", 10)
+    pieces = [piece for text in ("ab\ncd ef ghij kl", "x" * 25, "short") for piece in pieces_of(text)]
+    assert [p.text for p in pieces] == [
         "ab\n", "cd ef", " ghij kl", "x" * 10, "x" * 10, "x" * 5, "short",
     ]  # fmt: skip
     assert [p.ends for p in pieces[:6]] == [False, False, True, False, False, True]

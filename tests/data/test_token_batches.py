@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.data import text_files
-from tl_paramdecomp.data.sources import batch_source
-from tl_paramdecomp.data.vocabulary import row_rules
+from tl_paramdecomp.data import files
+from tl_paramdecomp.data.rows import batch_source
+from tl_paramdecomp.data.tokenizer import row_tokenizer
 from tl_paramdecomp.errors import DataError, SettingError
 
 from ..support.hosts import assets
@@ -231,7 +231,7 @@ def test_neighbours_stay_neighbours(forms):
 @pytest.mark.parametrize("separator", [None, "<|>"])
 def test_a_long_document_comes_in_pieces(tmp_path, monkeypatch, separator):
     """Cut at line ends, its lines are the same tokens; the end token comes once."""
-    monkeypatch.setattr(text_files, "PIECE", 200)
+    monkeypatch.setattr(files, "PIECE", 200)
     texts = [text.replace(" w7", "\nw7") for text in documents(20)]
     long = ["\n".join(texts), texts[3], "\n".join(texts[5:])]
     path = tmp_path / "long.txt"
@@ -243,10 +243,10 @@ def test_a_long_document_comes_in_pieces(tmp_path, monkeypatch, separator):
 
 
 def test_pieces_end_with_whole_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "PIECE", 16)
+    monkeypatch.setattr(files, "PIECE", 16)
     text = "añ漢😀" * 37 + "end"
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
-    pieces = list(text_files.TextFiles([tmp_path / "x.txt"]).open())
+    pieces = list(files.TextFiles([tmp_path / "x.txt"]))
     assert "".join(piece.text for piece in pieces) == text and len(pieces) > 10
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
@@ -254,7 +254,7 @@ def test_pieces_end_with_whole_characters(tmp_path, monkeypatch):
 
 def test_line_ends_of_any_kind_are_one(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"w3\r\nw4\rw5\nw6")
-    assert next(text_files.TextFiles([tmp_path / "x.txt"]).open()).text == "w3\nw4\nw5\nw6"
+    assert next(iter(files.TextFiles([tmp_path / "x.txt"]))).text == "w3\nw4\nw5\nw6"
 
 
 class Bytes:
@@ -271,7 +271,7 @@ def test_memory_stays_flat(tmp_path, monkeypatch, form):
     """Over a file many times as long as the pieces and windows of it that are held at once."""
     import datasets
 
-    monkeypatch.setattr(text_files, "PIECE", 1 << 14)
+    monkeypatch.setattr(files, "PIECE", 1 << 14)
     texts = documents(4000)
     if form == "text":
         path = tmp_path / "long.txt"
@@ -355,8 +355,8 @@ def test_rules_of_an_adapter_are_those_of_its_model():
     from tl_paramdecomp.adapters import adapt
 
     model = gpt2()
-    assert row_rules(adapt(model), tokenizer()).n_vocab == row_rules(model, tokenizer()).n_vocab == 61
-    assert row_rules(torch.nn.Sequential(torch.nn.Linear(3, 3))).n_vocab is None
+    assert row_tokenizer(adapt(model), tokenizer()).n_vocab == row_tokenizer(model, tokenizer()).n_vocab == 61
+    assert row_tokenizer(torch.nn.Sequential(torch.nn.Linear(3, 3))).n_vocab is None
 
 
 def test_data_without_a_model_waits_for_one(forms):

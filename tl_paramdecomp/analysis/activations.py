@@ -102,7 +102,8 @@ def _inputs(
     model: Any, decomposition: Decomposition, tokens: Tensor, attention_mask: Tensor | None
 ) -> dict[str, Tensor]:
     check_rows(tokens, attention_mask)
-    return checked_adapter(model, decomposition).capture(tokens, list(decomposition), attention_mask).inputs
+    adapter = checked_adapter(model, decomposition, tokens, attention_mask)
+    return adapter.capture(tokens, list(decomposition), attention_mask).inputs
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from tl_paramdecomp.adapters.lens import LensAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.data.prompt_tokens import context_of
+from tl_paramdecomp.data.tokenizer import context_of
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import KL
 from tl_paramdecomp.methods.step import KL_NEEDS

@@ -219,7 +219,7 @@ def evaluate(
     check_device(device)
     loaded = Decomposition.load(decomposition, device)
     opened = open_model(model, host, device)
-    found_rows = open_rows(model, opened, text, dataset, length)
+    found_rows = open_rows(model, opened, text, dataset, length, decomposition=loaded)
     found = measure(
         opened, loaded, found_rows.held_out[:rows].to(device), importances=None if oracle is None else Oracle(oracle),
         untrained=start_of(opened, loaded, found_rows.train) if untrained else None,

@@ -84,7 +84,7 @@ def patch(
     )
     _check_patch(bool(edits), sweep, head is not None or generate is not None, (sites, value, direction))
     opened, loaded = _opened(model, decomposition, host, device, out)
-    asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split)
+    asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split, loaded)
     if sweep:
         found = run_sweep(asked, loaded, value, top or 10, sites=sites, direction=direction, positions=position)
     else:
@@ -136,7 +136,7 @@ def attribute(
     from tl_paramdecomp.cli.causal_runs import Question, run_attribute
 
     opened, loaded = _opened(model, decomposition, host, device, out)
-    asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split)
+    asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split, loaded)
     _deliver(run_attribute(asked, loaded, method, direction, sites, by_position, graph, top), as_json, out)
 
 
@@ -162,7 +162,7 @@ def circuit(
     from tl_paramdecomp.cli.causal_runs import Question, run_circuit
 
     opened, loaded = _opened(model, decomposition, host, device, out)
-    asked = Question(opened, task=task, prompts=prompts, seed=seed)
+    asked = Question(opened, task=task, prompts=prompts, seed=seed, decomposition=loaded)
     settings: dict[str, Any] = {"method": method, "stochastic": stochastic or None, "value": value, "delta": delta}
     _deliver(run_circuit(asked, loaded, faithfulness, **settings), as_json, out)
 

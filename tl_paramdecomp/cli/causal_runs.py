@@ -27,7 +27,7 @@ from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.cli.edits import Edits, Rows
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import replace_text
-from tl_paramdecomp.data.prompt_tokens import prompt_tokenizer
+from tl_paramdecomp.data.tokenizer import prompt_tokenizer
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.patching.act_patches import patched_acts
 from tl_paramdecomp.report.tables import members_table, next_token_table, score_table
@@ -57,6 +57,8 @@ class Question:
     prompts: int = 64
     seed: int = 0
     split: str | None = None
+    decomposition: Any = None
+    """Prompts begin as the rows did that it was made on."""
 
     def __post_init__(self) -> None:
         if self.prompt is None and self.task is None:
@@ -75,13 +77,13 @@ class Question:
         """The prompt as a task of its own."""
         if self.prompt is None:
             return None
-        return prompt_task(self.prompt, self.model, self.answers, self.wrong, self.corrupt_prompt)
+        return prompt_task(self.prompt, self.model, self.answers, self.wrong, self.corrupt_prompt, self.decomposition)
 
     def named_task(self) -> tuple[Task, str] | None:
         """The task, and in words what it is."""
         if self.task is None:
             return None
-        task, whence = task_named(self.task, self.model, self.prompts, self.seed, self.split)
+        task, whence = task_named(self.task, self.model, self.prompts, self.seed, self.split, self.decomposition)
         return task, task_in_words(task, whence)
 
     def only(self) -> tuple[Task, str]:
@@ -252,7 +254,9 @@ def run_attribute(
 def run_circuit(asked: Question, decomposition: Decomposition, faithfulness: float, **settings: Any) -> Found:
     """A task's circuit, searched and measured on different prompts. Settings and errors as `find_circuit`'s."""
     assert asked.task is not None
-    task, held_out, (searched, measured) = search_and_test(asked.task, asked.model, asked.prompts, asked.seed)
+    task, held_out, (searched, measured) = search_and_test(
+        asked.task, asked.model, asked.prompts, asked.seed, decomposition
+    )
     made = find_circuit(
         asked.model, decomposition, task, faithfulness=faithfulness, held_out=held_out, seed=asked.seed, **settings
     )

@@ -38,6 +38,7 @@ def open_rows(
     bos: bool | Literal["auto"] = "auto",
     shuffle: int = 1000,
     seed: int | None = None,
+    decomposition: Any = None,
 ) -> Rows:
     """Rows as the options ask: the first 32 are held out, the others are to train on.
 
@@ -55,6 +56,7 @@ def open_rows(
         bos: Whether each row begins with the beginning-of-sequence token; auto: as the model was trained.
         shuffle: Rows that are shuffled with each other; 0: as they come.
         seed: Their order; None: the run's.
+        decomposition: Rows begin as those did that it was made on.
 
     Raises:
         DataError: No source was named, it cannot be read, or it gives too few rows.
@@ -74,7 +76,7 @@ def open_rows(
         source = paths[0] if isinstance(text, str | Path) else paths
     train = token_batches(
         source, model, length=length, column=column, name=config, split=split, separator=separator, join=join, bos=bos,
-        shuffle=shuffle, seed=seed, skip=HELD_OUT,
+        shuffle=shuffle, seed=seed, skip=HELD_OUT, decomposition=decomposition,
     )  # fmt: skip
     first = train.first_rows(2 * HELD_OUT)
     if first.attention_mask is not None:

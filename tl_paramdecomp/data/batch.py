@@ -1,19 +1,19 @@
-"""The rows of one step, and how tensors are made of what users have."""
+"""The rows of one step, and how they are parsed of what users have."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_paramdecomp.errors import DataError
 from tl_paramdecomp.sites import check_dense
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 """Names that token rows have beside an attention mask."""
-
-
 SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
 """Number types in which tokens are stored, and which no embedding takes."""
 
@@ -27,24 +27,17 @@ class Batch(NamedTuple):
     """1 where a position counts, 0 at padding; None where all count."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> "Batch":
-        """Rows of a dict with `tokens` or `input_ids`, and perhaps an `attention_mask`, such as tokenizers give.
+    def of(cls, item: Any) -> "Batch":
+        """Rows of a tensor or array, a pair of them and their attention mask, or a dict such as tokenizers give.
 
         Raises:
             DataError: It holds no such rows, or a mask of another shape.
         """
-        column = next((c for c in TOKEN_COLUMNS if c in fields), None)
-        if column is None:
-            raise DataError(f"A batch needs 'tokens' or 'input_ids'; given {sorted(map(str, fields))}.")
-        tokens, mask = as_tensor(fields[column], repr(column)), fields.get("attention_mask")
-        mask = None if mask is None else as_tensor(mask, "'attention_mask'")
-        if tokens.ndim < 2:
-            raise DataError(f"A batch of token rows is [batch, pos]; given {list(tokens.shape)} as {column!r}.")
-        if mask is not None and mask.shape != tokens.shape[:2]:
-            raise DataError(
-                f"The attention mask is {list(mask.shape)}, and the rows beside it, {column!r}, {list(tokens.shape)}."
-            )
-        return cls(tokens, mask)
+        found, column = _parsed(item)
+        if found.tokens.ndim < 2:
+            told = "" if column is None else f" as {column!r}"
+            raise DataError(f"A batch of token rows is [batch, pos]; given {list(found.tokens.shape)}{told}.")
+        return found
 
     def rows(self, some: slice) -> "Batch":
         """Some of the rows."""
@@ -54,6 +47,68 @@ class Batch(NamedTuple):
         """The batch on another device."""
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
         return Batch(self.tokens.to(device), mask)
+
+
+class Row(NamedTuple):
+    """One row, and what of it counts."""
+
+    tokens: Shaped[Tensor, " ..."]
+    attention_mask: Int[Tensor, " pos"] | None
+
+
+def row_or_batch(item: Any) -> "Row | Batch":
+    """An item of data as the row or the batch that it is.
+
+    Raises:
+        DataError: It is neither.
+    """
+    found, _ = _parsed(item)
+    if not found.tokens.ndim:
+        raise DataError(f"A batch of token rows is [batch, pos]; given {list(found.tokens.shape)}.")
+    return Row(*found) if found.tokens.ndim == 1 else found
+
+
+def _parsed(item: Any) -> tuple[Batch, str | None]:
+    """Tokens and attention mask of an item, and the column where the tokens were."""
+    if isinstance(item, Batch | Row):
+        return Batch(*item), None
+    column, tokens, mask = None, item, None
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        tokens, mask = item[0], item[1] if len(item) > 1 else None
+    elif isinstance(item, Mapping):
+        column = next((c for c in TOKEN_COLUMNS if c in item), None)
+        if column is None:
+            raise DataError(f"A batch needs 'tokens' or 'input_ids'; given {sorted(map(str, item))}.")
+        tokens, mask = item[column], item.get("attention_mask")
+    tokens = as_tensor(tokens, "A batch" if column is None else repr(column))
+    if mask is not None:
+        mask = as_tensor(mask, "'attention_mask'")
+        if mask.shape != tokens.shape[: min(2, max(1, tokens.ndim))]:
+            raise DataError(
+                f"The attention mask is {list(mask.shape)}, and the rows beside it, {column or 'tokens'!r}, "
+                f"{list(tokens.shape)}."
+            )
+    return Batch(tokens, mask), column
+
+
+def stack_rows(rows: Iterable[Row]) -> Batch:
+    """One batch from rows; rows of unequal length are padded on the right, and the padding does not count."""
+    tokens, masks = [], []
+    for row in rows:
+        tokens.append(row.tokens)
+        mask = row.attention_mask
+        masks.append(torch.ones(len(row.tokens), dtype=torch.long) if mask is None else mask)
+    padded, mask = (pad_sequence(part, batch_first=True) for part in (tokens, masks))
+    return Batch(padded, None if bool(mask.all()) else mask)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch from several, all padded on the right to the longest."""
+    return stack_rows(
+        Row(row, None if batch.attention_mask is None else batch.attention_mask[i])
+        for batch in batches
+        for i, row in enumerate(batch.tokens)
+    )
 
 
 def as_tensor(values: Any, what: str) -> Tensor:
@@ -73,3 +128,18 @@ def as_tensor(values: Any, what: str) -> Tensor:
             f"{what} holds {type(values).__name__} that is no array of numbers ({error}); give token rows of equal length, or "
             "rows one by one, which are padded."
         ) from error
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """What a tensor holds, for digests."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def digest_of_rows(rows: Any, most: int = 256, every: bool = False) -> str:
+    """A hash of evenly spaced rows, and of the shape: cheap, also for rows that fill the memory; `every`: cheap to pick."""
+    picked = sorted({round(i * (len(rows) - 1) / max(1, most - 1)) for i in range(most)})
+    found = hashlib.sha256(f"{getattr(rows, 'dtype', None)} {list(getattr(rows, 'shape', ()))}".encode())
+    for i in picked if every or isinstance(rows, Tensor) else picked[:1] + picked[-1:]:
+        row = rows[i]
+        found.update(bytes_of(row) if isinstance(row, Tensor) else repr(row).encode())
+    return found.hexdigest()[:16]

@@ -10,20 +10,20 @@ What can be wrong is found before a run begins: here, or by the source's `check`
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tl_paramdecomp.adapters.limits import Limits
-from tl_paramdecomp.data.batch import TOKEN_COLUMNS, Batch
-from tl_paramdecomp.data.cursors import Cursor, Items, ListItems, Place
-from tl_paramdecomp.data.openings import Opened, opened
-from tl_paramdecomp.data.sources import BatchMaker, BatchSource, RowSource
-from tl_paramdecomp.data.text import Encoder, JoinedRows, given_tokens, no_tokenizer
-from tl_paramdecomp.data.vocabulary import RowRules, refuse_other_tokenizer, row_rules
-from tl_paramdecomp.data.windows import WindowSource
+from tl_paramdecomp.data.batch import TOKEN_COLUMNS, Batch, Row
+from tl_paramdecomp.data.documents import Encoder, JoinedRows, given_tokens, no_tokenizer
+from tl_paramdecomp.data.open_data import Opened, opened
+from tl_paramdecomp.data.sources import BatchMaker, BatchSource, RowSource, StreamSource
+from tl_paramdecomp.data.streams import Items, ListItems, Place
+from tl_paramdecomp.data.tokenizer import RowTokenizer, refuse_other_tokenizer, row_tokenizer
 from tl_paramdecomp.errors import DataError, SettingError
 
 
@@ -45,6 +45,7 @@ def token_batches(
     seed: int | None = None,
     skip: int = 0,
     vocab_size: int | None = None,
+    decomposition: Any = None,
 ) -> "TokenBatches":
     """Rows of tokens for `decompose`, `evaluate` and `tune_along`, from text or tokens wherever they are.
 
@@ -67,13 +68,15 @@ def token_batches(
             document is dropped then. None: a file is one document.
         join: Whether documents are joined by the end token and cut into rows. None: texts and [tokens] are; rows of tokens
             are rows already, of which the first `length` tokens are taken.
-        bos: Whether each row begins with the beginning-of-sequence token. `auto`: as the model was trained, see
-            `training.data.vocabulary.row_rules`; rows of tokens are left as they are.
+        bos: Whether each row begins with the beginning-of-sequence token. `auto`: as the rows did that the decomposition was
+            made on, else as the host has it, else as the tokenizer does; see `data.tokenizer`. Rows of tokens are left as
+            they are.
         shuffle: Rows of a stream that are shuffled with each other; rows that can be picked by number are shuffled all
             together. 0: as they come.
         seed: Order of the rows. None: as `decompose` is given it.
         skip: Rows left out at the beginning, such as those that `first_rows` gives to measure on.
         vocab_size: Tokens that the model embeds. None: as the model says.
+        decomposition: Whose rows these are to be like.
 
     Returns:
         Batches that can be used any number of times, each use from the beginning.
@@ -88,11 +91,15 @@ def token_batches(
             raise SettingError(f"{what} must be at least {least}; given {number}.")
     found = opened(data, name, split, streaming, separator, column)
     known = model is not None or tokenizer is not None
-    rules = row_rules(model, tokenizer, bos, vocab_size) if known else None
-    made = TokenBatches(found, rules, length, batch_size, join, bos, shuffle, seed, skip, vocab_size)
+    rules = row_tokenizer(model, tokenizer, bos, vocab_size, decomposition) if known else None
+    made = TokenBatches(found, rules, length, batch_size, join, bos, shuffle, seed, skip, vocab_size, decomposition)
     if known:
         made.source()
     return made
+
+
+UNSHUFFLED = 64
+"""Rows of a window where the order stays as it is."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,7 +107,7 @@ class TokenBatches(BatchMaker):
     """Rows of tokens that can be read any number of times; `token_batches` makes them."""
 
     data: Opened
-    rules: RowRules | None
+    rules: RowTokenizer | None
     """None: as the model says that reads them."""
     length: int | None
     batch_size: int
@@ -110,19 +117,21 @@ class TokenBatches(BatchMaker):
     seed: int | None
     skip: int
     vocab_size: int | None
-    _used: list[BatchSource] = field(default_factory=list)
+    decomposition: Any = None
 
     def source(
-        self, batch_size: int | None = None, seed: int = 0, model: Any = None, tokenizer: Any = None, together: int = 1
-    ) -> RowSource | WindowSource:
+        self, batch_size: int | None = None, seed: int = 0, model: Any = None, tokenizer: Any = None, together: int = 1,
+        decomposition: Any = None, shuffled: bool = True,
+    ) -> BatchSource:  # fmt: skip
         """A new source that stands at the beginning; see `BatchMaker.source`.
 
         Raises:
             DataError, SettingError: As `token_batches`, where only the model could tell.
         """
-        rules = self._rules_for(model, tokenizer)
+        rules = self._rules_for(model, tokenizer, decomposition)
         size = self.batch_size if batch_size is None else batch_size
-        return self._source(rules, size, seed if self.seed is None else self.seed, self.shuffle, self.skip, together)
+        seed = seed if self.seed is None else self.seed
+        return self._source(rules, size, seed, self.shuffle if shuffled else 0, self.skip, together)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of the data read once, from the beginning; the last may be smaller."""
@@ -175,23 +184,21 @@ class TokenBatches(BatchMaker):
         told = ", ".join(f"{key}={value!r}" for key, value in self.info.items() if key not in ("form", "data"))
         return f"TokenBatches({self.data.name}, {told})"
 
-    @property
+    @cached_property
     def _own(self) -> BatchSource:
-        if not self._used:
-            self._used.append(self.source())
-        return self._used[0]
+        return self.source()
 
-    def _rules_for(self, model: Any = None, tokenizer: Any = None) -> RowRules:
+    def _rules_for(self, model: Any = None, tokenizer: Any = None, decomposition: Any = None) -> RowTokenizer:
         """The rules that were known when this was made, or the reader's; and in any case the reader's own vocabulary."""
         if self.rules is None:
-            return row_rules(model, tokenizer, self.bos, self.vocab_size)
+            dec = decomposition if self.decomposition is None else self.decomposition
+            return row_tokenizer(model, tokenizer, self.bos, self.vocab_size, dec)
         if model is None:
             return self.rules
-        reader = row_rules(model, self.rules.tokenizer, False, self.vocab_size)
+        reader = row_tokenizer(model, self.rules.tokenizer, False, self.vocab_size)
         n_vocab = self.rules.n_vocab if reader.n_vocab is None else reader.n_vocab
         rules = dataclasses.replace(
             self.rules,
-            n_vocab=n_vocab,
             n_ctx=self.rules.n_ctx if reader.n_ctx is None else reader.n_ctx,
             limits=dataclasses.replace(reader.limits, vocabulary=n_vocab),
         )
@@ -199,75 +206,68 @@ class TokenBatches(BatchMaker):
         return rules
 
     def _source(
-        self, rules: RowRules, batch_size: int, seed: int, shuffle: int, skip: int, together: int
-    ) -> RowSource | WindowSource:
-        joined = self.joined
+        self, rules: RowTokenizer, batch_size: int, seed: int, shuffle: int, skip: int, together: int
+    ) -> BatchSource:
+        data = self.data
+        joined = data.is_text or data.is_vector or bool(self.join)  # documents, which are cut into rows
         if self.join is False and joined:
-            raise SettingError(f"{self.data.name} has no rows of its own: join=False would leave none; leave join out.")
-        if self.data.is_text and rules.tokenizer is None:
-            raise no_tokenizer(self.data.name)
+            raise SettingError(f"{data.name} has no rows of its own: join=False would leave none; leave join out.")
+        if data.is_text and rules.tokenizer is None:
+            raise no_tokenizer(data.name)
         if not joined and self.bos != True:  # noqa: E712
             rules = dataclasses.replace(rules, bos=None, why="rows of tokens are taken as they are")
         length = rules.length(self.length) if joined or self.length is not None else None
         info = {
-            "form": "token_batches", "data": self.data.describe(), "column": self.data.column, "length": length,
-            "joined": joined, **rules.describe(), "shuffle": shuffle, "seed": seed, "skip": skip, "batch_size": batch_size,
+            "form": "token_batches", "data": data.describe(), "column": data.column, "length": length, "joined": joined,
+            **rules.describe(), "shuffle": shuffle, "seed": seed, "skip": skip, "batch_size": batch_size,
         }  # fmt: skip
-        rows = self._rows(rules, length)
-        if isinstance(rows, Items):
-            return WindowSource(rows, batch_size, seed, shuffle, skip, together, info, rules.limits)
-        if skip >= len(rows):
-            raise DataError(f"{self.data.name} has {len(rows)} rows, and skip={skip} leaves none of them.")
-        kept = NumberedRows(rows.items, rows.read, rows.first + skip, len(rows) - skip)
-        return RowSource(
-            kept, batch_size, seed, together=together, shuffled=shuffle > 0, limits=rules.limits, info=info, first=skip
+        records = data.items
+        if isinstance(records, Tensor):
+            Limits(rules.n_vocab).refuse(records if records.ndim == 2 else records.unsqueeze(0), data.name)
+        if data.is_vector and isinstance(records, Tensor):
+            records, joined = self._cut(records, rules, length or 0), False
+        read = RowReader(rules, None if data.is_vector else data.column, length, data.name)
+        numbered = records if isinstance(records, Tensor) else data.by_number
+        if not joined and numbered is not None:
+            if skip >= len(numbered):
+                raise DataError(f"{data.name} has {len(numbered)} rows, and skip={skip} leaves none of them.")
+            if isinstance(records, Tensor):
+                read(records[0])
+            rows = NumberedRows(numbered, read, skip)
+            return RowSource(rows, batch_size, seed, None, together, shuffle > 0, rules.limits, info, skip)
+        items = ListItems(records) if isinstance(records, Tensor) else records
+        writer = rules if joined else None
+        stream = (
+            JoinedRows(items, Encoder(rules, data.column, data.name), length or 0) if joined else ReadRows(items, read)
         )
+        window = shuffle or UNSHUFFLED
+        return StreamSource(stream, batch_size, seed, window, shuffle > 0, skip, together, info, rules.limits, writer)
 
-    def _rows(self, rules: RowRules, length: int | None) -> "Items | NumberedRows":
-        """Rows as the rules say, picked by number where they can be."""
-        data, items = self.data, self.data.items
-        if isinstance(items, Tensor):
-            rows = items if items.ndim == 2 else items.unsqueeze(0)
-            Limits(rules.n_vocab).refuse(rows, data.name)
-        if isinstance(items, Tensor) and data.is_vector:
-            assert length is not None
-            body = length - len(rules.start)
-            if len(items) < body:
-                raise DataError(
-                    f"{data.name} has {len(items)} tokens, and a row takes {body}; give more, or a smaller length."
-                )
-            parts = items[: len(items) // body * body].view(-1, body)
-            return NumberedRows(parts, RowReader(rules, None, length, data.name))
-        if self.joined:
-            documents = ListItems(items) if isinstance(items, Tensor) else items
-            return JoinedRows(documents, Encoder(rules, data.column, data.name), length or 0, rules.start)
-        reader = RowReader(rules, data.column, length, data.name)
-        if isinstance(items, Tensor):
-            reader(items[0])
-            return NumberedRows(items, reader)
-        return ReadRows(items, reader) if data.by_number is None else NumberedRows(data.by_number, reader)
-
-    @property
-    def joined(self) -> bool:
-        """Whether documents are joined and cut into rows."""
-        return self.data.is_text or self.data.is_vector or bool(self.join)
+    def _cut(self, tokens: Tensor, rules: RowTokenizer, length: int) -> Tensor:
+        """Rows of one long line of tokens."""
+        body = length - len(rules.start)
+        if len(tokens) < body:
+            raise DataError(
+                f"{self.data.name} has {len(tokens)} tokens, and a row takes {body}; give more, or a smaller length."
+            )
+        return tokens[: len(tokens) // body * body].view(-1, body)
 
 
 @dataclass(frozen=True)
 class RowReader:
     """From a record of token ids, or the ids themselves, to a row."""
 
-    rules: RowRules
+    rules: RowTokenizer
     column: str | None
     length: int | None
     """Tokens of a row; None: as many as there are."""
     source: str
     """What the records are, for messages."""
 
-    def __call__(self, item: Any) -> Any:
-        """The row; with `attention_mask`, where the record has one."""
+    def __call__(self, item: Any) -> Row:
+        """The row, with the record's attention mask, where it has one."""
         tokens = given_tokens(Encoder(self.rules, self.column, self.source).value(item), self.source)
-        start = self.rules.start if not len(tokens) or self.rules.start != tokens[:1].tolist() else []
+        start = () if len(tokens) and self.rules.start == (int(tokens[0]),) else self.rules.start
         row = torch.cat([torch.tensor(start, dtype=torch.long), tokens])
         if len(row) < (self.length or 1):
             raise DataError(
@@ -275,23 +275,23 @@ class RowReader:
                 "join=True to join rows and cut them anew."
             )
         mask = item.get("attention_mask") if isinstance(item, Mapping) and self.column in TOKEN_COLUMNS else None
-        if mask is None:
-            return row[: self.length]
-        mask = torch.cat([torch.ones(len(start), dtype=torch.long), torch.as_tensor(mask).long()])
-        return {"tokens": row[: self.length], "attention_mask": mask[: self.length]}
+        if mask is not None:
+            mask = torch.cat([torch.ones(len(start), dtype=torch.long), torch.as_tensor(mask).long()])[: self.length]
+        return Row(row[: self.length], mask)
 
 
+@dataclass(frozen=True)
 class NumberedRows:
-    """Rows of records that can be picked by number."""
+    """Rows of records that can be picked by number, from one of them on."""
 
-    def __init__(self, items: Any, read: RowReader, first: int = 0, n: int | None = None) -> None:
-        self.items, self.read, self.first = items, read, first
-        self._n = len(items) if n is None else n
+    items: Any
+    read: RowReader
+    first: int
 
     def __len__(self) -> int:
-        return self._n
+        return len(self.items) - self.first
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> Row:
         return self.read(self.items[self.first + i])
 
 
@@ -300,22 +300,7 @@ class ReadRows(Items):
     """Rows of records that come one after another."""
 
     records: Items
-    read: RowReader
+    row_of: RowReader
 
-    def open(self) -> Cursor:
-        """A new pass from the first record on."""
-        return _RowCursor(self.records.open(), self.read)
-
-
-class _RowCursor(Cursor):
-    def __init__(self, records: Cursor, read: RowReader) -> None:
-        self._records, self._read = records, read
-
-    def __next__(self) -> Any:
-        return self._read(next(self._records))
-
-    def place(self) -> Place:
-        return self._records.place()
-
-    def go_to(self, place: Mapping[str, Any], reread: bool = False) -> None:
-        self._records.go_to(place, reread)
+    def read(self, place: Mapping[str, Any] | None = None, reread: bool = False) -> Iterator[tuple[Row, Place]]:
+        return ((self.row_of(item), after) for item, after in self.records.read(place, reread))

@@ -25,14 +25,15 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.analysis.evaluation.comparison import Comparison, Row
-from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate, rows_to_measure
+from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate
 from tl_paramdecomp.analysis.evaluation.matching import active_components, matched_cosines, split_share
 from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import read_json, replace_text, writing
 from tl_paramdecomp.components.files import METADATA
-from tl_paramdecomp.data.sources import digest_of_rows
+from tl_paramdecomp.data.batch import bytes_of, digest_of_rows
+from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tables import Table, as_known
 from tl_paramdecomp.data.token_batches import TokenBatches
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
@@ -117,7 +118,7 @@ def compare(
         DataError, NoMatchingSiteError, UnsupportedModelError, DivergedError: As `decompose`.
         DecompositionFileError: A file in the folder cannot be read or written.
     """
-    rows = rows_to_measure(held_out, attention_mask)
+    rows = rows_to_measure(held_out, attention_mask, model=model)
     folder = None if run_dir is None else Path(run_dir)
     with tqdm(desc="compare", disable=not progress, unit="run") as bar:
         return _Run(model, dict(methods), protocol, data, *rows, folder, bar).all()
@@ -383,12 +384,11 @@ def _digest(data: Any) -> str | None:
         return None
     if isinstance(data, Tensor):
         check_dense(data, "The data")
-        raw = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + raw).hexdigest()[:16]
+        return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + bytes_of(data)).hexdigest()[:16]
     if isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):
         return hashlib.sha256(" ".join(str(_digest(part)) for part in data).encode()).hexdigest()[:16]
     if isinstance(data := as_known(data), Table):
-        return digest_of_rows(data, len(data))
+        return digest_of_rows(data, len(data), every=True)
     if isinstance(data, Mapping):
         return hashlib.sha256(" ".join(f"{key} {_digest(data[key])}" for key in sorted(data)).encode()).hexdigest()[:16]
     if isinstance(data, TokenBatches):

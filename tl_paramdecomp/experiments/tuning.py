@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.data.sources import batch_source
+from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import DataError, DivergedError, SettingError
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
@@ -69,7 +69,7 @@ def tune_along(
         raise SettingError(f"Give at least one subnetwork, each once; given {chosen}.")
     if steps < 1 or lr <= 0:
         raise SettingError(f"steps and lr must be positive; given {steps} and {lr}.")
-    source = batch_source(data, batch_size, seed, getattr(model, "tokenizer", None), model=adapter)
+    source = batch_source(data, batch_size, seed, model=adapter, decomposition=decomposition)
     source.check()
     dtype = next(decomposition.parameters()).dtype
     deltas = {k: torch.zeros((), dtype=dtype, device=adapter.device, requires_grad=True) for k in chosen}

@@ -59,7 +59,7 @@ def importance_masks(
     if kind not in get_args(MaskKind):
         raise SettingError(f"Mask kind {kind!r} is none of {', '.join(get_args(MaskKind))}.")
     check_rows(tokens, attention_mask)
-    adapter = checked_adapter(model, decomposition)
+    adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     masks = decomposition.masks()
     if kind in ("zero", "unmasked", "random"):

@@ -1,6 +1,5 @@
 """What to put in a component's place: mean activations over many rows, and what the delta component writes elsewhere."""
 
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,18 +7,17 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.data.rows import batches_of
+from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DataError, ShapeError
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
-
-Rows = Tensor | tuple[Tensor, Tensor | None]
-"""One batch of token rows, perhaps with its attention mask."""
 
 
 def activation_means(
     model: Any,
     decomposition: Decomposition,
-    tokens: Tensor | Iterable[Rows],
+    tokens: Any,
     by_position: bool = False,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     rows_at_once: int = 64,
@@ -29,7 +27,8 @@ def activation_means(
     Args:
         model: The target, on any host.
         decomposition: Made from its weights.
-        tokens: Token rows [rows, pos], or batches of them (each perhaps with its attention mask, as a pair).
+        tokens: Token rows [rows, pos], batches of them (each perhaps with its attention mask, as a pair), or rows in any
+            other form that `decompose` takes.
         by_position: A mean for each position [pos, C], over rows of one length; otherwise over all positions [C].
         attention_mask: Of one tensor of rows: 1 where a position counts.
         rows_at_once: Rows of one forward pass, where `tokens` is one tensor.
@@ -43,8 +42,10 @@ def activation_means(
     adapter = checked_adapter(model, decomposition)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    for rows, mask in _batches(tokens, attention_mask, rows_at_once):
+    for rows, mask in batches_of(tokens, rows_at_once, attention_mask, model=adapter, decomposition=decomposition):
         check_rows(rows, mask)
+        if not sums:
+            warn_of_other_start(decomposition, rows, mask)
         with torch.no_grad():
             inputs = adapter.capture(rows, list(decomposition), mask).inputs
             for name, x in inputs.items():
@@ -87,18 +88,6 @@ def delta_writes(
             is_lookup = components.site.kind == "embedding"
             found[name] = nn.functional.embedding(x, rest) if is_lookup else x.to(wide) @ rest
     return found
-
-
-def _batches(tokens: Any, attention_mask: Tensor | None, rows_at_once: int) -> Iterator[tuple[Any, Tensor | None]]:
-    if isinstance(tokens, Tensor):
-        check_rows(tokens, attention_mask)
-        masks = [None] * len(tokens) if attention_mask is None else attention_mask.split(rows_at_once)
-        yield from zip(tokens.split(rows_at_once) if len(tokens) else (), masks)
-        return
-    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable):
-        raise DataError(f"Means are over token rows [rows, pos], or batches of them; given {type(tokens).__name__}.")
-    for item in tokens:
-        yield item if isinstance(item, tuple) else (item, None)
 
 
 def _totals(

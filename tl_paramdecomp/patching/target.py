@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.fingerprint import centring_differs, differs
 from tl_paramdecomp.adapters.identity import behind, is_identity
 from tl_paramdecomp.adapters.wiring import read_parameter
 from tl_paramdecomp.components.saved import Saved
+from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DeviceError, TargetMismatchError
 from tl_paramdecomp.patching.claims import edited_sites
 
@@ -21,10 +24,13 @@ def check_target(model: Any, decomposition: Saved) -> None:
     _compare(adapt(model), decomposition, fresh=True)
 
 
-def checked_adapter(model: Any, decomposition: Saved) -> ModelAdapter:
+def checked_adapter(
+    model: Any, decomposition: Saved, tokens: Tensor | None = None, attention_mask: Tensor | None = None
+) -> ModelAdapter:
     """The adapter of the decomposition's own target, its weights compared by remembered fingerprints.
 
-    Sites that `edited_weights` edits at present are not compared.
+    Sites that `edited_weights` edits at present are not compared. Where token rows are given, it warns if they begin otherwise
+    than those that the decomposition was made on.
 
     Raises:
         TargetMismatchError: The model holds other weights.
@@ -43,6 +49,8 @@ def checked_adapter(model: Any, decomposition: Saved) -> ModelAdapter:
                 f"The components of {name} are on {here}, the model's weight on {device}; "
                 f"move them with decomposition.to({str(device)!r})."
             )
+    if tokens is not None:
+        warn_of_other_start(decomposition, tokens, attention_mask)
     return adapter
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.data.sources import batch_source
+from tl_paramdecomp.data.rows import batch_source
+from tl_paramdecomp.data.tokenizer import ROW_START, row_start
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import Made, Method
 from tl_paramdecomp.methods.random_streams import RandomScope
@@ -71,7 +72,7 @@ def decompose(
         sites: Which weights; a glob, a list of globs, or a predicate.
         method: `SPD(...)`, or another method's object.
         data: What `token_batches` gives, token rows [rows, pos], batches, a dataset, or a function from the step's number to
-            a batch; see `training.data.sources.batch_source`. None for a method that looks at none: with `training=None`,
+            a batch; see `data.rows.batch_source`. None for a method that looks at none: with `training=None`,
             every basis but `WhitenedSVD`. Every process is given the same.
         steps: Optimiser steps; 0 gives the start as it is. None where there is nothing to train (`SVD(training=None)`); a
             number has no effect there.
@@ -124,15 +125,13 @@ def decompose(
     chosen = adapter.select(sites)
     if steps:
         method.check(adapter)
-    tokenizer = getattr(model, "tokenizer", None)
     source, looked_at = (
-        None if data is None else batch_source(data, batch_size, seed, tokenizer, None, method.rows_together, adapter)
+        None if data is None else batch_source(data, batch_size, seed, together=method.rows_together, model=adapter)
         for _ in range(2)
     )
-    other = None if background is None else batch_source(background, batch_size, seed + 1, tokenizer, model=adapter)
+    other = None if background is None else batch_source(background, batch_size, seed + 1, model=adapter)
     read = {name: used for name, used in (("data", source), ("background", other)) if used is not None and steps}
-    for used in read.values():
-        used.check()
+    first = {name: used.check() for name, used in read.items()}.get("data")
     settings = {
         "method": to_settings(method), "sites": list(chosen), "batch_size": batch_size, "seed": seed, "steps": steps,
         **{name: used.info for name, used in read.items()},
@@ -151,6 +150,8 @@ def decompose(
             adapter, chosen, torch.Generator().manual_seed(seed), run.shown.phase, looked_at and looked_at.batch
         )
         made.info["run"] = settings
+        start = None if source is None or first is None else row_start(adapter, *first, source.writer)
+        made.info |= {} if start is None else {ROW_START: start}
         made.requires_grad_(False)
         if run.folder is not None and processes.leads:
             run.folder.describe(made, loop=asdict(plan), model=type(model).__name__, device=str(adapter.device))

@@ -255,7 +255,7 @@ def _runs(
     model: Any, decomposition: Decomposition, task: Task, metric: TaskMetric | None, units: Units | None, value: Value,
     delta: float,
 ) -> TaskRuns:  # fmt: skip
-    adapter = checked_adapter(model, decomposition)
+    adapter = checked_adapter(model, decomposition, task.clean, task.attention_mask)
     need_answers(adapter, task)
     task = task.to(adapter.device)
     return TaskRuns(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,18 +13,10 @@ from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices
 from tl_paramdecomp.data.batch import Batch
+from tl_paramdecomp.data.rows import batches_of
+from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import ComponentIndexError, DataError, SettingError, ShapeError
 from tl_paramdecomp.sites import check_rows, resolve_name
-
-COLUMNS = ("tokens", "input_ids")
-"""Where token rows stand in a dict."""
-
-
-class TokenRows(NamedTuple):
-    """One batch of token rows."""
-
-    tokens: Int[Tensor, "batch pos"]
-    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +67,15 @@ def own_of(results: Iterable[Own], site: str, component: int) -> Own:
     raise ComponentIndexError(f"Component {component} of {site!r} was not looked at; choose it by components=.")
 
 
-def token_rows(data: Any, attention_mask: Any, rows_at_once: int) -> Iterator[TokenRows]:
+def token_rows(
+    adapter: ModelAdapter, decomposition: Decomposition, data: Any, attention_mask: Any, rows_at_once: int
+) -> Iterator[Batch]:
     """Batches of token rows.
 
     Args:
-        data: A tensor [rows, pos], or a dict that holds one as `tokens` or `input_ids` and perhaps an `attention_mask`; or an
-            iterable of batches, each a tensor, such a dict, or a pair of tokens and attention mask.
+        adapter: Who reads them.
+        decomposition: Made on rows that begin alike.
+        data: In any form that `decompose` takes.
         attention_mask: Of one tensor of rows.
         rows_at_once: Rows of a batch, where the data is one tensor.
 
@@ -89,16 +84,16 @@ def token_rows(data: Any, attention_mask: Any, rows_at_once: int) -> Iterator[To
         DataError: The data is of no such form, or holds no rows or no tokens.
         ShapeError, DtypeError: As `check_rows`.
     """
-    if rows_at_once < 1:
-        raise SettingError(f"rows_at_once is at least 1; given {rows_at_once}.")
     empty = True
-    for tokens, mask in _batches(data, attention_mask, rows_at_once):
-        check_rows(tokens, mask)
-        if tokens.is_floating_point():
-            raise DataError(f"Token rows hold whole numbers; given {tokens.dtype} {list(tokens.shape)}.")
-        if tokens.numel():
+    for batch in batches_of(data, rows_at_once, attention_mask, model=adapter, decomposition=decomposition):
+        check_rows(*batch)
+        if batch.tokens.is_floating_point():
+            raise DataError(f"Token rows hold whole numbers; given {batch.tokens.dtype} {list(batch.tokens.shape)}.")
+        if batch.tokens.numel():
+            if empty:
+                warn_of_other_start(decomposition, *batch)
             empty = False
-            yield TokenRows(tokens, mask)
+            yield batch
     if empty:
         raise DataError(
             "There are no token rows: give a tensor [rows, pos] or batches of rows (an iterator is used up once)."
@@ -109,7 +104,7 @@ def seen_batches(
     adapter: ModelAdapter,
     decomposition: Decomposition,
     chosen: Mapping[str, list[int]],
-    rows: Iterable[TokenRows],
+    rows: Iterable[Batch],
     logits: bool = False,
 ) -> Iterator[SeenBatch]:
     """Forward passes of the model as it stands, and what the chosen components do in them; without logits, passes end early."""
@@ -137,37 +132,3 @@ def seen_batches(
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         yield SeenBatch(first, tokens, real, acts, None if found is None else g, captured.output if logits else None)
         first += len(tokens)
-
-
-def _batches(data: Any, attention_mask: Any, rows_at_once: int) -> Iterator[tuple[Any, Any]]:
-    if isinstance(data, Mapping):
-        tokens, inside = _pair(data)
-        if inside is not None and attention_mask is not None:
-            raise SettingError("There are two attention masks, one in the data and one beside it; give one.")
-        data, attention_mask = tokens, inside if attention_mask is None else attention_mask
-    if isinstance(data, Tensor):
-        check_rows(data, attention_mask)
-        for start in range(0, len(data), rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            yield data[rows], None if attention_mask is None else attention_mask[rows]
-        return
-    if attention_mask is not None:
-        raise SettingError("An attention mask belongs to one tensor of rows; give batches as pairs (tokens, mask).")
-    if isinstance(data, str) or not isinstance(data, Iterable):
-        raise DataError(f"Data must be a tensor of token rows or batches of them; given {type(data).__name__}.")
-    yield from map(_pair, data)
-
-
-def _pair(item: Any) -> tuple[Any, Any]:
-    if isinstance(item, Batch):
-        return item.tokens, item.attention_mask
-    if isinstance(item, Mapping):
-        column = next((c for c in COLUMNS if c in item), None)
-        if column is None:
-            raise DataError(f"A batch needs 'tokens' or 'input_ids'; given {sorted(item)}.")
-        return item[column], item.get("attention_mask")
-    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Tensor):
-        return item[0], item[1]
-    if isinstance(item, tuple | list) and len(item) == 1 and isinstance(item[0], Tensor):
-        return item[0], None  # TensorDataset
-    return item, None

@@ -165,7 +165,7 @@ def token_statistics(
     tallies = {kind: _Tally(len(names)) for kind in KINDS}
     fired, positions, thresholds = torch.zeros(len(names), dtype=torch.long), 0, [threshold] * len(names)
     kept: list[tuple[Tensor, dict[str, Tensor]]] = []
-    rows = token_rows(data, attention_mask, rows_at_once)
+    rows = token_rows(adapter, decomposition, data, attention_mask, rows_at_once)
     for batch in seen_batches(adapter, decomposition, chosen, rows, logits=predictions > 0):
         tokens, values = _tokens(batch, predictions), _values(batch, active)
         positions += len(values)

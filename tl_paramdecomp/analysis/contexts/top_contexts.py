@@ -164,7 +164,8 @@ def top_contexts(
     adapter, chosen = checked_adapter(model, decomposition), chosen_components(decomposition, components)
     best: dict[tuple[str, int], list[tuple[_Order, Context]]] = {(name, c): [] for name in chosen for c in chosen[name]}
     positions, told = 0, tokenizer_of(model, tokenizer)
-    for batch in seen_batches(adapter, decomposition, chosen, token_rows(data, attention_mask, rows_at_once)):
+    rows = token_rows(adapter, decomposition, data, attention_mask, rows_at_once)
+    for batch in seen_batches(adapter, decomposition, chosen, rows):
         positions += int(batch.real.sum())
         here = replace(batch, tokens=batch.tokens.cpu(), real=batch.real.cpu())
         for name, indices in chosen.items():

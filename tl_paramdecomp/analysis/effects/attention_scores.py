@@ -126,7 +126,7 @@ def attention_scores(
         HeadIndexError, PositionIndexError, ShapeError, DtypeError, TargetMismatchError, DeviceError: As elsewhere.
     """
     check_rows(tokens, attention_mask)
-    adapter = checked_adapter(model, decomposition)
+    adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     names = tuple(f"blocks.{layer}.attn.W_{role}" for role in "QK")
     missing = [name for name in names if name not in adapter.wirings]
     if missing or not any(name in decomposition for name in names):

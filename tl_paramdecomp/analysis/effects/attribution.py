@@ -111,7 +111,8 @@ def attribute(
     _check(method, direction, path, steps, rows_at_once, prompts)
     if method == "ablation" and (frozen_norms or frozen_patterns):
         raise SettingError("Ablations run the model as it is; frozen_norms and frozen_patterns are for gradients.")
-    adapter, names = checked_adapter(model, decomposition), chosen_sites(decomposition, sites)
+    adapter = checked_adapter(model, decomposition, prompts.clean, prompts.attention_mask)
+    names = chosen_sites(decomposition, sites)
     need_answers(adapter, tokens, metric)
     columns = chosen_columns(positions, prompts.clean, "attribution")
     if prompts.corrupt is None:

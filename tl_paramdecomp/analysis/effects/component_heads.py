@@ -124,7 +124,7 @@ def per_head(
     site = resolve_name(decomposition.sites, site)
     components = decomposition[site]
     heads, side = heads_of(components.site)
-    adapter, seen = checked_adapter(model, decomposition), SiteWrites(len(tokens))
+    adapter, seen = checked_adapter(model, decomposition, tokens, attention_mask), SiteWrites(len(tokens))
     with torch.no_grad(), adapter.intercept(seen.fns([site], "read")):
         adapter.forward(tokens, attention_mask)
     with torch.no_grad():

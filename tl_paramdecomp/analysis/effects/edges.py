@@ -71,7 +71,8 @@ def edges_into(
         UnsupportedModelError: A normalisation's denominator cannot be held.
         TargetMismatchError, DeviceError, ShapeError, DtypeError: As `attribute`.
     """
-    prompts, adapter = prompts_of(tokens, _no_metric, None, attention_mask), checked_adapter(model, decomposition)
+    prompts = prompts_of(tokens, _no_metric, None, attention_mask)
+    adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     components = _components(decomposition, sites)
     site, component, position = _node(components, target, tokens.shape[1])
     run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)

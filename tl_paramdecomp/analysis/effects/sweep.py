@@ -204,7 +204,7 @@ def sweep(
         raise SettingError("A task has its own corrupt prompts and attention mask; leave corrupt= and mask out.")
     runs = prompts_of(prompts, metric, corrupt, attention_mask, numbers=True)
     put = _checked_value(value, direction, runs, rows_at_once)
-    adapter = checked_adapter(model, decomposition)
+    adapter = checked_adapter(model, decomposition, runs.clean, runs.attention_mask)
     need_answers(adapter, prompts, metric)
     chosen = _chosen_sites(decomposition, sites, by_head)
     denoising = direction == "denoising"

@@ -37,7 +37,8 @@ from tl_paramdecomp.analysis.evaluation.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.masked_output import InterpolatedMask
-from tl_paramdecomp.data.batch import Batch
+from tl_paramdecomp.data.rows import rows_to_measure
+from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
 from tl_paramdecomp.patching.frozen import frozen
@@ -101,7 +102,8 @@ def evaluate(
 
     Args:
         data: Token rows [rows, pos] that it was not trained on, a dict of them and their attention mask, such as a tokenizer's
-            `BatchEncoding`, or batches of such rows, as `token_batches` gives them.
+            `BatchEncoding`, batches of such rows, as `token_batches` gives them, or rows in any other form that `decompose`
+            takes.
         attention_mask: 1 where a position counts; padding is left out of every figure. Batches bring their own.
         rows: How many of the first rows of batches are taken.
         importances: Taken instead of the decomposition's own importance function; needed where it has none.
@@ -118,7 +120,7 @@ def evaluate(
         DataError: There are no rows, no position of them counts, or the model cannot read them.
         TargetMismatchError, DeviceError, DtypeError, ShapeError: As `patched`.
     """
-    tokens, attention_mask = rows_to_measure(data, attention_mask, rows)
+    tokens, attention_mask = rows_to_measure(data, attention_mask, rows, model=model, decomposition=decomposition)
     check_rows(tokens, attention_mask)
     if not len(tokens) or (attention_mask is not None and not attention_mask.any()):
         raise DataError("There are no rows to evaluate on, or the attention mask leaves no position of them.")
@@ -130,6 +132,7 @@ def evaluate(
             )
     adapter = checked_adapter(model, decomposition)
     Limits.of(adapter).refuse(tokens, "The data", attention_mask)
+    warn_of_other_start(decomposition, tokens, attention_mask)
     protocol = protocol or EvaluationConfig()
     if seconds is not None and not seconds >= 0.0:
         raise SettingError(f"seconds is a number from 0 on; given {seconds}.")
@@ -157,39 +160,6 @@ def evaluate(
             tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")
         )
         return run.all(parts)
-
-
-def rows_to_measure(data: Any, attention_mask: Tensor | None = None, rows: int = 64) -> tuple[Any, Tensor | None]:
-    """Token rows and what of them counts, of data in any form that `evaluate` takes."""
-    if isinstance(data, Tensor) or attention_mask is not None:
-        return data, attention_mask
-    if isinstance(data, Mapping):
-        return Batch.of(data)
-    return _first_rows(data, rows) if isinstance(data, Iterable) else (data, None)
-
-
-def _first_rows(batches: Iterable[Any], n: int) -> tuple[Any, Tensor | None]:
-    """Rows of the first batches, all padded to the longest, and what of them counts."""
-    if n < 1:
-        raise SettingError(f"rows must be at least 1; given {n}.")
-    rows: list[Tensor] = []
-    counts: list[Tensor] = []
-    for batch in batches:
-        if not isinstance(batch, Batch):
-            return batches, None
-        mask = (
-            torch.ones(batch.tokens.shape[:2], dtype=torch.long)
-            if batch.attention_mask is None
-            else batch.attention_mask
-        )
-        rows += batch.tokens
-        counts += mask
-        if len(rows) >= n:
-            break
-    if not rows:
-        raise DataError("There are no rows to evaluate on: the data gives no batch.")
-    tokens, scored = (torch.nn.utils.rnn.pad_sequence(part[:n], batch_first=True) for part in (rows, counts))
-    return tokens, None if bool(scored.all()) else scored
 
 
 class _Part(NamedTuple):

@@ -48,7 +48,7 @@ def active_components(
 ) -> dict[str, Bool[Tensor, "_"]]:
     """Components with importance above the threshold at one position at least; all, where there is no importance function."""
     check_rows(tokens, attention_mask)
-    checked_adapter(model, decomposition)
+    checked_adapter(model, decomposition, tokens, attention_mask)
     if decomposition.importance is None:
         return {name: c.V.new_ones(c.n_components, dtype=torch.bool) for name, c in decomposition.items()}
     found: dict[str, Tensor] = {}

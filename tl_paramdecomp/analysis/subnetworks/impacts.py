@@ -59,7 +59,7 @@ def impacts(
     check_rows(tokens, attention_mask)
     if references < 1:
         raise SettingError(f"Impacts need at least one reference; given {references}.")
-    adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
+    adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)
     if method.divergence == "kl":
         need_logits(adapter, KL_NEEDS, "decompose it with L3D(divergence='mse')")
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
@@ -107,7 +107,7 @@ def output_derivative(
         TargetMismatchError, DeviceError, ShapeError: As `patched`.
     """
     check_rows(tokens, attention_mask)
-    adapter = checked_adapter(model, decomposition)
+    adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     tokens = tokens.to(adapter.device)
     attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
     with torch.no_grad(), frozen(adapter):
@@ -189,7 +189,7 @@ def evaluate_subnetworks(
     check_rows(tokens, attention_mask)
     if not len(tokens):
         raise DataError("There are no rows to evaluate on.")
-    adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
+    adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
     groups: list[Gradients] = []
     with torch.no_grad(), frozen(adapter):

@@ -158,7 +158,7 @@ def causal_selectivity(
         raise SettingError(f"delta and top must be positive; given {delta} and {top}.")
     if len(tokens) <= top:
         raise DataError(f"Top samples are compared with others: give more than {top} rows; given {len(tokens)}.")
-    adapter, method = checked_adapter(model, decomposition), method_of(decomposition)
+    adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)
     chosen = [
         decomposition.index(k) for k in (range(decomposition.n_subnetworks) if subnetworks is None else subnetworks)
     ]

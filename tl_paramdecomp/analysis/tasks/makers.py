@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tl_paramdecomp.analysis.tasks import words
 from tl_paramdecomp.analysis.tasks.task import Task
-from tl_paramdecomp.data.prompt_tokens import PromptTokenizer, named_words, prompt_tokenizer
+from tl_paramdecomp.data.tokenizer import RowTokenizer, named_words, prompt_tokenizer
 from tl_paramdecomp.errors import SettingError, TokenizerTaskError
 from tl_paramdecomp.pretrained import grammar, micro_gpt2_prompts
 from tl_paramdecomp.pretrained.grammar import split_of
@@ -65,6 +65,7 @@ def make_task(
     split: str = "test",
     *,
     prepend_bos: bool | None = None,
+    decomposition: Any = None,
 ) -> Task:
     """Prompts of a standard task, the same for the same arguments; nothing is downloaded.
 
@@ -85,9 +86,11 @@ def make_task(
         n: The number of prompts.
         seed: Selects the prompts.
         split: "train", "validation" or "test".
-        prepend_bos: Whether the beginning-of-sequence token stands in front. None: as `cfg.default_prepend_bos` of a
-            HookedTransformer or TransformerBridge says, always for micro-gpt2, and otherwise where the tokenizer itself puts
-            it there (Llama's does, GPT-2's does not); never for a vocabulary size.
+        prepend_bos: Whether the beginning-of-sequence token stands in front. None: as in the rows that the decomposition was
+            made on; else always for micro-gpt2, as `cfg.default_prepend_bos` of a HookedTransformer or TransformerBridge says,
+            and otherwise where the tokenizer itself puts it there (Llama's does, GPT-2's does not); never for a vocabulary
+            size.
+        decomposition: Whose rows the prompts are to be like.
 
     Raises:
         SettingError: There is no such task or split, n is below 1, or this is neither a tokenizer nor a model.
@@ -100,7 +103,7 @@ def make_task(
         raise SettingError(f"Unknown split {split!r}; the splits are {', '.join(grammar.SPLITS)}.")
     if n < 1:
         raise SettingError(f"A task has at least one prompt; given n = {n}.")
-    writer = prompt_tokenizer(tokenizer_or_model, prepend_bos)
+    writer = prompt_tokenizer(tokenizer_or_model, prepend_bos, decomposition)
     if writer.is_micro_gpt2:
         rows = _micro_gpt2_rows(name, writer, n, seed, split)
     else:
@@ -126,7 +129,7 @@ def make_task(
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
-def _written_rows(name: str, writer: PromptTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
+def _written_rows(name: str, writer: RowTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
     draw = _DRAWS[name](writer)
     rows = []
     while len(rows) < n:
@@ -147,7 +150,7 @@ def _written_rows(name: str, writer: PromptTokenizer, n: int, rng: random.Random
     return rows
 
 
-def _tokenised(writer: PromptTokenizer, instance: Instance) -> Row | None:
+def _tokenised(writer: RowTokenizer, instance: Instance) -> Row | None:
     """An instance as token ids; None where its two prompts differ in length or an answer is not one token."""
     clean, corrupt = (writer.start + writer.encode(text) for text in (instance.clean, instance.corrupt))
     answers, wrong = (
@@ -161,7 +164,7 @@ def _tokenised(writer: PromptTokenizer, instance: Instance) -> Row | None:
     return Row(clean, corrupt, answers, wrong, instance.clean, instance.group)  # type: ignore[arg-type]
 
 
-def _induction_rows(writer: PromptTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
+def _induction_rows(writer: RowTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
     ids = writer.plain_ids()
     room = PERIOD if writer.n_ctx is None else (writer.n_ctx - len(writer.start) + 1) // 2
     period = min(PERIOD, len(ids) // 2, room)
@@ -186,7 +189,7 @@ def _induction_rows(writer: PromptTokenizer, n: int, rng: random.Random, split: 
     return rows
 
 
-def _micro_gpt2_rows(name: str, writer: PromptTokenizer, n: int, seed: int, split: str) -> list[Row]:
+def _micro_gpt2_rows(name: str, writer: RowTokenizer, n: int, seed: int, split: str) -> list[Row]:
     if name not in grammar.TASKS:
         raise TokenizerTaskError(
             f"micro-gpt2 was not trained on task {name!r} and its 275 words cannot write it; its tasks are "
@@ -221,7 +224,7 @@ def _micro_gpt2_group(name: str, text: list[str], answers: tuple[int, ...], clea
 
 
 # --- words that a tokenizer has -----------------------------------------------------------------------------------------
-def _single(writer: PromptTokenizer, task: str, what: str, candidates: Iterable[Any], need: int) -> tuple[Any, ...]:
+def _single(writer: RowTokenizer, task: str, what: str, candidates: Iterable[Any], need: int) -> tuple[Any, ...]:
     """The words, or pairs of words, that are one token each behind a space.
 
     Raises:
@@ -238,7 +241,7 @@ def _single(writer: PromptTokenizer, task: str, what: str, candidates: Iterable[
     return found
 
 
-def _writable(writer: PromptTokenizer, task: str, what: str, candidates: Iterable[str]) -> tuple[str, ...]:
+def _writable(writer: RowTokenizer, task: str, what: str, candidates: Iterable[str]) -> tuple[str, ...]:
     """The words or templates of which the tokenizer can write every part, in as many tokens as it takes.
 
     Raises:
@@ -254,7 +257,7 @@ def _writable(writer: PromptTokenizer, task: str, what: str, candidates: Iterabl
     return tuple(found)
 
 
-def _slots(writer: PromptTokenizer, task: str, **words_of: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def _slots(writer: RowTokenizer, task: str, **words_of: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Words that the tokenizer can write, by the slot of a template that they fill."""
     return {slot: _writable(writer, task, "words", some) for slot, some in words_of.items()}
 
@@ -265,7 +268,7 @@ def _filled(template: str, rng: random.Random, **slots: Sequence[str]) -> str:
 
 
 # --- the tasks ----------------------------------------------------------------------------------------------------------
-def _ioi(writer: PromptTokenizer) -> Draw:
+def _ioi(writer: RowTokenizer) -> Draw:
     names = _single(writer, "ioi", "names", words.NAMES, 8)
     slots = _slots(writer, "ioi", place=words.PLACES, object=words.OBJECTS)
     templates = _writable(writer, "ioi", "templates", words.IOI_TEMPLATES)
@@ -288,7 +291,7 @@ def _ioi(writer: PromptTokenizer) -> Draw:
     return draw
 
 
-def _pronoun(writer: PromptTokenizer) -> Draw:
+def _pronoun(writer: RowTokenizer) -> Draw:
     names = {
         pronoun: _single(writer, "pronoun", f"names of {pronoun}", some, 4)
         for pronoun, some in (("she", words.FEMALE_NAMES), ("he", words.MALE_NAMES))
@@ -319,7 +322,7 @@ class _Years(NamedTuple):
     """By century, the first years from 02 to 98 that it writes so."""
 
 
-def _years(writer: PromptTokenizer) -> _Years:
+def _years(writer: RowTokenizer) -> _Years:
     missing: tuple[str, ...] = words.YEARS
     for between in ("", " "):
         ids: dict[str, int] = {}
@@ -341,7 +344,7 @@ def _years(writer: PromptTokenizer) -> _Years:
     )
 
 
-def _greater_than(writer: PromptTokenizer) -> Draw:
+def _greater_than(writer: RowTokenizer) -> Draw:
     years = _years(writer)
     events = _writable(writer, "greater_than", "words", words.EVENTS)
     templates = _writable(writer, "greater_than", "templates", words.GREATER_THAN_TEMPLATES)
@@ -360,7 +363,7 @@ def _greater_than(writer: PromptTokenizer) -> Draw:
     return draw
 
 
-def _docstring(writer: PromptTokenizer) -> Draw:
+def _docstring(writer: RowTokenizer) -> Draw:
     arguments = _single(writer, "docstring", "names of arguments", words.ARGUMENTS, 14)
     slots = _slots(writer, "docstring", function=words.FUNCTIONS, w=words.DESCRIPTIONS, t=words.THINGS)
     templates = _writable(writer, "docstring", "templates", words.DOCSTRING_TEMPLATES)
@@ -384,7 +387,7 @@ def _docstring(writer: PromptTokenizer) -> Draw:
     return draw
 
 
-def _agreement(writer: PromptTokenizer) -> Draw:
+def _agreement(writer: RowTokenizer) -> Draw:
     people, things = words.PEOPLE_PAIRS, words.THING_PAIRS
     nouns = _single(writer, "agreement", "nouns in both numbers", [*people, *things], 8)
     verbs = _single(writer, "agreement", "verbs in both numbers", words.VERB_PAIRS, 1)
@@ -403,7 +406,7 @@ def _agreement(writer: PromptTokenizer) -> Draw:
     return draw
 
 
-_DRAWS: dict[str, Callable[[PromptTokenizer], Draw]] = {
+_DRAWS: dict[str, Callable[[RowTokenizer], Draw]] = {
     "ioi": _ioi,
     "pronoun": _pronoun,
     "greater_than": _greater_than,

@@ -12,14 +12,16 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.next_tokens import next_token_probs
 from tl_paramdecomp.analysis.tasks.makers import TASKS, make_task
 from tl_paramdecomp.analysis.tasks.task import Task, load_task
-from tl_paramdecomp.data.prompt_tokens import PromptTokenizer, prompt_tokenizer
+from tl_paramdecomp.data.tokenizer import RowTokenizer, prompt_tokenizer
 from tl_paramdecomp.errors import DataError, SettingError, TokenizerTaskError
 
 SHOWN = 2
 """Different tokens that are shown of one position of a task's prompts."""
 
 
-def task_named(name: str, model: Any, n: int, seed: int = 0, split: str | None = None) -> tuple[Task, str]:
+def task_named(
+    name: str, model: Any, n: int, seed: int = 0, split: str | None = None, decomposition: Any = None
+) -> tuple[Task, str]:
     """A task by name or file, on the model's device, and in words where its prompts come from.
 
     Args:
@@ -28,6 +30,7 @@ def task_named(name: str, model: Any, n: int, seed: int = 0, split: str | None =
         n: Prompts; of a file the first.
         seed: Which prompts; not of a file.
         split: train, validation, or test (None); not of a file.
+        decomposition: Prompts begin as the rows did that it was made on.
 
     Raises:
         SettingError: No such task, fewer than one prompt, or a split of a file.
@@ -37,14 +40,16 @@ def task_named(name: str, model: Any, n: int, seed: int = 0, split: str | None =
     if n < 1:
         raise SettingError(f"--prompts is at least 1; given {n}.")
     if not is_file(name):
-        task = make_task(name, model, n, seed, split or "test")
+        task = make_task(name, model, n, seed, split or "test", decomposition=decomposition)
         return task.to(device), f"{split or 'test'} split, seed {seed}"
     if split is not None:
         raise SettingError(f"{name} is a file, and has no splits; leave --split out.")
-    return load_task(name, model).select(slice(n)).to(device), f"of {name}"
+    return load_task(name, model, decomposition=decomposition).select(slice(n)).to(device), f"of {name}"
 
 
-def search_and_test(name: str, model: Any, n: int, seed: int) -> tuple[Task, Task, tuple[str, str]]:
+def search_and_test(
+    name: str, model: Any, n: int, seed: int, decomposition: Any = None
+) -> tuple[Task, Task, tuple[str, str]]:
     """Prompts to search on and others to measure on, and both in words: validation and test split, or a file's lines by
     turns.
 
@@ -53,9 +58,11 @@ def search_and_test(name: str, model: Any, n: int, seed: int) -> tuple[Task, Tas
         As `task_named`.
     """
     if not is_file(name):
-        (found, _), (held_out, _) = (task_named(name, model, n, seed, split) for split in ("validation", "test"))
+        (found, _), (held_out, _) = (
+            task_named(name, model, n, seed, split, decomposition) for split in ("validation", "test")
+        )
         return found, held_out, (count(len(found), "validation prompt"), count(len(held_out), "test prompt"))
-    task, _ = task_named(name, model, 2 * n)
+    task, _ = task_named(name, model, 2 * n, decomposition=decomposition)
     if len(task) < 2:
         raise SettingError(f"{name} holds one prompt; a circuit is searched on some prompts and measured on others.")
     found, held_out = task.select(slice(0, None, 2)), task.select(slice(1, None, 2))
@@ -70,7 +77,12 @@ def is_file(name: str) -> bool:
 
 
 def prompt_task(
-    prompt: str, model: Any, answers: Sequence[str] = (), wrong: Sequence[str] = (), corrupt: str | None = None
+    prompt: str,
+    model: Any,
+    answers: Sequence[str] = (),
+    wrong: Sequence[str] = (),
+    corrupt: str | None = None,
+    decomposition: Any = None,
 ) -> Task:
     """One prompt as a task, on the model's device; without an answer, the model's likeliest next token is it.
 
@@ -79,7 +91,7 @@ def prompt_task(
         TaskError: Prompt and corrupt prompt differ in their number of tokens, or answers contradict the wrong ones.
         TokenizerTaskError: An answer is not one token.
     """
-    writer, device = prompt_tokenizer(model), adapt(model).device
+    writer, device = prompt_tokenizer(model, decomposition=decomposition), adapt(model).device
     tokens = _row(writer, prompt)
     if answers:
         right = [_next_token(writer, prompt, text) for text in answers]
@@ -90,21 +102,16 @@ def prompt_task(
     return Task.from_tokens("prompt", [tokens], [right], contrasts, others, texts=[prompt]).to(device)
 
 
-def _row(writer: PromptTokenizer, prompt: str) -> Int[Tensor, " pos"]:
+def _row(writer: RowTokenizer, prompt: str) -> Int[Tensor, " pos"]:
     """A prompt's tokens, behind what rows begin with."""
-    if writer.tokenizer is None:
-        raise DataError("This model has no tokenizer, so a prompt cannot be read; use the library with token rows.")
-    try:
-        ids = list(writer.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # a word-level tokenizer raises a bare one
-        raise DataError(f"The tokenizer cannot read the prompt {prompt!r}: {error}") from error
+    ids = writer.tokens(prompt)
     if not ids:
         raise DataError("The prompt is empty.")
     start = list(writer.start)
     return torch.tensor(ids if ids[: len(start)] == start else start + ids)
 
 
-def _next_token(writer: PromptTokenizer, prompt: str, text: str) -> int:
+def _next_token(writer: RowTokenizer, prompt: str, text: str) -> int:
     """The token that a text adds behind a prompt; with a blank in front where it needs one."""
     for tried in (text, f" {text}"):
         if (token := writer.next_token(prompt, tried)) is not None:

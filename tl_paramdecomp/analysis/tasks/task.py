@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tl_paramdecomp.components.disk import parse_json, read_text, replace_text
 from tl_paramdecomp.data.batch import SMALL_INTEGERS
-from tl_paramdecomp.data.prompt_tokens import PromptTokenizer, prompt_tokenizer
+from tl_paramdecomp.data.tokenizer import RowTokenizer, prompt_tokenizer
 from tl_paramdecomp.errors import DecompositionFileError, DtypeError, ShapeError, TaskError, TokenizerTaskError
 from tl_paramdecomp.sites import check_rows
 
@@ -209,7 +209,12 @@ class Task:
 
 
 def load_task(
-    path: str | Path, tokenizer_or_model: Any = None, *, name: str | None = None, prepend_bos: bool | None = None
+    path: str | Path,
+    tokenizer_or_model: Any = None,
+    *,
+    name: str | None = None,
+    prepend_bos: bool | None = None,
+    decomposition: Any = None,
 ) -> Task:
     """A task from a file of JSON lines.
 
@@ -224,9 +229,10 @@ def load_task(
         tokenizer_or_model: What tokenises: a tokenizer, a model that holds one, or "micro-gpt2". None where the file holds
             token ids alone.
         name: The task's name; None: the file's "task", or the file's own name.
-        prepend_bos: Whether texts get the beginning-of-sequence token in front. None: as HookedTransformer's and
-            TransformerBridge's `cfg.default_prepend_bos` says, always for micro-gpt2, and otherwise where the tokenizer
-            itself puts it there.
+        prepend_bos: Whether texts get the beginning-of-sequence token in front. None: as the rows did that the decomposition
+            was made on; else always for micro-gpt2, as HookedTransformer's and TransformerBridge's `cfg.default_prepend_bos`
+            says, and otherwise where the tokenizer itself puts it there.
+        decomposition: Whose rows the prompts are to be like.
 
     Raises:
         DecompositionFileError: There is no such file, or it is too large, or not as it was saved.
@@ -237,7 +243,7 @@ def load_task(
     """
     path = Path(path)
     lines = _read_lines(path)
-    writer = None if tokenizer_or_model is None else prompt_tokenizer(tokenizer_or_model, prepend_bos)
+    writer = None if tokenizer_or_model is None else prompt_tokenizer(tokenizer_or_model, prepend_bos, decomposition)
     for field in ("corrupt", "wrong", "text", "group"):
         having = [where for where, line in lines if field in line]
         if 0 < len(having) < len(lines):
@@ -399,7 +405,7 @@ def _unsealed(path: Path, text: str) -> str:
     return body if mark else text
 
 
-def _prompt(writer: PromptTokenizer | None, where: str, given: Any) -> tuple[int, ...]:
+def _prompt(writer: RowTokenizer | None, where: str, given: Any) -> tuple[int, ...]:
     if isinstance(given, str):
         if writer is None:
             raise TaskError(f"{where} holds text; give load_task a tokenizer or a model that has one.")
@@ -409,7 +415,7 @@ def _prompt(writer: PromptTokenizer | None, where: str, given: Any) -> tuple[int
     raise TaskError(f"{where}: a prompt is a text or a list of token ids; given {given!r}.")
 
 
-def _next_tokens(writer: PromptTokenizer | None, where: str, line: dict[str, Any], field: str) -> tuple[int, ...]:
+def _next_tokens(writer: RowTokenizer | None, where: str, line: dict[str, Any], field: str) -> tuple[int, ...]:
     given = line[field]
     tokens = []
     for one in given if isinstance(given, list) else [given]:

@@ -16,7 +16,7 @@ import torch
 
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.analysis.records import Record, Row, plain_table
-from tl_paramdecomp.data.sources import batch_source
+from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.patching.frozen import frozen
@@ -182,12 +182,10 @@ def estimate_run(
         NoMatchingSiteError, UnsupportedModelError, DataError, SettingError: As `decompose`.
     """
     adapter = adapt(model)
-    chosen, tokenizer = adapter.select(sites), getattr(model, "tokenizer", None)
+    chosen = adapter.select(sites)
     Plan(checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, accumulate=accumulate)
     source, other = (
-        None
-        if rows is None
-        else batch_source(rows, batch_size, seed + i, tokenizer, None, method.rows_together, adapter)
+        None if rows is None else batch_source(rows, batch_size, seed + i, together=method.rows_together, model=adapter)
         for i, rows in enumerate((data, background))
     )
     steps = steps_of(method, steps, data)

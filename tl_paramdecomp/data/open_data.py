@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.data.batch import TOKEN_COLUMNS
-from tl_paramdecomp.data.cursors import Items, items_of, told_in_one_line
-from tl_paramdecomp.data.sources import digest_of_rows
-from tl_paramdecomp.data.tables import Table, as_known
-from tl_paramdecomp.data.text import text_column, unknown_column
-from tl_paramdecomp.data.text_files import (
+from tl_paramdecomp.data.batch import TOKEN_COLUMNS, digest_of_rows
+from tl_paramdecomp.data.documents import text_column, unknown_column
+from tl_paramdecomp.data.files import (
     JsonLineFiles,
     TextFiles,
     find_files,
@@ -24,6 +21,8 @@ from tl_paramdecomp.data.text_files import (
     refuse_bad_bytes,
     refuse_empty,
 )
+from tl_paramdecomp.data.streams import Items, items_of, told_in_one_line
+from tl_paramdecomp.data.tables import Table, as_known
 from tl_paramdecomp.errors import DataError
 
 JSON, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
@@ -118,7 +117,7 @@ def _dataset(data: Any, name: str, column: str | None, origin: Mapping[str, Any]
     if hasattr(data, "__len__"):
         if not len(data):
             raise DataError(f"{name} is empty: it has no rows.")
-        ends = {"digest": digest_of_rows(data), "columns": list(data.column_names)}
+        ends = {"digest": digest_of_rows(data, every=isinstance(data, Table)), "columns": list(data.column_names)}
         return _records(items_of(data), name, column, data, {**ends, **(origin or {})})
     return _records(items_of(data), name, column, None, origin or {})
 
@@ -126,7 +125,7 @@ def _dataset(data: Any, name: str, column: str | None, origin: Mapping[str, Any]
 def _records(items: Items, name: str, column: str | None, by_number: Any, origin: Mapping[str, Any]) -> Opened:
     """Items of which one has to be looked at to know what they are."""
     empty = True
-    for item in islice(items.open(), LOOKED_AT):
+    for item in islice(items, LOOKED_AT):
         empty, found = False, None
         if isinstance(item, Mapping):
             found = column if column is not None else text_column(list(item), name)

@@ -8,10 +8,10 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tests.data.texts import FORMS, LENGTH, Texts, batches, documents, in_every_form
-from tl_paramdecomp.data import text_files
-from tl_paramdecomp.data.cursors import items_of, own_copy
-from tl_paramdecomp.data.sources import batch_source, rows_of_rank
-from tl_paramdecomp.data.text import TextRows
+from tl_paramdecomp.data import files
+from tl_paramdecomp.data.documents import TextRows
+from tl_paramdecomp.data.rows import batch_source
+from tl_paramdecomp.data.streams import items_of, own_copy
 from tl_paramdecomp.errors import DataError
 
 from ..support.models import tokenizer
@@ -73,7 +73,7 @@ class Marking:
 @pytest.mark.parametrize("seed", range(3))
 def test_long_documents_go_on_in_the_middle(tmp_path, monkeypatch, seed):
     """Where they are cut does not depend on how much of the file happened to be read ahead."""
-    monkeypatch.setattr(text_files, "PIECE", 150)
+    monkeypatch.setattr(files, "PIECE", 150)
     numbers = random.Random(seed)
     for i in range(3):
         parts = ["".join(numbers.choices("ab   \n", k=numbers.randint(1, 400))) for _ in range(9)]
@@ -104,9 +104,9 @@ def test_going_back_reads_no_more_than_a_window(tmp_path, monkeypatch):
     source = made.source(4)
     for step in range(100):
         source.batch(step)
-    opened, decode = [], text_files._FileCursor._decode
+    opened, decode = [], files._decoded
     monkeypatch.setattr(
-        text_files._FileCursor, "_decode", lambda self, raw: (opened.append(self._index), decode(self, raw))[1]
+        files, "_decoded", lambda path, raw, byte: (opened.append(int(path.stem)), decode(path, raw, byte))[1]
     )
     state, again = written(source), made.source(4)
     again.restore(state)
@@ -301,7 +301,7 @@ def test_data_that_changed_under_its_name_is_noticed(tmp_path):
 def test_a_run_does_not_go_on_with_other_rows(tmp_path):
     from tl_paramdecomp.errors import SettingError
 
-    from .test_fit import fit, tiny_gpt2, tokens
+    from ..training.test_fit import fit, tiny_gpt2, tokens
 
     model = tiny_gpt2()
     fit(model, run_dir=tmp_path, steps=4)
@@ -311,8 +311,8 @@ def test_a_run_does_not_go_on_with_other_rows(tmp_path):
 
 def test_a_resumed_run_reads_on(tmp_path, forms):
     """Through `decompose`: stopped and gone on is never stopped."""
-    from .test_fit import fit, same, tiny_gpt2
-    from .test_resume import stop_once
+    from ..training.test_fit import fit, same, tiny_gpt2
+    from ..training.test_resume import stop_once
 
     (tmp_path / "x.txt").write_text(" ".join(documents(40)))
     model, own = tiny_gpt2(), tokenizer()
@@ -332,32 +332,13 @@ def test_a_resumed_run_reads_on(tmp_path, forms):
 
 
 # --- several processes --------------------------------------------------------------------------------------------------
-def test_processes_take_their_own_rows():
-    mask = torch.ones(12, 4, dtype=torch.long)
-    mask[5, 2:] = 0
-    batch = batch_source({"tokens": rows(12), "attention_mask": mask}, 12, 0).batch(0)
-    for world in (1, 2, 3, 6, 12):
-        parts = [rows_of_rank(batch, rank, world) for rank in range(world)]
-        assert all(len(part.tokens) == 12 // world for part in parts)
-        assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
-        assert torch.equal(torch.cat([part.attention_mask for part in parts]), batch.attention_mask)
-    assert rows_of_rank(batch_source(rows(), 4, 0).batch(0), 1, 2).attention_mask is None
-    for rank, world, words in (
-        (0, 5, "12 rows cannot be divided evenly among 5"),
-        (2, 2, "numbered 0 to 1"),
-        (-1, 2, "given -1"),
-    ):
-        with pytest.raises(DataError, match=words):
-            rows_of_rank(batch, rank, world)
-
-
 def test_a_state_serves_any_number_of_processes(forms):
     """Two processes save, three go on: together they see what one would."""
     made = tlpd.token_batches(forms["parquet"][0], tokenizer(), length=LENGTH, shuffle=30)
     alone = batches(made.source(6), 0, 30)
     two = [made.source(6) for _ in range(2)]
     for step in range(13):
-        parts = [rows_of_rank(source.batch(step), rank, 2).tokens for rank, source in enumerate(two)]
+        parts = [source.batch(step).rows(slice(3 * rank, 3 * rank + 3)).tokens for rank, source in enumerate(two)]
         assert torch.equal(torch.cat(parts), alone[step])
     states = [written(source) for source in two]
     assert states[0] == states[1]
@@ -365,7 +346,7 @@ def test_a_state_serves_any_number_of_processes(forms):
     for source in three:
         source.restore(states[0])
     for step in range(13, 30):
-        parts = [rows_of_rank(source.batch(step), rank, 3).tokens for rank, source in enumerate(three)]
+        parts = [source.batch(step).rows(slice(2 * rank, 2 * rank + 2)).tokens for rank, source in enumerate(three)]
         assert torch.equal(torch.cat(parts), alone[step])
 
 
