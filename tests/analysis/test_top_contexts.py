@@ -15,7 +15,6 @@ from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import (
     ComponentIndexError,
     DataError,
-    DtypeError,
     NoImportanceError,
     NoMatchingSiteError,
     SettingError,
@@ -242,7 +241,7 @@ def test_they_are_kept_as_json(tmp_path) -> None:
         ({"data": [{"text": "a"}]}, DataError),
         ({"data": 5}, DataError),
         ({"data": rows()[0]}, ShapeError),
-        ({"data": ["a", "b"]}, DtypeError),
+        ({"data": ["a", "b"]}, DataError),
         ({"data": [rows()], "attention_mask": torch.ones_like(rows())}, SettingError),
         ({"data": {"tokens": rows(), "attention_mask": rows()}, "attention_mask": rows()}, SettingError),
     ],

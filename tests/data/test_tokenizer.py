@@ -186,7 +186,7 @@ def test_micro_gpt2_gets_one_on_every_host(host):
 @pytest.mark.parametrize("bos", [BOS, None])
 def test_decompositions_of_0_1_0_tell_it_of_their_text(bos):
     own = words(adds=bos is None)
-    made = tlpd.decompose(gpt2(), "blocks.0.mlp.W_in", tlpd.SVD())
+    made = tlpd.decompose(gpt2(), "blocks.0.mlp.W_in", tlpd.SVD(training=None))
     made.info["run"] = {"data": {"form": "token_batches", "joined": True, "bos": bos, "eos": EOS}}
     assert prompt_tokenizer(own, None, made).bos == bos
     rows = torch.tensor([[BOS, 5, 6]])

@@ -13,6 +13,7 @@ from tl_paramdecomp.data.streams import items_of
 from tl_paramdecomp.data.tables import Table, as_known
 from tl_paramdecomp.data.tokenizer import limits_of, row_tokenizer
 from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.sites import check_rows
 
 
 def batch_source(
@@ -109,18 +110,17 @@ def batches_of(
     """
     if size < 1:
         raise SettingError(f"rows_at_once is at least 1; given {size}.")
-    if isinstance(data, Mapping) and data.get("attention_mask") is not None and attention_mask is not None:
-        raise SettingError("There are two attention masks, one in the data and one beside it; give one.")
-    if attention_mask is not None:
-        if isinstance(data, Mapping):
-            data = {**data, "attention_mask": attention_mask}
-        elif isinstance(data := as_known(data), Tensor):
-            data = {"tokens": data, "attention_mask": attention_mask}
-        else:
-            raise SettingError("An attention mask belongs to one tensor of rows; give batches as pairs (tokens, mask).")
-    if isinstance(data, Tensor):  # as it is; those who ask a model about it say what they refuse
-        yield from (Batch(rows, None) for rows in (data.split(size) if data.ndim and len(data) else ()))
+    if isinstance(data, Mapping):
+        if attention_mask is not None and data.get("attention_mask") is not None:
+            raise SettingError("There are two attention masks, one in the data and one beside it; give one.")
+        data = data if attention_mask is None else {**data, "attention_mask": attention_mask}
+    elif isinstance(data := data if attention_mask is None else as_known(data), Tensor):  # those who ask may refuse it
+        check_rows(data, attention_mask)
+        masks = [None] * len(data) if attention_mask is None else attention_mask.split(size)
+        yield from map(Batch, data.split(size) if len(data) else (), masks)
         return
+    elif attention_mask is not None:
+        raise SettingError("An attention mask belongs to one tensor of rows; give batches as pairs (tokens, mask).")
     yield from batch_source(data, size, model=model, decomposition=decomposition, shuffled=False).one_pass()
 
 

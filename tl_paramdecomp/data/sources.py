@@ -375,7 +375,7 @@ class StreamSource(BatchSource):
             found = self._read_window(0)
         if found is not None:
             self._window = found
-        elif not number or begin_anew:
+        elif begin_anew or (not number and "items" not in self._info):  # who asks for one pass says what it is to be
             raise self._nothing()
         return found
 
