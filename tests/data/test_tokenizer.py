@@ -9,6 +9,7 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis.tasks.prompts import prompt_task
 from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.data.tokenizer import ROW_START, prompt_tokenizer, row_tokenizer
 from tl_paramdecomp.errors import DataError, RowStartWarning, SettingError
@@ -120,6 +121,10 @@ def test_a_decomposition_records_how_its_rows_began_and_is_followed(host, begins
     for writer in (prompt_tokenizer(own, None, made), row_tokenizer(own, decomposition=made)):
         assert writer.bos == first
     assert prompt_tokenizer(own, not begins, made).bos == (None if begins else BOS), "the caller goes first"
+    if host != "nnsight":
+        model.tokenizer = own
+        task = prompt_task("w5 w6", model, ["w7"], corrupt="w8 w6", decomposition=made)
+        assert task.clean.tolist() == [[BOS, 5, 6] if begins else [5, 6]] and task.corrupt.shape == task.clean.shape
     good, other = (
         torch.tensor(rows_by_hand(documents(), own, LENGTH, bos, EOS)[:2]) for bos in (first, None if begins else BOS)
     )
