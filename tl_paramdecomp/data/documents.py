@@ -26,15 +26,12 @@ TEXT_COLUMNS = ("text", "content", "story", "document")
 """Names that a column of text has, where nobody says which it is."""
 
 
-@dataclass(frozen=True)
 class JoinedRows(Items):
     """Rows of documents of any form, as a model's rules say; what is left at the end of a pass fills no row."""
 
-    documents: Items
-    encode: "Encoder"
-    """Tokens of a document, with what ends it."""
-    length: int
-    """Tokens of a row, the first included."""
+    def __init__(self, documents: Items, encode: "Encoder", length: int) -> None:
+        """`encode` gives the tokens of a document and what ends it; a row has `length` tokens, the first included."""
+        self.documents, self.encode, self.length = documents, encode, length
 
     @property
     def replayed(self) -> bool:  # type: ignore[override]
