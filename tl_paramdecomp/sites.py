@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -58,10 +58,9 @@ class NormSite:
 
 @dataclass(frozen=True)
 class Span:
-    """The columns of the token rows that one forward pass computes.
+    """The columns of the token rows that one forward pass computes: with a key/value cache only the last ones.
 
-    A row is what the user handed to the model, padding included; with a key/value cache a forward pass computes only
-    its last columns.
+    A row is what the user handed to the model, padding included.
     """
 
     start: int = 0
@@ -93,6 +92,7 @@ SiteFn: TypeAlias = Callable[[SiteCall], Tensor]
 
 SitePattern: TypeAlias = str | Iterable[str] | Callable[[WeightSite], bool]
 """A glob, several globs, or a predicate over sites."""
+AnySite = TypeVar("AnySite", WeightSite, NormSite)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class Fingerprint:
     """Norms of the mean over the input and over the output axis: 0 after the host centred that side."""
 
 
+# --- sites by name ----------------------------------------------------------------------------------------------------
 def select_sites(
     sites: Mapping[str, WeightSite], pattern: SitePattern, refused: Mapping[str, str] | None = None
 ) -> dict[str, WeightSite]:
@@ -125,40 +126,77 @@ def select_sites(
         NoMatchingSiteError: A pattern selects nothing; the message names the nearest names.
         UnsupportedSiteError: A pattern selects only refused names.
     """
-    if callable(pattern):
-        chosen = {name for name, site in sites.items() if pattern(site)}
-        if not chosen:
-            raise NoMatchingSiteError(
-                f"The predicate {pattern!r} is true of none of the {len(sites)} weight sites. {_example_names(sites)}"
-            )
-        return {name: sites[name] for name in sites if name in chosen}
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    if not patterns:
-        raise NoMatchingSiteError(f"An empty list of patterns selects no weight site. {_example_names(sites)}")
-    chosen = set()
-    for glob in patterns:
-        matched = {name for name, site in sites.items() if matches(glob, site)}
-        if not matched:
-            raise _no_match(glob, sites, refused or {})
-        chosen |= matched
-    return {name: sites[name] for name in sites if name in chosen}
+    if not callable(pattern):
+        return _matching(sites, pattern, _NoMatch(sites, refused))
+    chosen = {name: site for name, site in sites.items() if pattern(site)}
+    if not chosen:
+        raise NoMatchingSiteError(
+            f"The predicate {pattern!r} is true of none of the {len(sites)} weight sites. {_examples(sites)}"
+        )
+    return chosen
+
+
+def select_norms(
+    norms: Mapping[str, NormSite], pattern: str | Iterable[str], refused: Mapping[str, str], hint: str = ""
+) -> dict[str, NormSite]:
+    """Norms that globs over canonical names and aliases select, in the order of `norms`; errors as of `select_sites`.
+
+    `refused` are names whose gains cannot be moved exactly, each with the reason; `hint` is said where nothing matches.
+    """
+    refusal = "The gain of {} cannot be moved exactly on this host: {}."
+    return _matching(norms, pattern, _NoMatch(norms, refused, "normalisation gain", refusal, hint))
 
 
 def resolve_name(sites: Mapping[str, WeightSite], name: str, refused: Mapping[str, str] | None = None) -> str:
-    """Canonical name of the one site called `name`, canonically or by a host's alias.
-
-    Raises:
-        NoMatchingSiteError: There is no such site.
-        UnsupportedSiteError: There is one, and it cannot be decomposed.
-    """
-    if name in sites:
-        return name
-    for site in sites.values():
-        if name in site.aliases:
-            return site.name
-    raise _no_match(name, sites, refused or {})
+    """Canonical name of the one site called `name`, canonically or by a host's alias; errors as of `select_sites`."""
+    found = name if name in sites else next((site.name for site in sites.values() if name in site.aliases), None)
+    if found is None:
+        raise _NoMatch(sites, refused).error(name)
+    return found
 
 
+def matches(glob: str, site: WeightSite | NormSite) -> bool:
+    """Whether a glob, or a name, is of a site's or norm's canonical name or of one of its aliases."""
+    return any(name == glob or fnmatch.fnmatchcase(name, glob) for name in (site.name, *site.aliases))
+
+
+class _NoMatch(NamedTuple):
+    """What to say of a glob that matches nothing."""
+
+    sites: Mapping[str, Any]
+    refused: Mapping[str, str] | None = None
+    kind: str = "weight site"
+    refusal: str = "{} cannot be decomposed on this host: {}"
+    hint: str = ""
+
+    def error(self, glob: str) -> Exception:
+        for name, reason in (self.refused or {}).items():
+            if name == glob or fnmatch.fnmatchcase(name, glob):
+                return UnsupportedSiteError(self.refusal.format(name, reason))
+        names = [*self.sites, *(alias for site in self.sites.values() for alias in site.aliases)]
+        near = difflib.get_close_matches(glob, names, n=4, cutoff=0.4)
+        there = f"Nearest names: {', '.join(near)}." if near else _examples(self.sites)
+        hint = f" {self.hint}" if self.hint else ""
+        return NoMatchingSiteError(f"{glob!r} matches none of the {len(self.sites)} {self.kind}s. {there}{hint}")
+
+
+def _matching(sites: Mapping[str, AnySite], pattern: str | Iterable[str], nothing: _NoMatch) -> dict[str, AnySite]:
+    globs, chosen = [pattern] if isinstance(pattern, str) else list(pattern), set()
+    if not globs:
+        raise NoMatchingSiteError(f"An empty list of globs selects no {nothing.kind}. {_examples(sites)}")
+    for glob in globs:
+        matched = {name for name, site in sites.items() if matches(glob, site)}
+        if not matched:
+            raise nothing.error(glob)
+        chosen |= matched
+    return {name: site for name, site in sites.items() if name in chosen}
+
+
+def _examples(sites: Mapping[str, Any]) -> str:
+    return f"Names look like: {', '.join(list(sites)[:4])}." if sites else "The model has none."
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
 def check_rows(tokens: object, attention_mask: object = None) -> None:
     """Refuse what cannot be a batch of token rows (or of other inputs, for a model that is no language model).
 
@@ -183,21 +221,13 @@ def check_rows(tokens: object, attention_mask: object = None) -> None:
 
 
 def check_dense(given: Tensor, what: str) -> None:
-    """Refuse tensors whose numbers cannot be looked at.
-
-    Raises:
-        DataError: It is sparse or nested, or has a shape and no values.
-    """
+    """Refuse tensors whose numbers cannot be looked at: sparse or nested ones, and those without values (DataError)."""
     if given.layout != torch.strided or given.is_meta or given.is_nested:
         raise DataError(f"{what} is {given.layout} on {given.device}; give a dense tensor with values.")
 
 
 def check_mask_values(attention_mask: Tensor) -> None:
-    """Refuse a mask of anything but 0 and 1: hosts read it as yes or no, and sums over positions would weigh by it.
-
-    Raises:
-        DataError: It is something else, such as labels, or has no values to look at.
-    """
+    """Refuse a mask of anything but 0 and 1 (DataError): hosts read it as yes or no, and sums over positions weigh by it."""
     check_dense(attention_mask, "The attention mask")
     if attention_mask.dtype != torch.bool and attention_mask.numel():
         other = ~((attention_mask == 0) | (attention_mask == 1))
@@ -206,56 +236,3 @@ def check_mask_values(attention_mask: Tensor) -> None:
                 f"An attention mask holds 1 where a position counts and 0 where not; given {attention_mask[other][0].item()}, "
                 "as in labels or position numbers. For tokens != padding: (tokens != pad).long()."
             )
-
-
-def select_norms(
-    norms: Mapping[str, NormSite], pattern: str | Iterable[str], refused: Mapping[str, str], hint: str = ""
-) -> dict[str, NormSite]:
-    """Norms that globs over canonical names and aliases select, in the order of `norms`.
-
-    Args:
-        norms: All norms of a model by canonical name.
-        pattern: A glob, or several.
-        refused: Names of norms whose gains cannot be moved exactly, each with the reason.
-        hint: What else to say where nothing matches.
-
-    Raises:
-        NoMatchingSiteError: A glob selects nothing; the message names the nearest names.
-        UnsupportedSiteError: A glob selects only refused names.
-    """
-    globs, chosen = [pattern] if isinstance(pattern, str) else list(pattern), set()
-    if not globs:
-        raise NoMatchingSiteError("An empty list of globs selects no normalisation gain; leave it at False for none.")
-    for glob in globs:
-        matched = {name for name, norm in norms.items() if matches(glob, norm)}
-        for name, reason in refused.items():
-            if not matched and fnmatch.fnmatchcase(name, glob):
-                raise UnsupportedSiteError(f"The gain of {name} cannot be moved exactly on this host: {reason}.")
-        if not matched:
-            names = [*norms, *(alias for norm in norms.values() for alias in norm.aliases)]
-            near = difflib.get_close_matches(glob, names, n=4, cutoff=0.4) or list(norms)[:4]
-            there = f"Nearest names: {', '.join(near)}." if near else "The model has none."
-            raise NoMatchingSiteError(
-                f"{glob!r} matches none of the {len(norms)} normalisation gains. {there}{f' {hint}' if hint else ''}"
-            )
-        chosen |= matched
-    return {name: norms[name] for name in norms if name in chosen}
-
-
-def matches(glob: str, site: WeightSite | NormSite) -> bool:
-    """Whether a glob, or a name, is of a site's or norm's canonical name or of one of its aliases."""
-    return any(name == glob or fnmatch.fnmatchcase(name, glob) for name in (site.name, *site.aliases))
-
-
-def _no_match(glob: str, sites: Mapping[str, WeightSite], refused: Mapping[str, str]) -> Exception:
-    for name, reason in refused.items():
-        if name == glob or fnmatch.fnmatchcase(name, glob):
-            return UnsupportedSiteError(f"{name} cannot be decomposed on this host: {reason}")
-    names = [*sites, *(alias for site in sites.values() for alias in site.aliases)]
-    near = difflib.get_close_matches(glob, names, n=4, cutoff=0.4)
-    hint = f"Nearest names: {', '.join(near)}." if near else _example_names(sites)
-    return NoMatchingSiteError(f"{glob!r} matches none of the {len(sites)} weight sites. {hint}")
-
-
-def _example_names(sites: Mapping[str, WeightSite]) -> str:
-    return f"Names look like: {', '.join(list(sites)[:4])}." if sites else "The model has no weight sites."

@@ -276,7 +276,7 @@ def test_a_computed_gain_of_a_norm(way: str) -> None:
     adapter, x = adapt(model), torch.randn(3, 6).double()
     plain, gain = model(x), WAYS[way].value(norm, "weight")
     assert list(adapter.norms.sites) == ["1.weight"] and (adapter.gain("1.weight") - gain).abs().max() < 1e-12
-    with adapter.replaced_gains({"1.weight": gain * 3}, {}):
+    with adapter.replaced_weights({"1.weight": gain * 3}):
         assert (model(x) - norm.bias - 3 * (plain - norm.bias)).abs().max() < 1e-12
     assert torch.equal(model(x), plain)
 

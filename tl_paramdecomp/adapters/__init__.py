@@ -3,12 +3,13 @@
 `adapt(model)` picks the adapter by the model's type, without importing any host library.
 """
 
+import importlib
 import weakref
 from collections.abc import Hashable
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_paramdecomp.adapters.base import Captured, ModelAdapter
 from tl_paramdecomp.errors import UnsupportedModelError
@@ -16,6 +17,13 @@ from tl_paramdecomp.sites import SitePattern, WeightSite
 
 __all__ = ["Captured", "ModelAdapter", "adapt", "find_sites", "site_weight"]
 
+HOSTS = {
+    ("transformer_lens", "TransformerBridge"): ("transformer_bridge", "TransformerBridgeAdapter"),
+    ("transformer_lens", "HookedTransformer"): ("hooked_transformer", "HookedTransformerAdapter"),
+    ("nnsight", "Envoy"): ("nnsight", "NNsightAdapter"),
+    ("torch", "Module"): ("torch_module", "TorchModuleAdapter"),
+}
+"""A host's package and class -> the file here and the adapter in it; the first that a model is an instance of."""
 _ADAPTERS: "weakref.WeakKeyDictionary[Any, tuple[Hashable, ModelAdapter]]" = weakref.WeakKeyDictionary()
 
 
@@ -27,11 +35,10 @@ def adapt(model: Any) -> ModelAdapter:
     """
     adapter_class = _adapter_class(model)
     known = _ADAPTERS.get(model)
-    if known is not None and known[0] == known[1].signature():
-        return known[1]
-    adapter = adapter_class(model)
-    _ADAPTERS[model] = (adapter.signature(), adapter)
-    return adapter
+    if known is None or known[0] != known[1].signature():
+        adapter = adapter_class(model)
+        known = _ADAPTERS[model] = (adapter.signature(), adapter)
+    return known[1]
 
 
 def find_sites(model: Any, pattern: SitePattern = "*") -> dict[str, WeightSite]:
@@ -64,33 +71,19 @@ def site_weight(model: Any, name: str) -> Float[Tensor, "d_in d_out"]:
 
 
 def _adapter_class(model: Any) -> type[ModelAdapter]:
+    kind = type(model).__name__
     bases = {(base.__module__.split(".")[0], base.__name__) for base in type(model).__mro__}
     lens = {name for package, name in bases if package == "transformer_lens"}
-    if lens & {"RemoteBridge", "VLLMBridge"} or type(model).__name__ == "RemoteBridge":
-        raise UnsupportedModelError(
-            f"{type(model).__name__} holds no weights on this side; boot the model locally instead."
-        )
-    if "TransformerBridge" in lens:
-        from tl_paramdecomp.adapters.transformer_bridge import TransformerBridgeAdapter
-
-        return TransformerBridgeAdapter
-    if "HookedTransformer" in lens:
-        from tl_paramdecomp.adapters.hooked_transformer import HookedTransformerAdapter
-
-        return HookedTransformerAdapter
+    if lens & {"RemoteBridge", "VLLMBridge"} or kind == "RemoteBridge":
+        raise UnsupportedModelError(f"{kind} holds no weights on this side; boot the model locally instead.")
     if lens & {"HookedEncoder", "HookedEncoderDecoder", "HookedAudioEncoder"}:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not supported; decoder-only models as HookedTransformer or TransformerBridge are."
+            f"{kind} is not supported; decoder-only models as HookedTransformer or TransformerBridge are."
         )
-    if ("nnsight", "Envoy") in bases:
-        from tl_paramdecomp.adapters.nnsight import NNsightAdapter
-
-        return NNsightAdapter
-    if isinstance(model, nn.Module):
-        from tl_paramdecomp.adapters.torch_module import TorchModuleAdapter
-
-        return TorchModuleAdapter
+    for host, (file, name) in HOSTS.items():
+        if host in bases:
+            return getattr(importlib.import_module(f"tl_paramdecomp.adapters.{file}"), name)
     raise UnsupportedModelError(
         f"Expected a HookedTransformer, TransformerBridge, nnsight model, transformers model or torch.nn.Module, "
-        f"not {type(model).__name__}."
+        f"not {kind}."
     )

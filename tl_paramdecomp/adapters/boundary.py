@@ -6,16 +6,19 @@ and has nothing of them.
 """
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
 from tl_paramdecomp.errors import PatchConflictError
+
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -43,14 +46,10 @@ def interceptions_of(core: nn.Module) -> list[Any]:
     return _open(core).interceptions
 
 
-# --- one thread ------------------------------------------------------------------------------------------------------
+# --- one thread, evaluation mode --------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def one_thread(core: nn.Module) -> Iterator[None]:
-    """Hold a model for this thread: what one thread puts on it, another would run through.
-
-    Raises:
-        PatchConflictError: Another thread holds it.
-    """
+    """Hold a model for this thread (else PatchConflictError): what one puts on it, another would run through."""
     me = threading.get_ident()
     with _LOCK:
         state = _open(core)
@@ -73,17 +72,11 @@ def busy(core: nn.Module) -> PatchConflictError:
     )
 
 
-# --- evaluation mode -------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def evaluating(core: nn.Module, *around: nn.Module) -> Iterator[None]:
-    """Within this context a model is in evaluation mode; afterwards every module is in the mode that it was in.
+    """Within this context a model is in evaluation mode and this thread's alone (else PatchConflictError).
 
-    Args:
-        core: The module that holds the weights.
-        around: What else takes part in its passes, such as a bridge around it.
-
-    Raises:
-        PatchConflictError: Another thread holds the model.
+    Afterwards every module is in the mode that it was in. `around` takes part in its passes, such as a bridge.
     """
     with one_thread(core):
         state = _open(core)
@@ -103,16 +96,35 @@ def evaluating(core: nn.Module, *around: nn.Module) -> Iterator[None]:
                 state.training = []
 
 
-# --- hooks, and methods of single instances -----------------------------------------------------------------------------
-class Hook(partial):
+# --- contexts ---------------------------------------------------------------------------------------------------------
+class _Once(contextlib._GeneratorContextManager):
+    """A context that says so when it is entered again."""
+
+    def __enter__(self) -> Any:
+        if not hasattr(self, "args"):  # contextlib lets go of them as it enters
+            raise PatchConflictError(
+                f"This context of {self.gen.__name__}(...) was entered before, and is good for one time; call "
+                f"{self.gen.__name__}(...) again for another."
+            )
+        return super().__enter__()
+
+
+def entered_once(function: Callable[P, Iterator[T]]) -> Callable[P, contextlib.AbstractContextManager[T]]:
+    """`contextlib.contextmanager`, for contexts that users hold."""
+
+    @functools.wraps(function)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Any:
+        return _Once(function, args, kwargs)
+
+    return made
+
+
+# --- hooks, and methods of single instances ---------------------------------------------------------------------------
+class Hook(functools.partial):
     """A torch hook of an open context. A copy of the module that it is on, or a pickle, has one that does nothing."""
 
     def __reduce__(self) -> Any:
-        return _idle_hook, ()
-
-
-def _idle_hook() -> Callable[..., None]:
-    return _do_nothing
+        return functools.partial, (_do_nothing,)
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
@@ -127,7 +139,7 @@ class Shadow:
     """Stands under a method's name on one instance and runs what the open contexts put around that method."""
 
     def __init__(self, original: Callable[..., Any], own: bool) -> None:
-        update_wrapper(self, original)  # hosts inspect the signature
+        functools.update_wrapper(self, original)  # hosts inspect the signature
         self.original = original
         self.own = own
         self.arounds: list[Around] = []
@@ -138,7 +150,7 @@ class Shadow:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.original
         for around in self.arounds:
-            call = partial(around, call)
+            call = functools.partial(around, call)
         return call(*args, **kwargs)
 
 
@@ -156,10 +168,8 @@ def shadowed_method(instance: Any, name: str, around: Around) -> Iterator[None]:
     finally:
         with _LOCK:
             shadow.arounds.remove(around)
-            if (
-                not shadow.arounds and getattr(instance, name) is shadow
-            ):  # else another library has wrapped it meanwhile
-                if shadow.own:
-                    object.__setattr__(instance, name, shadow.original)
-                else:
-                    object.__delattr__(instance, name)
+            still_there = getattr(instance, name) is shadow  # else another library has wrapped it meanwhile
+            if not shadow.arounds and still_there and shadow.own:
+                object.__setattr__(instance, name, shadow.original)
+            elif not shadow.arounds and still_there:
+                object.__delattr__(instance, name)

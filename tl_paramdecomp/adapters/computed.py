@@ -8,7 +8,7 @@ cannot be read without changing the model, or differs from look to look, is refu
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -25,61 +25,53 @@ _STEADY: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.Weak
 """By parametrization and mode, whether it gives the same tensor at each look."""
 
 
+# --- reading ----------------------------------------------------------------------------------------------------------
 def read_tensor(owner: nn.Module, attribute: str, name: str = "") -> Any:
-    """The tensor that a forward pass would use now; None where the module holds none.
+    """The tensor that a forward pass would use now; None where the module holds none. Errors call the site `name`.
 
-    Args:
-        owner: The module.
-        attribute: Such as `weight`.
-        name: What an error calls the site.
-
-    Raises:
-        UnsupportedSiteError: It cannot be read without changing it, or is another one each time.
+    UnsupportedSiteError where it cannot be read without changing it, or is another one each time.
     """
     if attribute in owner._parameters:
         return owner._parameters[attribute]
-    if attribute in getattr(type(owner), OVERRULED, ()):
+    if _is_overruled(owner, attribute):
         return getattr(owner, attribute)
-    named = f"The {attribute} of {name or type(owner).__name__}"
-    if parametrize.is_parametrized(owner, attribute):
-        _check_steady(owner, attribute, named)
-        return getattr(owner, attribute)
-    hook = _hook(owner, attribute)
-    if isinstance(hook, SpectralNorm):
+    part, hook = _parametrization(owner, attribute), _hook(owner, attribute)
+    if part is not None:
+        _check_steady(owner, attribute, part, name)
+    elif isinstance(hook, SpectralNorm):
         if owner.training:
-            raise _unsteady(named, "spectral_norm")
+            raise _unsteady(owner, attribute, name, "spectral_norm")
         return hook.compute_weight(owner, do_power_iteration=False)
-    if isinstance(hook, WeightNorm):
-        return hook.compute_weight(owner)
-    return getattr(owner, attribute, None) if hook is None else hook.apply_mask(owner)
+    elif hook is not None:
+        return hook.compute_weight(owner) if isinstance(hook, WeightNorm) else hook.apply_mask(owner)
+    return getattr(owner, attribute, None)
 
 
 def peeked(owner: nn.Module, attribute: str) -> Any:
     """A tensor for the sake of its shape and number type, which leaves the module as it is; None where there is none."""
-    if not parametrize.is_parametrized(owner, attribute) or attribute in getattr(type(owner), OVERRULED, ()):
+    part = None if _is_overruled(owner, attribute) else _parametrization(owner, attribute)
+    with torch.no_grad(), _untouched(part) if part is not None else contextlib.nullcontext():
         return getattr(owner, attribute, None)
-    parts: Any = owner.parametrizations
-    with torch.no_grad(), _untouched(parts[attribute]):
-        return getattr(owner, attribute)
+
+
+def tensor_state(tensor: Any) -> Hashable:
+    """What changes with every change that torch counts; None where it counts none: inference tensors, and what is no tensor."""
+    if not isinstance(tensor, Tensor) or tensor.is_inference():
+        return None
+    return id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 def is_computed(owner: nn.Module, attribute: str) -> bool:
     """Whether a module computes this tensor, in a way that is known."""
-    return parametrize.is_parametrized(owner, attribute) or _hook(owner, attribute) is not None
+    return _parametrization(owner, attribute) is not None or _hook(owner, attribute) is not None
 
 
 def why_unknown(owner: nn.Module, attribute: str) -> str | None:
     """Why a tensor that should be a parameter may be another one in a forward pass; None where it is known to be it."""
-    if (
-        attribute in owner._parameters
-        or attribute in owner._buffers
-        or attribute in getattr(type(owner), OVERRULED, ())
-    ):
-        return None
+    held = attribute in owner._parameters or attribute in owner._buffers or _is_overruled(owner, attribute)
     hook = _hook(owner, attribute)
-    if parametrize.is_parametrized(owner, attribute) or (
-        hook is not None and all(part in owner._parameters for part in _parts(hook, attribute))
-    ):
+    known = hook is not None and all(part in owner._parameters for part in _parts(hook, attribute))
+    if held or known or _parametrization(owner, attribute) is not None:
         return None
     return (
         f"its {attribute} is no parameter but an attribute that something else sets, perhaps from a hook or a module around "
@@ -89,14 +81,18 @@ def why_unknown(owner: nn.Module, attribute: str) -> str | None:
 
 def computed_tensors(owner: nn.Module) -> dict[str, list[str]]:
     """Names of the tensors that a module computes, each with the module's own tensors that it is computed from."""
-    found: dict[str, list[str]] = {}
-    if parametrize.is_parametrized(owner):
-        found |= {name: [] for name in owner.parametrizations}  # pyright: ignore[reportGeneralTypeIssues]
-    for hook in owner._forward_pre_hooks.values():
-        name = _tensor_name(hook)
-        if name is not None:
-            found[name] = _parts(hook, name)
-    return found
+    parametrized: Any = owner.parametrizations if parametrize.is_parametrized(owner) else ()
+    hooks = ((_tensor_name(hook), hook) for hook in owner._forward_pre_hooks.values())
+    return {name: [] for name in parametrized} | {name: _parts(hook, name) for name, hook in hooks if name is not None}
+
+
+def sources(owner: nn.Module, attribute: str) -> list[Tensor]:
+    """The parameters that a tensor is computed from."""
+    part, hook = _parametrization(owner, attribute), _hook(owner, attribute)
+    if part is not None:
+        return list(part.parameters())
+    held = [] if hook is None else [owner._parameters.get(part) for part in _parts(hook, attribute)]
+    return [parameter for parameter in held if parameter is not None]
 
 
 def plain_type(module: nn.Module) -> type:
@@ -130,31 +126,19 @@ def _refuse_copy(module: nn.Module, *args: Any) -> Any:
     )
 
 
-def sources(owner: nn.Module, attribute: str) -> list[Tensor]:
-    """The parameters that a tensor is computed from."""
-    if parametrize.is_parametrized(owner, attribute):
-        parts: Any = owner.parametrizations
-        return list(parts[attribute].parameters())
-    hook = _hook(owner, attribute)
-    held = [] if hook is None else [owner._parameters.get(part) for part in _parts(hook, attribute)]
-    return [parameter for parameter in held if parameter is not None]
-
-
 def made_plain(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
     """Make a computed tensor a parameter for good; what it was computed from is dropped, and unchanged where others use it.
 
-    Raises:
-        UnsupportedSiteError: How it is computed is not known.
+    UnsupportedSiteError where it is not known how it is computed.
     """
     kept = nn.Parameter(tensor, any(part.requires_grad for part in sources(owner, attribute)))
-    hook = _hook(owner, attribute)
-    if parametrize.is_parametrized(owner, attribute):
+    part, hook = _parametrization(owner, attribute), _hook(owner, attribute)
+    if part is not None:
         kind = type(owner)  # a copied module shares its class, and so its properties, with the original
         fields = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
         own: Any = type(kind.__name__, kind.__bases__, fields)
         owner.__class__ = own
-        parts: Any = owner.parametrizations
-        parametrize.remove_parametrizations(owner, attribute, leave_parametrized=not parts[attribute].is_tensor)
+        parametrize.remove_parametrizations(owner, attribute, leave_parametrized=not part.is_tensor)
     elif isinstance(hook, WeightNorm):
         remove_weight_norm(owner, attribute)
     elif isinstance(hook, SpectralNorm):
@@ -180,9 +164,8 @@ def deep_copy(root: nn.Module) -> nn.Module:
     kept = (value for module in root.modules() for value in vars(module).values() if isinstance(value, Tensor))
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
     kinds = {type(module) for module in root.modules() if parametrize.is_parametrized(module)}
-    own = [
-        (kind, key, vars(kind)[key]) for kind in kinds for key in ("__deepcopy__", "__getstate__") if key in vars(kind)
-    ]
+    names = ("__deepcopy__", "__getstate__")
+    own = [(kind, key, vars(kind)[key]) for kind in kinds for key in names if key in vars(kind)]
     for kind, key, _ in own:
         delattr(kind, key)
     try:
@@ -193,12 +176,22 @@ def deep_copy(root: nn.Module) -> nn.Module:
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
+def _is_overruled(owner: nn.Module, attribute: str) -> bool:
+    return attribute in getattr(type(owner), OVERRULED, ())
+
+
+def _parametrization(owner: nn.Module, attribute: str) -> Any:
+    """The parametrization that computes this tensor, or None."""
+    held: Any = owner._modules.get("parametrizations") if parametrize.is_parametrized(owner, attribute) else None
+    return None if held is None else held[attribute]
+
+
 def _hook(owner: nn.Module, attribute: str) -> Any:
     """The pre-hook of an older utility that computes this tensor, or None."""
     return next((hook for hook in owner._forward_pre_hooks.values() if _tensor_name(hook) == attribute), None)
 
 
-def _tensor_name(hook: Callable[..., Any]) -> str | None:
+def _tensor_name(hook: Any) -> str | None:
     if isinstance(hook, (WeightNorm, SpectralNorm)):
         return hook.name
     return hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else None
@@ -208,23 +201,16 @@ def _parts(hook: Any, attribute: str) -> list[str]:
     return [f"{attribute}_{end}" for end in (("g", "v") if isinstance(hook, WeightNorm) else ("orig",))]
 
 
-def _check_steady(owner: nn.Module, attribute: str, named: str) -> None:
-    """Refuse a parametrization that changes as it is read.
-
-    Raises:
-        UnsupportedSiteError: as said.
-    """
-    parts: Any = owner.parametrizations
-    part = parts[attribute]
+def _check_steady(owner: nn.Module, attribute: str, part: nn.Module, name: str) -> None:
+    """Refuse a parametrization that changes as it is read (UnsupportedSiteError)."""
     own = [module for module in part.children() if not type(module).__module__.startswith("torch.nn.utils.")]
-    iterating = [module for module in part.children() if type(module).__name__ == "_SpectralNorm" and module.training]
-    if iterating:
-        raise _unsteady(named, "spectral_norm")
+    if any(type(module).__name__ == "_SpectralNorm" and module.training for module in part.children()):
+        raise _unsteady(owner, attribute, name, "spectral_norm")
     known = _STEADY.setdefault(part, {})
     if own and part.training not in known:
         known[part.training] = _gives_the_same(owner, attribute, part)
     if own and not known[part.training]:
-        raise _unsteady(named, type(own[0]).__name__)
+        raise _unsteady(owner, attribute, name, type(own[0]).__name__)
 
 
 @torch.no_grad()
@@ -249,9 +235,9 @@ def _untouched(part: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
                 buffer.copy_(kept)
 
 
-def _unsteady(named: str, by: str) -> UnsupportedSiteError:
+def _unsteady(owner: nn.Module, attribute: str, name: str, by: str) -> UnsupportedSiteError:
     return UnsupportedSiteError(
-        f"{named} is computed by {by}, which gives another tensor each time it is read. Put the model in eval mode, if that "
-        "makes it one tensor, or make it a plain parameter: torch.nn.utils.parametrize.remove_parametrizations(module, name), "
-        "or remove_spectral_norm(module)."
+        f"The {attribute} of {name or type(owner).__name__} is computed by {by}, which gives another tensor each time it is "
+        "read. Put the model in eval mode, if that makes it one tensor, or make it a plain parameter: "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, name), or remove_spectral_norm(module)."
     )

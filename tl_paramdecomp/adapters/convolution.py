@@ -45,17 +45,9 @@ class Patches:
         x = x.movedim(batch, batch + axes)
         return x.flatten(batch + axes).flatten(batch, batch + axes - 1)
 
-    def rows(self, y: Float[Tensor, "*image"]) -> Float[Tensor, "*batch positions d_out"]:
-        """An output image [d_out, ...], or a batch of them, position by position."""
-        return y.flatten(-len(self.kernel)).transpose(-1, -2)
-
     def match(self, x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """x [..., positions, d_in] and y [..., positions, d_out] of one call.
-
-        Raises:
-            ShapeError: The output has other positions than the convolution had when the model was first read.
-        """
-        patches, rows = self.read(x), self.rows(y)
+        """x [..., positions, d_in] and y [..., positions, d_out] of one call; ShapeError where positions are others by now."""
+        patches, rows = self.read(x), y.flatten(-len(self.kernel)).transpose(-1, -2)
         if patches.shape[:-1] != rows.shape[:-1]:
             raise ShapeError(
                 f"{name} gives {list(y.shape)} for {list(x.shape)}, which are not the {patches.shape[-2]} positions of stride "
@@ -76,10 +68,9 @@ def patches_of(module: _ConvNd) -> Patches:
     if module.padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         padding = tuple((total // 2, total - total // 2) for total in totals)
-    elif module.padding == "valid":
-        padding = ((0, 0),) * len(kernel)
     else:
-        padding = tuple((int(n), int(n)) for n in module.padding)
+        given = (0,) * len(kernel) if module.padding == "valid" else module.padding
+        padding = tuple((int(n), int(n)) for n in given)
     return Patches(module.in_channels, kernel, tuple(module.stride), dilation, padding)
 
 

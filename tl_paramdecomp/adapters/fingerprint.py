@@ -12,14 +12,18 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_paramdecomp.adapters.computed import tensor_state
 from tl_paramdecomp.sites import Fingerprint
 
 N_PROJECTIONS = 4
+N_SAMPLED = 512
+"""Entries by which a change of a whole tensor is noticed where torch has not counted one."""
 EXACT = 1e-9
 """Relative difference that summation order and hosts' copies may cause within one dtype."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"] | None) -> Fingerprint:
@@ -40,18 +44,16 @@ def fingerprint(weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out
 
 
 def differs(known: Fingerprint, found: Fingerprint) -> str | None:
-    """What tells two fingerprints apart, in words; None when they are of the same weights.
-
-    Weights stored in different dtypes are compared within the coarser one's rounding.
-    """
+    """What tells two fingerprints apart, to the coarser dtype's rounding, in words; None when they are of the same weights."""
+    if known == found:
+        return None
     if known.shape != found.shape:
         return f"shape {list(found.shape)} instead of {list(known.shape)}"
     coarse = max(torch.finfo(getattr(torch, f.dtype)).eps for f in (known, found))
     tolerance = EXACT if known.dtype == found.dtype else 4 * coarse
-    scale = max(known.norm, found.norm, 1e-30)
+    scale, bias_scale = max(known.norm, found.norm, 1e-30), max(known.bias_norm, found.bias_norm, 1e-30)
     if abs(known.norm - found.norm) > tolerance * scale:
         return f"norm {found.norm:.6g} instead of {known.norm:.6g}"
-    bias_scale = max(known.bias_norm, found.bias_norm, 1e-30)
     if abs(known.bias_norm - found.bias_norm) > tolerance * bias_scale:
         return f"bias norm {found.bias_norm:.6g} instead of {known.bias_norm:.6g}"
     for i, (a, b) in enumerate(zip(known.projections, found.projections, strict=True)):
@@ -70,34 +72,31 @@ class Remembered(NamedTuple):
     """A fingerprint, and the parameters it was taken of in the state they were in."""
 
     parameters: "tuple[weakref.ref[Tensor], ...]"
-    states: tuple[Hashable, ...] | None
+    states: tuple[Hashable, ...]
     entries: tuple[Tensor, ...]
     found: Fingerprint
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor], found: Fingerprint) -> "Remembered":
         """A fingerprint that was just taken."""
-        return cls(tuple(map(weakref.ref, parameters)), _states(parameters), tuple(map(sampled, parameters)), found)
+        refs, states = map(weakref.ref, parameters), map(tensor_state, parameters)
+        return cls(tuple(refs), tuple(states), tuple(map(sampled, parameters)), found)
 
-    def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the very same parameters, unchanged since as far as torch counts and some entries show."""
-        alive = len(parameters) == len(self.parameters) and all(
-            ref() is t for ref, t in zip(self.parameters, parameters)
-        )
-        counted = alive and self.states is not None and self.states == _states(parameters)
-        return counted and all(torch.equal(known, sampled(t)) for known, t in zip(self.entries, parameters))
+    def is_of(self, parameters: Sequence[Tensor], samples: dict[int, Tensor]) -> bool:
+        """Whether these are the very same parameters, unchanged since as far as torch counts and some entries show.
 
-
-def _states(parameters: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
-    """What changes with every in-place change; None for inference tensors, which keep no count."""
-    try:
-        return tuple((t._version, t.data_ptr(), t.dtype) for t in parameters)
-    except RuntimeError:
-        return None
-
-
-N_SAMPLED = 512
-"""Entries by which a change of a whole tensor is noticed where torch has not counted one."""
+        `samples` keeps the entries of tensors that were looked at just now.
+        """
+        if len(parameters) != len(self.parameters):
+            return False
+        for tensor, ref, state, entries in zip(parameters, self.parameters, self.states, self.entries):
+            if ref() is not tensor or state is None or state != tensor_state(tensor):
+                return False
+            if id(tensor) not in samples:
+                samples[id(tensor)] = sampled(tensor)
+            if not torch.equal(entries, samples[id(tensor)]):
+                return False
+        return True
 
 
 def sampled(tensor: Tensor) -> Tensor:
@@ -105,25 +104,19 @@ def sampled(tensor: Tensor) -> Tensor:
 
     torch counts the in-place changes of a tensor, but not those made through `.data`, as merging an adapter does.
     """
-    bits = tensor.detach().view(_BITS[tensor.element_size()])
-    if tensor.is_contiguous():
-        return bits.view(-1).index_select(0, _spread(tensor.shape, tensor.device)[0])
-    return bits[_spread(tensor.shape, tensor.device)[1]]
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    entries = torch.take(tensor.detach(), _spread(tensor.numel(), tensor.device))
+    return entries.view(_BITS[tensor.element_size()])
 
 
 @functools.lru_cache(maxsize=256)
-def _spread(shape: torch.Size, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Indices of entries, one at random from each of as many stretches: of the flattened tensor, and by axis."""
-    n = math.prod(shape)
+def _spread(n: int, device: torch.device) -> Int[Tensor, " entries"]:
+    """Indices into a flattened tensor, one at random from each of as many stretches."""
     k = min(n, N_SAMPLED)
     generator = torch.Generator().manual_seed(n)
-    starts = torch.arange(k, dtype=torch.float64) * (n / max(k, 1))
-    flat = (starts + torch.rand(k, generator=generator, dtype=torch.float64) * (n / max(k, 1))).long().clamp(max=n - 1)
-    flat = flat.to(device)
-    return flat, torch.unravel_index(flat, shape)
+    starts = (torch.arange(k, dtype=torch.float64) + torch.rand(k, generator=generator, dtype=torch.float64)) * (
+        n / max(k, 1)
+    )
+    return starts.long().clamp(max=n - 1).to(device)
 
 
 @functools.lru_cache(maxsize=64)

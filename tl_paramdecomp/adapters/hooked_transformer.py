@@ -6,25 +6,25 @@ called and outputs where their hook points stand. W_O and W_out are intercepted 
 """
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Hashable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters.base import make_interception
+from tl_paramdecomp.adapters.base import Output, RowMask, Rows
 from tl_paramdecomp.adapters.boundary import shadowed_method
-from tl_paramdecomp.adapters.computed import is_computed, peeked, why_unknown
-from tl_paramdecomp.adapters.interception import Interception, OnError, torch_call_hook
-from tl_paramdecomp.adapters.lens import HookRoute, LensAdapter, no_hook_point, watch_generate
-from tl_paramdecomp.adapters.padding import starts_later
-from tl_paramdecomp.adapters.shared_parameters import repeated, with_ties
-from tl_paramdecomp.adapters.torch_module import refuse_wrapped
-from tl_paramdecomp.adapters.wiring import Tap, Wiring, find_module
+from tl_paramdecomp.adapters.computed import is_computed, peeked
+from tl_paramdecomp.adapters.interception import Interception
+from tl_paramdecomp.adapters.lens import GENERATE, HookRoute, LensAdapter, no_hook_point
+from tl_paramdecomp.adapters.limits import starts_later
+from tl_paramdecomp.adapters.passes import refuse_wrapped, watch_generate
+from tl_paramdecomp.adapters.wiring import Layout, Tap, Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
-from tl_paramdecomp.sites import SiteFn, WeightSite
+from tl_paramdecomp.sites import WeightSite
 
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "ungroup_grouped_query_attention")
 
@@ -40,177 +40,87 @@ class HookedTransformerAdapter(LensAdapter):
         cfg = model.cfg
         if getattr(cfg, "load_in_4bit", False):
             raise UnsupportedModelError("This HookedTransformer holds 4-bit weights; load it unquantised.")
-        self._add_embeddings(model, cfg)
-        for i, block in enumerate(model.blocks):
-            self._add_attention(block, i, cfg)
-            if not cfg.attn_only:
-                self._add_mlp(block, i, cfg)
-        self._add_unembedding(model, cfg)
-        for name, reason in repeated(self.root, self.wirings, model.blocks).items():
-            self.refused[name] = reason
-            del self.wirings[name]
-        self.wirings = with_ties(self.root, self.wirings)
-
-    def _add(self, name: str, shape: tuple[int, int], **wiring: Any) -> None:
-        site_fields = {k: wiring.pop(k) for k in ("kind", "n_heads", "head_side") if k in wiring}
-        site = WeightSite(name, *shape, has_bias=wiring.get("bias") is not None, **site_fields)
-        made = Wiring(site, **wiring)
-        unknown = why_unknown(find_module(self.root, made.owner), made.weight)
-        if unknown is None:
-            self.wirings[name] = made
-        else:
-            self.refused[name] = unknown
-
-    def _add_embeddings(self, model: Any, cfg: Any) -> None:
         post_norm = hasattr(model.embed, "ln")
         x, y = (Tap("embed", "input"), Tap("embed.ln", "input")) if post_norm else (Tap("embed"), Tap("embed"))
-        self._add(
-            "embed.W_E",
-            tuple(peeked(model.embed, "W_E").shape),
-            kind="embedding",
-            owner="embed",
-            weight="W_E",
-            bias=None,
-            layout="in_out",
-            x=x,
-            y=y,
-        )
+        self._add("embed", "W_E", None, x, y, kind="embedding")
         if cfg.positional_embedding_type in ("standard", "shortformer"):
-            self._add(
-                "pos_embed.W_pos",
-                tuple(peeked(model.pos_embed, "W_pos").shape),
-                kind="embedding",
-                owner="pos_embed",
-                weight="W_pos",
-                bias=None,
-                layout="in_out",
-                x=Tap("pos_embed", "input", position_rows),
-                y=Tap("pos_embed", "output"),
-            )
+            x, y = Tap("pos_embed", "input", position_rows), Tap("pos_embed", "output")
+            self._add("pos_embed", "W_pos", None, x, y, kind="embedding")
+        for i, block in enumerate(model.blocks):
+            self._add_attention(block, f"blocks.{i}.attn")
+            if not cfg.attn_only:
+                self._add_mlp(block, f"blocks.{i}.mlp")
+        self._add("unembed", "W_U", "b_U", Tap("unembed"), Tap("unembed"))
+        self.refuse_repeated()
+        self.vocabulary_size = model.embed.W_E.shape[0]
+        alibi = cfg.positional_embedding_type == "alibi"  # which is computed for longer rows
+        self.context_length = None if alibi else cfg.n_ctx
+        self.settle(known=True)
 
-    def _add_attention(self, block: Any, i: int, cfg: Any) -> None:
-        path = f"blocks.{i}.attn"
+    def _add(
+        self,
+        owner: str,
+        weight: str,
+        bias: str | None,
+        x: Tap,
+        y: Tap,
+        layout: Layout = "in_out",
+        kind: Literal["linear", "embedding"] = "linear",
+    ) -> None:
+        shape, heads = tuple(peeked(find_module(self.root, owner), weight).shape), {}
+        if layout == "heads_in_out":
+            shape, heads = (shape[1], shape[0] * shape[2]), {"n_heads": shape[0], "head_side": "out"}
+        elif layout == "heads_out_in":
+            shape, heads = (shape[0] * shape[1], shape[2]), {"n_heads": shape[0], "head_side": "in"}
+        site = WeightSite(f"{owner}.{weight.lstrip('_')}", *shape, kind, has_bias=bias is not None, **heads)
+        self.add(Wiring(site, owner, x, y, weight, bias, layout))
+
+    def _add_attention(self, block: Any, path: str) -> None:
         grouped = _holds(block.attn, "_W_K")
-        for role, heads in (("Q", cfg.n_heads), ("K", cfg.n_key_value_heads), ("V", cfg.n_key_value_heads)):
-            heads = heads or cfg.n_heads
-            if grouped and role != "Q" and getattr(cfg, "ungroup_grouped_query_attention", False):
+        for role, argument in (("Q", "query_input"), ("K", "key_input"), ("V", "value_input")):
+            stored = "_" if grouped and role != "Q" else ""
+            if stored and getattr(self.model.cfg, "ungroup_grouped_query_attention", False):
                 self.refused[f"{path}.W_{role}"] = (
                     "key/value heads are repeated for every query head; call set_ungroup_grouped_query_attention(False)"
                 )
                 continue
-            stored = "_" if grouped and role != "Q" else ""
-            argument = {"Q": "query_input", "K": "key_input", "V": "value_input"}[role]
-            self._add(
-                f"{path}.W_{role}",
-                (cfg.d_model, heads * cfg.d_head),
-                n_heads=heads,
-                head_side="out",
-                owner=path,
-                weight=f"{stored}W_{role}",
-                bias=f"{stored}b_{role}",
-                layout="heads_in_out",
-                x=Tap(path, "input", _keyword(argument)),
-                y=Tap(f"{path}.hook_{role.lower()}", "output"),
+            x, y = (
+                Tap(path, "input", functools.partial(_keyword, argument)),
+                Tap(f"{path}.hook_{role.lower()}", "output"),
             )
-        self._add(
-            f"{path}.W_O",
-            (cfg.n_heads * cfg.d_head, cfg.d_model),
-            n_heads=cfg.n_heads,
-            head_side="in",
-            owner=path,
-            weight="W_O",
-            bias="b_O",
-            layout="heads_out_in",
-            x=Tap(f"{path}.hook_z", "output"),
-            y=Tap(path, "output"),
-        )
+            self._add(path, f"{stored}W_{role}", f"{stored}b_{role}", x, y, "heads_in_out")
+        self._add(path, "W_O", "b_O", Tap(f"{path}.hook_z", "output"), Tap(path, "output"), "heads_out_in")
 
-    def _add_mlp(self, block: Any, i: int, cfg: Any) -> None:
-        path = f"blocks.{i}.mlp"
+    def _add_mlp(self, block: Any, path: str) -> None:
         if not _holds(block.mlp, "W_in"):
-            for role in ("W_in", "W_out"):
-                self.refused[f"{path}.{role}"] = f"{type(block.mlp).__name__} routes tokens among experts"
+            reason = f"{type(block.mlp).__name__} routes tokens among experts"
+            self.refused |= dict.fromkeys((f"{path}.W_in", f"{path}.W_out"), reason)
             return
-        gated = _holds(block.mlp, "W_gate")
-        shape = tuple(peeked(block.mlp, "W_in").shape)
-        x = Tap(path, "input")
+        gated, x = _holds(block.mlp, "W_gate"), Tap(path, "input")
+        linear = "hook_pre"
         if gated:  # a gated MLP adds b_in after gating, so it is not the bias of x W_in
-            self._add(
-                f"{path}.W_gate",
-                shape,
-                owner=path,
-                weight="W_gate",
-                bias=None,
-                layout="in_out",
-                x=x,
-                y=Tap(f"{path}.hook_pre", "output"),
-            )
-        self._add(
-            f"{path}.W_in",
-            shape,
-            owner=path,
-            weight="W_in",
-            bias=None if gated else "b_in",
-            layout="in_out",
-            x=x,
-            y=Tap(f"{path}.hook_pre_linear" if gated else f"{path}.hook_pre", "output"),
-        )
-        self._add(
-            f"{path}.W_out",
-            shape[::-1],
-            owner=path,
-            weight="W_out",
-            bias="b_out",
-            layout="in_out",
-            x=Tap(f"{path}.hook_post", "output"),
-            y=Tap(path, "output"),
-        )
-
-    def _add_unembedding(self, model: Any, cfg: Any) -> None:
-        shape = tuple(peeked(model.unembed, "W_U").shape)
-        self._add(
-            "unembed.W_U",
-            shape,
-            owner="unembed",
-            weight="W_U",
-            bias="b_U",
-            layout="in_out",
-            x=Tap("unembed"),
-            y=Tap("unembed"),
-        )
+            self._add(path, "W_gate", None, x, Tap(f"{path}.hook_pre", "output"))
+            linear = "hook_pre_linear"
+        self._add(path, "W_in", None if gated else "b_in", x, Tap(f"{path}.{linear}", "output"))
+        self._add(path, "W_out", "b_out", Tap(f"{path}.hook_post", "output"), Tap(path, "output"))
 
     # --- state of the host --------------------------------------------------------------------------------------------
     @property
     def processing(self) -> str | None:
-        kind = self.model.cfg.normalization_type
-        return "LayerNorm folded into the weights" if kind in ("LNPre", "RMSPre") else None
+        folded = self.model.cfg.normalization_type in ("LNPre", "RMSPre")
+        return "LayerNorm folded into the weights" if folded else None
 
     def flags(self) -> tuple[Hashable, ...]:
         """Flags under which other tensors pass the hook points, and whether norms hold gains."""
         return (*(bool(getattr(self.model.cfg, flag, False)) for flag in FLAGS), self.model.cfg.normalization_type)
 
     # --- running ------------------------------------------------------------------------------------------------------
-    @contextlib.contextmanager
-    def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            interception = make_interception(self, fns, on_error, stack)
-            interception.install(stack, torch_call_hook)
-            stack.enter_context(shadowed_method(self.model, "forward", _watched_forward(interception)))
-            watch_generate(stack, self.model, interception, "generate", "generate_stream")
-            yield
+    def watch(self, stack: contextlib.ExitStack, interception: Interception) -> None:
+        around = functools.partial(_watched_forward, interception)
+        stack.enter_context(shadowed_method(self.model, "forward", around))
+        watch_generate(stack, self.model, interception.tracker, GENERATE)
 
-    @property
-    def vocabulary_size(self) -> int:
-        return self.model.embed.W_E.shape[0]
-
-    @property
-    def context_length(self) -> int | None:
-        cfg = self.model.cfg
-        return None if cfg.positional_embedding_type == "alibi" else cfg.n_ctx  # ALiBi is computed for longer rows
-
-    def run(
-        self, tokens: Shaped[Tensor, "batch ..."], attention_mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch ..."]:
+    def run(self, tokens: Rows, attention_mask: RowMask = None) -> Output:
         if attention_mask is None:
             return self.model(tokens)
         side = "left" if starts_later(attention_mask) else "right"
@@ -229,12 +139,11 @@ class HookedTransformerAdapter(LensAdapter):
             return HookRoute("unembed.hook_in", "unembed.hook_out")
         block_path, part, role = name.rsplit(".", 2)
         block = self.model.blocks[int(block_path.split(".")[1])]
-        if role in ("W_O", "W_out"):
-            if hasattr(block, "ln1_post") or _post_norm(self.model.cfg):
-                raise no_hook_point(name, "this model normalises the product before its hook point")
-            x = f"{block_path}.attn.hook_z" if role == "W_O" else f"{block_path}.mlp.hook_post"
-            return HookRoute(x, f"{block_path}.hook_{part}_out")
-        return self._normalised_route(name, block, block_path, part)
+        if role not in ("W_O", "W_out"):
+            return self._normalised_route(name, block, block_path, part)
+        if hasattr(block, "ln1_post") or _post_norm(self.model.cfg):
+            raise no_hook_point(name, "this model normalises the product before its hook point")
+        return HookRoute(self.wirings[name].x.path, f"{block_path}.hook_{part}_out")
 
     def _normalised_route(self, name: str, block: nn.Module, block_path: str, part: str) -> HookRoute:
         cfg = self.model.cfg
@@ -242,13 +151,12 @@ class HookedTransformerAdapter(LensAdapter):
             raise no_hook_point(name, "shortformer adds positions after the last hook point")
         if cfg.use_split_qkv_input or cfg.use_attn_in:
             raise no_hook_point(name, "the heads' inputs are split (use_split_qkv_input or use_attn_in)")
-        y_hook = self.wirings[name].y.path
-        norm = block.ln1 if part == "attn" else block.ln2
+        y_hook, which = self.wirings[name].y.path, "ln1" if part == "attn" else "ln2"
+        norm = getattr(block, which)
         if isinstance(norm, nn.Identity) or _post_norm(cfg):
             mid = part == "mlp" and not cfg.parallel_attn_mlp
             return HookRoute(f"{block_path}.hook_resid_{'mid' if mid else 'pre'}", y_hook)
-        x_hook = f"{block_path}.ln{1 if part == 'attn' else 2}.hook_normalized"
-        return HookRoute(x_hook, y_hook, _affine(norm))
+        return HookRoute(f"{block_path}.{which}.hook_normalized", y_hook, _affine(norm))
 
 
 def position_rows(args: tuple, kwargs: dict) -> Int[Tensor, "batch pos"]:
@@ -265,8 +173,8 @@ def _holds(module: nn.Module, name: str) -> bool:
     return name in module._parameters or is_computed(module, name)
 
 
-def _keyword(name: str) -> Callable[[tuple, dict], Tensor]:
-    return lambda args, kwargs: kwargs[name]
+def _keyword(name: str, args: tuple, kwargs: dict) -> Tensor:
+    return kwargs[name]
 
 
 def _post_norm(cfg: Any) -> bool:
@@ -278,25 +186,17 @@ def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
     weight, bias = getattr(norm, "w", None), getattr(norm, "b", None)
     if weight is None or (bias is not None and int(version("transformer-lens").split(".")[0]) < 3):
         return lambda tensor: tensor
-    if bias is None:
-        return lambda tensor: tensor * weight
-    return lambda tensor: tensor * weight + bias
+    return lambda tensor: tensor * weight if bias is None else tensor * weight + bias
 
 
-def _watched_forward(interception: Interception) -> Callable[..., Any]:
+def _watched_forward(interception: Interception, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around HookedTransformer.forward, which its own `generate` calls without `__call__`."""
-
-    def forward(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_kv_cache")
-        start = 0 if cache is None else int(cache[0].past_keys.shape[1])
-        partial = kwargs.get("start_at_layer") is not None or kwargs.get("stop_at_layer") is not None
-        interception.begin(start, None)
-        try:
-            out = original(*args, **kwargs)
-        finally:
-            interception.tracker.end()
-        if not partial:
-            interception.check_fired()
-        return out
-
-    return forward
+    cache = kwargs.get("past_kv_cache")
+    interception.begin(0 if cache is None else int(cache[0].past_keys.shape[1]), None)
+    try:
+        out = original(*args, **kwargs)
+    finally:
+        interception.tracker.end()
+    if kwargs.get("start_at_layer") is None and kwargs.get("stop_at_layer") is None:
+        interception.check_fired()
+    return out

@@ -43,15 +43,10 @@ def identity_before(site: WeightSite) -> WeightSite:
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
-def select(
-    sites: Mapping[str, WeightSite], pattern: SitePattern, refused: Mapping[str, str] | None = None
-) -> dict[str, WeightSite]:
+def select(sites: Mapping[str, WeightSite], pattern: SitePattern, refused: Mapping[str, str]) -> dict[str, WeightSite]:
     """`select_sites`, where names and globs that end in `.pre_identity` select inserted identities, and only they do.
 
     An identity comes right before the site it stands before.
-
-    Raises:
-        NoMatchingSiteError, UnsupportedSiteError: As `select_sites`.
     """
     if callable(pattern):
         return select_sites(sites, pattern, refused)
@@ -59,11 +54,8 @@ def select(
     inserted = [glob for glob in globs if is_identity(glob)]
     plain = [glob for glob in globs if not is_identity(glob)]
     chosen = select_sites(sites, plain, refused) if plain or not inserted else {}
-    if not inserted:
-        return chosen
-    identities = select_sites(_identities(sites), inserted, _refused_identities(sites, refused or {}))
-    both = identities | chosen
-    return {name: both[name] for name in in_order(sites, both)}
+    chosen |= select_sites(_identities(sites), inserted, _refused_identities(sites, refused)) if inserted else {}
+    return {name: chosen[name] for name in in_order(sites, chosen)}
 
 
 def in_order(sites: Mapping[str, WeightSite], names: Collection[str]) -> list[str]:
@@ -71,20 +63,15 @@ def in_order(sites: Mapping[str, WeightSite], names: Collection[str]) -> list[st
     return [each for name in sites for each in (f"{name}{SUFFIX}", name) if each in names]
 
 
-def resolve(sites: Mapping[str, WeightSite], name: str, refused: Mapping[str, str] | None = None) -> str:
-    """`resolve_name`, for inserted identities too.
-
-    Raises:
-        NoMatchingSiteError, UnsupportedSiteError: As `resolve_name`.
-    """
-    if not is_identity(name):
-        return resolve_name(sites, name, refused)
-    return resolve_name(_identities(sites), name, _refused_identities(sites, refused or {}))
+def resolve(sites: Mapping[str, WeightSite], name: str, refused: Mapping[str, str]) -> str:
+    """`resolve_name`, for inserted identities too."""
+    if is_identity(name):
+        return resolve_name(_identities(sites), name, _refused_identities(sites, refused))
+    return resolve_name(sites, name, refused)
 
 
 def _identities(sites: Mapping[str, WeightSite]) -> dict[str, WeightSite]:
-    made = (identity_before(site) for site in sites.values() if site.kind == "linear")
-    return {identity.name: identity for identity in made}
+    return {f"{name}{SUFFIX}": identity_before(site) for name, site in sites.items() if site.kind == "linear"}
 
 
 def _refused_identities(sites: Mapping[str, WeightSite], refused: Mapping[str, str]) -> dict[str, str]:
@@ -119,12 +106,7 @@ def identity_fingerprint(found: Fingerprint) -> Fingerprint:
 def folded(
     weights: Mapping[str, Float[Tensor, "_in _out"]], weight: Callable[[str], Tensor]
 ) -> dict[str, Float[Tensor, "_in _out"]]:
-    """New weights of the sites alone: W becomes I' W where the identity before it became I'.
-
-    Args:
-        weights: New weights of sites and identities.
-        weight: Reads the present weight of a site.
-    """
+    """New weights of the sites alone: W, read by `weight`, becomes I' W where the identity before it became I'."""
     made = {name: new for name, new in weights.items() if not is_identity(name)}
     for name, new in weights.items():
         if is_identity(name):
@@ -136,21 +118,11 @@ def folded(
 
 # --- running ---------------------------------------------------------------------------------------------------------
 def composed(fns: Mapping[str, SiteFn], weight: Callable[[str], Tensor]) -> Mapping[str, SiteFn]:
-    """Functions at sites alone that do what these do at sites and at the identities before them.
-
-    Args:
-        fns: A function for each site and identity.
-        weight: Reads the present weight of a site.
-    """
-    if not any(map(is_identity, fns)):
-        return fns
-    made: dict[str, SiteFn] = {}
-    for name in dict.fromkeys(map(behind, fns)):
-        inserted, own = fns.get(f"{name}{SUFFIX}"), fns.get(name)
-        if inserted is not None:
-            made[name] = functools.partial(_through_identity, inserted, own, functools.partial(weight, name))
-        elif own is not None:
-            made[name] = own
+    """Functions at sites alone that do what these do at sites and at the identities before them."""
+    made = {name: fn for name, fn in fns.items() if not is_identity(name)}
+    for name in filter(is_identity, fns):
+        site = behind(name)
+        made[site] = functools.partial(_through_identity, fns[name], fns.get(site), functools.partial(weight, site))
     return made
 
 

@@ -1,6 +1,6 @@
 """Running a host with functions at its weight sites: one engine for every host.
 
-1. As a forward pass begins, note which columns of the rows it computes (`RowTracker`).
+1. As a forward pass begins, note which columns of the rows it computes (`passes.RowTracker`).
 2. Where a site's input passes, keep it until the site's output fires.
 3. Where its output passes, hand both to the site's function and return what it gives.
 4. As a pass that ran from embedding to logits ends, see that every site fired.
@@ -14,9 +14,9 @@ import contextlib
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,116 +24,14 @@ from torch import Tensor, nn
 from tl_paramdecomp.adapters.boundary import Hook, busy
 from tl_paramdecomp.adapters.computed import is_computed
 from tl_paramdecomp.adapters.convolution import patch_span
-from tl_paramdecomp.adapters.norm_wiring import NormWiring, read_norm_bias
+from tl_paramdecomp.adapters.norms import NormWiring, read_norm_bias
+from tl_paramdecomp.adapters.passes import RowTracker, first_argument
 from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, read_bias, take_columns
 from tl_paramdecomp.errors import ShapeError, SiteNotFiredError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
 OnError = Callable[[str, Exception], None]
 """Told the site and what went wrong there."""
-
-
-class RowTracker:
-    """Knows, while a model runs, where in the user's token rows the present forward pass stands."""
-
-    def __init__(self) -> None:
-        self.fired: set[str] = set()
-        self.thread: int | None = None
-        """The thread whose forward pass is under way."""
-        self._start: int | None = None
-        self._length: int | None = None
-        self._batch: int | None = None
-        self._end: int | None = None
-        self._prompt: int | None = None
-        self._prompt_known = True
-        self._generating = False
-        self._outside: dict[str, int] = {}
-
-    def begin(self, start: int, tokens: Tensor | None) -> None:
-        """A forward pass begins after `start` cached columns; `tokens` are its own, where the host says."""
-        rows = tokens.shape if tokens is not None and tokens.ndim >= 2 else (None, None)
-        self.thread = threading.get_ident()
-        self._start, self._batch, self._length = start, rows[0], rows[1]
-        if not self._generating:
-            if start == 0:
-                self._prompt, self._prompt_known = None, True
-            elif self._prompt is not None and (rows[1] != 1 or start != self._end):
-                self._prompt_known = (
-                    False  # more of the prompt, tokens that were guessed ahead, or another row's cache?
-                )
-        self._end = None if rows[1] is None else start + rows[1]
-        self.fired.clear()
-
-    def end(self) -> None:
-        """The forward pass is over, however it ended."""
-        self._start = self._batch = self._length = self.thread = None
-
-    @contextlib.contextmanager
-    def generating(self, prompt: int | None = None, known: bool = True) -> Iterator[None]:
-        """Inside a host's `generate`: later passes extend the first one's rows, with or without a cache.
-
-        Args:
-            prompt: Columns of the rows that `generate` was called with; None: those of the first pass.
-            known: Whether that can be told at all.
-        """
-        before = self._generating, self._prompt, self._prompt_known
-        self._generating, self._prompt, self._prompt_known = True, prompt, known
-        self._outside.clear()
-        try:
-            yield
-        finally:
-            self._generating, self._prompt, self._prompt_known = before
-
-    def fold_rows(self, x: Tensor, y: Tensor, kind: str) -> tuple[int, int] | None:
-        """The (batch, length) that a host flattened into one axis before this site, or None."""
-        folded = 1 if kind == "embedding" else 2
-        if (
-            x.ndim == folded
-            and y.ndim == 2
-            and self._length
-            and self._batch
-            and x.shape[0] == self._batch * self._length
-        ):
-            return self._batch, self._length
-        return None
-
-    def span(self, y: Tensor, name: str) -> Span:
-        """Columns that one site's call covers.
-
-        Args:
-            y: The site's output [batch, pos, d_out]; anything without a position axis gets a span of its own.
-            name: The site; the unembedding may be called for the last columns alone.
-
-        Raises:
-            ShapeError: The call covers other columns than the pass, and nothing tells which.
-        """
-        if y.ndim < 3:
-            return Span()
-        span = self._span(y, name)
-        alone = self._start is None and not self._generating  # a module called by itself, between two passes
-        return span if self._prompt_known or alone else replace(span, prompt_known=False)
-
-    def _span(self, y: Tensor, name: str) -> Span:
-        length = y.shape[-2]
-        if self._start is None and self._generating:
-            # HookedTransformer.generate embeds outside its forward: the whole row, or the one token that was added
-            start = 0 if length > 1 else self._outside.get(name, 0)
-            self._outside[name] = start + length
-            self._prompt = start + length if self._prompt is None else self._prompt
-            return Span(start, self._prompt, True)
-        start, whole = self._start or 0, self._length or length
-        if self._prompt is None:
-            self._prompt = start + whole
-        if self._length is None and not self._generating and not start:
-            return Span(0, length)  # the host did not say what the rows are: the site's own, then
-        if length != whole:
-            if name != "unembed.W_U":
-                raise ShapeError(
-                    f"A weight site was called with {length} positions in a forward pass over {whole}; masks by position "
-                    "have no meaning there. Patch other sites of this model."
-                )
-            start += whole - length
-        return Span(start, self._prompt, self._generating)
 
 
 @dataclass
@@ -161,25 +59,25 @@ class Interception:
             wiring = self.wirings[name]
             if wiring.y.point == "call":
                 calls[wiring.y.path].append(name)
-                continue
-            self._install_taps(stack, name, wiring)
+            else:
+                self._install_taps(stack, name, wiring)
         for path, names in calls.items():
             stack.enter_context(call_hook(find_module(self.root, path), functools.partial(self._call, names)))
 
     def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring | NormWiring) -> None:
         x_module, y_module = find_module(self.root, wiring.x.path), find_module(self.root, wiring.y.path)
         if wiring.x.point == "output":
-            handle = x_module.register_forward_hook(Hook(self._keep_output, name))
-            self._last.append((x_module, handle.id))
+            kept = x_module.register_forward_hook(Hook(self._keep_output, name))
+            self._last.append((x_module, kept.id))
         else:
-            read = wiring.x.read or first_argument
-            handle = x_module.register_forward_pre_hook(Hook(self._keep_input, name, read), with_kwargs=True)
-        stack.callback(handle.remove)
+            read = Hook(self._keep_input, name, wiring.x.read or first_argument)
+            kept = x_module.register_forward_pre_hook(read, with_kwargs=True)
         if wiring.y.point == "input":
-            handle = y_module.register_forward_pre_hook(Hook(self._replace_input, name))
+            replaced = y_module.register_forward_pre_hook(Hook(self._replace_input, name))
         else:
-            handle = y_module.register_forward_hook(Hook(self._replace_output, name), prepend=True)
-        stack.callback(handle.remove)
+            replaced = y_module.register_forward_hook(Hook(self._replace_output, name), prepend=True)
+        stack.callback(kept.remove)
+        stack.callback(replaced.remove)
 
     def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         self._x[name] = output
@@ -196,11 +94,7 @@ class Interception:
         return self._patched(name, self._take_x(name), output)
 
     def begin(self, start: int, tokens: Tensor | None) -> None:
-        """A forward pass begins: forget the last one, and move to the end of the queue where inputs are read.
-
-        Raises:
-            PatchConflictError: A pass of another thread is under way.
-        """
+        """A pass begins: forget the last one, and move to the end of the queue where inputs are read."""
         if self.tracker.thread not in (None, threading.get_ident()):
             raise busy(self.root)
         self._x.clear()
@@ -241,15 +135,14 @@ class Interception:
         wiring = self.wirings[name]
         for tensor, way in ((x, "receives"), (y, "gives")):
             if not isinstance(tensor, Tensor):
-                raise UnsupportedSiteError(
-                    f"{name} {way} a {type(tensor).__name__}, not a tensor: it is no plain linear map."
-                )
+                kind = type(tensor).__name__
+                raise UnsupportedSiteError(f"{name} {way} a {kind}, not a tensor: it is no plain linear map.")
         if isinstance(wiring, NormWiring):
             return self.fns[name](SiteCall(wiring.normalised(x), y, read_norm_bias(self.root, wiring), Span()))
         rows = matching_rows(x, y, wiring)
         folded = None if wiring.patches else self.tracker.fold_rows(rows.x, rows.y, wiring.site.kind)
         if folded is not None:
-            rows = replace(rows, x=rows.x.unflatten(0, folded), y=rows.y.unflatten(0, folded))
+            rows = rows._replace(x=rows.x.unflatten(0, folded), y=rows.y.unflatten(0, folded))
         span = patch_span(rows.y) if wiring.patches else self.tracker.span(rows.y, name)
         new = self.fns[name](SiteCall(rows.x, rows.y, self._bias(name, wiring), span))
         if new is rows.y:
@@ -261,9 +154,7 @@ class Interception:
             )
         if rows.padding is not None:
             new = torch.where(rows.padding.unsqueeze(-1), rows.y, new)
-        if folded is not None:
-            new = new.flatten(0, 1)
-        return host_output(new, y, wiring)
+        return host_output(new if folded is None else new.flatten(0, 1), y, wiring)
 
     def _bias(self, name: str, wiring: Wiring) -> Tensor | None:
         """The bias that this call adds; one that is a parameter is looked up once."""
@@ -274,13 +165,9 @@ class Interception:
             self._biases[name] = bias
         return bias
 
-    def check_fired(self, exempt: Callable[[str], bool] = lambda name: False) -> None:
-        """See that every site fired in a pass that ran from embedding to logits.
-
-        Raises:
-            SiteNotFiredError: Some did not.
-        """
-        missing = [name for name in self.fns if not self.idle and name not in self.tracker.fired and not exempt(name)]
+    def check_fired(self, exempt: Collection[str] = ()) -> None:
+        """See that every site fired in a pass that ran from embedding to logits (else SiteNotFiredError)."""
+        missing = [name for name in self.fns if not self.idle and name not in self.tracker.fired and name not in exempt]
         if missing:
             raise SiteNotFiredError(
                 f"The forward pass reached the logits without passing {', '.join(missing)}: what was patched there had no "
@@ -289,8 +176,8 @@ class Interception:
             )
 
 
-@dataclass(frozen=True)
-class MatchedRows:
+# --- one call ---------------------------------------------------------------------------------------------------------
+class MatchedRows(NamedTuple):
     """x and y of one call with heads flattened and fused neighbours cut away."""
 
     x: Tensor
@@ -302,8 +189,7 @@ class MatchedRows:
 def matching_rows(x: Tensor, y: Tensor, wiring: Wiring) -> MatchedRows:
     """x [..., d_in] and y [..., d_out] of one call, whatever shapes the host passes; patches of a convolution.
 
-    Raises:
-        ShapeError: The host's tensors do not fit the site, or its heads read different inputs.
+    ShapeError where the host's tensors do not fit the site, or its heads read different inputs.
     """
     site = wiring.site
     if wiring.patches is not None:
@@ -340,9 +226,7 @@ def host_output(new: Tensor, y: Tensor, wiring: Wiring) -> Tensor:
     if wiring.patches is not None:
         return wiring.patches.image(new, y)
     if wiring.columns is None:
-        if new.shape == y.shape:
-            return new
-        return new.unflatten(-1, y.shape[-2:]) if new.shape[-1] != y.shape[-1] else new
+        return new if new.shape[-1] == y.shape[-1] else new.unflatten(-1, y.shape[-2:])
     whole = y.expand(*new.shape[:-1], y.shape[-1]).clone()
     put_columns(whole, wiring.columns, new)
     return whole
@@ -360,8 +244,3 @@ def torch_call_hook(module: nn.Module, fn: Callable[[Any, Any], Any]) -> Iterato
 
 def _on_call(fn: Callable[[Any, Any], Any], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     return fn(first_argument(args, kwargs), output)
-
-
-def first_argument(args: tuple, kwargs: dict) -> Any:
-    """What a module was called with first, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))

@@ -5,25 +5,24 @@ import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.base import ModelAdapter
-from tl_paramdecomp.adapters.boundary import shadowed_method
 from tl_paramdecomp.adapters.identity import composed
-from tl_paramdecomp.adapters.interception import Interception, host_output, matching_rows
+from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
+GENERATE = ("generate", "generate_stream")
+"""TransformerLens' own decoding loops."""
 _OPEN_POINTS: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """Hook points of open contexts; in a copy of a model that had them, others of the same names mean nothing."""
 HookPair = tuple[str, Callable[..., Tensor | None]]
 
 
-@dataclass(frozen=True)
-class HookRoute:
+class HookRoute(NamedTuple):
     """The hook points at which a site's input can be read and its output replaced."""
 
     x_hook: str
@@ -39,59 +38,49 @@ class LensAdapter(ModelAdapter):
         return tuple(self.model.blocks)
 
     def pattern_taps(self) -> Mapping[int, nn.Module]:
-        attentions = ((i, block._modules.get("attn")) for i, block in enumerate(self.block_modules()))
-        hooks = ((i, getattr(attention, "hook_pattern", None)) for i, attention in attentions)
+        attentions = (block._modules.get("attn") for block in self.block_modules())
+        hooks = enumerate(getattr(attention, "hook_pattern", None) for attention in attentions)
         return {i: hook for i, hook in hooks if hook is not None}
 
     @abstractmethod
     def hook_route(self, name: str) -> HookRoute:
-        """Hook points of a site.
-
-        Raises:
-            UnsupportedSiteError: The host has no hook point at the site's input or output.
-        """
+        """Hook points of a site; UnsupportedSiteError where the host has none at its input or output."""
 
     @abstractmethod
     def hook_registries(self) -> list[dict[str, Any]]:
         """The host's own tables of hook points by name."""
 
     def fwd_hook_pairs(self, fns: Mapping[str, SiteFn], by_position: bool) -> list[HookPair]:
-        """Plain (name, function) pairs for `run_with_hooks`.
+        """Plain (name, function) pairs for `run_with_hooks`; UnsupportedSiteError where a site has no hook points of its own.
 
-        Args:
-            fns: A function for each site; one at an identity before a site goes along with the site's own, if any.
-            by_position: The functions depend on the position in the row. Pairs see neither a key/value cache nor the
-                prompt, so generation is refused, and a decoding step rather than taken for position 0.
-
-        Raises:
-            UnsupportedSiteError: A site has no hook points of its own.
+        Pairs see neither a key/value cache nor the prompt: with functions `by_position`, generation is refused, and a decoding
+        step rather than taken for position 0. A function at an identity before a site goes along with the site's own.
         """
-        pairs: list[HookPair] = []
-        for name, fn in composed(fns, self.weight).items():
-            pairs += self._pair(name, fn, by_position)
-        return pairs
+        at_sites = composed(fns, self.weight).items()
+        return [pair for name, fn in at_sites for pair in self._pair(name, fn, by_position)]
 
     def _pair(self, name: str, fn: SiteFn, by_position: bool) -> list[HookPair]:
         route, wiring = self.hook_route(name), self.wirings[name]
         kept: list[Tensor] = []
-        longest = [0]
+        longest = 0
 
         def keep_input(activation: Tensor, hook: Any) -> None:
             kept[:] = [activation]
 
         def patch_output(activation: Tensor, hook: Any) -> Tensor:
+            nonlocal longest
             if not kept:
                 raise SiteNotFiredError(
                     f"{name} gave an output at {route.y_hook}, but {route.x_hook} did not fire before."
                 )
             rows = matching_rows(route.read(kept.pop()), activation, wiring)
             length = rows.y.shape[-2]
-            if by_position and (length == 1 < longest[0] or _inside_generate()):
+            if by_position and (length == 1 < longest or _inside_generate()):
                 raise SiteNotFiredError(
                     "Masks by position as plain hooks cannot tell where a prompt ends or a decoding step stands in its row; "
                     "generate inside tl_paramdecomp.patched(...) instead."
                 )
-            longest[0] = max(longest[0], length)
+            longest = max(longest, length)
             new = fn(SiteCall(rows.x, rows.y, self.bias(name), Span(prompt=length)))
             return activation if new is rows.y else host_output(new, activation, wiring)
 
@@ -99,22 +88,16 @@ class LensAdapter(ModelAdapter):
 
     @contextlib.contextmanager
     def hook_points(self, names: list[str]) -> Iterator[dict[str, Any]]:
-        """New hook points of the host under these names, known to `run_with_cache` and `run_with_hooks`.
-
-        Raises:
-            UnsupportedModelError: The host already has a hook point of that name.
-        """
+        """New hook points under these names, known to `run_with_cache` and `run_with_hooks`; UnsupportedModelError if taken."""
         registries = self.hook_registries()
         taken = [name for name in names if any(registry.get(name) in _OPEN_POINTS for registry in registries)]
         if taken:
             raise UnsupportedModelError(
                 f"The model already has {taken[0]!r}; components of the same sites are attached once at a time."
             )
-        points = {}
-        for name in names:
-            point = sys.modules["transformer_lens.hook_points"].HookPoint()
+        points = {name: sys.modules["transformer_lens.hook_points"].HookPoint() for name in names}
+        for name, point in points.items():
             point.name = name
-            points[name] = point
         _OPEN_POINTS.update(points.values())
         try:
             for registry in registries:
@@ -131,22 +114,10 @@ def _inside_generate() -> bool:
     """Whether a host's decoding loop runs the present pass; plain hooks have no other way to know."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name in ("generate", "generate_stream", "hf_generate"):
+        if frame.f_code.co_name in (*GENERATE, "hf_generate"):
             return True
         frame = frame.f_back
     return False
-
-
-def watch_generate(stack: contextlib.ExitStack, model: Any, interception: Interception, *names: str) -> None:
-    """Let the tracker know that TransformerLens' own decoding loops are running, whose first pass reads the whole prompt."""
-
-    def around(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        with interception.tracker.generating():
-            return original(*args, **kwargs)
-
-    for name in names:
-        if hasattr(model, name):
-            stack.enter_context(shadowed_method(model, name, around))
 
 
 def no_hook_point(name: str, why: str) -> UnsupportedSiteError:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tl_paramdecomp.adapters.boundary import shadowed_method
-from tl_paramdecomp.adapters.interception import first_argument, torch_call_hook
+from tl_paramdecomp.adapters.interception import torch_call_hook
+from tl_paramdecomp.adapters.passes import first_argument
 from tl_paramdecomp.adapters.torch_module import TorchModuleAdapter
 from tl_paramdecomp.errors import UnsupportedModelError
 
@@ -40,7 +41,9 @@ class NNsightAdapter(TorchModuleAdapter):
 
     def call_hook(self, module: nn.Module, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
         state = module.__dict__.get(CONTROLLER_STATE)
-        return torch_call_hook(module, fn) if not hasattr(state, "body") else _inside_controller(state, fn)
+        if not hasattr(state, "body"):
+            return torch_call_hook(module, fn)
+        return shadowed_method(state, "body", functools.partial(_patched_body, fn))
 
     def envoy(self, path: str) -> Any:
         """The envoy of the module at a dotted path."""
@@ -50,11 +53,7 @@ class NNsightAdapter(TorchModuleAdapter):
         return envoy
 
     def standing(self) -> "Standing":
-        """Where the running body of a trace stands among the forward passes of its model.
-
-        Raises:
-            UnsupportedModelError: No body of a trace is running.
-        """
+        """Where the running body of a trace stands among the model's passes; UnsupportedModelError where none is running."""
         mediator = running_body()
         if mediator is None:
             raise UnsupportedModelError(
@@ -93,10 +92,7 @@ def running_body() -> Any:
 
 
 def _call_of(root: nn.Module) -> tuple[tuple, dict] | None:
-    """Arguments of the call of a module that waits for the running body; None where there is none.
-
-    nnsight serves the input of a call once; later it is only in the frame of the controller that runs the call.
-    """
+    """Arguments of the call of a module that waits for the running body, or None; nnsight serves a call's input only once."""
     from nnsight.intervention.source import Controller
 
     for frame in _waiting_frames():
@@ -129,12 +125,5 @@ def _waiting_frames() -> Iterator[FrameType]:
         model_side = model_side.parent
 
 
-def _inside_controller(state: Any, fn: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
-    """Run `fn(x, y)` on one module's call, within nnsight's controller."""
-    return shadowed_method(state, "body", functools.partial(_patched_body, fn))
-
-
-def _patched_body(
-    fn: Callable[[Any, Any], Any], body: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
-) -> Any:
+def _patched_body(fn: Callable[[Any, Any], Any], body: Callable, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return fn(first_argument(args, kwargs), body(module, *args, **kwargs))

@@ -7,6 +7,7 @@ epsilon need not be known; a module that is no such map on the rows at hand is r
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters.interception import first_argument
-from tl_paramdecomp.adapters.norms import ATTRIBUTES, COARSE
+from tl_paramdecomp.adapters.norms import ATTRIBUTES, COARSE, is_called_norm
+from tl_paramdecomp.adapters.passes import first_argument
 from tl_paramdecomp.errors import UnsupportedModelError
 
 
@@ -29,42 +30,35 @@ class NormCall(NamedTuple):
 
 @contextlib.contextmanager
 def opened_norms(root: nn.Module, hold: bool) -> Iterator[dict[str, list[NormCall]]]:
-    """Within this context every normalisation's output has a leaf for its gradient.
+    """Within this context every normalisation's output has a leaf for its gradient; `hold` holds the denominators.
 
-    Args:
-        root: The host's module tree; a normalisation is every module whose class, or one it is derived from, is named so.
-        hold: Hold the denominators.
+    A normalisation is every module whose class, or one it is derived from, is named so; a module that is held and is neither
+    LayerNorm nor RMSNorm is an UnsupportedModelError from the forward pass.
 
     Yields:
         Calls of one forward pass by the module's path; where one normalisation wraps another, the outer one counts.
-
-    Raises:
-        UnsupportedModelError: From the forward pass, where a module is held that is neither LayerNorm nor RMSNorm.
     """
     calls: dict[str, list[NormCall]] = {}
     with contextlib.ExitStack() as stack:
         for path, module in root.named_modules():
-            if not any("norm" in kind.__name__.lower() for kind in type(module).__mro__):
-                continue
-            hook = functools.partial(_open, calls, path, hold)
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+            if is_called_norm(module):
+                hook = functools.partial(_open, calls, path, hold)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
         yield calls
 
 
 def _open(
     calls: dict[str, list[NormCall]], path: str, hold: bool, module: nn.Module, args: tuple, kwargs: dict, output: Any
 ) -> Any:
-    x = first_argument(args, kwargs)
+    x, named = first_argument(args, kwargs), f"{path} ({type(module).__name__})"
     if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape == output.shape):
         if hold:
-            raise UnsupportedModelError(
-                f"{path} ({type(module).__name__}) is no map of rows whose denominator can be held."
-            )
+            raise UnsupportedModelError(f"{named} is no map of rows whose denominator can be held.")
         return output
     gain, bias = _affine(module, x.shape[-1])
     leaf = torch.zeros_like(output).requires_grad_(True)
     calls.setdefault(path, []).append(NormCall(bias, leaf))  # one for each of query, key and value on some hosts
-    return (_held(path, module, gain, bias, x, output) if hold else output) + leaf
+    return (_held(named, module, gain, bias, x, output) if hold else output) + leaf
 
 
 def _affine(module: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None]:
@@ -76,28 +70,27 @@ def _affine(module: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None
 
 
 def _held(
-    path: str, module: nn.Module, gain: Tensor | None, bias: Tensor | None, x: Tensor, y: Tensor
+    named: str, module: nn.Module, gain: Tensor | None, bias: Tensor | None, x: Tensor, y: Tensor
 ) -> Float[Tensor, "*rows width"]:
     """y itself, with the derivative of the affine map that it is on these rows."""
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
         written = y.to(wide) if bias is None else y.to(wide) - bias.to(wide)
-        forms = [_Form(*form) for form in _forms(gain, x.to(wide), written)]
+        size = float(written.abs().max())
+        forms = list(_forms(gain, x.to(wide), written))
         best = min(forms, key=lambda form: form.error)
-        if best.error > COARSE.get(y.dtype, 2e-4) * float(written.abs().max()):
+        if best.error > COARSE.get(y.dtype, 2e-4) * size:
             raise UnsupportedModelError(
-                f"{path} ({type(module).__name__}) is neither LayerNorm nor RMSNorm times its gain on these rows, so that its "
-                "denominator cannot be held; pass frozen_norms=False."
+                f"{named} is neither LayerNorm nor RMSNorm times its gain on these rows, so that its denominator cannot be "
+                "held; pass frozen_norms=False."
             )
         other = next(form for form in forms if form.centred != best.centred and form.offset == best.offset)
-        if other.error <= COARSE.get(y.dtype, 2e-4) * float(written.abs().max()):  # rows that have no mean
+        if other.error <= COARSE.get(y.dtype, 2e-4) * size:  # rows that have no mean
             shifted = type(module).forward(module, x + x.std())
-            same = float((shifted - y).abs().max()) < 1e-2 * float(written.abs().max())
+            same = float((shifted - y).abs().max()) < 1e-2 * size
             best = best if best.centred == same else other
-        scale = best.scale
-    z = _centred(x.to(wide)) if best.centred else x.to(wide)
-    factor = scale if gain is None else scale * (gain.to(wide) + best.offset)
-    affine = z * factor
+    factor = best.scale if gain is None else best.scale * (gain.to(wide) + best.offset)
+    affine = _centred(x.to(wide), best.centred) * factor
     return y.detach() + (affine - affine.detach()).to(y.dtype)
 
 
@@ -111,14 +104,13 @@ class _Form(NamedTuple):
     error: float
 
 
-def _forms(gain: Tensor | None, x: Tensor, written: Tensor) -> Iterator[tuple[bool, float, Tensor, float]]:
-    for centred in (True, False):
-        for offset in (0.0, 1.0) if gain is not None else (0.0,):
-            z = _centred(x) if centred else x
-            z = z if gain is None else z * (gain.to(x.dtype) + offset)
-            scale = (z * written).sum(-1, keepdim=True) / z.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
-            yield centred, offset, scale, float((z * scale - written).abs().max())
+def _forms(gain: Tensor | None, x: Tensor, written: Tensor) -> Iterator[_Form]:
+    for centred, offset in itertools.product((True, False), (0.0, 1.0) if gain is not None else (0.0,)):
+        z = _centred(x, centred)
+        z = z if gain is None else z * (gain.to(x.dtype) + offset)
+        scale = (z * written).sum(-1, keepdim=True) / z.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+        yield _Form(centred, offset, scale, float((z * scale - written).abs().max()))
 
 
-def _centred(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-    return x - x.mean(-1, keepdim=True)
+def _centred(x: Float[Tensor, "*rows width"], centred: bool) -> Float[Tensor, "*rows width"]:
+    return x - x.mean(-1, keepdim=True) if centred else x

@@ -1,4 +1,7 @@
-"""Finding a model's normalisation gains, and trying out what each module does with its own.
+"""A model's normalisation gains: where they are, what multiplies them, and other ones in their places.
+
+LayerNorm and RMSNorm are affine in their gains: y = xhat * w + b, or xhat * (1 + w) in Gemma. xhat is worked out anew from
+what the module reads; a gain's offset does not matter to a move along it. Which formula a module follows is tried out:
 
 1. A candidate is a module whose only parameters are a vector of gains and perhaps one of biases.
 2. With random gains and biases in their places, its output on random rows must be LayerNorm's or RMSNorm's, the gain taken
@@ -10,15 +13,16 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters.computed import computed_tensors, peeked
-from tl_paramdecomp.adapters.norm_wiring import NormWiring
+from tl_paramdecomp.adapters.computed import computed_tensors, peeked, read_tensor
 from tl_paramdecomp.adapters.swapping import swapped_parameter
-from tl_paramdecomp.adapters.wiring import READABLE, Tap, find_module
+from tl_paramdecomp.adapters.wiring import READABLE, Tap, find_module, plain_path
+from tl_paramdecomp.errors import UnsupportedSiteError
 from tl_paramdecomp.sites import NormSite
 
 ATTRIBUTES = (("weight", "bias"), ("w", "b"), ("scale", "bias"), ("gain", "bias"), ("gamma", "beta"))
@@ -32,7 +36,48 @@ COARSE = {torch.float64: IN_FLOAT32, torch.float32: 2e-4, torch.float16: 2e-2, t
 
 
 @dataclass(frozen=True)
-class Norms:
+class NormWiring:
+    """How one normalisation is read, written and intercepted in a tree of torch modules."""
+
+    site: NormSite
+    path: str
+    """Dotted path of the module that is called."""
+    owner: str
+    """Dotted path of the module that holds the gain."""
+    weight: str
+    """Attribute of the owner that holds it."""
+    bias: str | None
+    """Attribute that holds the bias, or None."""
+    x: Tap
+    y: Tap
+    centred: bool = False
+    """LayerNorm, which takes the mean away first; else RMSNorm."""
+    eps: float | None = 0.0
+    """Added to the mean square under the root; None: the smallest step of the number type, as `torch.nn.RMSNorm` has it."""
+    in_float32: bool = False
+    """Whether the module normalises in float32 whatever it is given."""
+    offset: float = 0.0
+    """Added to the gain: 1 in Gemma."""
+
+    def normalised(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """xhat, in the number type in which the module works it out: float32 at least."""
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        x = x.float() if self.in_float32 or x.dtype in (torch.bfloat16, torch.float16) else x
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    def stored_weight(self, gain: Float[Tensor, " width"], old: Float[Tensor, " width"]) -> Float[Tensor, " width"]:
+        """A gain, or bias, as the module holds it."""
+        return gain.detach().to(old.dtype)
+
+    stored_bias = stored_weight
+
+    def renamed(self, name: str, *aliases: str) -> "NormWiring":
+        """The same under another name."""
+        return replace(self, site=replace(self.site, name=name, aliases=tuple(filter(None, aliases))))
+
+
+class Norms(NamedTuple):
     """A model's normalisations, in the order of its tree."""
 
     wirings: dict[str, NormWiring]
@@ -45,59 +90,80 @@ class Norms:
         return {name: wiring.site for name, wiring in self.wirings.items()}
 
 
+def read_gain(root: nn.Module, wiring: NormWiring) -> Float[Tensor, " width"]:
+    """Gain of a norm, attached to the host's parameter; UnsupportedSiteError where the module holds none any more."""
+    gain = read_tensor(find_module(root, wiring.owner), wiring.weight, wiring.site.name)
+    if not isinstance(gain, Tensor) or gain.shape != (wiring.site.width,):
+        raise UnsupportedSiteError(
+            f"{wiring.site.name} holds no gain of {wiring.site.width} entries any more; was LayerNorm folded meanwhile?"
+        )
+    return gain
+
+
+def read_norm_bias(root: nn.Module, wiring: NormWiring) -> Float[Tensor, " width"] | None:
+    """Bias of a norm, attached to the host's parameter, or None."""
+    return read_tensor(find_module(root, wiring.owner), wiring.bias, wiring.site.name) if wiring.bias else None
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
 def find_norms(root: nn.Module, candidates: Iterable[NormWiring]) -> Norms:
     """Those of the candidates that are LayerNorm or RMSNorm, and why each other one is not."""
-    found, refused = {}, {}
+    norms = Norms({}, {})
     for candidate in candidates:
-        tried = probed(root, candidate)
+        tried = _probed(root, candidate)
         if isinstance(tried, NormWiring):
-            found[candidate.site.name] = tried
-        elif _called_norm(find_module(root, candidate.owner)):
-            refused[candidate.site.name] = tried
-    return Norms(found, refused)
+            norms.wirings[candidate.site.name] = tried
+        elif is_called_norm(find_module(root, candidate.owner)):
+            norms.refused[candidate.site.name] = tried
+    return norms
 
 
-def norm_candidate(name: str, path: str, module: nn.Module, owner: str, holder: nn.Module) -> NormWiring | None:
-    """A module that may be a normalisation with a gain; None where its parameters say that it is not.
+def norm_candidates(tree: nn.Module, top: str, blocks: str) -> Iterator[NormWiring]:
+    """Modules of a tree that may be normalisations with gains, under canonical names where those are known.
 
     Args:
-        name: Canonical name, or "" for the module's path and the attribute's name.
-        path: Dotted path of the module that is called.
-        module: That module; where it has hook points for input and output, they are where it is intercepted.
-        owner: Dotted path of the module that holds the gain.
-        holder: That module.
+        tree: A bridge's are called as wrappers, which hold the module that holds the gain.
+        top: Dotted path of the tree.
+        blocks: Dotted path in it of the list of blocks, wrappers left out.
     """
+    found: dict[str, NormWiring] = {}
+    wrapped: set[int] = set()
+    for path, module in tree.named_modules():
+        holder, where = getattr(module, "original_component", None), f"{top}.{path}".strip(".")
+        candidate = None
+        if isinstance(holder, nn.Module):
+            wrapped.add(id(holder))
+            candidate = _candidate(where, module, f"{where}.original_component", holder)
+        elif id(module) not in wrapped:
+            candidate = _candidate(where, module, where, module)
+        if candidate is not None:
+            found[plain_path(path)] = candidate
+    names = canonical_norms(found, blocks) if blocks else {}
+    for path, candidate in found.items():
+        dotted = f"{path}.{candidate.weight}".lstrip(".")
+        yield candidate.renamed(names.get(path, dotted), path, dotted)
+
+
+def _candidate(path: str, module: nn.Module, owner: str, holder: nn.Module) -> NormWiring | None:
+    """Hook points for input and output, where the module has them, are where it is intercepted."""
     computed = computed_tensors(holder)
     parts = {part for names in computed.values() for part in names}
     held = {key: p for key, p in holder._parameters.items() if p is not None and key not in parts}
     held |= {key: peeked(holder, key) for key in computed}
     pair = next(((w, b) for w, b in ATTRIBUTES if w in held and held.keys() <= {w, b}), None)
-    if pair is None or not (held[pair[0]].ndim == 1 or _called_norm(holder)):
+    if pair is None or not (held[pair[0]].ndim == 1 or is_called_norm(holder)):
         return None
     weight, bias = pair[0], pair[1] if pair[1] in held else None
-    site = NormSite(
-        name or f"{path}.{weight}".lstrip("."),
-        held[weight].shape[-1] if held[weight].ndim else 1,
-        has_bias=bias is not None,
-        aliases=tuple(alias for alias in (path, f"{path}.{weight}") if alias and alias != name),
-    )
-    x, y = Tap(path), Tap(path)
+    x = y = Tap(path)
     if {"hook_in", "hook_out"} <= module._modules.keys():
         x, y = Tap(f"{path}.hook_in", "output"), Tap(f"{path}.hook_out", "output")
-    return NormWiring(site, path, owner, weight, bias, x, y)
+    width = held[weight].shape[-1] if held[weight].ndim else 1
+    return NormWiring(NormSite("", width, has_bias=bias is not None), path, owner, weight, bias, x, y)
 
 
-def module_norms(root: nn.Module) -> Iterator[NormWiring]:
-    """Candidates of a tree of modules that are called themselves, under dotted paths."""
-    for path, module in root.named_modules():
-        candidate = norm_candidate("", path, module, path, module)
-        if candidate is not None:
-            yield candidate
-
-
-def renamed(candidate: NormWiring, name: str, aliases: tuple[str, ...]) -> NormWiring:
-    """The same candidate under another name."""
-    return replace(candidate, site=replace(candidate.site, name=name, aliases=aliases))
+def is_called_norm(module: nn.Module) -> bool:
+    """Whether a module's class, or one it is derived from, is named so."""
+    return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -117,11 +183,9 @@ ROLES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Role in a block -> names of the module that plays it."""
 AROUND = {
-    "ln1": ("input_layernorm",),
-    "ln1_post": ("post_attention_layernorm",),
-    "ln2": ("pre_feedforward_layernorm",),
+    "ln1": ("input_layernorm",), "ln1_post": ("post_attention_layernorm",), "ln2": ("pre_feedforward_layernorm",),
     "ln2_post": ("post_feedforward_layernorm",),
-}
+}  # fmt: skip
 """The same in blocks that normalise before and after both halves, such as Gemma 2's."""
 AFTER = {"ln1": ("post_attention_layernorm",), "ln2": ("post_feedforward_layernorm",)}
 """The same in blocks that normalise only after them, such as OLMo 2's."""
@@ -130,12 +194,7 @@ FINAL = ("ln_f", "norm", "norm_f", "final_layer_norm", "final_layernorm", "final
 
 
 def canonical_norms(paths: Iterable[str], blocks: str) -> dict[str, str]:
-    """Canonical names of a language model's normalisations; what is not recognised is left out.
-
-    Args:
-        paths: Dotted paths of the modules in transformers.
-        blocks: Dotted path of the list of blocks.
-    """
+    """Canonical names of a language model's normalisations by path, `blocks` being that of its blocks; others are left out."""
     inside: dict[str, set[str]] = {}
     found = {}
     parent = blocks.rpartition(".")[0]
@@ -156,30 +215,27 @@ def canonical_norms(paths: Iterable[str], blocks: str) -> dict[str, str]:
 def _roles(local: set[str]) -> dict[str, tuple[str, ...]]:
     if "pre_feedforward_layernorm" in local:
         return ROLES | AROUND
-    if "post_feedforward_layernorm" in local and "input_layernorm" not in local:
-        return ROLES | AFTER
-    return ROLES
+    only_after = "post_feedforward_layernorm" in local and "input_layernorm" not in local
+    return ROLES | AFTER if only_after else ROLES
 
 
 # --- trial ------------------------------------------------------------------------------------------------------------
-def probed(root: nn.Module, candidate: NormWiring) -> NormWiring | str:
+def _probed(root: nn.Module, candidate: NormWiring) -> NormWiring | str:
     """A candidate with the formula that its module follows, or the reason why it follows none."""
     module, holder = find_module(root, candidate.path), find_module(root, candidate.owner)
-    gain = peeked(holder, candidate.weight)
+    gain, kind = peeked(holder, candidate.weight), type(holder).__name__
     if gain.ndim != 1:
         return f"its gain is of shape {list(gain.shape)}, not one vector"
     if gain.is_meta or gain.dtype not in READABLE:
         return f"its gain is stored as {gain.dtype} on {gain.device}; load the model's weights unquantised"
     if any(buffer is not None for m in (module, holder) for buffer in m._buffers.values()):
-        return f"{type(holder).__name__} keeps statistics of its own"
-    reason = f"the output of {type(holder).__name__} is neither LayerNorm's nor RMSNorm's, times its gain"
+        return f"{kind} keeps statistics of its own"
+    reason = f"the output of {kind} is neither LayerNorm's nor RMSNorm's, times its gain"
     for dtype in dict.fromkeys((torch.float64, gain.dtype)):
         try:
             found = _formula(candidate, module, holder, dtype, gain.device)
         except Exception as error:
-            reason = (
-                f"{type(holder).__name__} does not run on rows of {candidate.site.width} ({str(error).strip()[:80]})"
-            )
+            reason = f"{kind} does not run on rows of {candidate.site.width} ({str(error).strip()[:80]})"
             continue
         if found is not None:
             return found
@@ -222,7 +278,3 @@ def _epsilons(*modules: nn.Module) -> list[float | None]:
     holders: list[Any] = [*modules, *(vars(m).get(name) for m in modules for name in ("cfg", "config"))]
     known = [v for holder in holders if hasattr(holder, "__dict__") for k, v in vars(holder).items() if "eps" in k]
     return list(dict.fromkeys([*(v for v in known if v is None or isinstance(v, float)), *EPSILONS]))
-
-
-def _called_norm(module: nn.Module) -> bool:
-    return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)

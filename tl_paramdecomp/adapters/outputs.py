@@ -9,15 +9,9 @@ if TYPE_CHECKING:
 
 
 def need_logits(adapter: "ModelAdapter", what: str, instead: str) -> None:
-    """See that a model's outputs are logits, of which next tokens have probabilities.
+    """See that a model's outputs are logits, of which next tokens have probabilities; else UnsupportedModelError.
 
-    Args:
-        adapter: The model's.
-        what: What needs them, with its verb, for the message.
-        instead: What works without.
-
-    Raises:
-        UnsupportedModelError: They are hidden states, or scores of classes.
+    `what` needs them, with its verb; `instead` works without.
     """
     if not adapter.gives_logits:
         raise UnsupportedModelError(
@@ -27,11 +21,7 @@ def need_logits(adapter: "ModelAdapter", what: str, instead: str) -> None:
 
 
 def need_answers(adapter: "ModelAdapter", prompts: object, metric: object = None) -> None:
-    """See that a model can answer prompts, where they are a task's; metrics of other prompts are of whatever it gives.
-
-    Raises:
-        UnsupportedModelError: Its outputs are no logits.
-    """
+    """`need_logits` where prompts are a task's, with answers; metrics of other prompts are of whatever the model gives."""
     if hasattr(prompts, "at_answer"):
         need_logits(adapter, "Answers of a task are scored by", "give token rows and a metric of the outputs")
     if getattr(metric, "reads_logits", False):

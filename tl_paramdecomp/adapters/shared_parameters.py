@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.wiring import Wiring, find_module
+
+TABLES = frozenset(("embed.W_E", "unembed.W_U"))
+"""Sites that a configuration's `tie_word_embeddings` is about."""
 
 
 def with_ties(root: nn.Module, wirings: Mapping[str, Wiring]) -> dict[str, Wiring]:
@@ -19,8 +21,7 @@ def with_ties(root: nn.Module, wirings: Mapping[str, Wiring]) -> dict[str, Wirin
         owner = find_module(root, wiring.owner)
         held, slot = owner._parameters.get(wiring.weight), (id(owner), wiring.weight)
         source, where = first.setdefault((id(held), repr(wiring.columns)), (name, slot))
-        tied = held is not None and where != slot
-        found[name] = replace(wiring, site=replace(wiring.site, tied_to=source)) if tied else wiring
+        found[name] = wiring.renamed(tied_to=source) if held is not None and where != slot else wiring
     return found
 
 
@@ -45,25 +46,17 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 
 def held_tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Every parameter under every name that a module has for it."""
-    for module in root.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                yield module, attribute, parameter
+    return ((m, name, p) for m in root.modules() for name, p in m._parameters.items() if p is not None)
 
 
-def keep_apart(model: Any, embeds: bool, written: Collection[str]) -> None:
-    """See that a transformers model does not tie again, when it is saved and loaded, what an edit has parted.
+def keep_apart(model: Any, edited: Collection[str], written: Collection[str] = ()) -> None:
+    """See that a transformers model does not tie again, when it is saved and loaded, what an edit of sites has parted.
 
-    All that it declares as tied is parted then: one flag of the configuration is for all.
-
-    Args:
-        model: The transformers model, edited.
-        embeds: Whether the embedding or the unembedding was edited.
-        written: Dotted paths of the edited parameters.
+    All that it declares as tied is parted then: one flag of the configuration is for all. `written` are the parameters' paths.
     """
     expand = getattr(model, "get_expanded_tied_weights_keys", None)  # from transformers 5
     declared: dict[str, str] = {} if expand is None else expand(all_submodels=True)
-    if not embeds and not {*declared, *declared.values()}.intersection(written):
+    if TABLES.isdisjoint(edited) and not {*declared, *declared.values()}.intersection(written):
         return
     held: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     for target, source in declared.items():

@@ -2,7 +2,7 @@
 
 1. While a clean pass runs, keep the very object that each block's `forward` returned (`kept_outputs`).
 2. In later passes over the same rows, let the blocks before the one that changed return those objects (`skipped`).
-3. Where only the vectors before the unembedding are wanted, end the pass as they reach it (`ended_at`).
+3. Where only the vectors before the unembedding are wanted, end the pass as they reach it (`run_until_unembedding`).
 4. Try all of it out once on a few tokens, and offer only what reproduces the model (`find_blocks_to_skip`,
    `find_after_unembedding`).
 
@@ -13,14 +13,19 @@ returned, before torch hooks: a hook that a user has on a block acts on a skippe
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters.boundary import shadowed_method
+from tl_paramdecomp.adapters.passes import first_argument
 from tl_paramdecomp.adapters.wiring import Wiring, find_module
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
-from tl_paramdecomp.sites import SiteCall, SiteFn
+from tl_paramdecomp.sites import SiteCall
+
+if TYPE_CHECKING:
+    from tl_paramdecomp.adapters.base import ModelAdapter
 
 UNEMBEDDING = "unembed.W_U"
 PROBE_SHAPE = (2, 3)
@@ -45,61 +50,14 @@ class ReachedUnembedding(Exception):  # noqa: N818 - ends a pass, tells of no er
     """The pass has come as far as its caller wants."""
 
 
-@runtime_checkable
-class Runner(Protocol):
-    """What is needed of an adapter here."""
-
-    wirings: dict[str, Wiring]
-
-    @property
-    def root(self) -> nn.Module: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def weight(self, name: str) -> Tensor: ...
-
-    def bias(self, name: str) -> Tensor | None: ...
-
-    def intercept(self, fns: Mapping[str, SiteFn]) -> contextlib.AbstractContextManager[None]: ...
-
-    def forward(self, tokens: Tensor) -> Tensor: ...
-
-    def hidden(self, tokens: Tensor) -> Tensor: ...
-
-    def block_modules(self) -> Sequence[nn.Module]: ...
-
-    def undisturbed(self) -> contextlib.AbstractContextManager[None]: ...
-
-
-# --- forward, shadowed -----------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _shadowed_forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Hold other functions as the `forward` of single module instances."""
-    before = [(module, module.__dict__.get("forward")) for module, _ in replacements]
-    try:
-        for module, function in replacements:
-            module.__dict__["forward"] = function
-        yield
-    finally:
-        for module, own in reversed(before):
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:  # accelerate and nnsight keep their wrappers in this very place
-                module.__dict__["forward"] = own
-
-
-def _around(module: nn.Module, function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-    """`function(*first, ...)` under the signature of the module's own forward, which hosts inspect."""
-    return functools.update_wrapper(functools.partial(function, *first), module.forward)
-
-
 # --- blocks ----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def kept_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """A list that the passes inside fill with what each block's forward returned, cut from the graph."""
     outputs: list[Any] = [None] * len(blocks)
-    with _shadowed_forwards([(b, _around(b, _run_and_keep, outputs, i, b.forward)) for i, b in enumerate(blocks)]):
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.enter_context(shadowed_method(block, "forward", functools.partial(_run_and_keep, outputs, index)))
         yield outputs
 
 
@@ -120,25 +78,23 @@ def _detached(output: Any) -> Any:
 
 @contextlib.contextmanager
 def skipped(blocks: Sequence[nn.Module], outputs: Sequence[Any], first: int) -> Iterator[None]:
-    """Let every block before `first` return what it returned before.
-
-    Raises:
-        SettingError: There is no such block, or these are not the outputs of all blocks.
-    """
+    """Let every block before `first` return what it returned before (SettingError where these are not the outputs of all)."""
     if len(outputs) != len(blocks) or not 0 <= first <= len(blocks):
         raise SettingError(
             f"Expected the outputs of all {len(blocks)} blocks (capture(..., keep_blocks=True).blocks) and a block from 0 "
             f"to {len(blocks)} to begin at, not {len(outputs)} outputs and {first}. A model without blocks takes full passes."
         )
-    with _shadowed_forwards([(b, _around(b, _give, outputs[i])) for i, b in enumerate(blocks[:first])]):
+    with contextlib.ExitStack() as stack:
+        for block, output in zip(blocks[:first], outputs):
+            stack.enter_context(shadowed_method(block, "forward", functools.partial(_give, output)))
         yield
 
 
-def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
+def _give(output: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return output
 
 
-def find_blocks_to_skip(adapter: Runner, blocks: Sequence[nn.Module]) -> bool:
+def find_blocks_to_skip(adapter: "ModelAdapter", blocks: Sequence[nn.Module]) -> bool:
     """Whether passes that begin at a later block are the model's own: tried out at every block.
 
     They are not where blocks share more than the residual stream (keys and values of an earlier layer, say), where a
@@ -170,45 +126,35 @@ def blocks_of_sites(root: nn.Module, blocks: Sequence[nn.Module], wirings: Mappi
 
 
 # --- the unembedding -------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def ended_at(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Passes inside end as they reach a module; the list then holds what it was called with."""
-    reached: list[Tensor] = []
-    with _shadowed_forwards([(module, _around(module, _stop, reached))]):
-        yield reached
-
-
-def _stop(reached: list[Tensor], *args: Any, **kwargs: Any) -> None:
-    reached[:] = [args[0] if args else next(iter(kwargs.values()))]
-    raise ReachedUnembedding
-
-
-def run_until_unembedding(adapter: Runner, run: Callable[[], Any]) -> Tensor:
-    """x of `unembed.W_U` in a forward pass that ends there.
-
-    Raises:
-        UnsupportedModelError: The model has no such site, or the pass never reached it.
-    """
+def run_until_unembedding(adapter: "ModelAdapter", run: Callable[[], Any]) -> Tensor:
+    """x of `unembed.W_U` in a pass that ends there; UnsupportedModelError where there is no such site or it is not reached."""
     if UNEMBEDDING not in adapter.wirings:
         raise UnsupportedModelError(
             f"This {type(adapter.root).__name__} has no site {UNEMBEDDING} before which a forward pass could end; "
             "compare logits instead."
         )
     module = find_module(adapter.root, adapter.wirings[UNEMBEDDING].x.path)
-    with ended_at(module) as reached, contextlib.suppress(ReachedUnembedding):
+    reached: list[Tensor] = []
+    stop = shadowed_method(module, "forward", functools.partial(_stop, reached))
+    with stop, contextlib.suppress(ReachedUnembedding):
         run()
     if not reached:
         raise UnsupportedModelError(f"The forward pass gave logits without calling {type(module).__name__}.")
     return reached[0]
 
 
-def product(adapter: Runner, x: Tensor) -> Tensor:
+def _stop(reached: list[Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    reached[:] = [first_argument(args, kwargs)]
+    raise ReachedUnembedding
+
+
+def product(adapter: "ModelAdapter", x: Tensor) -> Tensor:
     """x W_U + b of the host's own weight."""
     weight, bias = adapter.weight(UNEMBEDDING), adapter.bias(UNEMBEDDING)
     return nn.functional.linear(x.to(weight.device), weight.T, bias)
 
 
-def find_after_unembedding(adapter: Runner) -> AfterUnembedding | None:
+def find_after_unembedding(adapter: "ModelAdapter") -> AfterUnembedding | None:
     """What the host does between x W_U + b and its logits, of the known forms; None where it is none of them.
 
     Tried out on a pass as it is and on one whose x W_U + b is made large: a cap hardly shows on small logits.
@@ -228,7 +174,10 @@ def find_after_unembedding(adapter: Runner) -> AfterUnembedding | None:
                 return None
     except Exception:  # whatever the host trips over when a pass is ended
         return None
-    candidates = _candidates(adapter)
+    settings = logit_settings(adapter.root)
+    factors = [None, *(LOGIT_FACTORS[name](value) for name, value in settings if name in LOGIT_FACTORS)]
+    caps = [None, *(value for name, value in settings if name in LOGIT_CAPS)]
+    candidates = (functools.partial(_finished, factor, cap) for factor in factors for cap in caps)
     return next((after for after in candidates if all(same(after(y), logits) for y, logits in pairs)), None)
 
 
@@ -239,30 +188,27 @@ def _resized(calls: list[tuple[Tensor, Tensor]], size: float | None, call: SiteC
     return y
 
 
-def logit_settings(root: nn.Module) -> list[tuple[str, float]]:
-    """What the host's configurations say is done to its logits after the unembedding."""
-    held: Any = root
-    configs: list[Any] = [getattr(held, "cfg", None), getattr(getattr(held, "original_model", held), "config", None)]
-    configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
-    names = (*LOGIT_FACTORS, *LOGIT_CAPS)
-    found = [(name, getattr(config, name, None)) for name in names for config in configs]
-    return [(name, value) for name, value in found if isinstance(value, (int, float)) and value > 0]
-
-
-def _candidates(adapter: Runner) -> list[AfterUnembedding]:
-    settings = logit_settings(adapter.root)
-    factors = [LOGIT_FACTORS[name](value) for name, value in settings if name in LOGIT_FACTORS]
-    caps = [value for name, value in settings if name in LOGIT_CAPS]
-    return [functools.partial(_finished, factor, cap) for factor in (None, *factors) for cap in (None, *caps)]
-
-
 def _finished(factor: float | None, cap: float | None, y: Tensor) -> Tensor:
     y = y if factor is None else y * factor
     return y if cap is None else cap * torch.tanh(y / cap)
 
 
+def logit_settings(root: nn.Module) -> list[tuple[str, float]]:
+    """What the host's configurations say is done to its logits after the unembedding."""
+    names = (*LOGIT_FACTORS, *LOGIT_CAPS)
+    found = [(name, getattr(config, name, None)) for name in names for config in configurations(root)]
+    return [(name, value) for name, value in found if isinstance(value, (int, float)) and value > 0]
+
+
+def configurations(root: Any) -> list[Any]:
+    """A host's own configuration, that of the transformers model in it, and that one's text part."""
+    own, held = getattr(root, "cfg", None), getattr(getattr(root, "original_model", root), "config", None)
+    text = held.get_text_config() if hasattr(held, "get_text_config") else None
+    return [config for config in (own, held, text) if config is not None]
+
+
 # --- trying out ------------------------------------------------------------------------------------------------------
-def probe_tokens(adapter: Runner) -> Tensor:
+def probe_tokens(adapter: "ModelAdapter") -> Tensor:
     """A few token rows that every vocabulary has."""
     rows, length = PROBE_SHAPE
     vocab = next((w.site.d_in for w in adapter.wirings.values() if w.site.kind == "embedding"), rows * length)

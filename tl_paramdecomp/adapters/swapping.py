@@ -8,50 +8,54 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters.computed import is_computed, overrule, read_tensor, sources
+from tl_paramdecomp.adapters.computed import is_computed, overrule, read_tensor, sources, tensor_state
 from tl_paramdecomp.errors import PatchConflictError, UnsupportedModelError
 
 Change = Callable[[Tensor], Tensor]
 """From a tensor to the one to hold in its place."""
 
 
-@dataclass(eq=False)
 class _Swap:
     """A tensor in whose place others stand at present."""
 
-    original: Any
-    put: Callable[[Any], None]
-    """Holds a tensor in that place, or the original again."""
-    held: Callable[[], Any]
-    """Reads what is in that place."""
-    changes: list[Change] = field(default_factory=list)
-    state: tuple[Hashable, ...] | None = None
-    """That of what was put there."""
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        slots: list[Any] = [owner._parameters, owner._buffers, owner.__dict__]
+        slot, computed = next((s for s in slots if attribute in s), None), is_computed(owner, attribute)
+        if slot is None and not computed and not hasattr(type(owner), attribute):
+            raise UnsupportedModelError(f"{type(owner).__name__} keeps no {attribute} that could be replaced.")
+        self.owner, self.attribute = owner, attribute
+        self.slot = None if computed else slot
+        self.original: Any = read_tensor(owner, attribute) if self.slot is None else self.slot[attribute]
+        self.learns = any(part.requires_grad for part in (*sources(owner, attribute), self.original))
+        self.changes: list[Change] = []
+        self.state: Hashable = None
+        """That of what was put there."""
 
     def update(self) -> None:
+        """Put what the changes make of the original in its place, or the original back."""
         held = self.original
         if self.changes:
-            held = held.detach()
-            for change in self.changes:
-                held = change(held)
-        self.put(held)
-        self.state = _state(self.held()) if self.changes else None
+            held = functools.reduce(lambda tensor, change: change(tensor), self.changes, held.detach())
+            if isinstance(self.original, nn.Parameter) or (self.slot is None and self.learns):
+                held = nn.Parameter(held, requires_grad=self.learns)
+        if self.slot is None:
+            overrule(self.owner, self.attribute, held if self.changes else None)
+        else:
+            self.slot[self.attribute] = held
+        self.state = tensor_state(self.held) if self.changes else None
+
+    @property
+    def held(self) -> Any:
+        """What is in that place."""
+        return getattr(self.owner, self.attribute) if self.slot is None else self.slot.get(self.attribute)
 
     def is_written(self) -> bool:
-        """Whether somebody has changed what was put there, as far as torch counts."""
-        return self.state is not None and self.state != _state(self.held())
-
-
-def _state(tensor: Any) -> tuple[Hashable, ...] | None:
-    """What changes with every change that torch counts; None for inference tensors, of which it counts none."""
-    if not isinstance(tensor, Tensor) or tensor.is_inference():
-        return None
-    return id(tensor), tensor._version, tensor.dtype, tensor.device
+        """Whether somebody has changed what was put there, as far as torch counts (through `.data` it does not)."""
+        return self.state is not None and self.state != tensor_state(self.held)
 
 
 _SWAPS: "weakref.WeakKeyDictionary[nn.Module, dict[str, _Swap]]" = weakref.WeakKeyDictionary()
@@ -60,15 +64,13 @@ _LOCK = threading.RLock()
 
 @contextlib.contextmanager
 def changed_tensor(owner: nn.Module, attribute: str, change: Change) -> Iterator[None]:
-    """Hold what a change makes of a parameter, or of a tensor which the module computes.
+    """Hold what a change makes of a parameter, or of a tensor which the module computes (UnsupportedModelError if it has none).
 
-    Raises:
-        UnsupportedModelError: The module keeps nothing of that name.
-        PatchConflictError: At the end, where the held tensor was written to meanwhile: the original is back, without that.
+    PatchConflictError at the end, where the held tensor was written to meanwhile: the original is back, without that.
     """
     with _LOCK:
         swaps = _SWAPS.setdefault(owner, {})
-        swap = swaps.setdefault(attribute, swaps.get(attribute) or _swap(owner, attribute))
+        swap = swaps.setdefault(attribute, swaps.get(attribute) or _Swap(owner, attribute))
         swap.changes.append(change)
     try:
         with _LOCK:
@@ -90,32 +92,5 @@ def changed_tensor(owner: nn.Module, attribute: str, change: Change) -> Iterator
 
 
 def swapped_parameter(owner: nn.Module, attribute: str, tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Hold another tensor under a parameter's name, or that of a tensor which the module computes.
-
-    Raises:
-        UnsupportedModelError: The module keeps nothing of that name.
-    """
+    """`changed_tensor` to a tensor that does not depend on the one before."""
     return changed_tensor(owner, attribute, lambda old: tensor)
-
-
-def _swap(owner: nn.Module, attribute: str) -> _Swap:
-    slots: list[Any] = [owner._parameters, owner._buffers, owner.__dict__]
-    slot = next((s for s in slots if attribute in s), None)
-    if is_computed(owner, attribute) or slot is None:
-        if not hasattr(type(owner), attribute) and slot is None:
-            raise UnsupportedModelError(f"{type(owner).__name__} keeps no {attribute} that could be replaced.")
-        learns = any(part.requires_grad for part in sources(owner, attribute))
-        original = read_tensor(owner, attribute)
-
-        def put_computed(held: Any) -> None:
-            overrule(owner, attribute, None if held is original else nn.Parameter(held) if learns else held)
-
-        return _Swap(original, put_computed, functools.partial(getattr, owner, attribute))
-    old = slot[attribute]
-
-    def put(held: Any) -> None:
-        if held is not old and isinstance(old, nn.Parameter):
-            held = nn.Parameter(held, requires_grad=old.requires_grad)
-        slot[attribute] = held
-
-    return _Swap(old, put, functools.partial(slot.get, attribute))

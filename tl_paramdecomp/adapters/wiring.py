@@ -5,7 +5,7 @@ Every host is torch underneath, so one description serves them all; what differs
 
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,8 @@ Layout = Literal["in_out", "out_in", "heads_in_out", "heads_out_in", "kernel"]
 """How the host stores W: `in_out` [d_in, d_out] (Conv1D, TransformerLens MLPs, embeddings), `out_in` [d_out, d_in]
 (nn.Linear), `heads_in_out` [head, d_model, d_head] (TransformerLens W_Q, W_K, W_V), `heads_out_in` [head, d_head, d_model]
 (its W_O), `kernel` [d_out, channels, *kernel] (convolutions)."""
-
-
+Columns = tuple[int, ...] | slice | None
+"""Output columns of a fused weight (such as c_attn) that belong to one site; None: all."""
 READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Number types of weights that are their own values; 8-bit and smaller ones need scales that only their host knows."""
 
@@ -48,19 +48,43 @@ class Wiring:
     site: WeightSite
     owner: str
     """Dotted path of the module that holds the weight."""
+    x: Tap
+    y: Tap
     weight: str = "weight"
     """Attribute of the owner that holds it."""
     bias: str | None = "bias"
     """Attribute that holds the bias, or None where the host adds none inside this map."""
     layout: Layout = "out_in"
-    columns: tuple[int, ...] | slice | None = None
-    """Output columns of a fused weight (such as c_attn) that belong to this site."""
+    columns: Columns = None
     scale: float = 1.0
     """What the host multiplies the product by: Gemma's embedding is sqrt(d_model) times its table."""
-    x: Tap = field(default_factory=lambda: Tap(""))
-    y: Tap = field(default_factory=lambda: Tap(""))
     patches: Patches | None = None
     """For a convolution: from its images to the patches that its matrix reads."""
+
+    def stored_weight(self, matrix: Float[Tensor, "d_in d_out"], old: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The host's whole tensor with this site's part replaced, in the host's layout and dtype."""
+        old = old.detach()
+        matrix = matrix.to(old.dtype) if self.scale == 1.0 else (matrix / self.scale).to(old.dtype)
+        if self.layout == "heads_in_out":
+            heads, d_model, d_head = old.shape
+            return matrix.reshape(d_model, heads, d_head).permute(1, 0, 2).contiguous()
+        if self.layout == "heads_out_in":
+            return matrix.reshape(old.shape)
+        if self.layout == "kernel":
+            return matrix.T.reshape(old.shape).contiguous()
+        full = (old.T if self.layout == "out_in" else old).clone()
+        put_columns(full, self.columns, matrix)
+        return full.T.contiguous() if self.layout == "out_in" else full
+
+    def stored_bias(self, bias: Float[Tensor, " d_out"], old: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The host's whole bias with this site's part replaced, in the host's shape and dtype."""
+        flat = old.detach().reshape(-1).clone()
+        put_columns(flat, self.columns, bias.to(old.dtype))
+        return flat.view_as(old)
+
+    def renamed(self, **fields: Any) -> "Wiring":
+        """The same with other fields of its site."""
+        return replace(self, site=replace(self.site, **fields))
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
@@ -71,11 +95,13 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def structure(root: nn.Module) -> Hashable:
-    """What wirings are made from: modules and their types, parameters with their shapes, and which of them are one.
+def plain_path(path: str) -> str:
+    """A module's path in transformers, without the wrappers that a bridge puts around the modules."""
+    return ".".join(part for part in path.split(".") if part.strip("_") != "original_component")
 
-    Two trees with the same structure have the same sites. Which numbers the parameters hold makes no difference.
-    """
+
+def structure(root: nn.Module) -> Hashable:
+    """What wirings are made from, numbers apart: modules and their types, parameters, shapes, and which of them are one."""
     found: list[Hashable] = []
     numbers: dict[int, int] = {}
     seen: set[int] = set()
@@ -97,16 +123,15 @@ def structure(root: nn.Module) -> Hashable:
     return tuple(found)
 
 
+# --- reading and writing ----------------------------------------------------------------------------------------------
 def read_parameter(root: nn.Module, wiring: Wiring) -> Tensor:
     """The host's own tensor that holds the site's weight; computed anew where the host computes it from others.
 
-    Raises:
-        UnsupportedSiteError: The weight is on the meta device, is not a floating-point matrix (quantised), or is computed and
-            another one each time.
+    UnsupportedSiteError where it is on the meta device, quantised, or computed and another one each time.
     """
     name = wiring.site.name
     tensor = read_tensor(find_module(root, wiring.owner), wiring.weight, name)
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise UnsupportedSiteError(
             f"The weight of {name} is on the meta device and holds no numbers; load the model's weights first."
         )
@@ -135,52 +160,25 @@ def read_weight(root: nn.Module, wiring: Wiring) -> Float[Tensor, "d_in d_out"]:
 
 def read_bias(root: nn.Module, wiring: Wiring) -> Float[Tensor, " d_out"] | None:
     """Bias [d_out] of a site, attached to the host's parameter, or None."""
-    if wiring.bias is None:
-        return None
-    bias = read_tensor(find_module(root, wiring.owner), wiring.bias, wiring.site.name)
+    bias = read_tensor(find_module(root, wiring.owner), wiring.bias, wiring.site.name) if wiring.bias else None
     return None if bias is None else take_columns(bias.reshape(-1), wiring.columns)
 
 
-def stored_weight(
-    wiring: Wiring, matrix: Float[Tensor, "d_in d_out"], old: Float[Tensor, "..."]
-) -> Float[Tensor, "..."]:
-    """The host's whole tensor with one site's part replaced by `matrix`, in the host's layout and dtype."""
-    old = old.detach()
-    matrix = matrix.to(old.dtype) if wiring.scale == 1.0 else (matrix / wiring.scale).to(old.dtype)
-    if wiring.layout == "heads_in_out":
-        heads, d_model, d_head = old.shape
-        return matrix.reshape(d_model, heads, d_head).permute(1, 0, 2).contiguous()
-    if wiring.layout == "heads_out_in":
-        return matrix.reshape(old.shape)
-    if wiring.layout == "kernel":
-        return matrix.T.reshape(old.shape).contiguous()
-    full = (old.T if wiring.layout == "out_in" else old).clone()
-    put_columns(full, wiring.columns, matrix)
-    return full.T.contiguous() if wiring.layout == "out_in" else full
-
-
-def stored_bias(wiring: Wiring, bias: Float[Tensor, " d_out"], old: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The host's whole bias with one site's part replaced, in the host's shape and dtype."""
-    flat = old.detach().reshape(-1).clone()
-    put_columns(flat, wiring.columns, bias.to(old.dtype))
-    return flat.view_as(old)
-
-
-def take_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None) -> Tensor:
+def take_columns(tensor: Tensor, columns: Columns) -> Tensor:
     """The last-axis entries of a fused tensor that belong to one site; the tensor itself where it is not fused."""
     if columns is None:
         return tensor
-    if isinstance(columns, slice):
-        return tensor[..., columns]
-    return tensor.index_select(-1, _indices(columns, tensor.device))
+    return (
+        tensor[..., columns]
+        if isinstance(columns, slice)
+        else tensor.index_select(-1, _indices(columns, tensor.device))
+    )
 
 
-def put_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None, part: Tensor) -> None:
+def put_columns(tensor: Tensor, columns: Columns, part: Tensor) -> None:
     """Write one site's part into the last axis of a tensor, in place."""
-    if columns is None:
-        tensor.copy_(part)
-    elif isinstance(columns, slice):
-        tensor[..., columns] = part
+    if columns is None or isinstance(columns, slice):
+        tensor[..., columns or slice(None)] = part
     else:
         tensor.index_copy_(-1, _indices(columns, tensor.device), part)
 
@@ -188,17 +186,3 @@ def put_columns(tensor: Tensor, columns: tuple[int, ...] | slice | None, part: T
 @functools.lru_cache(maxsize=4096)
 def _indices(columns: tuple[int, ...], device: torch.device) -> Int[Tensor, " columns"]:
     return torch.tensor(columns, device=device)
-
-
-def interleaved_columns(n_groups: int, group: int, d_head: int, which: range | int) -> tuple[int, ...]:
-    """Columns of a fused query/key/value weight stored group by group, `[n_groups, group, d_head]`.
-
-    Args:
-        n_groups: Key/value heads (or heads, where each has its own).
-        group: Heads stored per group, queries first, then key and value.
-        d_head: Width of a head.
-        which: Which of the group's heads: a range for the queries, an index for key or value.
-    """
-    inside = [which] if isinstance(which, int) else which
-    starts = [(g * group + head) * d_head for g in range(n_groups) for head in inside]
-    return tuple(start + i for start in starts for i in range(d_head))

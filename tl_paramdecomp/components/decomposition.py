@@ -84,6 +84,8 @@ class Decomposition(Saved, Mapping[str, Components]):
         return len(self._components)
 
     def __contains__(self, site: object) -> bool:
+        if isinstance(site, str) and module_key(site) in self._components:
+            return True
         return any(site == c.site.name or site in c.site.aliases for c in self._components.values())  # type: ignore
 
     def get(self, site: str, default: Any = None) -> Any:

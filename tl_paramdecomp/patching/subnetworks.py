@@ -90,23 +90,17 @@ def _selected(decomposition: SubnetworkDecomposition, pattern: SitePattern) -> l
 @contextlib.contextmanager
 def _replaced(adapter: ModelAdapter, parts: Mapping[str, Part], deltas: Mapping[int, float | Tensor]) -> Iterator[None]:
     """Within this context the moved weights, gains and biases stand in the model itself."""
-    weights, biases, gains, norm_biases = {}, {}, {}, {}
+    weights, biases, gains = {}, {}, {}
     with torch.no_grad():
         for name, part in parts.items():
             if isinstance(part, GainSubnetworks):
-                gains[name] = adapter.gain(name) + _sum(part.gain, deltas)
-                bias, found = adapter.gain_bias(name), norm_biases
+                gains[name], bias = adapter.gain(name) + _sum(part.gain, deltas), adapter.gain_bias(name)
             else:
-                weights[name] = adapter.weight(name) + _matrix(part, deltas)
-                bias, found = adapter.bias(name), biases
+                weights[name], bias = adapter.weight(name) + _matrix(part, deltas), adapter.bias(name)
             if part.bias is not None and bias is not None:
-                found[name] = bias + _sum(part.bias, deltas)
+                biases[name] = bias + _sum(part.bias, deltas)
         weights = folded(weights, adapter.weight)
-    with (
-        adapter.replaced_weights(weights),
-        adapter.replaced_biases(biases),
-        adapter.replaced_gains(gains, norm_biases),
-    ):
+    with adapter.replaced_weights(weights | gains), adapter.replaced_biases(biases):
         yield
 
 

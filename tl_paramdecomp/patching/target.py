@@ -57,14 +57,13 @@ def checked_adapter(
 def _compare(adapter: ModelAdapter, decomposition: Saved, fresh: bool, skip: frozenset[str] = frozenset()) -> None:
     wrong: dict[str, str] = {}
     centred = False
-    for name in decomposition.fingerprints:
-        if behind(name) in skip:
-            continue
+    compared = [name for name in decomposition.fingerprints if behind(name) not in skip]
+    for name in compared:
         if adapter.wiring(name) is None and not adapter.is_norm(name):
             reason = adapter.refused.get(name) or adapter.norms.refused.get(name)
             wrong[name] = f"not a site of this model{f' ({reason})' if reason else ''}"
-            continue
-        known, found = decomposition.fingerprints[name], adapter.fingerprint(name, fresh)
+    for name, found in adapter.fingerprints((name for name in compared if name not in wrong), fresh).items():
+        known = decomposition.fingerprints[name]
         difference = differs(known, found)
         if difference:
             wrong[name] = f"{behind(name)} holds another weight" if is_identity(name) else difference

@@ -12,7 +12,7 @@ from tl_paramdecomp.adapters.convolution import patch_span
 from tl_paramdecomp.adapters.identity import composed
 from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.adapters.nnsight import NNsightAdapter, Standing, generate_call, running_body
-from tl_paramdecomp.adapters.torch_module import cached_columns, input_rows, prompt_columns
+from tl_paramdecomp.adapters.passes import cached_columns, input_rows, prompt_columns
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.components.masks import Masks

@@ -20,8 +20,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.adapters.rotations import Rotation, refuse_unknown_scores, rotations, seen_angles
-from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
+from tl_paramdecomp.adapters.attention import (
+    Rotation,
+    attention_softmaxes,
+    refuse_unknown_scores,
+    rotations,
+    seen_angles,
+)
 from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, chosen_columns
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import checked_head

@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.attention import attention_softmaxes
 from tl_paramdecomp.adapters.norm_scales import opened_norms
 from tl_paramdecomp.adapters.outputs import need_answers
-from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
 from tl_paramdecomp.analysis.effects.attributions import Attribution, Direction
 from tl_paramdecomp.analysis.effects.single_runs import Runs, SitePatches
 from tl_paramdecomp.analysis.effects.site_writes import (

@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.attention import attention_softmaxes
 from tl_paramdecomp.adapters.norm_scales import NormCall, opened_norms
-from tl_paramdecomp.adapters.softmaxes import attention_softmaxes
 from tl_paramdecomp.analysis.effects.site_writes import (
     EMBEDDINGS,
     Prompts,
