@@ -17,7 +17,6 @@ from torch import nn
 
 from tl_paramdecomp.errors import PatchConflictError
 
-
 P, T = ParamSpec("P"), TypeVar("T")
 
 

@@ -5,7 +5,6 @@ Masks say how much of each component takes part; patches say what its activation
 site and its delta component from another prompt is activation patching of the site's output.
 """
 
-import contextlib
 import functools
 import numbers
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
 from tl_paramdecomp.components.masks import finite_number
@@ -258,7 +258,7 @@ def act_patches(decomposition: Decomposition) -> ActPatches:
     return ActPatches(decomposition.sites, decomposition.n_components)
 
 
-@contextlib.contextmanager
+@entered_once
 def patched_acts(model: Any, decomposition: Decomposition, patches: ActPatches) -> Iterator[Any]:
     """Within this context the model runs with its component activations patched, however it is called.
 

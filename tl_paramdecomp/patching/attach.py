@@ -7,12 +7,12 @@ At every decomposed site the host gains the hook point `<site>.hook_component_ac
 so that without an edit the model is itself, bit for bit. Without the error term the site writes b + a U alone.
 """
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.adapters.lens import LensAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
@@ -25,7 +25,7 @@ from tl_paramdecomp.sites import SiteCall, SiteFn
 HOOK_NAME = "hook_component_acts"
 
 
-@contextlib.contextmanager
+@entered_once
 def attached(model: Any, decomposition: Decomposition, use_error_term: bool = True) -> Iterator[Any]:
     """Within this context component activations are hook points of a TransformerLens model.
 

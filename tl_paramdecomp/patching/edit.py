@@ -1,6 +1,5 @@
 """Constant masks as edited weights: for a while, or for good in a copy of the model."""
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.adapters.computed import deep_copy
 from tl_paramdecomp.adapters.identity import behind, folded, is_identity
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -20,7 +20,7 @@ from tl_paramdecomp.patching.hooks import site_masks
 from tl_paramdecomp.patching.target import checked_adapter
 
 
-@contextlib.contextmanager
+@entered_once
 def edited_weights(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[Any]:
     """Within this context the masks are in the weights themselves: W' = V diag(m) U + d (W - V U).
 

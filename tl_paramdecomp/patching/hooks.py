@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.adapters.identity import behind
 from tl_paramdecomp.adapters.lens import HookPair, LensAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -15,7 +16,7 @@ from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SiteFn
 
 
-@contextlib.contextmanager
+@entered_once
 def patched(model: Any, decomposition: Decomposition, masks: Masks) -> Iterator[Any]:
     """Within this context the model runs with its components masked, however it is called.
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.adapters.identity import folded
 from tl_paramdecomp.components.gain_subnetworks import GainSubnetworks
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
@@ -23,7 +24,7 @@ from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, matches, select_sites
 
 
-@contextlib.contextmanager
+@entered_once
 def perturbed(
     model: Any,
     decomposition: SubnetworkDecomposition,
