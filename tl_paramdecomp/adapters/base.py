@@ -61,8 +61,6 @@ class ModelAdapter(ModelWeights, ABC):
         super().__init__(model)
         self._seen_rows: tuple[weakref.ref[Tensor], int | None] | None = None
         self._padding = PaddingTrials()
-        self.vocabulary_size: int | None = None
-        """Rows of the table in which token ids are looked up; None where there is none, or several could be theirs."""
         self.context_length: int | None = None
         """Positions of the longest row that the model can read; None where nothing in it ends there."""
         self.reads_tokens = True
@@ -111,8 +109,9 @@ class ModelAdapter(ModelWeights, ABC):
                 f"(nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d). {refusals}"
             )
 
-    def only_table(self) -> int | None:
-        """Rows of the one table that a model has; None where it has none or several."""
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Rows of the table in which token ids are looked up; None where there is none, or several could be theirs."""
         tables = [wiring.site.d_in for wiring in self.wirings.values() if wiring.site.kind == "embedding"]
         return tables[0] if len(tables) == 1 else None
 

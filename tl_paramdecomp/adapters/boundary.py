@@ -17,7 +17,8 @@ from torch import nn
 
 from tl_paramdecomp.errors import PatchConflictError
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -101,9 +102,9 @@ class _Once(contextlib._GeneratorContextManager):
 
     def __enter__(self) -> Any:
         if not hasattr(self, "args"):  # contextlib lets go of them as it enters
+            name = getattr(self.gen, "__name__", "it")
             raise PatchConflictError(
-                f"This context of {self.gen.__name__}(...) was entered before, and is good for one time; call "
-                f"{self.gen.__name__}(...) again for another."
+                f"This context of {name}(...) was entered before, and is good for one time; call {name}(...) again for another."
             )
         return super().__enter__()
 

@@ -52,10 +52,13 @@ class HookedTransformerAdapter(LensAdapter):
                 self._add_mlp(block, f"blocks.{i}.mlp")
         self._add("unembed", "W_U", "b_U", Tap("unembed"), Tap("unembed"))
         self.refuse_repeated()
-        self.vocabulary_size = model.embed.W_E.shape[0]
         alibi = cfg.positional_embedding_type == "alibi"  # which is computed for longer rows
         self.context_length = None if alibi else cfg.n_ctx
         self.settle(known=True)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        return self.model.embed.W_E.shape[0]
 
     def _add(
         self,

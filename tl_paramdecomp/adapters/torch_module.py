@@ -38,7 +38,6 @@ class TorchModuleAdapter(ModelAdapter):
         config = getattr(root, "config", None)
         self.reads_tokens = hasattr(config, "model_type") and root.main_input_name == "input_ids"
         if self.reads_tokens:
-            self.vocabulary_size = naming.vocabulary_of(root)
             self.gives_logits = naming.has_unembedding(root)
             self.context_length = naming.context_of(root, self._name_language_model(config.get_text_config()))
         else:
@@ -51,8 +50,10 @@ class TorchModuleAdapter(ModelAdapter):
             self.refused |= naming.unreachable_matrices(root, naming.storages(root, self.wirings))
             known = known and naming.all_plain(root, self.wirings)
         self.settle(known)
-        if not self.reads_tokens:
-            self.vocabulary_size = self.only_table()
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        return naming.vocabulary_of(self.root) if self.reads_tokens else super().vocabulary_size
 
     def _name_language_model(self, config: Any) -> nn.Module | None:
         """Name what has a role; the table of learned positions, where there is one."""

@@ -65,14 +65,16 @@ class TransformerBridgeAdapter(LensAdapter):
         if unembedding is not None and naming.is_linear(unembedding):
             self._add_component("unembed.W_U", "unembed", unembedding)
         self.refuse_repeated()
-        self.vocabulary_size = naming.vocabulary_of(model.original_model)
         self.gives_logits = naming.has_unembedding(model.original_model)
         self.context_length = naming.context_of(model.original_model, self._original("pos_embed"))
         known = kind in KNOWN_ARCHITECTURES and not any(self.flags()) and naming.all_plain(self.root, self.wirings)
         if not known:
             self._add_the_rest()
         self.settle(known)
-        self.vocabulary_size = self.vocabulary_size or self.only_table()
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        return naming.vocabulary_of(self.core) or super().vocabulary_size
 
     # --- finding sites ------------------------------------------------------------------------------------------------
     def _component(self, path: str) -> Any:
