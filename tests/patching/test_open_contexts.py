@@ -203,6 +203,25 @@ def in_thread(call: Callable[[], Any]) -> Any:
     return found[0]
 
 
+def edited(model: Any, dec: tlpd.Decomposition, component: int) -> contextlib.AbstractContextManager[Any]:
+    return tlpd.edited_weights(model, dec, dec.masks().ablate(SITES[0], component))
+
+
+@pytest.mark.parametrize("opened", [*KINDS.values(), edited])
+def test_a_context_is_entered_once(opened: Open, tokens: Tensor) -> None:
+    """Again by the same call, not by the same object."""
+    model = made("bridge" if opened is hook_points else "gpt2")
+    dec, plain = decomposition_of(model, SITES), logits(model, tokens)
+    context = opened(model, dec, 0)
+    with context:
+        pass
+    with pytest.raises(tlpd.errors.PatchConflictError, match=r"entered before.*\(\.\.\.\) again"), context:
+        pass
+    assert torch.equal(logits(model, tokens), plain)
+    with opened(model, dec, 0):
+        pass
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_second_thread_is_refused_while_a_model_is_patched(host: str, tokens: Tensor) -> None:
     model = made(host)

@@ -114,7 +114,8 @@ def entered_once(function: Callable[P, Iterator[T]]) -> Callable[P, contextlib.A
 
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return _Once(function, args, kwargs)
+        factory: Any = function  # of generators
+        return _Once(factory, args, kwargs)
 
     return made
 

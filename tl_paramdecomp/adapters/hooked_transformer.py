@@ -70,12 +70,14 @@ class HookedTransformerAdapter(LensAdapter):
         layout: Layout = "in_out",
         kind: Literal["linear", "embedding"] = "linear",
     ) -> None:
-        shape, heads = tuple(peeked(find_module(self.root, owner), weight).shape), {}
+        n, *shape = (1, 1, *peeked(find_module(self.root, owner), weight).shape)[-3:]
+        heads = {}
         if layout == "heads_in_out":
-            shape, heads = (shape[1], shape[0] * shape[2]), {"n_heads": shape[0], "head_side": "out"}
+            shape, heads = [shape[0], n * shape[1]], {"n_heads": n, "head_side": "out"}
         elif layout == "heads_out_in":
-            shape, heads = (shape[0] * shape[1], shape[2]), {"n_heads": shape[0], "head_side": "in"}
-        site = WeightSite(f"{owner}.{weight.lstrip('_')}", *shape, kind, has_bias=bias is not None, **heads)
+            shape, heads = [n * shape[0], shape[1]], {"n_heads": n, "head_side": "in"}
+        name = f"{owner}.{weight.lstrip('_')}"
+        site = WeightSite(name, shape[0], shape[1], kind, has_bias=bias is not None, **heads)
         self.add(Wiring(site, owner, x, y, weight, bias, layout))
 
     def _add_attention(self, block: Any, path: str) -> None:

@@ -196,15 +196,16 @@ def _finished(factor: float | None, cap: float | None, y: Tensor) -> Tensor:
 def logit_settings(root: nn.Module) -> list[tuple[str, float]]:
     """What the host's configurations say is done to its logits after the unembedding."""
     names = (*LOGIT_FACTORS, *LOGIT_CAPS)
-    found = [(name, getattr(config, name, None)) for name in names for config in configurations(root)]
+    configs = configurations(root)
+    found = [(name, getattr(config, name, None)) for name in names for config in configs]
     return [(name, value) for name, value in found if isinstance(value, (int, float)) and value > 0]
 
 
 def configurations(root: Any) -> list[Any]:
     """A host's own configuration, that of the transformers model in it, and that one's text part."""
-    own, held = getattr(root, "cfg", None), getattr(getattr(root, "original_model", root), "config", None)
+    held: Any = getattr(getattr(root, "original_model", root), "config", None)
     text = held.get_text_config() if hasattr(held, "get_text_config") else None
-    return [config for config in (own, held, text) if config is not None]
+    return [config for config in (getattr(root, "cfg", None), held, text) if config is not None]
 
 
 # --- trying out ------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class TorchModuleAdapter(ModelAdapter):
         super().__init__(model)
         root: Any = self.root
         refuse_wrapped(root)
-        config = getattr(root, "config", None)
+        config: Any = getattr(root, "config", None)
         self.reads_tokens = hasattr(config, "model_type") and root.main_input_name == "input_ids"
         if self.reads_tokens:
             self.gives_logits = naming.has_unembedding(root)
@@ -81,13 +81,12 @@ class TorchModuleAdapter(ModelAdapter):
     def _add_the_rest(self, covered: set[str]) -> None:
         """Linear maps without a role, and a plain module's convolutions, under dotted paths."""
         for path, module in self.root.named_modules():
-            name, convolution = f"{path}.weight".lstrip("."), isinstance(module, _ConvNd) and not self.reads_tokens
+            name, convolution = f"{path}.weight".lstrip("."), None if self.reads_tokens else module
             if naming.computes_another(path) or path in covered:
                 continue
-            reason = why_no_patches(module) if convolution else None
-            if reason is not None:
+            if isinstance(convolution, _ConvNd) and (reason := why_no_patches(convolution)) is not None:
                 self.refused[name] = reason
-            elif convolution or isinstance(module, nn.Embedding) or naming.is_linear(module):
+            elif isinstance(convolution, _ConvNd) or isinstance(module, nn.Embedding) or naming.is_linear(module):
                 self.add(naming.module_wiring(name, path, module))
 
     def add(self, wiring: Wiring, may_be_attribute: bool = False) -> None:

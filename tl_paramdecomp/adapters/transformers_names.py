@@ -138,6 +138,7 @@ def module_wiring(name: str, path: str, module: Any) -> Wiring:
     kind: Any = "embedding" if isinstance(module, nn.Embedding) else "linear"
     layout: Layout = "in_out"
     scale, patches = 1.0, None
+    shape: tuple[int, int]
     if kind == "embedding":
         shape, scale = (module.num_embeddings, module.embedding_dim), float(getattr(module, "embed_scale", 1.0))
     elif isinstance(module, _ConvNd):
