@@ -1,17 +1,18 @@
-"""Tiny models run fastest on one thread."""
+"""What all tests of adapters share."""
 
 import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
-import torch
+
+from ..support.hosts import let_go
+
+logging.getLogger("transformers").setLevel(logging.ERROR)  # tiny configurations lack special tokens, and it says so
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # tiny configurations lack special tokens, and it says so
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def _let_go() -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
+    let_go()

@@ -39,11 +39,6 @@ MODES = ("raw", "no_processing", "processed")
 """As booted; in compatibility mode with the weights as they were; and with LayerNorm folded and weights centred."""
 
 
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 def native(**changes: Any) -> Any:
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge

@@ -19,18 +19,13 @@ from ..support.exactness import (
     random_decomposition,
 )
 from ..support.families import FAMILIES, build, read, subtract
-from ..support.hosts import VOCAB, on_host, run
+from ..support.hosts import on_host, run
 
 TOLERANCE = 1e-10
 """In float64. transformers computes the RMSNorm of Llama, Mistral, Qwen and Gemma in float32 whatever the model's dtype: that
 hides differences below 1e-8 in what a norm passes on, so that there the tests see errors from about float32's rounding up."""
 ON_HOSTS = [(family, host) for family in FAMILIES for host in ("transformers", "nnsight", "bridge")]
 ON_HOSTS += [(family, host) for family in ("gpt2", "llama") for host in ("language_model", "transformers_model")]
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -42,11 +42,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 def parameter(model: Any, name: str) -> torch.nn.Parameter:
     """The parameter of a site, by hand."""
     owner, role = model, name.rsplit(".", 1)[1]

@@ -10,12 +10,7 @@ import tl_paramdecomp as tlpd
 
 from ..support.exactness import ablate, difference, gone, patched_run, random_decomposition
 from ..support.families import FAMILIES, build, subtract
-from ..support.hosts import VOCAB, on_host, run
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
+from ..support.hosts import on_host, run
 
 
 def envoy(model: Any, path: str) -> Any:

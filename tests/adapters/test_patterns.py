@@ -1,7 +1,7 @@
 """Attention patterns on every host, against softmax(q k^T / sqrt(d_head) + causal mask) written out here."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,14 +9,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.errors import UnsupportedModelError
 from tl_paramdecomp.sites import SiteCall
 
 from ..support import models
 from ..support.exactness import no_hooks_left
 from ..support.families import build
-from ..support.hosts import VOCAB, HookedTransformer, hooked, needs_hooked_transformer, on_host, root_of
+from ..support.hosts import VOCAB, HookedTransformer, adapted, hooked, needs_hooked_transformer, on_host, root_of
 
 ROTARY = {"gpt2": 0, "llama": 8, "pythia": 2}
 """Family -> rotated entries of each head."""
@@ -25,23 +25,6 @@ HEADS = {"gpt2": (3, 3), "llama": (4, 2), "pythia": (4, 4)}
 ROUNDING = {"gpt2": 1e-12, "llama": 1e-6, "pythia": 1e-6}
 """transformers rotates, and takes Llama's norms and softmax, in float32 whatever the model's dtype."""
 HOSTS = ("transformers", "nnsight", "bridge", "hooked_transformer")
-_ALIVE: list[Any] = []
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _let_go() -> Iterator[None]:
-    yield
-    _ALIVE.clear()
-
-
-def adapted(model: Any) -> ModelAdapter:
-    _ALIVE.append(model)
-    return adapt(model)
 
 
 def converted(family: str) -> Any:

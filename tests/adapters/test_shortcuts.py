@@ -5,7 +5,7 @@ import functools
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +14,14 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_paramdecomp.adapters import ModelAdapter, adapt
+from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.errors import SettingError, SiteNotFiredError, UnsupportedModelError
 from tl_paramdecomp.sites import SiteCall
 
 from ..support import models
 from ..support.exactness import difference, no_hooks_left
 from ..support.families import build
-from ..support.hosts import VOCAB, HookedTransformer, hooked, on_host, root_of
+from ..support.hosts import VOCAB, HookedTransformer, adapted, hooked, on_host, root_of
 
 HOSTS = ("transformers", "nnsight", "bridge")
 SHOWN = ("gpt2", "gpt-neo", "gpt-j", "pythia", "llama", "gemma2")
@@ -39,29 +39,9 @@ HOOKED: dict[str, dict[str, Any]] = {
 needs_hooked = pytest.mark.skipif(HookedTransformer is None, reason="transformer-lens 4 has no HookedTransformer")
 
 
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 PADDED = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
 LEFT_PADDED = PADDED.flip(1)
 """Not for Llama in float64: transformers computes its softmax in float32, where the mask of a padded row is -inf."""
-
-
-_ALIVE: list[Any] = []
-
-
-def adapted(model: Any) -> ModelAdapter:
-    """The adapter of a model, which it refers to weakly: the test keeps the model."""
-    _ALIVE.append(model)
-    return adapt(model)
-
-
-@pytest.fixture(autouse=True)
-def _let_go() -> Iterator[None]:
-    yield
-    _ALIVE.clear()
 
 
 class Patch:

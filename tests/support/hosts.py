@@ -1,13 +1,16 @@
 """Tiny random models on every host the installed libraries have, and how their users call them."""
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tl_paramdecomp.adapters import ModelAdapter, adapt
+
+from .models import VOCAB, tokenizer
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -17,8 +20,6 @@ try:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 except ImportError:  # transformer-lens 2 has no bridge
     build_bridge_from_module = None
-
-VOCAB = 61
 
 
 def off_trivial(model: nn.Module, seed: int = 7) -> nn.Module:
@@ -41,19 +42,16 @@ def needs_hooked_transformer() -> None:
         pytest.skip("this version of transformer-lens has no HookedTransformer")
 
 
-def tokenizer() -> Any:
-    """A word-level tokenizer, loaded from a folder as the wrappers expect."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+_ALIVE: list[Any] = []
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="w0", pad_token="w0", eos_token="w2", bos_token="w1"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        made.save_pretrained(folder)
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+def adapted(model: Any) -> ModelAdapter:
+    """The adapter of a model, which it refers to weakly: the model is kept until the test ends (`let_go`)."""
+    _ALIVE.append(model)
+    return adapt(model)
+
+
+let_go = _ALIVE.clear
 
 
 def on_host(model: nn.Module, host: str, architecture: str | None = None) -> Any:
