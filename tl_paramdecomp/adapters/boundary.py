@@ -113,7 +113,7 @@ def entered_once(function: Callable[P, Iterator[T]]) -> Callable[P, contextlib.A
     """`contextlib.contextmanager`, for contexts that users hold."""
 
     @functools.wraps(function)
-    def made(*args: P.args, **kwargs: P.kwargs) -> Any:
+    def made(*args: Any, **kwargs: Any) -> Any:
         factory: Any = function  # of generators
         return _Once(factory, args, kwargs)
 

@@ -81,11 +81,6 @@ def _refused_identities(sites: Mapping[str, WeightSite], refused: Mapping[str, s
 
 
 # --- what an identity is ---------------------------------------------------------------------------------------------
-def identity_weight(site: WeightSite, like: Tensor) -> Float[Tensor, "d_in d_in"]:
-    """I, in the dtype and on the device of the weight behind it."""
-    return torch.eye(site.d_in, dtype=like.dtype, device=like.device)
-
-
 def identity_fingerprint(found: Fingerprint) -> Fingerprint:
     """Fingerprint of an inserted identity, from that of the weight behind it.
 

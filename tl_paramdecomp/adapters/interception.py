@@ -70,8 +70,8 @@ class Interception:
             kept = x_module.register_forward_hook(Hook(self._keep_output, name))
             self._last.append((x_module, kept.id))
         else:
-            read = Hook(self._keep_input, name, wiring.x.read or first_argument)
-            kept = x_module.register_forward_pre_hook(read, with_kwargs=True)
+            keep = Hook(self._keep_input, name, wiring.x.read or first_argument)
+            kept = x_module.register_forward_pre_hook(keep, with_kwargs=True)
         if wiring.y.point == "input":
             replaced = y_module.register_forward_pre_hook(Hook(self._replace_input, name))
         else:
@@ -82,9 +82,7 @@ class Interception:
     def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         self._x[name] = output
 
-    def _keep_input(
-        self, name: str, read: Callable[[tuple, dict], Any], module: nn.Module, args: tuple, kwargs: dict
-    ) -> None:
+    def _keep_input(self, name: str, read: Callable, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._x[name] = read(args, kwargs)
 
     def _replace_input(self, name: str, module: nn.Module, args: tuple) -> tuple:

@@ -205,18 +205,13 @@ def canonical_norms(paths: Iterable[str], blocks: str) -> dict[str, str]:
         elif path in {f"{parent}.{name}".lstrip(".") for name in FINAL}:
             found.setdefault(path, "ln_final.w")
     for index, local in inside.items():
-        for role, candidates in _roles(local).items():
+        only_after = "post_feedforward_layernorm" in local and "input_layernorm" not in local
+        own = AROUND if "pre_feedforward_layernorm" in local else AFTER if only_after else {}
+        for role, candidates in (ROLES | own).items():
             chosen = next((c for c in candidates if c in local), None)
             if chosen is not None:
                 found[f"{blocks}.{index}.{chosen}"] = f"blocks.{index}.{role}.w"
     return found
-
-
-def _roles(local: set[str]) -> dict[str, tuple[str, ...]]:
-    if "pre_feedforward_layernorm" in local:
-        return ROLES | AROUND
-    only_after = "post_feedforward_layernorm" in local and "input_layernorm" not in local
-    return ROLES | AFTER if only_after else ROLES
 
 
 # --- trial ------------------------------------------------------------------------------------------------------------

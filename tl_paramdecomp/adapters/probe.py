@@ -88,17 +88,13 @@ def _used_elsewhere(adapter: "ModelAdapter", names: list[str], clean: Tensor) ->
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         groups.setdefault((adapter.wirings[name].owner, adapter.wirings[name].weight), []).append(name)
-    whole = {key: group for key, group in groups.items() if _covers(adapter, group)}
+    sizes = {name: adapter.wirings[name].site.d_in * adapter.wirings[name].site.d_out for name in names}
+    stored = {key: read_parameter(adapter.root, adapter.wirings[group[0]]).numel() for key, group in groups.items()}
+    whole = {key: group for key, group in groups.items() if sum(map(sizes.__getitem__, group)) == stored[key]}
     if not whole or _stands_alone(adapter, whole, clean):
         return {}
     used = [group for key, group in whole.items() if not _stands_alone(adapter, {key: group}, clean)]
     return {name: USED_ELSEWHERE for group in used for name in group}
-
-
-def _covers(adapter: "ModelAdapter", group: list[str]) -> bool:
-    """Whether these sites are all of the one parameter they live in."""
-    wirings = [adapter.wirings[name] for name in group]
-    return sum(w.site.d_in * w.site.d_out for w in wirings) == read_parameter(adapter.root, wirings[0]).numel()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tl_paramdecomp.adapters.computed import computed_tensors, peeked, plain_type, sources
@@ -176,11 +176,7 @@ def storages(root: nn.Module, wirings: Mapping[str, Wiring]) -> set[int]:
 def storage_behind(module: nn.Module, attribute: str) -> int:
     """What tensors share that are views of one another: of a module's tensor, or of the first that it is computed from."""
     tensor = next(iter(sources(module, attribute)), None)
-    return _storage_of(peeked(module, attribute) if tensor is None else tensor)
-
-
-def _storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return (peeked(module, attribute) if tensor is None else tensor).untyped_storage().data_ptr()
 
 
 # --- a block ----------------------------------------------------------------------------------------------------------
@@ -314,7 +310,9 @@ def unreachable_matrices(root: nn.Module, covered: set[int]) -> dict[str, str]:
         for attribute, parameter in module._parameters.items():
             if attribute in parts or computes_another(path):
                 continue  # a site may read what is computed from it
-            if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2 or _storage_of(parameter) in covered:
+            if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2:
+                continue
+            if parameter.untyped_storage().data_ptr() in covered:
                 continue
             kind = type(module).__name__
             if isinstance(module, _ConvNd):

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -100,7 +101,8 @@ class ModelWeights:
         """W of a site, attached to the host's parameter; I for an inserted identity."""
         wiring = self.wirings[behind(name)]
         if is_identity(name):
-            return identity.identity_weight(wiring.site, read_parameter(self.root, wiring))
+            like = read_parameter(self.root, wiring)
+            return torch.eye(wiring.site.d_in, dtype=like.dtype, device=like.device)
         return read_weight(self.root, wiring)
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
