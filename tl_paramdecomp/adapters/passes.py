@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.boundary import Hook, shadowed_method
+from tl_paramdecomp.adapters.wiring import plain_path
 from tl_paramdecomp.errors import ShapeError, UnsupportedModelError
 from tl_paramdecomp.sites import Span
 
@@ -205,7 +206,7 @@ def refuse_wrapped(root: nn.Module) -> None:
     for path, module in root.named_modules():
         how = _compiled(module)
         if how:
-            what = f"The part {path!r} of this {kind} is" if path else "This model is"
+            what = f"The part {plain_path(path)!r} of this {kind} is" if path else "This model is"
             raise UnsupportedModelError(
                 f"{what} compiled by {how}: what is compiled runs past hooks that are put on it later. Give the model as it "
                 f"was before {how}, with the original module in that place (torch.compile keeps it as ._orig_mod)."
