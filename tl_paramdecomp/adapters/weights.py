@@ -134,8 +134,9 @@ class ModelWeights:
 
     def _parameters_of(self, name: str) -> list[Tensor]:
         wiring = self.wirings.get(name) or self.norms.wirings[name]
-        weight = self.gain(name) if isinstance(wiring, NormWiring) else read_parameter(self.root, wiring)
-        bias = read_tensor(find_module(self.root, wiring.owner), wiring.bias, name) if wiring.bias else None
+        root = self.root
+        weight = self.gain(name) if isinstance(wiring, NormWiring) else read_parameter(root, wiring)
+        bias = read_tensor(find_module(root, wiring.owner), wiring.bias, name) if wiring.bias else None
         return [weight] if bias is None else [weight, bias]
 
     # --- normalisation gains ----------------------------------------------------------------------------------------

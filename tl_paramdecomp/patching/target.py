@@ -38,11 +38,11 @@ def checked_adapter(
     """
     adapter = adapt(model)
     _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.core))
+    root = adapter.root
     for name in decomposition.fingerprints:
-        if adapter.is_norm(name):
-            device = adapter.gain(name).device
-        else:
-            device = read_parameter(adapter.root, adapter.wirings[behind(name)]).device  # W may be a copy, head by head
+        wiring = adapter.wiring(name)  # of no norm
+        # W itself may be a copy, head by head
+        device = adapter.gain(name).device if wiring is None else read_parameter(root, wiring).device
         here = decomposition.device_of(name)
         if here != device:
             raise DeviceError(
