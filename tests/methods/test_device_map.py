@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import tl_paramdecomp as tlpd
 from tests.support.divided import LOSSES, batches, methods
 from tests.support.models import gpt2
-from tl_paramdecomp.adapters import adapt, base, wiring
+from tl_paramdecomp.adapters import adapt, weights, wiring
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.random_streams import Generators, RandomNumbers
@@ -57,7 +57,7 @@ def spread(monkeypatch):
     monkeypatch.setattr(
         torch, "autocast", lambda kind, *rest, **s: autocast("cpu" if kind == FAR.type else kind, *rest, **s)
     )
-    for room in (base, wiring):  # which refuses weights without numbers
+    for room in (weights, wiring):  # which refuses weights without numbers
         monkeypatch.setattr(
             room, "read_parameter", lambda root, w: getattr(wiring.find_module(root, w.owner), w.weight)
         )

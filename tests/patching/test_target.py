@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.adapters import base
+from tl_paramdecomp.adapters import base, weights
 from tl_paramdecomp.adapters.wiring import read_parameter
 from tl_paramdecomp.errors import DeviceError, TargetMismatchError
 
@@ -111,8 +111,8 @@ def test_fingerprints_are_computed_once(host: str, tokens: Tensor, monkeypatch: 
     model = build(host)
     dec = decomposition_of(model, "blocks.*")
     calls: list[int] = []
-    real = base.fingerprint
-    monkeypatch.setattr(base, "fingerprint", lambda *args: calls.append(1) or real(*args))
+    real = weights.fingerprint
+    monkeypatch.setattr(weights, "fingerprint", lambda *args: calls.append(1) or real(*args))
     masks = dec.masks().ablate(SITE, 0)
     for _ in range(3):
         with tlpd.patched(model, dec, masks):
@@ -259,6 +259,6 @@ def test_a_fingerprint_knows_shape_and_layout() -> None:
     known = base_adapter(model).fingerprint(SITE)
     W = tlpd.site_weight(model, SITE)
     assert known.shape == tuple(W.shape) and abs(known.norm - W.norm().item()) < 1e-9 and known.dtype == "float64"
-    transposed = base.fingerprint(W.T.contiguous(), None)
+    transposed = weights.fingerprint(W.T.contiguous(), None)
     assert dataclasses.replace(transposed, shape=known.shape).projections != known.projections
     assert module_of(model) is model
