@@ -72,7 +72,7 @@ MUTANTS = (
         "for key, t in _own_tensors(folder / MEMORY).items() if False", "tests/training/test_resume.py",
     ),
     Mutant(
-        "positions of generation off by one", "adapters/torch_module.py",
+        "positions of generation off by one", "adapters/passes.py",
         "self.interception.begin(cached_columns(kwargs), input_rows(args, kwargs))",
         "self.interception.begin(max(0, cached_columns(kwargs) - 1), input_rows(args, kwargs))",
         "tests/patching/test_generation.py",
