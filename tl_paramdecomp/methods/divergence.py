@@ -35,8 +35,7 @@ class Divergence(ABC):
 
     def rows(self, output: Float[Tensor, "*rows width"]) -> Float[Tensor, "n width"]:
         """The positions that count, one after the other."""
-        flat = output.flatten(0, -2)
-        return flat if self.scored is None else flat[self.scored.flatten().to(flat.device)]
+        return at_scored(output, self.scored)
 
     @abstractmethod
     def of(self, output: Float[Tensor, "*rows width"]) -> Float[Tensor, ""]:
@@ -78,6 +77,12 @@ class ChunkedKL(Divergence):
 
     def of(self, output: Float[Tensor, "*rows d_model"]) -> Float[Tensor, ""]:
         return _KLInChunks.apply(self.rows(output), self.target, self.unembed, self.chunk) / max(1, len(self.target))
+
+
+def at_scored(values: Float[Tensor, "*rows width"], scored: Scored) -> Float[Tensor, "n width"]:
+    """What stands at the positions that count, one after the other."""
+    flat = values.flatten(0, -2)
+    return flat if scored is None else flat[scored.flatten().to(flat.device)]
 
 
 def kl(log_p: Float[Tensor, "*rows width"], log_q: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows"]:

@@ -64,19 +64,11 @@ class RandomStreams:
     def __init__(self, own: Generators, shared: Generators | None = None, window: Window | None = None) -> None:
         self.own, self.shared, self.window = own, own if shared is None else shared, window
 
-    def uniform(
-        self, shape: Sequence[int], like: Float[Tensor, "..."], rows: int | None = 0, dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "..."]:
-        """Uniform in [0, 1), in the dtype and on the device of `like`.
-
-        Args:
-            shape: Of what the microbatch needs.
-            like: Says dtype and device.
-            rows: Which dimension goes over the batch's rows; None: all rows share the numbers.
-            dtype: Another dtype.
-        """
+    def uniform(self, shape: Sequence[int], like: Float[Tensor, "..."], rows: int | None = 0) -> Float[Tensor, "..."]:
+        """Uniform in [0, 1), of the shape that the microbatch needs, in the dtype and on the device of `like`; `rows` says which
+        dimension goes over the batch's rows, None that all rows share the numbers."""
         whole, generator = self._whole(shape, rows, like.device)
-        drawn = torch.rand(whole, device=like.device, dtype=dtype or like.dtype, generator=generator)
+        drawn = torch.rand(whole, device=like.device, dtype=like.dtype, generator=generator)
         return self._part(drawn, rows)
 
     def integers(

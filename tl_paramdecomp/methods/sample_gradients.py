@@ -234,7 +234,8 @@ class _Samples:
             cotangent = output_gradient(wide(output.detach()), against[i], divergence)
             some = self.rows[i] if run.by_position and bool((place < 0).any()) else None
             found = run.gradients(output, cotangent, some, keep=i + 1 < len(self.places))
-            yield _firsts(found) if reference == "pairs" else found
+            samples = slice(None, None, 2 if reference == "pairs" else 1)  # of pairs the other rows are references
+            yield {name: gradient.select(samples) for name, gradient in found.items()}
 
 
 def _compared(samples: Sequence[_Samples], processes: ProcessGroup = ALONE) -> None:
@@ -298,11 +299,6 @@ def batch_gradients(
         groups += own.gradients(run, reference, divergence, random(0))
         del run
     return groups
-
-
-def _firsts(found: Gradients) -> Gradients:
-    """Every second row: the samples among pairs of sample and reference."""
-    return {name: gradient.select(slice(None, None, 2)) for name, gradient in found.items()}
 
 
 def _opened(calls: Calls, name: str, tokens: Tensor, call: SiteCall) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.method import Progress
 from tl_paramdecomp.sites import WeightSite
@@ -80,13 +81,13 @@ def warm_up(
     """
     if steps == 0:
         return
-    pairs = []
-    for name, components in decomposition.items():
-        weight = adapter.weight(name).detach().to(components.V.dtype)
-        with torch.no_grad():
-            error = (weight - components.product()).square().sum() / weight.square().sum().clamp(min=1e-30)
-        if error > enough:
-            pairs.append((components, weight))
+
+    def error(components: Components, weight: Tensor) -> Tensor:
+        return (weight - components.product()).square().sum() / weight.square().sum().clamp(min=1e-30)
+
+    with torch.no_grad():
+        every = [(c, adapter.weight(name).detach().to(c.V.dtype)) for name, c in decomposition.items()]
+        pairs = [(components, weight) for components, weight in every if error(components, weight) > enough]
     if not pairs:
         return
     parameters = list(dict.fromkeys(p for components, _ in pairs for p in components.parameter_pair))  # once where tied
@@ -94,8 +95,7 @@ def warm_up(
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / steps, total_iters=steps)
     with torch.enable_grad():
         for _ in progress("warm-up", steps):
-            errors = [(w - c.product()).square().sum() / w.square().sum().clamp(min=1e-30) for c, w in pairs]
-            loss = torch.stack(errors).sum()
+            loss = torch.stack([error(*pair) for pair in pairs]).sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -16,7 +16,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.components.masked_output import InterpolatedMask, masked_output
-from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare
+from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare, at_scored
 from tl_paramdecomp.methods.random_streams import AnyGenerator, RandomStreams, as_streams
 from tl_paramdecomp.parallel import WHOLE, Place
 from tl_paramdecomp.sites import SiteCall
@@ -134,8 +134,7 @@ class LossStep:
 
     def at_scored(self, values: Float[Tensor, "batch *pos width"]) -> Float[Tensor, "n width"]:
         """What stands at the positions that count, one after the other."""
-        flat, scored = values.flatten(0, -2), self.scored
-        return flat if scored is None else flat[scored.flatten().to(flat.device)]
+        return at_scored(values, self.scored)
 
     @property
     def device(self) -> torch.device:
