@@ -65,8 +65,8 @@ class RandomStreams:
         self.own, self.shared, self.window = own, own if shared is None else shared, window
 
     def uniform(self, shape: Sequence[int], like: Float[Tensor, "..."], rows: int | None = 0) -> Float[Tensor, "..."]:
-        """Uniform in [0, 1), of the shape that the microbatch needs, in the dtype and on the device of `like`; `rows` says which
-        dimension goes over the batch's rows, None that all rows share the numbers."""
+        """Uniform in [0, 1), of the shape that the microbatch needs, in the dtype and on the device of `like`; `rows` says
+        which dimension goes over the batch's rows, None that all rows share the numbers."""
         whole, generator = self._whole(shape, rows, like.device)
         drawn = torch.rand(whole, device=like.device, dtype=like.dtype, generator=generator)
         return self._part(drawn, rows)
