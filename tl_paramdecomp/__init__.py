@@ -75,9 +75,8 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, UnmaskedReconstruction
     from tl_paramdecomp.methods.spd import SPD, VPD
     from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
-    from tl_paramdecomp.patching.attach import attached
     from tl_paramdecomp.patching.edit import edited_model, edited_weights
-    from tl_paramdecomp.patching.hooks import fwd_hooks, patched
+    from tl_paramdecomp.patching.hooks import attached, fwd_hooks, patched
     from tl_paramdecomp.patching.interventions import importance_masks
     from tl_paramdecomp.patching.means import activation_means, delta_writes
     from tl_paramdecomp.patching.subnetworks import perturbed

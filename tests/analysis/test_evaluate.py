@@ -1,5 +1,7 @@
 """`evaluate` against values worked out by hand and against the library's other roads to the same figure."""
 
+import dataclasses
+import functools
 import io
 import json
 import math
@@ -16,6 +18,7 @@ from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Targe
 from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
 from tl_paramdecomp.analysis.evaluation.specificity import auroc, ranks, spearman, specificity
 from tl_paramdecomp.analysis.next_tokens import masked_kl
+from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.errors import DataError, DecompositionFileError, NoImportanceError, SettingError
 
 SITES = "blocks.*.mlp.*"
@@ -293,6 +296,32 @@ def test_the_oracle_keeps_k_components_at_each_position(model):
         progress=False,
     )
     assert few.headline["rounded"] < found.headline["rounded"] < found.mask_row("permuted 0.1")["kl"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Everywhere:
+    """A source of importances from outside the package: one number."""
+
+    g: float
+
+    def importances(self, components, clean):
+        shapes = {name: (*clean.inputs[name].shape[:-1], c.n_components) for name, c in components.items()}
+        return {name: Importance(*(torch.full(shape, self.g),) * 2) for name, shape in shapes.items()}
+
+
+def test_importances_of_any_source_are_evaluated(model):
+    made = tlpd.decompose(model, SITES, tlpd.SVD(training=None), progress=False)
+    protocol = tlpd.EvaluationConfig(ladder=(), ablated=0)
+    one, half = (
+        tlpd.evaluate(model, made, tokens(), importances=Everywhere(g), protocol=protocol, progress=False)
+        for g in (1.0, 0.5)
+    )
+    assert one.headline["l0"] == sum(made.n_components.values()) and one.protocol["oracle"] == {"g": 1.0}
+    assert one.mask_row("importance")["kl"] == one.mask_row("unmasked")["kl"] != half.mask_row("importance")["kl"]
+    with tlpd.patched(model, made, functools.reduce(lambda m, n: m.with_values(n, 0.5, 0.0), made, made.masks())):
+        q = model(tokens()).logits.log_softmax(-1)
+    p = model(tokens()).logits.log_softmax(-1)
+    assert half.mask_row("importance")["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
 
 
 def test_the_oracle_estimates_the_kl_to_second_order():

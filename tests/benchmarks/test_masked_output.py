@@ -5,8 +5,7 @@ import torch
 
 from tests.benchmarks.timing import ratio
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.masked_output import masked_output
-from tl_paramdecomp.components.masks import ResolvedMask
+from tl_paramdecomp.components.masked_output import ResolvedMask, masked_output
 from tl_paramdecomp.sites import WeightSite
 
 pytestmark = pytest.mark.benchmark

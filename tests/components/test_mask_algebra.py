@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.masked_output import masked_weight, site_fn
+from tl_paramdecomp.components.masked_output import masked_weight
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import (
     MaskNotConstantError,
@@ -187,11 +187,11 @@ class Linear:
 
     def output(self, masks: Masks) -> np.ndarray:
         """The site's outputs [batch, pos, d_out], pass by pass."""
-        fn, parts = site_fn(self.components, masks.site_mask(self.site.name)), []
+        mask, parts = masks.site_mask(self.site.name), []
         bias = None if self.b is None else torch.from_numpy(self.b)
         for span, length in self.row.spans():
             x, y = (torch.from_numpy(whole[:, span.start : span.start + length]) for whole in (self.x, self.y))
-            part = fn(SiteCall(x, y, bias, span)).detach()
+            part = mask.output(self.components, SiteCall(x, y, bias, span)).detach()
             parts.append(part.expand(self.row.batch, *part.shape[1:]))
         return torch.cat(parts, 1).numpy()
 
@@ -251,9 +251,10 @@ def test_gradients_reach_given_masks_through_any_sequence(examples: int) -> None
             masks = no_masks().with_values(site.name, m, delta=d)
             for operation in after:
                 masks = operation.of(masks, site.name)
-            fn = site_fn(linear.components, masks.site_mask(site.name))
+            mask = masks.site_mask(site.name)
             x, y = (torch.from_numpy(whole[:, : row.prompt]) for whole in (linear.x, linear.y))
-            return fn(SiteCall(x, y, torch.from_numpy(linear.b), Span(0, row.prompt, True))).sum()
+            call = SiteCall(x, y, torch.from_numpy(linear.b), Span(0, row.prompt, True))
+            return mask.output(linear.components, call).sum()
 
         found = torch.autograd.grad(total(m, d), [m, d], materialize_grads=True)
         with torch.no_grad():

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.masked_output import masked_output, masked_weight, site_fn
-from tl_paramdecomp.components.masks import Masks, ResolvedMask, SiteMask
+from tl_paramdecomp.components.masked_output import ResolvedMask, masked_output, masked_weight
+from tl_paramdecomp.components.masks import Masks, SiteMask
 from tl_paramdecomp.sites import SiteCall, Span, WeightSite
 
 BATCH, POS, D_IN, D_OUT, C = 2, 3, 6, 8, 4
@@ -203,8 +203,8 @@ def test_masks_of_more_rows_than_the_input_broadcast_the_output() -> None:
     x, y = torch.arange(POS).unsqueeze(0), torch.randn(1, POS, D_OUT)
     m = torch.rand(4, POS, C)
     mask = Masks({site.name: site}, {site.name: C}).with_values(site.name, m).site_mask(site.name)
-    found = site_fn(components, mask)(SiteCall(x, y, None, Span()))
-    one_by_one = [site_fn(components, SiteMask(site, C, row))(SiteCall(x, y, None, Span())) for row in m]
+    found = mask.output(components, SiteCall(x, y, None, Span()))
+    one_by_one = [SiteMask(site, C, row).output(components, SiteCall(x, y, None, Span())) for row in m]
     assert found.shape == (4, POS, D_OUT) and (found - torch.cat(one_by_one)).abs().max() < 1e-5
 
 
@@ -215,7 +215,7 @@ def test_an_edited_weight_gives_the_masked_output(kind: str) -> None:
     if case.site.n_heads:
         masks = masks.ablate(case.site.name, 3, head=1)
     mask = masks.site_mask(case.site.name)
-    expected = site_fn(case.components, mask)(SiteCall(case.x, case.y(), case.b, Span()))
+    expected = mask.output(case.components, SiteCall(case.x, case.y(), case.b, Span()))
     weight = masked_weight(case.components, mask.constant(torch.device("cpu"), torch.float64), case.W)
     found = case.times(weight) + case.b
     assert (found - expected).abs().max() < 1e-12

@@ -9,8 +9,7 @@ import tl_paramdecomp as tlpd
 from tests.support.models import build, gpt2, hooked
 from tests.support.norms import NORMED, normed
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.components.gain_subnetworks import GainSubnetworks
-from tl_paramdecomp.components.subnetworks import Subnetworks
+from tl_paramdecomp.components.subnetworks import GainSubnetworks, Subnetworks
 from tl_paramdecomp.errors import NoMatchingSiteError, ShapeError, UnsupportedSiteError
 from tl_paramdecomp.methods.l3d import reconstruction, revive
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, references

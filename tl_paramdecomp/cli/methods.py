@@ -2,13 +2,12 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tl_paramdecomp.components.disk import LARGEST, parse_json, read_text
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.baselines import SVD, ExactBasis, NeuronBasis, RandomBasis, WhitenedSVD
+from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.methods.settings import from_settings
@@ -53,9 +52,10 @@ def method_named(name: str, path: str = "--method", presets: Mapping[str, Callab
     method = presets[plain]()
     if name == plain:
         return method
-    if not isinstance(method, ExactBasis):
-        raise SettingError(f"{path}: {plain} has an importance function of its own; give {plain}.")
-    return replace(method, training=None)
+    try:
+        return method.untrained()
+    except SettingError as error:
+        raise SettingError(f"{path}: {plain} has an importance function of its own; give {plain}.") from error
 
 
 def changed(method: Any, components: int | None = None, importance: float | None = None) -> Any:
@@ -65,16 +65,16 @@ def changed(method: Any, components: int | None = None, importance: float | None
         SettingError: It has no such thing.
     """
     name = type(method).__name__
-    if components is not None:
-        if isinstance(method, ExactBasis):
-            raise SettingError(f"--components is not for {name}: the weight's shape says how many it has.")
-        key = "n_subnetworks" if isinstance(method, L3D) else "n_components"
-        method = replace(method, **{key: components})
-    if importance is None:
-        return method
-    if isinstance(method, L3D):
-        raise SettingError(f"--importance is not for {name}: a share of its coefficients is kept, its setting active.")
-    return method.pressed(importance)
+    for option, given, change in (
+        ("--components", components, type(method).with_components),
+        ("--importance", importance, type(method).pressed),
+    ):
+        if given is not None:
+            try:
+                method = change(method, given)
+            except SettingError as error:
+                raise SettingError(f"{option} is not for {name}: {error}") from error
+    return method
 
 
 def method_in(path: Path) -> Any:

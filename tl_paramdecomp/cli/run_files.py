@@ -21,7 +21,6 @@ from tl_paramdecomp.cli.models import open_model
 from tl_paramdecomp.cli.rows import Rows, open_rows
 from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve, tree_of
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
-from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
@@ -195,7 +194,7 @@ def _report(settings: RunSettings, model: Any, made: Any, rows: Rows, console: C
             f"{found.batch_error:.1%} with the batch's own; {found.dead} of {made.n_subnetworks} subnetworks are never active.",
             highlight=False,
         )
-    elif isinstance(made, Decomposition) and made.importance is None:
+    elif not made.gives_importances:
         console.print("No importances to measure by: see [bold]tl-paramdecomp evaluate --oracle K[/].", highlight=False)
     else:
         quality = measure_quality(model, made, held_out)

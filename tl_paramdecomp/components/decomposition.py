@@ -2,22 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_paramdecomp.components import files
-from tl_paramdecomp.components.factors import Components, TiedComponents
+from tl_paramdecomp.components.factors import Components, TiedComponents, check_ties
 from tl_paramdecomp.components.importance import ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.components.plain import as_declared
-from tl_paramdecomp.components.saved import Saved
-from tl_paramdecomp.components.saved_sites import check_keys, disagreement, fingerprints_of, named_sites
+from tl_paramdecomp.components.saved import Saved, check_keys, fingerprints_of, named_sites
 from tl_paramdecomp.components.sigmoids import Importance
-from tl_paramdecomp.components.ties import check_ties
-from tl_paramdecomp.errors import DecompositionFileError, NoImportanceError, SettingError, ShapeError
+from tl_paramdecomp.errors import NoImportanceError, SettingError, ShapeError
 from tl_paramdecomp.sites import Fingerprint, WeightSite, resolve_name
 
 IMPORTANCE = "importance:"
@@ -44,6 +40,7 @@ class Decomposition(Saved, Mapping[str, Components]):
     # Mapping compares by content and so cannot be hashed; a module must be
     __hash__ = nn.Module.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
+    holds = "components"
 
     def __init__(
         self,
@@ -120,61 +117,58 @@ class Decomposition(Saved, Mapping[str, Components]):
             NoImportanceError: The decomposition has no importance function.
             SettingError, ShapeError: An input that a global importance function needs is missing; a mask of another shape.
         """
+        return self.importance_source()(inputs, self, attention_mask)
+
+    def importance_source(self) -> ImportanceFunction:
+        """The importance function.
+
+        Raises:
+            NoImportanceError: There is none.
+        """
         if self.importance is None:
             raise NoImportanceError(
                 "This decomposition has no causal-importance function (it was made from factors, or by a method "
                 "without one); train one with tl_paramdecomp.decompose(..., method=SPD(...))."
             )
-        return self.importance(inputs, self, attention_mask)
+        return self.importance
 
     def device_of(self, site: str) -> torch.device:
         """Where a site's components are."""
         return self[site].V.device
 
-    # --- files --------------------------------------------------------------------------------------------------------
-    def save(self, folder: str | Path) -> Path:
-        """Write `components.safetensors` and `decomposition.json` into a folder; whenever that ends, the folder holds what
-        it held before or what is saved now.
+    @property
+    def gives_importances(self) -> bool:
+        """Whether every token has importances of its components."""
+        return self.importance is not None
+
+    def sharded_parts(self) -> list[nn.Module]:
+        """The components of every site, and the importance function's networks.
 
         Raises:
-            DecompositionFileError: The folder cannot be written, or holds something else; a number is NaN or infinite, or
-                `info` is nothing that JSON has.
+            SettingError: There are tied sites.
         """
+        if self.tied:
+            raise SettingError(
+                f"shard=True does not go with tied sites ({', '.join(self.tied)}): they share parameters. Leave one out."
+            )
+        return [*self.values(), *(() if self.importance is None else self.importance.parts())]
+
+    # --- files ------------------------------------------------------------------------------------------------------
+    def _as_saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         own = {name: components for name, components in self.items() if name not in self.tied}
         tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in own.items() for letter in ("V", "U")}
-        metadata = {
+        if self.importance is not None:
+            tensors |= {f"{IMPORTANCE}{key}": value for key, value in self.importance.state_dict().items()}
+        return tensors, {
             "sites": [asdict(site) for site in self.sites.values()],
             "tied": self.tied,
             "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
-            "importance": None if self.importance is None else self.importance.settings(),
+            "importance": None if self.importance is None else asdict(self.importance.config),
             "info": self.info,
         }
-        if self.importance is not None:
-            tensors |= {f"{IMPORTANCE}{key}": value for key, value in self.importance.state_dict().items()}
-        return files.save_parts(Path(folder), tensors, metadata)
-
-    @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Decomposition":
-        """Read a decomposition that `save` wrote.
-
-        Raises:
-            DecompositionFileError: The folder or a file is missing, broken, foreign or of a newer format.
-            DeviceError: There is no such device.
-        """
-        tensors, metadata = files.load_parts(Path(folder), device)
-        if metadata.get("kind") is not None:
-            raise DecompositionFileError(
-                f"{folder} holds {metadata['kind']}, not components; open it with SubnetworkDecomposition.load."
-            )
-        try:
-            return cls._assembled(tensors, metadata)
-        except Exception as error:  # a damaged file may go wrong anywhere
-            raise disagreement(folder, "a decomposition", error) from error
 
     @classmethod
     def _assembled(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "Decomposition":
-        """From what `save` wrote; made without numbers, which then are put in, so that nothing is as large as a wrong
-        setting says before the file is seen to hold it."""
         check_keys(metadata, {"sites", "fingerprints", "importance", "info"}, {"tied"})
         sites = named_sites(WeightSite, metadata["sites"])
         fingerprints = fingerprints_of(sites, metadata["fingerprints"])
@@ -190,8 +184,29 @@ class Decomposition(Saved, Mapping[str, Components]):
             raise TypeError("the importance function's tensors are of several dtypes")
         if config is not None and config.kind == "global_transformer" and config.layers > len(network):
             raise ValueError(f"{config.layers} layers cannot be of {len(network)} tensors")
+        state |= {f"importance.{key}": tensor for key, tensor in network.items()}
+        return cls._of_state(state, sites, fingerprints, config, info, tied)
+
+    @classmethod
+    def _of_state(
+        cls,
+        state: Mapping[str, Tensor],
+        sites: Mapping[str, WeightSite],
+        fingerprints: Mapping[str, Fingerprint],
+        importance: ImportanceConfig | None,
+        info: Mapping[str, Any],
+        tied: Mapping[str, str],
+    ) -> "Decomposition":
+        """Of these very tensors; made without numbers first, so that nothing is as large as a wrong setting says."""
         with torch.device("meta"):
-            factors = {name: (tensors[f"{name}.V"].to("meta"), tensors[f"{name}.U"].to("meta")) for name in own}
-            made = cls(factors, sites, fingerprints, config, info, tied=tied)
-        made.load_state_dict(state | {f"importance.{key}": tensor for key, tensor in network.items()}, assign=True)
+            keys = {name: f"_components.{module_key(name)}." for name in sites if name not in tied}
+            factors = {name: (state[f"{key}V"].to("meta"), state[f"{key}U"].to("meta")) for name, key in keys.items()}
+            made = cls(factors, sites, fingerprints, importance, info, tied=tied)
+        made.load_state_dict(state, assign=True)
         return made
+
+    def with_tensors(self, state: Mapping[str, Tensor]) -> "Decomposition":
+        """The same with other tensors, those of a `state_dict`; without gradients."""
+        config = None if self.importance is None else self.importance.config
+        made = self._of_state(state, self.sites, self.fingerprints, config, self.info, self.tied)
+        return made.requires_grad_(False)

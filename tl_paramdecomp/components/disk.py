@@ -38,13 +38,7 @@ AT_ONCE = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLO
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 def failure(what: str, error: Exception, advice: str = "") -> DecompositionFileError:
-    """The named error of something that could not be written.
-
-    Args:
-        what: What could not be done.
-        error: Why.
-        advice: More sentences, on what is there still and what to do.
-    """
+    """The named error of something that could not be written; `advice` says what is there still and what to do."""
     if isinstance(error, DiskSpaceError) or (isinstance(error, OSError) and error.errno in NO_ROOM):
         room = "Free some space, raise the quota or the limit on a file's size, or choose another disk."
         return DiskSpaceError(f"{what}: {error}. {advice or room}")
@@ -53,12 +47,7 @@ def failure(what: str, error: Exception, advice: str = "") -> DecompositionFileE
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Say by name what could not be written.
-
-    Raises:
-        DiskSpaceError: There is no room.
-        DecompositionFileError: Anything else went wrong on the disk, or with the values.
-    """
+    """Raise what could not be written as DiskSpaceError where there is no room, else as DecompositionFileError."""
     try:
         yield
     except DecompositionFileError:
@@ -67,23 +56,31 @@ def writing(what: str) -> Iterator[None]:
         raise failure(what, error) from error
 
 
+@contextlib.contextmanager
+def reading(path: Path | str, what: str = "cannot be read") -> Iterator[None]:
+    """Raise what could not be read as DecompositionFileError; a damaged file may go wrong anywhere."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DecompositionFileError(f"There is no file {path}.") from error
+    except DecompositionFileError:
+        raise
+    except Exception as error:
+        raise DecompositionFileError(f"{path} {what} ({error}).") from error
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 def open_regular(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> int:
-    """A handle of a regular file; neither a pipe nor a device is waited for.
-
-    Args:
-        path: The file.
-        flags: As `os.open` takes them.
-        follow: Whether the file may be a link; a folder above it may be one always.
+    """A handle of a regular file, which is a link only where `follow` allows it; a pipe or device is not waited for.
 
     Raises:
-        OSError, ValueError: It is a link, no regular file, or cannot be opened.
+        OSError, ValueError: It is something else, or cannot be opened.
     """
     flags |= AT_ONCE
     if not follow:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
         if path.is_symlink():  # said in words; the flag closes the gap, where the system has it
             raise OSError(f"{path} is a link, which is not followed; put the file itself there, or take the link away")
-        flags |= getattr(os, "O_NOFOLLOW", 0)
     if path.is_dir():
         raise OSError(f"{path} is a folder")
     handle = os.open(path, flags, 0o666)
@@ -94,73 +91,31 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> 
 
 
 def read_bytes(path: Path, largest: int | None = None, follow: bool = True) -> bytes:
-    """All of a regular file.
-
-    Args:
-        path: The file.
-        largest: Bytes that it may have; None: any number.
-        follow: Whether it may be a link.
-
-    Raises:
-        DecompositionFileError: It is missing, no regular file, or too large.
-    """
-    try:
-        with os.fdopen(open_regular(path, follow=follow), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if largest is not None and size > largest:
-                raise ValueError(f"it has {size} bytes; at most {largest} are read")
-            content = file.read() if largest is None else file.read(largest + 1)
-            if largest is not None and len(content) > largest:
-                raise ValueError(f"it grew beyond {largest} bytes while it was read")
-            return content
-    except FileNotFoundError as error:
-        raise DecompositionFileError(f"There is no file {path}.") from error
-    except (OSError, ValueError) as error:
-        raise DecompositionFileError(f"{path} cannot be read ({error}).") from error
+    """All of a regular file of at most `largest` bytes, else DecompositionFileError."""
+    with reading(path), os.fdopen(open_regular(path, follow=follow), "rb") as file:
+        content = file.read() if largest is None else file.read(largest + 1)
+        if largest is not None and len(content) > largest:
+            raise ValueError(f"it has {os.fstat(file.fileno()).st_size} bytes; at most {largest} are read")
+        return content
 
 
 def read_text(path: Path, largest: int | None = None, follow: bool = True) -> str:
-    """The text of a regular file, line ends as they are.
-
-    Raises:
-        DecompositionFileError: It is missing, no regular file, too large, or not UTF-8.
-    """
+    """The text of such a file, line ends as they are; DecompositionFileError where it is not UTF-8."""
     content = read_bytes(path, largest, follow)
-    try:
+    with reading(path):
         return content.decode("utf-8")
-    except ValueError as error:
-        raise DecompositionFileError(f"{path} cannot be read ({error}).") from error
 
 
 def parse_json(path: Path | str, text: str, finite: bool = True) -> Any:
-    """JSON from a file's text, where no name stands twice in an object and no number is too large for a float.
-
-    Args:
-        path: The file, or a place in it, for messages.
-        text: What it holds.
-        finite: Refuse NaN and infinities.
-
-    Raises:
-        DecompositionFileError: It is none.
-    """
-    try:
-        constant = _finite if finite else None
+    """JSON where no name stands twice in an object, no number is too large for a float, and (`finite`) none is NaN or infinite,
+    else DecompositionFileError."""
+    constant = _finite if finite else None
+    with reading(path, "cannot be read as JSON"):
         return json.loads(text, object_pairs_hook=distinct, parse_constant=constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise DecompositionFileError(f"{path} cannot be read as JSON ({error}).") from error
 
 
 def read_json(path: Path, *keys: str, largest: int = LARGEST) -> dict[str, Any]:
-    """A JSON object that the package wrote for itself, in a file that is no link.
-
-    Args:
-        path: The file.
-        keys: What the object must hold.
-        largest: Bytes that it may have.
-
-    Raises:
-        DecompositionFileError: It is missing, no regular file, too large, no JSON, or lacks a key.
-    """
+    """A JSON object with these keys that the package wrote itself, in a file that is no link; else DecompositionFileError."""
     found = parse_json(path, read_text(path, largest, follow=False), finite=False)
     if not isinstance(found, dict) or not set(keys) <= found.keys():
         raise DecompositionFileError(f"{path} holds no object with {' and '.join(keys) or 'names'}.")
@@ -168,22 +123,14 @@ def read_json(path: Path, *keys: str, largest: int = LARGEST) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu", follow: bool = True) -> dict[str, Tensor]:
-    """A safetensors file as a dict.
-
-    Raises:
-        DecompositionFileError: It is missing, or something else.
-    """
-    try:
+    """A safetensors file as a dict, else DecompositionFileError."""
+    with reading(path, "is not a readable safetensors file"):
         os.close(open_regular(path, follow=follow))
         found = safetensors.torch.load_file(str(path), device=str(device))
         for name, tensor in found.items():
             if tensor.numel() == 0 and max(tensor.shape) > LONGEST_EMPTY:
                 raise ValueError(f"{name} is empty and of shape {list(tensor.shape)}")
         return found
-    except FileNotFoundError as error:
-        raise DecompositionFileError(f"There is no file {path}.") from error
-    except Exception as error:
-        raise DecompositionFileError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
 def digest_of(file: BinaryIO) -> str:
@@ -195,11 +142,7 @@ def digest_of(file: BinaryIO) -> str:
 
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names differ.
-
-    Raises:
-        ValueError: Two are the same.
-    """
+    """A JSON object whose names differ, else ValueError."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name stands twice in one object")
@@ -215,11 +158,7 @@ def _finite(number: str) -> float:
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors and see them on the disk before returning.
-
-    Raises:
-        OSError: They cannot be written.
-    """
+    """Write tensors and see them on the disk before returning."""
     path.touch()
     mode = path.stat().st_mode  # that of any file; safetensors makes another that only its owner can read
     try:
@@ -245,14 +184,10 @@ def write_text(path: Path, text: str) -> None:
 def replace_bytes(path: Path, content: bytes, alone: bool = False) -> None:
     """Write a file, whole or not at all, and see it on the disk before returning.
 
-    Args:
-        path: A regular file or none yet, in a folder that is there.
-        content: All of it.
-        alone: No other process writes here: what a killed process left beside the file is taken away.
+    Where no other process writes (`alone`), what a killed one left beside the file is taken away.
 
     Raises:
-        DecompositionFileError: The folder is not there or cannot be written to, or what is there is no regular file.
-        DiskSpaceError: There is no room.
+        DecompositionFileError, DiskSpaceError: It cannot be written, or what is there is no regular file.
     """
     with writing(f"Could not write {path}"):
         check_replaceable(path)
@@ -272,11 +207,7 @@ def replace_text(path: Path, text: str, alone: bool = False) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add text to the end of a file that is no link, all of it or nothing; the file is made where there is none.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Add text to the end of a file that is no link, all of it or nothing; the file is made where there is none."""
     with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as file:
         before, content = os.fstat(file.fileno()).st_size, memoryview(text.encode("utf-8"))
         try:
@@ -289,11 +220,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """See that a rename onto this path puts a file in the place of a file, or of nothing.
-
-    Raises:
-        OSError: There is a link, a folder, a pipe or a device.
-    """
+    """Raise OSError unless there is a regular file of this name, or nothing."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -321,10 +248,9 @@ def left_scratch(folder: Path) -> list[Path]:
 
 
 def remove_own(folders: Collection[Path], own: str) -> None:
-    """Delete files and folders inside these whose whole name fits the pattern, and each that is empty then.
+    """Delete files and folders inside these whose whole name fits the pattern, and each that is then empty.
 
-    What is not of such a name stays, as do links and the folders they are in. Nothing is raised: what cannot be deleted does no
-    harm.
+    Other names, links and the folders they are in stay; what cannot be deleted does no harm, and nothing is raised.
     """
     for folder in folders:
         with contextlib.suppress(OSError):
@@ -376,7 +302,7 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """See what was made, renamed or removed in a folder on the disk before returning; Windows has no such call."""
+    """See what was made, renamed or removed in a folder on the disk; Windows has no such call."""
     if os.name != "nt":
         handle = os.open(folder, os.O_RDONLY)
         try:

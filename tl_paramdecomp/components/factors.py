@@ -3,14 +3,14 @@
 `h = x V` are the component activations. For an embedding site x is a tensor of indices and h their rows of V.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from tl_paramdecomp.errors import DeviceError, DtypeError, ShapeError
+from tl_paramdecomp.errors import DeviceError, DtypeError, SettingError, ShapeError
 from tl_paramdecomp.sites import WeightSite
 
 R = TypeVar("R")
@@ -135,11 +135,7 @@ class TiedComponents(Components):
 
 
 def check_factors(site: WeightSite, V: Any, U: Any) -> None:
-    """Refuse factors that are not V [d_in, C] and U [C, d_out] of a site.
-
-    Raises:
-        ShapeError, DtypeError, DeviceError: as said.
-    """
+    """Raise ShapeError, DtypeError or DeviceError unless these are V [d_in, C] and U [C, d_out] of a site."""
     for letter, tensor in (("V", V), ("U", U)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -157,13 +153,40 @@ def check_factors(site: WeightSite, V: Any, U: Any) -> None:
 
 
 def check_transposes(site: WeightSite, source: WeightSite) -> None:
-    """Refuse two sites whose shapes are not each other's, transposed.
-
-    Raises:
-        ShapeError: as said.
-    """
+    """Raise ShapeError unless the shape of one site is the other's, transposed."""
     if (site.d_in, site.d_out) != (source.d_out, source.d_in):
         raise ShapeError(
             f"{site.name} [{site.d_in}, {site.d_out}] cannot be tied to {source.name} [{source.d_in}, {source.d_out}]: it "
             f"must have the shape of the other transposed, [{source.d_out}, {source.d_in}]."
         )
+
+
+def check_ties(tied: Mapping[str, str], sites: Mapping[str, WeightSite], given: Collection[str]) -> None:
+    """Refuse ties that cannot be, of a site to the one whose components it takes; some of the sites are given factors.
+
+    Raises:
+        SettingError: A site is missing, tied to itself or to a tied one, has factors as well, or both are look-up tables.
+        ShapeError: The shape of one is not that of the other transposed.
+    """
+    for name, source in tied.items():
+        what = f"{name} is tied to {source}"
+        for side in (name, source):
+            if side not in sites:
+                raise SettingError(f"{what}, but {side} is not among the sites: {', '.join(sites)}. Decompose both.")
+        if name == source:
+            raise SettingError(f"{name} is tied to itself; name the site whose components it should take.")
+        if source in tied:
+            raise SettingError(
+                f"{what}, which is itself tied to {tied[source]}; ties do not form chains. Tie both to one site that is not "
+                "tied, if the shapes allow it."
+            )
+        if name in given:
+            raise SettingError(f"{what}, and so takes V and U from there; give factors for {source} alone.")
+        if source not in given:
+            raise SettingError(f"{what}, which has no factors; give V and U for {source}.")
+        if sites[name].kind == sites[source].kind == "embedding":
+            raise SettingError(
+                f"{what}, and both look rows up by index. An embedding can be tied to a linear map, such as embed.W_E to "
+                "unembed.W_U."
+            )
+        check_transposes(sites[name], sites[source])

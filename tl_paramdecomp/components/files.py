@@ -34,6 +34,7 @@ from tl_paramdecomp.components.disk import (
     parse_json,
     read_tensors,
     read_text,
+    reading,
     remove_own,
     scratch,
     sync_folder,
@@ -81,8 +82,7 @@ def write_pair(pair: Pair, tensors: Mapping[str, Tensor], text_with: Callable[[s
         text_with: The first file's text, from the digest and size of the second one.
 
     Raises:
-        OSError: The disk fails, or has no room; nothing is left beside then.
-        ValueError: The text cannot be made.
+        OSError, ValueError: The disk fails, or the text cannot be made; nothing is left beside then.
     """
     for path in pair:
         check_replaceable(path)
@@ -111,11 +111,7 @@ def write_pair(pair: Pair, tensors: Mapping[str, Tensor], text_with: Callable[[s
 
 
 def read_pair(pair: Pair, read: Callable[[], "Described"]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Values and tensors, mapped from the file; read anew where a save came in between.
-
-    Args:
-        pair: Where.
-        read: Reads the JSON.
+    """Values, by `read` of the JSON, and tensors, mapped from the file; read anew where a save came in between.
 
     Raises:
         DecompositionFileError: They are missing, broken, or not of each other.
@@ -146,11 +142,7 @@ def sealed(body: str) -> str:
 
 
 def check_seal(path: Path, text: str) -> None:
-    """See that a file is as `sealed` made it.
-
-    Raises:
-        DecompositionFileError: Some byte of it is not.
-    """
+    """Raise DecompositionFileError unless every byte of a file is as `sealed` made it."""
     if text != sealed(text.rpartition(SEAL)[0]):
         raise DecompositionFileError(
             f"{path} is not as it was written: its own checksum does not fit. It is damaged or was edited; copy it again from "
@@ -183,18 +175,11 @@ def _described_tensors(pair: Pair, described: Described) -> dict[str, Tensor]:
 
 
 def _tensors_of(path: Path, described: Described, described_by: str) -> dict[str, Tensor]:
-    try:
-        with os.fdopen(open_regular(path, follow=True), "rb") as file:
-            found = os.fstat(file.fileno())
-            same = described.size in (None, found.st_size)
-            tensors = read_tensors(path) if same else {}
-            same = same and digest_of(file) == described.digest and os.path.samestat(found, path.stat())
-    except FileNotFoundError as error:
-        raise DecompositionFileError(f"There is no file {path}.") from error
-    except DecompositionFileError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DecompositionFileError(f"{path} cannot be used: {error}.") from error
+    with reading(path, "cannot be used"), os.fdopen(open_regular(path, follow=True), "rb") as file:
+        found = os.fstat(file.fileno())
+        same = described.size in (None, found.st_size)
+        tensors = read_tensors(path) if same else {}
+        same = same and digest_of(file) == described.digest and os.path.samestat(found, path.stat())
     if not same:
         raise DecompositionFileError(
             f"{path} is not the file that {described_by} describes: it is damaged, or one of the two was replaced. Copy both "
@@ -213,19 +198,14 @@ def save_parts(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write a decomposition's tensors and JSON values into a folder; what it held before stays until all is written.
 
     Raises:
-        DecompositionFileError: The path is a file, a folder of other things, or cannot be written; a tensor holds NaN or
-            infinity; a value is nothing that JSON has.
-        DiskSpaceError: There is no room. The folder is then as it was.
+        DecompositionFileError, DiskSpaceError: There is something else, or it cannot be written; the folder is then as it was.
     """
     with writing(f"Could not save into {folder}"):
         refuse_other_things(folder)
         check_numbers(tensors)
         with made_folder(folder):
-            write_pair(
-                Pair(folder / METADATA, folder / TENSORS),
-                tensors,
-                lambda digest, size: _as_text({"format": FORMAT, **metadata, "sha256": digest}),
-            )
+            pair = Pair(folder / METADATA, folder / TENSORS)
+            write_pair(pair, tensors, lambda digest, _: _as_text({"format": FORMAT, **metadata, "sha256": digest}))
     return folder
 
 
@@ -246,10 +226,8 @@ def load_parts(folder: Path, device: torch.device | str) -> tuple[dict[str, Tens
         return Described(metadata, metadata.get("sha256"))
 
     metadata, tensors = read_pair(Pair(folder / METADATA, folder / TENSORS), read)
-    try:
+    with reading(folder / TENSORS, "cannot be used"):
         check_numbers(tensors)
-    except ValueError as error:
-        raise DecompositionFileError(f"{folder / TENSORS} cannot be used: {error}.") from error
     values = {key: value for key, value in metadata.items() if key not in ("format", "sha256")}
     # a copy, since what is read is the file itself as long as nobody writes to it
     return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, values
@@ -285,11 +263,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_things(folder: Path) -> None:
-    """See that a decomposition may be saved into a folder.
-
-    Raises:
-        DecompositionFileError: It is a file, or holds files of a decomposition's names that are none, or cannot be read.
-    """
+    """Raise DecompositionFileError where nothing may be saved: a file, or a folder with other files of these names."""
     if folder.is_file():
         raise DecompositionFileError(f"{folder} is a file; give a folder to save a decomposition in.")
     if os.path.lexists(folder / METADATA):
@@ -300,18 +274,13 @@ def refuse_other_things(folder: Path) -> None:
         )
 
 
-def check_numbers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors themselves, which must be of finite numbers of a dtype that can be computed with.
-
-    Raises:
-        ValueError: They are not.
-    """
+def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless these are finite numbers of a dtype that can be computed with."""
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is of {tensor.dtype}, and only {', '.join(map(str, DTYPES))} are known")
         if not bool(tensor.detach().cpu().isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity; no decomposition is made of those")
-    return tensors
 
 
 def _as_text(values: Mapping[str, Any]) -> str:

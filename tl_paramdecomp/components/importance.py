@@ -6,15 +6,16 @@ networks are in `importance_networks`, what makes importances of their outputs i
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.importance_networks import GLOBAL_KINDS, SITE_KINDS, GlobalTransformer
+from tl_paramdecomp.components.importance_networks import GLOBAL_KINDS, SITE_KINDS
 from tl_paramdecomp.components.sigmoids import SIGMOIDS, Importance, clamped, leaky
 from tl_paramdecomp.errors import SettingError
 
@@ -92,6 +93,27 @@ class ImportanceConfig:
         return -(-width // multiple) * multiple
 
 
+class CleanPass(NamedTuple):
+    """A forward pass of the target as it is, of which importances are told."""
+
+    adapter: ModelAdapter
+    tokens: Shaped[Tensor, "batch ..."]
+    attention_mask: Shaped[Tensor, "batch pos"] | None
+    inputs: Mapping[str, Tensor]
+    """x of each site: [..., d_in], or indices [...]."""
+    measure: Literal["kl", "mse"] = "kl"
+    """How outputs are compared, by sources that look at gradients."""
+
+
+@runtime_checkable
+class ImportanceSource(Protocol):
+    """What says how much each component matters at each position: a decomposition's own function, or an oracle."""
+
+    def importances(self, components: Mapping[str, Components], clean: CleanPass) -> dict[str, Importance]:
+        """Importances [..., C] of every site."""
+        ...
+
+
 class ImportanceFunction(nn.Module):
     """Causal importances of all sites of a decomposition, from the inputs of a clean forward pass."""
 
@@ -102,7 +124,12 @@ class ImportanceFunction(nn.Module):
         self.config = config
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         if config.is_global:
-            self.network = _global_network(components, config, generator)
+            width = config.width(max((c.site.d_in for c in components.values() if c.site.kind == "linear"), default=0))
+            of_transformer = {"layers": config.layers, "heads": config.heads, "d_mlp": config.d_mlp}
+            more = of_transformer if config.kind == "global_transformer" else {}
+            network = GLOBAL_KINDS[config.kind](components, width, config.normalise, generator, **more)
+            first = next(iter(components.values()))
+            self.network = network.to(first.V.device, first.V.dtype)
             return
         self.networks = nn.ModuleDict()
         for name, comps in components.items():
@@ -134,28 +161,19 @@ class ImportanceFunction(nn.Module):
             raw = {name: self._raw(name, x, components[name]) for name, x in inputs.items()}
         return {name: SIGMOIDS[self.config.sigmoid](values) for name, values in raw.items()}
 
+    def importances(self, components: Mapping[str, Components], clean: CleanPass) -> dict[str, Importance]:
+        """Importances [..., C] of every site; as `forward`."""
+        return self(clean.inputs, components, clean.attention_mask)
+
     def _raw(self, name: str, x: Tensor, components: Components) -> Tensor:
         network: Any = self.networks[module_key(name)]
         return network(components(type(components).acts, x) if network.reads == "acts" else x)
 
-    def settings(self) -> dict[str, Any]:
-        """The configuration as JSON-able values."""
-        return asdict(self.config)
+    def parts(self) -> list[nn.Module]:
+        """The networks, each of which reads its parameters together."""
+        return [self.network] if self.config.is_global else list(self.networks.values())
 
 
 def module_key(site: str) -> str:
     """A site's name as torch accepts it for a submodule."""
     return site.replace(".", "/")
-
-
-def _global_network(
-    components: Mapping[str, Components], config: ImportanceConfig, generator: torch.Generator
-) -> nn.Module:
-    width = config.width(max((c.site.d_in for c in components.values() if c.site.kind == "linear"), default=0))
-    build = GLOBAL_KINDS[config.kind]
-    if build is GlobalTransformer:
-        network = build(components, width, config.normalise, generator, config.layers, config.heads, config.d_mlp)
-    else:
-        network = build(components, width, config.normalise, generator)
-    first = next(iter(components.values()))
-    return network.to(first.V.device, first.V.dtype)

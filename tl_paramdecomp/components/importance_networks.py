@@ -59,44 +59,37 @@ class ComponentMLP(nn.Module):
         return _ScalarMLPs.apply(h.reshape(-1, h.shape[-1]), self.w_in, self.b_in, self.w_out, self.b_out).view(h.shape)
 
 
-class VectorMLP(nn.Module):
-    """One network d_in -> hidden -> 1 for each component, reading the site's input: C * d_in * hidden weights."""
-
-    reads: ClassVar[Literal["acts", "input"]] = "input"
-
-    def __init__(self, components: Components, hidden: int, normalise: bool, generator: torch.Generator) -> None:
-        super().__init__()
-        d_in, C = components.site.d_in, components.n_components
-        self.is_embedding, self.normalise = components.site.kind == "embedding", normalise
-        self.w_in = _normal((d_in, C * hidden), 1.0 if self.is_embedding else math.sqrt(2.0 / d_in), generator)
-        self.b_in = nn.Parameter(torch.zeros(C * hidden))
-        self.w_out = _normal((C, hidden), 1.0 / math.sqrt(hidden), generator)
-        self.b_out = nn.Parameter(torch.zeros(C))
-
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... C"]:
-        """Raw importances of site inputs [..., d_in], or of indices [...]."""
-        hidden = gelu(_first_layer(x, self.w_in, self.b_in, self.is_embedding, self.normalise))
-        return (hidden.unflatten(-1, self.w_out.shape) * self.w_out).sum(-1) + self.b_out
-
-
 class SharedMLP(nn.Module):
     """One network d_in -> hidden -> C, reading the site's input."""
 
     reads: ClassVar[Literal["acts", "input"]] = "input"
+    per_component: ClassVar[bool] = False
 
     def __init__(self, components: Components, hidden: int, normalise: bool, generator: torch.Generator) -> None:
         super().__init__()
         d_in, C = components.site.d_in, components.n_components
         self.is_embedding, self.normalise = components.site.kind == "embedding", normalise
-        self.w_in = _normal((d_in, hidden), 1.0 if self.is_embedding else math.sqrt(2.0 / d_in), generator)
-        self.b_in = nn.Parameter(torch.zeros(hidden))
-        self.w_out = _normal((hidden, C), 1.0 / math.sqrt(hidden), generator)
+        width, last = (C * hidden, (C, hidden)) if self.per_component else (hidden, (hidden, C))
+        self.w_in = _normal((d_in, width), 1.0 if self.is_embedding else math.sqrt(2.0 / d_in), generator)
+        self.b_in = nn.Parameter(torch.zeros(width))
+        self.w_out = _normal(last, 1.0 / math.sqrt(hidden), generator)
         self.b_out = nn.Parameter(torch.zeros(C))
 
     def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... C"]:
         """Raw importances of site inputs [..., d_in], or of indices [...]."""
-        hidden = gelu(_first_layer(x, self.w_in, self.b_in, self.is_embedding, self.normalise))
+        if self.is_embedding:
+            hidden = gelu(embedding(x, self.w_in) + self.b_in)
+        else:
+            hidden = gelu(_affine(rms_normed(x.to(self.w_in.dtype), self.normalise), self.w_in, self.b_in))
+        if self.per_component:
+            return (hidden.unflatten(-1, self.w_out.shape) * self.w_out).sum(-1) + self.b_out
         return _affine(hidden, self.w_out, self.b_out)
+
+
+class VectorMLP(SharedMLP):
+    """One network d_in -> hidden -> 1 for each component, reading the site's input: C * d_in * hidden weights."""
+
+    per_component = True
 
 
 class _Global(nn.Module):
@@ -314,15 +307,6 @@ def _affine_lines(w: Tensor, b: Tensor, lines: Tensor) -> Float[Tensor, "C hidde
 def _affine(x: Float[Tensor, "... d"], w: Float[Tensor, "d out"], b: Float[Tensor, " out"]) -> Float[Tensor, "... out"]:
     """x w + b, in one pass and in the biases' dtype also under autocast."""
     return linear(x, w.t(), b).to(b.dtype)
-
-
-def _first_layer(
-    x: Shaped[Tensor, "..."], w: Float[Tensor, "d hidden"], b: Float[Tensor, " hidden"], rows: bool, normalise: bool
-) -> Float[Tensor, "... hidden"]:
-    """x w + b of inputs, or of indices the rows of w plus b."""
-    if rows:
-        return embedding(x, w) + b
-    return _affine(rms_normed(x.to(w.dtype), normalise), w, b)
 
 
 def _rotations(positions: int, d_head: int, like: Tensor) -> tuple[Float[Tensor, "pos d"], Float[Tensor, "pos d"]]:

@@ -12,11 +12,7 @@ ComponentsLike: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | slice
 
 
 def component_indices(components: Any, n_components: int, name: str) -> list[int]:
-    """Indices of components, however given; negative ones count from the end.
-
-    Raises:
-        ComponentIndexError: One is out of range, or a boolean mask has another length.
-    """
+    """Indices of components, however given; negative ones count from the end. ComponentIndexError where they are none."""
     has = f"{name} has components 0 to {n_components - 1}"
     if isinstance(components, slice):
         plain = plain_slice(components)
@@ -65,11 +61,7 @@ def plain_slice(given: slice) -> slice | None:
 
 
 def checked_head(site: WeightSite, head: SupportsIndex | None) -> int | None:
-    """A head of a site as a Python int, or None for all.
-
-    Raises:
-        HeadIndexError: The site has no such head, or none at all.
-    """
+    """A head of a site as a Python int, or None for all; HeadIndexError where the site has no such head."""
     if head is None:
         return None
     if site.n_heads is None:

@@ -7,7 +7,6 @@ m = d = 1 returns y bit for bit. m [..., C] are component masks, d [...] the mas
 changes what a site writes (training, patches, hook points, edits of activations) ends in `corrected`.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,29 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.components.factors import Components, read, write
-from tl_paramdecomp.components.masks import ResolvedMask, SiteMask
-from tl_paramdecomp.sites import SiteCall, SiteFn
+
+
+class ResolvedMask(NamedTuple):
+    """Masks of one site for the columns of one forward pass."""
+
+    m: Float[Tensor, "... C"]
+    """Component masks; [..., head, C] where `by_head`."""
+    d: Float[Tensor, "..."] | float
+    """Delta masks."""
+    by_head: bool = False
+    only: Tensor | None = None
+    """Indices of the components whose m differs from d, where they are constants and few."""
+
+    @property
+    def weight(self) -> Float[Tensor, "... C"]:
+        """m - d, what multiplies the component activations in the correction."""
+        if not isinstance(self.d, Tensor):
+            return self.m - self.d
+        return self.m - (self.d[..., None, None] if self.by_head else self.d[..., None])
+
+    def weigh(self, h: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """(m - d) * h of component activations h (of those that `only` names)."""
+        return (self.weight if self.only is None else self.weight[self.only]) * h
 
 
 class InterpolatedMask(NamedTuple):
@@ -97,16 +117,6 @@ def corrected(
     for change in changes:
         new = new + change.to(wide)
     return new.to(y.dtype)
-
-
-def site_fn(components: Components, mask: SiteMask) -> SiteFn:
-    """The function that an adapter runs at a site to apply a mask."""
-    return functools.partial(_apply, components, mask)
-
-
-def _apply(components: Components, mask: SiteMask, call: SiteCall) -> Tensor:
-    resolved = mask.resolve(call.y.shape[:-1], call.span, components.V.device, components.V.dtype)
-    return masked_output(components, resolved, call.x, call.y, call.bias)
 
 
 def masked_weight(

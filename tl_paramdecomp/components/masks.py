@@ -12,41 +12,91 @@ cache while decoding. Negative ones count from the end of the prompt and never r
 import functools
 import math
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
+from typing import Any, ClassVar, Generic, NamedTuple, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
-from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions, spread_over_rows, unknown_end
+from tl_paramdecomp.components.masked_output import ResolvedMask, masked_output
+from tl_paramdecomp.components.positions import Positions, PositionsLike, at_columns, parse_positions
 from tl_paramdecomp.errors import DtypeError, MaskNotConstantError, SettingError, ShapeError
-from tl_paramdecomp.sites import Span, WeightSite, resolve_name
+from tl_paramdecomp.sites import SiteCall, Span, WeightSite, resolve_name
 
 
-class ResolvedMask(NamedTuple):
-    """Masks of one site for the columns of one forward pass."""
+@dataclass(frozen=True, eq=False)
+class SiteChange(ABC):
+    """What is done to the components of one site."""
 
-    m: Float[Tensor, "... C"]
-    """Component masks; [..., head, C] where `by_head`."""
-    d: Float[Tensor, "..."] | float
-    """Delta masks."""
-    by_head: bool = False
-    only: Tensor | None = None
-    """Indices of the components whose m differs from d, where they are constants and few."""
+    site: WeightSite
+    n_components: int
 
     @property
-    def weight(self) -> Float[Tensor, "... C"]:
-        """m - d, what multiplies the component activations in the correction."""
-        if not isinstance(self.d, Tensor):
-            return self.m - self.d
-        return self.m - (self.d[..., None, None] if self.by_head else self.d[..., None])
+    @abstractmethod
+    def is_identity(self) -> bool:
+        """Whether this is the model itself, by construction and not by the values of a tensor."""
 
-    def weigh(self, h: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """(m - d) * h of component activations h (of those that `only` names)."""
-        return (self.weight if self.only is None else self.weight[self.only]) * h
+    @property
+    @abstractmethod
+    def by_position(self) -> bool:
+        """Whether positions matter: something names some, or a tensor has a position axis."""
+
+    @property
+    @abstractmethod
+    def touched(self) -> frozenset[int]:
+        """Components that may write something else than in the model."""
+
+    @property
+    @abstractmethod
+    def keeps_delta(self) -> bool:
+        """Whether the delta component stays whole, so that only components are subtracted or added."""
+
+    @abstractmethod
+    def output(self, components: Components, call: SiteCall) -> Float[Tensor, "*rows d_out"]:
+        """What the site writes instead of y.
+
+        Raises:
+            ShapeError, PositionIndexError, DataError: Values, positions or a batch that do not fit this pass.
+        """
+
+
+Change = TypeVar("Change", bound=SiteChange)
+
+
+class SiteChanges(Generic[Change]):
+    """What is done to the components of every site of a decomposition, as an immutable value."""
+
+    _nothing: ClassVar[Any]
+    """What is done to a site that nothing was said about, of the site and its number of components."""
+    _done: ClassVar[str] = "changed"
+
+    def __init__(self, sites: Mapping[str, WeightSite], n_components: Mapping[str, int]) -> None:
+        self._sites, self._n_components = dict(sites), dict(n_components)
+        self._changed: dict[str, Change] = {}
+
+    def changed(self) -> dict[str, Change]:
+        """What is done to each site that is not the model itself."""
+        return {name: made for name in self._sites if (made := self._changed.get(name)) and not made.is_identity}
+
+    def _of(self, site: str) -> Change:
+        name = resolve_name(self._sites, site)
+        found: Any = self._changed.get(name)
+        return found or self._nothing(self._sites[name], self._n_components[name])
+
+    def _with(self, changes: Mapping[str, Change]) -> Any:
+        new = type(self)(self._sites, self._n_components)
+        new._changed = {**self._changed, **changes}
+        return new
+
+    def __repr__(self) -> str:
+        changed = self.changed()
+        listed = ", ".join(changed) or "none"
+        return f"{type(self).__name__}({len(self._sites)} sites, {len(changed)} {self._done}: {listed})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +111,9 @@ class Edit:
 
 
 @dataclass(frozen=True, eq=False)
-class SiteMask:
+class SiteMask(SiteChange):
     """The mask of one site."""
 
-    site: WeightSite
-    n_components: int
     m: Tensor | float = 1.0
     """Given component masks: a number, [C], [pos, C] or [batch, pos, C]."""
     d: Tensor | float = 1.0
@@ -75,7 +123,6 @@ class SiteMask:
 
     @property
     def is_identity(self) -> bool:
-        """Whether this is the model itself, by construction and not by the values of a tensor."""
         return all(isinstance(given, float) and given == 1.0 for given in (self.m, self.d)) and not self.edits
 
     @property
@@ -87,29 +134,27 @@ class SiteMask:
 
     @property
     def by_position(self) -> bool:
-        """Whether positions matter: an edit names some, or a tensor has a position axis."""
         m_rows = isinstance(self.m, Tensor) and self.m.ndim >= 2 and self.m.shape[-2] > 1
         d_rows = isinstance(self.d, Tensor) and self.d.ndim >= 1 and self.d.shape[-1] > 1
         return m_rows or d_rows or any(edit.positions is not None for edit in self.edits)
 
     @property
     def touched(self) -> frozenset[int]:
-        """Components whose masks may differ from 1."""
         if isinstance(self.m, Tensor) or self.m != 1.0:
             return frozenset(range(self.n_components))
         return frozenset(c for edit in self.edits for c in (edit.factors != 1.0).nonzero().flatten().tolist())
 
     @property
     def keeps_delta(self) -> bool:
-        """Whether d is the constant 1, so that the patch only subtracts or adds components."""
         return isinstance(self.d, float) and self.d == 1.0 and all(edit.delta in (None, 1.0) for edit in self.edits)
 
-    def constant(self, device: torch.device, dtype: torch.dtype) -> ResolvedMask:
-        """m [C] and d of a constant mask.
+    def output(self, components: Components, call: SiteCall) -> Tensor:
+        device, dtype = components.V.device, components.V.dtype
+        resolved = self.resolve(call.y.shape[:-1], call.span, device, dtype)
+        return masked_output(components, resolved, call.x, call.y, call.bias)
 
-        Raises:
-            MaskNotConstantError: It differs over batch or position.
-        """
+    def constant(self, device: torch.device, dtype: torch.dtype) -> ResolvedMask:
+        """m [C] and d of a mask that is the same everywhere; else MaskNotConstantError."""
         if not self.is_constant:
             raise MaskNotConstantError(
                 f"The mask of {self.site.name} differs over batch or position, which no single weight can do; "
@@ -118,13 +163,7 @@ class SiteMask:
         return self.resolve((1, 1), Span(), device, dtype)
 
     def resolve(self, rows: Sequence[int], span: Span, device: torch.device, dtype: torch.dtype) -> ResolvedMask:
-        """Masks for the columns of one forward pass.
-
-        Args:
-            rows: Shape of the site's output without its last axis: [batch, pos], or [batch] where there is no position.
-            span: Which columns these are.
-            device: Where to put the masks.
-            dtype: Number type of the masks.
+        """Masks for the columns `span` of one forward pass, of rows [batch, pos], or [batch] where there is no position.
 
         Raises:
             ShapeError: A given tensor does not broadcast to the rows.
@@ -143,7 +182,10 @@ class SiteMask:
             m, d = self._edited(edit, m, d, by_head, rows, span)
         resolved = ResolvedMask(m, d, by_head)
         if constant:
-            resolved = resolved._replace(only=_few_changed(resolved))
+            if not by_head and not m.requires_grad and isinstance(d, float):
+                changed = resolved.weight.nonzero().flatten()
+                few = 4 * len(changed) <= self.n_components  # then skipping the others saves work
+                resolved = resolved._replace(only=changed if few else None)
             self._cache[key] = resolved
         return resolved
 
@@ -153,16 +195,15 @@ class SiteMask:
         """The given values at the columns of one pass; tokens decoded after the prompt they cover get 1 and 1."""
         m, d = (given.to(device, dtype) if isinstance(given, Tensor) else given for given in (self.m, self.d))
         m = m if isinstance(m, Tensor) else torch.full((self.n_components,), m, dtype=dtype, device=device)
-        covers = (m.ndim > 1 and m.shape[-2] > 1) or (isinstance(d, Tensor) and d.ndim > 0 and d.shape[-1] > 1)
-        m = _at_columns(m, m.ndim - 2, rows, span, self.site.name, "component")
-        d = _at_columns(d, d.ndim - 1, rows, span, self.site.name, "delta") if isinstance(d, Tensor) else d
-        if covers and span.prompt is not None and span.start + rows[-1] > span.prompt:
-            decoded = torch.arange(span.start, span.start + rows[-1], device=device) >= span.prompt
+        m, there = at_columns(m, m.ndim - 2, rows, span, self.site.name, "component mask of")
+        if isinstance(d, Tensor):
+            d, of_delta = at_columns(d, d.ndim - 1, rows, span, self.site.name, "delta mask of")
+            there = of_delta if there is None else there
+        if there is not None:
             one = torch.ones((), dtype=dtype, device=device)
-            m = torch.where(decoded.unsqueeze(-1), one, m)
-            d = torch.where(decoded, one, torch.as_tensor(d, dtype=dtype, device=device))
-        m = spread_over_rows(m, m.ndim - 2, rows)
-        return m, spread_over_rows(d, d.ndim - 1, rows) if isinstance(d, Tensor) else d
+            m = torch.where(there.unsqueeze(-1), m, one)
+            d = torch.where(there, torch.as_tensor(d, dtype=dtype, device=device), one)
+        return m, d
 
     def _edited(
         self, edit: Edit, m: Tensor, d: Tensor | float, by_head: bool, rows: Sequence[int], span: Span
@@ -180,7 +221,7 @@ class SiteMask:
         return m, d
 
 
-class Masks(Mapping[str, Any]):
+class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
     """Masks of every site of a decomposition, as an immutable value.
 
     Every method returns a new value. Sites without an entry of their own are the model itself.
@@ -189,11 +230,7 @@ class Masks(Mapping[str, Any]):
     # Mapping compares by content, which tensors cannot do in one truth value
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
-
-    def __init__(self, sites: Mapping[str, WeightSite], n_components: Mapping[str, int]) -> None:
-        self._sites = dict(sites)
-        self._n_components = dict(n_components)
-        self._changed: dict[str, SiteMask] = {}
+    _nothing = SiteMask
 
     # --- making masks -------------------------------------------------------------------------------------------------
     def ablate(
@@ -226,23 +263,31 @@ class Masks(Mapping[str, Any]):
         Raises:
             DtypeError, SettingError: The factor is no real number, or not finite.
         """
-        old = self._site_mask(site)
-        factors = torch.ones(old.n_components, dtype=torch.float64)
-        factors[component_indices(components, old.n_components, old.site.name)] = finite_number(
-            factor, "Factors", old.site.name
-        )
-        edit = Edit(factors, None, parse_positions(positions), checked_head(old.site, head))
-        return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
+        number = finite_number(factor, f"Factors of {resolve_name(self._sites, site)}")
+        return self._edited(site, components, (1.0, number), None, positions, head)
 
     def keep_only(
         self, site: str, components: ComponentsLike, delta: SupportsFloat = 0.0, positions: PositionsLike = None
     ) -> "Masks":
         """Remove all other components and set the delta mask; the bias always stays. Arguments and errors as in `scale`."""
-        old = self._site_mask(site)
-        factors = torch.zeros(old.n_components, dtype=torch.float64)
-        factors[component_indices(components, old.n_components, old.site.name)] = 1.0
-        edit = Edit(factors, finite_number(delta, "Delta masks", old.site.name), parse_positions(positions), None)
-        return self._with(replace(old, edits=(*old.edits, edit), _cache={}))
+        number = finite_number(delta, f"Delta masks of {resolve_name(self._sites, site)}")
+        return self._edited(site, components, (0.0, 1.0), number, positions, None)
+
+    def _edited(
+        self,
+        site: str,
+        components: ComponentsLike,
+        factors: tuple[float, float],
+        delta: float | None,
+        positions: PositionsLike,
+        head: SupportsIndex | None,
+    ) -> "Masks":
+        """With a factor for all other components and one for these."""
+        old = self._of(site)
+        each = torch.full((old.n_components,), factors[0], dtype=torch.float64)
+        each[component_indices(components, old.n_components, old.site.name)] = factors[1]
+        edit = Edit(each, delta, parse_positions(positions), checked_head(old.site, head))
+        return self._with({old.site.name: replace(old, edits=(*old.edits, edit), _cache={})})
 
     def with_values(self, site: str, m: Tensor | SupportsFloat, delta: Tensor | SupportsFloat = 1.0) -> "Masks":
         """Replace a site's masks by given values.
@@ -259,9 +304,9 @@ class Masks(Mapping[str, Any]):
             DtypeError: m or delta is complex, or no numbers at all.
             SettingError: m or delta is a number that is not finite.
         """
-        old = self._site_mask(site)
-        m = _own(m, "Component masks", old.site.name)
-        delta = _own(delta, "Delta masks", old.site.name)
+        old = self._of(site)
+        m = real_values(m, f"Component masks of {old.site.name}")
+        delta = real_values(delta, f"Delta masks of {old.site.name}")
         if isinstance(delta, Tensor) and delta.ndim > 2:
             raise ShapeError(f"Delta masks of {old.site.name} must broadcast to [batch, pos], not {list(delta.shape)}.")
         if isinstance(m, Tensor):
@@ -278,15 +323,12 @@ class Masks(Mapping[str, Any]):
                     "[batch, pos] in common."
                 )
             m = m.expand(*m.shape[:-1], old.n_components).contiguous()
-        return self._with(SiteMask(old.site, old.n_components, m, delta))
+        return self._with({old.site.name: SiteMask(old.site, old.n_components, m, delta)})
 
     def replaced(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> "Masks":
         """Masks given site by site as (m, d) without copies or checks, for code that makes them itself."""
-        new = Masks(self._sites, self._n_components)
-        new._changed = dict(self._changed)
-        for name, (m, d) in values.items():
-            new._changed[name] = SiteMask(self._sites[name], self._n_components[name], m, d)
-        return new
+        made = {n: SiteMask(self._sites[n], self._n_components[n], m, d) for n, (m, d) in values.items()}
+        return self._with(made)
 
     # --- reading ------------------------------------------------------------------------------------------------------
     def __getitem__(self, site: str) -> "MaskPair":
@@ -295,7 +337,7 @@ class Masks(Mapping[str, Any]):
         Raises:
             MaskNotConstantError: Edits name positions, so that the values depend on the row; see `at`.
         """
-        mask = self._site_mask(site)
+        mask = self._of(site)
         if any(edit.positions is not None for edit in mask.edits):
             raise MaskNotConstantError(
                 f"The mask of {mask.site.name} names positions; ask for its values in a row of a given length with "
@@ -314,7 +356,7 @@ class Masks(Mapping[str, Any]):
         """
         if length < 1 or batch < 1:
             raise SettingError(f"Rows have at least one position, and a batch one row; given {length} and {batch}.")
-        return self._values(self._site_mask(site), (batch, length))
+        return self._values(self._of(site), (batch, length))
 
     @staticmethod
     def _values(mask: SiteMask, rows: Sequence[int]) -> "MaskPair":
@@ -327,11 +369,7 @@ class Masks(Mapping[str, Any]):
 
     def site_mask(self, site: str) -> SiteMask:
         """The mask of one site as it was built."""
-        return self._site_mask(site)
-
-    def changed(self) -> dict[str, SiteMask]:
-        """Masks of the sites that are not the model itself."""
-        return {name: mask for name in self._sites if (mask := self._changed.get(name)) and not mask.is_identity}
+        return self._of(site)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
@@ -341,19 +379,6 @@ class Masks(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._sites)
-
-    def __repr__(self) -> str:
-        return f"Masks({len(self)} sites, {len(self.changed())} changed: {', '.join(self.changed()) or 'none'})"
-
-    # --- helpers ------------------------------------------------------------------------------------------------------
-    def _site_mask(self, site: str) -> SiteMask:
-        name = resolve_name(self._sites, site)
-        return self._changed.get(name) or SiteMask(self._sites[name], self._n_components[name])
-
-    def _with(self, mask: SiteMask) -> "Masks":
-        new = Masks(self._sites, self._n_components)
-        new._changed = {**self._changed, mask.site.name: mask}
-        return new
 
 
 class MaskPair(NamedTuple):
@@ -365,29 +390,29 @@ class MaskPair(NamedTuple):
     """Delta masks that broadcast to [batch, pos]."""
 
 
-def _own(values: Any, what: str, name: str) -> Tensor | float:
-    """A number, or a copy that the caller's later in-place changes do not reach; gradients still flow."""
+def real_values(values: Any, what: str) -> Tensor | float:
+    """A finite number, or a copy of a tensor that later changes in place do not reach; else DtypeError or SettingError."""
     if isinstance(values, numbers.Real):
-        return finite_number(values, what, name)
+        return finite_number(values, what)
     try:
         tensor = torch.as_tensor(values, dtype=None if hasattr(values, "dtype") else torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise DtypeError(f"{what} of {name} must be tensors or numbers; given {type(values).__name__}.") from error
+        raise DtypeError(f"{what} must be tensors or numbers; given {type(values).__name__}.") from error
     if tensor.is_complex():
-        raise DtypeError(f"{what} of {name} must be real numbers or booleans, not {tensor.dtype}.")
+        raise DtypeError(f"{what} must be real numbers or booleans, not {tensor.dtype}.")
     return tensor.clone()
 
 
-def finite_number(value: Any, what: str, name: str) -> float:
+def finite_number(value: Any, what: str) -> float:
     """A finite number as a Python float.
 
     Raises:
         DtypeError: It is no real number, or a tensor whose gradient would be lost.
-        SettingError: It is not finite, or would not be in the factors' usual precision.
+        SettingError: It is not finite, also in float32.
     """
     if getattr(value, "requires_grad", False):
         raise DtypeError(
-            f"{what} of {name} are constants here, and this tensor requires a gradient; with_values(...) lets gradients "
+            f"{what} are constants here, and this tensor requires a gradient; with_values(...) lets gradients "
             "through, and value.item() gives the number."
         )
     try:
@@ -395,44 +420,11 @@ def finite_number(value: Any, what: str, name: str) -> float:
     except (ValueError, RuntimeError):  # more than one entry
         plain = None
     if not isinstance(plain, numbers.Real):
-        raise DtypeError(f"{what} of {name} must be one real number here; given {value!r}.")
+        raise DtypeError(f"{what} must be one real number here; given {value!r}.")
     try:
         number = float(plain)
     except OverflowError:
         number = math.inf
     if not abs(number) <= torch.finfo(torch.float32).max:
-        raise SettingError(f"{what} of {name} must be finite, also in float32; given {number}.")
+        raise SettingError(f"{what} must be finite, also in float32; given {number}.")
     return number
-
-
-def _few_changed(mask: ResolvedMask) -> Tensor | None:
-    """Indices of the components a constant mask changes, when skipping the others saves work."""
-    if mask.by_head or mask.m.requires_grad or not isinstance(mask.d, float):
-        return None
-    changed = mask.weight.nonzero().flatten()
-    return changed if 4 * len(changed) <= mask.m.shape[-1] else None
-
-
-def _at_columns(tensor: Tensor, axis: int, rows: Sequence[int], span: Span, name: str, kind: str) -> Tensor:
-    """The part of a given mask for the columns of one pass; ones for tokens decoded after the columns it covers."""
-    if axis < 0:
-        return tensor
-    if axis >= len(rows) or (axis == 1 and 1 not in (tensor.shape[0], rows[0]) and tensor.shape[0] != rows[0]):
-        raise ShapeError(
-            f"The {kind} mask of {name} is {list(tensor.shape)}, but the site's output has rows {list(rows)}; give one "
-            "row, or one for each (generation with beams or several return sequences multiplies the batch)."
-        )
-    covered, start, end = tensor.shape[axis], span.start, span.start + rows[-1]
-    if covered > 1 and not span.prompt_known:
-        raise unknown_end(name)
-    if covered == 1 or (start == 0 and covered == end):
-        return tensor
-    if covered != span.prompt:
-        raise ShapeError(
-            f"The {kind} mask of {name} covers {covered} positions, but this forward pass computes positions {start} "
-            f"to {end - 1} of a prompt of {span.prompt or end}. Give one value, or one for each position of the prompt."
-        )
-    inside = tensor.narrow(axis, min(start, covered), max(0, min(end, covered) - start))
-    shape = list(tensor.shape)
-    shape[axis] = rows[-1] - inside.shape[axis]
-    return torch.cat([inside, tensor.new_ones(shape)], dim=axis) if shape[axis] else inside

@@ -2,23 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.components import files
-from tl_paramdecomp.components.gain_subnetworks import GainSubnetworks
 from tl_paramdecomp.components.plain import as_declared
-from tl_paramdecomp.components.saved import Saved
-from tl_paramdecomp.components.saved_sites import check_keys, disagreement, fingerprints_of, named_sites
-from tl_paramdecomp.components.subnetworks import Part, SiteSubnetworks, Subnetworks
-from tl_paramdecomp.errors import ComponentIndexError, DecompositionFileError
+from tl_paramdecomp.components.saved import Saved, check_keys, fingerprints_of, named_sites
+from tl_paramdecomp.components.subnetworks import GainSubnetworks, Part, SiteSubnetworks, Subnetworks
+from tl_paramdecomp.errors import ComponentIndexError
 from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
 
-KIND = "subnetworks"
 SIDES = ("encoder", "decoder")
 
 
@@ -52,6 +47,7 @@ class SubnetworkDecomposition(Saved):
     """
 
     threshold: Float[Tensor, ""]
+    holds = "subnetworks"
 
     def __init__(
         self,
@@ -98,9 +94,9 @@ class SubnetworkDecomposition(Saved):
         for name, part in self.decoder.items():
             bias = None if part.bias is None else part.bias[k].detach()
             if name in self.norms:
-                found[name] = GainDirection(part.gain[k].detach(), bias)
+                found[name] = GainDirection(part.direction(k).detach(), bias)
             else:
-                found[name] = Direction(part.matrix(k).detach(), bias)
+                found[name] = Direction(part.direction(k).detach(), bias)
         return found
 
     def index(self, k: int) -> int:
@@ -114,48 +110,21 @@ class SubnetworkDecomposition(Saved):
         return k % self.n_subnetworks
 
     # --- files ------------------------------------------------------------------------------------------------------
-    def save(self, folder: str | Path) -> Path:
-        """Write `components.safetensors` and `decomposition.json` into a folder; whenever that ends, the folder holds what
-        it held before or what is saved now.
-
-        Raises:
-            DecompositionFileError: The folder cannot be written, or holds something else; a number is NaN or infinite, or
-                `info` is nothing that JSON has.
-        """
+    def _as_saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"threshold": self.threshold}
         for side in SIDES:
             for name, part in getattr(self, side).items():
                 tensors |= {f"{side}:{name}.{key}": tensor for key, tensor in part.named_parameters()}
-        metadata = {
-            "kind": KIND,
+        return tensors, {
+            "kind": self.holds,
             "sites": [asdict(site) for site in self.sites.values()],
             **({"norms": [asdict(norm) for norm in self.norms.values()]} if self.norms else {}),
             "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
             "info": self.info,
         }
-        return files.save_parts(Path(folder), tensors, metadata)
-
-    @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "SubnetworkDecomposition":
-        """Read what `save` wrote.
-
-        Raises:
-            DecompositionFileError: The folder or a file is missing, broken, foreign or of a newer format.
-            DeviceError: There is no such device.
-        """
-        tensors, metadata = files.load_parts(Path(folder), device)
-        if metadata.get("kind") != KIND:
-            raise DecompositionFileError(
-                f"{folder} holds components, not subnetworks; open it with Decomposition.load."
-            )
-        try:
-            return cls._assembled(tensors, metadata)
-        except Exception as error:  # a damaged file may go wrong anywhere
-            raise disagreement(folder, "subnetworks", error) from error
 
     @classmethod
     def _assembled(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "SubnetworkDecomposition":
-        """From what `save` wrote."""
         check_keys(metadata, {"kind", "sites", "fingerprints", "info"}, {"norms"})
         sites, norms = named_sites(WeightSite, metadata["sites"]), named_sites(NormSite, metadata.get("norms", []))
         fingerprints = fingerprints_of([*sites, *norms], metadata["fingerprints"])

@@ -7,17 +7,18 @@ that is needed of it comes from x and g, and G itself is never formed:
     <G, A_k B_k^T> = sum_t (x_t A_k) . (g_t B_k)          |G|^2 = sum_ts (x_t . x_s) (g_t . g_s)
 
 Local Loss Landscape Decomposition (Chrisman, Bushnaq and Sharkey 2025, arXiv 2504.00194) has dense subnetworks and gradients;
-these are the same numbers. What subnetworks are at normalisation gains is in `gain_subnetworks`.
+these are the same numbers. At a norm, which writes y = xhat * w + b, subnetwork k is a vector of changes of w and one of b;
+gradients are sum_t g_t * xhat_t and sum_t g_t, and nothing is factored.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from tl_paramdecomp.components.gain_subnetworks import GainGradient, GainSubnetworks, random_gains
 from tl_paramdecomp.components.importance import module_key
 from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.sites import NormSite, WeightSite
@@ -59,31 +60,129 @@ class SampleGradient(NamedTuple):
         return x.transpose(1, 2) @ g
 
 
-class SiteSubnetworks(nn.Module):
-    """What K subnetworks are at one site.
+class GainGradient(NamedTuple):
+    """Gradients of N scalars with respect to one norm's gain and bias."""
+
+    gain: Float[Tensor, "n width"]
+    bias: Float[Tensor, "n width"]
+
+    def squared_norm(self, bias: bool) -> Float[Tensor, " n"]:
+        """Squared norm of each gradient of the gain, and of the bias where it counts."""
+        found = self.gain.square().sum(-1)
+        return found + self.bias.square().sum(-1) if bias else found
+
+    def select(self, rows: Tensor | slice) -> "GainGradient":
+        """Gradients of some of the scalars."""
+        rows = rows.to(self.gain.device) if isinstance(rows, Tensor) else rows
+        return GainGradient(self.gain[rows], self.bias[rows])
+
+
+class Part(nn.Module):
+    """What K subnetworks are at one site or norm.
 
     Raises:
-        ShapeError: The factors do not fit the site or each other.
+        ShapeError: The tensors do not fit the site or each other.
     """
 
-    def __init__(self, site: WeightSite, A: Tensor, B: Tensor, bias: Tensor | None = None) -> None:
+    site: Any
+    bias: Float[Tensor, "K width"] | None
+
+    def __init__(
+        self, site: WeightSite | NormSite, shapes: Mapping[str, Sequence[int]], **given: Tensor | None
+    ) -> None:
         super().__init__()
-        K, _, r = A.shape
-        wanted = {"A": (K, site.d_in, r), "B": (K, site.d_out, r), "bias": (K, site.d_out)}
-        for name, given in (("A", A), ("B", B), ("bias", bias)):
-            if given is not None and tuple(given.shape) != wanted[name]:
-                raise ShapeError(f"{name} of {site.name} must be {list(wanted[name])}; given {list(given.shape)}.")
         self.site = site
-        self.A: Float[Tensor, "K d_in r"] = nn.Parameter(A.detach().clone().contiguous())
-        self.B: Float[Tensor, "K d_out r"] = nn.Parameter(B.detach().clone().contiguous())
-        self.bias: Float[Tensor, "K d_out"] | None = None
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach().clone().contiguous())
+        for name, tensor in given.items():
+            if tensor is not None and tuple(tensor.shape) != tuple(shapes[name]):
+                raise ShapeError(f"{name} of {site.name} must be {list(shapes[name])}; given {list(tensor.shape)}.")
+            own = None if tensor is None else nn.Parameter(tensor.detach().clone().contiguous())
+            self.register_parameter(name, own)
 
     @property
     def n_components(self) -> int:
         """K, the number of subnetworks."""
-        return self.A.shape[0]
+        return len(next(self.parameters()))
+
+    @abstractmethod
+    def inner(self, gradient: Any, backend: Backend = "auto") -> Float[Tensor, "n K"]:
+        """<G_n, subnetwork k> here, of gradients of this kind."""
+
+    @abstractmethod
+    def gram(self) -> Float[Tensor, "K K"]:
+        """Inner products of all pairs of subnetworks here."""
+
+    @abstractmethod
+    def squared_norms(self) -> Float[Tensor, " K"]:
+        """Squared norm of each subnetwork here."""
+
+    @abstractmethod
+    def direction(self, k: int) -> Tensor:
+        """What subnetwork k adds to the weight or gain."""
+
+    @abstractmethod
+    def tensor_norms(self) -> list[Float[Tensor, " K"]]:
+        """Norms of each subnetwork's change of the weight or gain, and of the bias."""
+
+    @abstractmethod
+    def rescale(self, factors: Float[Tensor, " K"]) -> None:
+        """Multiply each subnetwork, in place."""
+
+    def change(self, x: Tensor, deltas: Mapping[int, float | Tensor]) -> Float[Tensor, "..."]:
+        """What is written more at x where the model is moved so far along these subnetworks; gradients reach the deltas."""
+        ks, like = list(deltas), next(self.parameters())
+        scale = torch.stack([torch.as_tensor(d, dtype=like.dtype, device=like.device) for d in deltas.values()])
+        return self._with_bias(self._change(x, ks, scale), lambda bias: scale @ bias[ks])
+
+    @abstractmethod
+    def _change(self, x: Tensor, ks: list[int], scale: Float[Tensor, " k"]) -> Tensor: ...
+
+    def _with_bias(self, found: Tensor, of_bias: Callable[[Tensor], Tensor]) -> Tensor:
+        return found if self.bias is None else found + of_bias(self.bias)
+
+
+class GainSubnetworks(Part):
+    """K vectors of changes of one norm's gain, and of its bias."""
+
+    gain: Float[Tensor, "K width"]
+
+    def __init__(self, site: NormSite, gain: Tensor, bias: Tensor | None = None) -> None:
+        shape = (len(gain), site.width)
+        super().__init__(site, {"gain": shape, "bias": shape}, gain=gain, bias=bias)
+
+    def direction(self, k: int) -> Float[Tensor, " width"]:
+        return self.gain[k]
+
+    def tensor_norms(self) -> list[Float[Tensor, " K"]]:
+        return [tensor.norm(dim=-1) for tensor in self.parameters()]
+
+    @torch.no_grad()
+    def rescale(self, factors: Float[Tensor, " K"]) -> None:
+        for tensor in self.parameters():
+            tensor.mul_(factors[:, None])
+
+    def inner(self, gradient: GainGradient, backend: Backend = "auto") -> Float[Tensor, "n K"]:
+        return self._with_bias(gradient.gain @ self.gain.T, lambda bias: gradient.bias @ bias.T)
+
+    def gram(self) -> Float[Tensor, "K K"]:
+        return self._with_bias(self.gain @ self.gain.T, lambda bias: bias @ bias.T)
+
+    def squared_norms(self) -> Float[Tensor, " K"]:
+        return self._with_bias(self.gain.square().sum(-1), lambda bias: bias.square().sum(-1))
+
+    def _change(self, x: Tensor, ks: list[int], scale: Tensor) -> Tensor:
+        return x.to(self.gain.dtype) * (scale @ self.gain[ks])
+
+
+class SiteSubnetworks(Part):
+    """K matrices A_k B_k^T of one site, and K vectors of its bias."""
+
+    A: Float[Tensor, "K d_in r"]
+    B: Float[Tensor, "K d_out r"]
+
+    def __init__(self, site: WeightSite, A: Tensor, B: Tensor, bias: Tensor | None = None) -> None:
+        K, _, r = A.shape
+        shapes = {"A": (K, site.d_in, r), "B": (K, site.d_out, r), "bias": (K, site.d_out)}
+        super().__init__(site, shapes, A=A, B=B, bias=bias)
 
     @property
     def rank(self) -> int:
@@ -94,19 +193,30 @@ class SiteSubnetworks(nn.Module):
         """A_k B_k^T."""
         return self.A[k] @ self.B[k].T
 
+    def direction(self, k: int) -> Float[Tensor, "d_in d_out"]:
+        return self.matrix(k)
+
     def reads(self, x: Shaped[Tensor, "*rows"]) -> Float[Tensor, "*out K r"]:
         """x A_k of every subnetwork."""
         if not x.is_floating_point():
             return self.A.permute(1, 0, 2)[x]
         return (x @ self.A.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
 
+    def tensor_norms(self) -> list[Float[Tensor, " K"]]:
+        found = [self._squared_matrix_norms().sqrt()]
+        return found if self.bias is None else [*found, self.bias.norm(dim=-1)]
+
+    @torch.no_grad()
+    def rescale(self, factors: Float[Tensor, " K"]) -> None:
+        root = factors.sqrt()[:, None, None]
+        self.A.mul_(root)
+        self.B.mul_(root)
+        if self.bias is not None:
+            self.bias.mul_(factors[:, None])
+
     def inner(self, gradient: SampleGradient, backend: Backend = "auto") -> Float[Tensor, "n K"]:
-        """<G_n, subnetwork k> at this site."""
-        if self._dense(gradient, backend):
-            found = self._inner_dense(gradient)
-        else:
-            found = self._inner_factored(gradient)
-        return found if self.bias is None else found + gradient.g.sum(1) @ self.bias.T
+        inner = self._inner_dense if self._dense(gradient, backend) else self._inner_factored
+        return self._with_bias(inner(gradient), lambda bias: gradient.g.sum(1) @ bias.T)
 
     def _dense(self, gradient: SampleGradient, backend: Backend) -> bool:
         if backend != "auto":
@@ -136,38 +246,22 @@ class SiteSubnetworks(nn.Module):
         return torch.cat(parts)
 
     def gram(self) -> Float[Tensor, "K K"]:
-        """Inner products of all pairs of subnetworks at this site."""
+        reads, writes = (f.transpose(1, 2).flatten(0, 1) for f in (self.A, self.B))
+        product = (reads @ reads.T) * (writes @ writes.T)
         K, r = len(self.A), self.rank
-        if r == 1:
-            a, b = self.A.squeeze(-1), self.B.squeeze(-1)
-            found = (a @ a.T) * (b @ b.T)
-        else:
-            reads, writes = (f.transpose(1, 2).flatten(0, 1) for f in (self.A, self.B))
-            product = (reads @ reads.T) * (writes @ writes.T)
-            found = product.view(K, r, K, r).sum((1, 3))
-        return found if self.bias is None else found + self.bias @ self.bias.T
+        found = product if r == 1 else product.view(K, r, K, r).sum((1, 3))
+        return self._with_bias(found, lambda bias: bias @ bias.T)
 
     def squared_norms(self) -> Float[Tensor, " K"]:
-        """Squared Frobenius norm of each subnetwork at this site."""
-        found = self._squared_matrix_norms()
-        return found if self.bias is None else found + self.bias.square().sum(-1)
-
-    def tensor_norms(self) -> list[Float[Tensor, " K"]]:
-        """Norms of each subnetwork's matrix, and of its bias, at this site."""
-        found = [self._squared_matrix_norms().sqrt()]
-        return found if self.bias is None else [*found, self.bias.norm(dim=-1)]
+        return self._with_bias(self._squared_matrix_norms(), lambda bias: bias.square().sum(-1))
 
     def _squared_matrix_norms(self) -> Float[Tensor, " K"]:
         return ((self.A.transpose(1, 2) @ self.A) * (self.B.transpose(1, 2) @ self.B)).sum((1, 2)).clamp(min=0.0)
 
-    @torch.no_grad()
-    def rescale(self, factors: Float[Tensor, " K"]) -> None:
-        """Multiply each subnetwork, in place."""
-        root = factors.sqrt()[:, None, None]
-        self.A.mul_(root)
-        self.B.mul_(root)
-        if self.bias is not None:
-            self.bias.mul_(factors[:, None])
+    def _change(self, x: Tensor, ks: list[int], scale: Tensor) -> Tensor:
+        read = (self.A[ks] * scale[:, None, None]).permute(1, 0, 2).flatten(1)
+        h = read[x] if not x.is_floating_point() else x.to(read.dtype) @ read
+        return h @ self.B[ks].permute(1, 0, 2).flatten(1).T
 
 
 class _DenseInner(torch.autograd.Function):
@@ -181,8 +275,6 @@ class _DenseInner(torch.autograd.Function):
         return grad.T @ ctx.gradient.dense(ctx.rows, ctx.d_in).flatten(1), None, None, None
 
 
-Part = SiteSubnetworks | GainSubnetworks
-"""What subnetworks are at one site or norm; each takes the gradients of its own kind."""
 Gradients = Mapping[str, SampleGradient | GainGradient]
 """Of the same N scalars, by site and norm."""
 
@@ -275,12 +367,27 @@ def random_subnetworks(
         generator: Draws them, on the CPU.
         norms: Norms whose gains take part.
     """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
     parts: dict[str, Part] = {}
     for name, site in sites.items():
-        shapes = [(K, site.d_in, ranks[name]), (K, site.d_out, ranks[name])]
-        shapes += [(K, site.d_out)] if name in biases else []
-        parts[name] = SiteSubnetworks(site, *(torch.randn(s, generator=generator).to(dtype) for s in shapes))
-    parts |= random_gains(list((norms or {}).values()), K, biases, dtype, generator)
+        A, B = normal(K, site.d_in, ranks[name]), normal(K, site.d_out, ranks[name])
+        parts[name] = SiteSubnetworks(site, A, B, normal(K, site.d_out) if name in biases else None)
+    for name, norm in (norms or {}).items():
+        gain = normal(K, norm.width)
+        parts[name] = GainSubnetworks(norm, gain, normal(K, norm.width) if name in biases else None)
     made = Subnetworks(parts)
     made.normalise()
     return made
+
+
+def pairwise_gains(gradients: Sequence[GainGradient], bias: bool) -> Float[Tensor, "n n"]:
+    """Inner products of all pairs of gradients at one norm, in float64 on the CPU."""
+    gains = torch.cat([gradient.gain for gradient in gradients]).double()
+    found = gains @ gains.T
+    if bias:
+        biases = torch.cat([gradient.bias for gradient in gradients]).double()
+        found = found + biases @ biases.T
+    return found.cpu()

@@ -37,7 +37,6 @@ from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tables import Table, as_known
 from tl_paramdecomp.data.token_batches import TokenBatches
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
-from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.methods.settings import from_settings, to_settings
@@ -154,7 +153,7 @@ class _Run:
         self.settled |= {name: _digest(given) for name, given in rows.items()}
         self.capacities = sorted({1.0, *protocol.capacities}) if protocol.capacities else []
         self.bar.total = sum(
-            len(self.sparsities(m)) * len(protocol.seeds) + len(self.capacities) * (not isinstance(m, ExactBasis))
+            len(self.sparsities(m)) * len(protocol.seeds) + len(self.capacities) * (not m.sized_by_weights)
             for m in self.methods.values()
         )
         self.check()
@@ -169,7 +168,7 @@ class _Run:
             method.check(adapt(self.model))
             for sparsity in self.sparsities(method):
                 self.variant(method, sparsity, 1.0)
-            if not isinstance(method, ExactBasis):
+            if not method.sized_by_weights:
                 for capacity in self.capacities:
                     self.variant(method, 1.0, capacity)
 
@@ -203,7 +202,7 @@ class _Run:
                 points += runs
                 if len(runs) > 1 and method.trains:
                     stability.append(self.stability(label, method, sparsity))
-            if self.capacities and not isinstance(method, ExactBasis):
+            if self.capacities and not method.sized_by_weights:
                 splitting += self.splitting(label, method)
             self.kept.clear()
         found = Comparison(
@@ -325,7 +324,7 @@ def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decompositi
     if run is None:
         raise SettingError("No run is stored with this decomposition, so what it started from is not known.")
     method = from_settings(run["method"])
-    if isinstance(method, ExactBasis) and method.moment_batches:
+    if method.start_needs_data:
         raise SettingError(
             f"What {type(method).__name__} starts from depends on the rows of its run; there is no control here."
         )

@@ -90,6 +90,22 @@ class ExactBasis(Method[Decomposition]):
             factors[name] = V.to(wide), U.to(wide)
         return describe(adapter, factors, None if self.training is None else self.training.importance, generator)
 
+    @property
+    def start_needs_data(self) -> bool:
+        return bool(self.moment_batches)
+
+    @property
+    def sized_by_weights(self) -> bool:
+        return True
+
+    @property
+    def without_steps(self) -> str:
+        return f" It trains importances; {type(self).__name__}(training=None) is the plain basis, and takes no steps."
+
+    def untrained(self) -> "ExactBasis":
+        """The same basis without an importance function."""
+        return replace(self, training=None)
+
     def pressed(self, coefficient: float) -> "ExactBasis":
         """The same basis, its importances trained with another coefficient of importance minimality."""
         return replace(self, training=self._trainer().pressed(coefficient))

@@ -10,8 +10,8 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.identity import in_order
 from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.factors import check_ties
 from tl_paramdecomp.components.importance import ImportanceConfig
-from tl_paramdecomp.components.ties import check_ties
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError, ShapeError
 
 

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.components.gain_subnetworks import GainGradient
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import Backend, Gradients, SampleGradient, random_subnetworks
+from tl_paramdecomp.components.subnetworks import Backend, GainGradient, Gradients, SampleGradient, random_subnetworks
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.from_factors import origin_of
@@ -121,6 +120,10 @@ class L3D(Method[SubnetworkDecomposition]):
             divergence="paper_code", reference="paper_code", norm="paper_code", warm_start=0.0, threshold_memory=0.99
         )
         return replace(published, **changes)
+
+    def with_components(self, n: int) -> "L3D":
+        """The same method with so many subnetworks."""
+        return replace(self, n_subnetworks=n)
 
     def ranks(self, sites: Mapping[str, WeightSite]) -> dict[str, int]:
         """r of each site, at most its smaller side; errors as `by_site`."""

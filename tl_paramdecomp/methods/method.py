@@ -126,6 +126,21 @@ class Method(ABC, Generic[Made]):
         """Rows of the data that must stay neighbours when it is shuffled."""
         return 1
 
+    @property
+    def start_needs_data(self) -> bool:
+        """Whether what it starts from depends on the rows of the run."""
+        return False
+
+    @property
+    def sized_by_weights(self) -> bool:
+        """Whether the weights say how many components it has."""
+        return False
+
+    @property
+    def without_steps(self) -> str:
+        """A sentence on how to use it without training, for messages; empty where there is no way."""
+        return ""
+
     def check(self, adapter: ModelAdapter) -> None:
         """See, before anything is written, that the method can be used on a model, or raise `UnsupportedModelError`."""
 
@@ -166,6 +181,18 @@ class Method(ABC, Generic[Made]):
     def goes_over_rows(self, key: str) -> bool:
         """Whether what is remembered under a key has an entry for each row of the batch, so that each process has its own."""
         return False
+
+    def untrained(self) -> "Method[Made]":
+        """The same method without an importance function; a `SettingError` where it has one of its own."""
+        raise SettingError(f"{type(self).__name__} has an importance function of its own, or needs none.")
+
+    def with_components(self, n: int) -> "Method[Made]":
+        """The same method with so many components at each site; a `SettingError` where weights say how many."""
+        raise SettingError(f"the weight's shape says how many components {type(self).__name__} has.")
+
+    def pressed(self, coefficient: float) -> "Method[Made]":
+        """The same method with another coefficient of importance minimality; a `SettingError` where it has none."""
+        raise SettingError(f"{type(self).__name__} has no importance minimality.")
 
     def sparser(self, factor: float) -> "Method[Made]":
         """The same method, pressed so many times as hard towards few important components; a `SettingError` where it cannot."""

@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.components.gain_subnetworks import GainGradient
-from tl_paramdecomp.components.subnetworks import Gradients, SampleGradient
+from tl_paramdecomp.components.subnetworks import GainGradient, Gradients, SampleGradient
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedSiteError
 from tl_paramdecomp.methods.divergence import wide
 from tl_paramdecomp.methods.method import Microbatch

@@ -153,6 +153,10 @@ class SPD(Method[Decomposition]):
         )
         return replace(two, **changes)
 
+    def with_components(self, n: int) -> "SPD":
+        """The same method with so many components at each site."""
+        return replace(self, n_components=n)
+
     def pressed(self, coefficient: float) -> "SPD":
         """The same method with another coefficient of importance minimality."""
         return self._with_minimality(lambda _: coefficient)

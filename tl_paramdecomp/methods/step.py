@@ -14,7 +14,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.importance import Importance
+from tl_paramdecomp.components.importance import CleanPass, Importance, ImportanceSource
 from tl_paramdecomp.components.masked_output import InterpolatedMask, masked_output
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare, at_scored
 from tl_paramdecomp.methods.random_streams import AnyGenerator, RandomStreams, as_streams
@@ -90,7 +90,7 @@ class LossStep:
         memory: dict[str, Tensor] | None = None,
         kl_chunk: int | None = None,
         keep_blocks: bool = False,
-        importances: Mapping[str, Importance] | None = None,
+        source: ImportanceSource | None = None,
         place: Place = WHOLE,
         scale: float = 1.0,
     ) -> "LossStep":
@@ -100,7 +100,7 @@ class LossStep:
             measure: How outputs are compared.
             kl_chunk: Positions whose logits may exist at once; None: all.
             keep_blocks: Let passes that mask later sites alone begin at their block.
-            importances: Taken instead of what the decomposition's own function gives.
+            source: Of importances, taken instead of the decomposition's own function.
 
         Raises:
             UnsupportedModelError: KL is asked of a model that gives no logits.
@@ -120,8 +120,9 @@ class LossStep:
             divergence = (KL if measure == "kl" else MeanSquare)(clean.output, scored)
             if divergence.by_row and place is not WHOLE:  # a mean over rows; microbatches weigh as their positions do
                 divergence.share = place.window.rows / place.window.of / place.weight
-        if importances is None:
-            importances = decomposition.importances(clean.inputs, attention_mask)
+        source = decomposition.importance_source() if source is None else source
+        seen = CleanPass(adapter, tokens, attention_mask, clean.inputs, measure)
+        importances = source.importances(decomposition, seen)
         return cls(
             adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, as_streams(generator),
             progress, {} if memory is None else memory, clean.blocks, place, scale,

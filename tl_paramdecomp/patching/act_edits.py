@@ -9,60 +9,36 @@ bias included.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.components.factors import Components, read, write
 from tl_paramdecomp.components.masked_output import corrected
-from tl_paramdecomp.components.positions import Positions, unknown_end
-from tl_paramdecomp.errors import DataError, ShapeError
-from tl_paramdecomp.sites import SiteCall, Span, WeightSite
+from tl_paramdecomp.components.masks import SiteChange
+from tl_paramdecomp.components.positions import Positions, at_columns
+from tl_paramdecomp.errors import DataError
+from tl_paramdecomp.sites import SiteCall, WeightSite
 
 SHARED_ROWS = ("pos_embed.W_pos",)
 """Sites that hosts look up once for all rows, so that no row differs from another."""
 
 
-@dataclass(frozen=True, eq=False)
-class Given:
-    """Put values in."""
+class ActEdit(NamedTuple):
+    """One change of some components' activations, or of what the delta component writes."""
 
-    value: Tensor
-    """It broadcasts to [batch, pos, n]; with a position axis it covers the prompt."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scaled:
-    """Multiply what is there."""
-
-    value: Tensor
-    """It broadcasts as that of `Given`."""
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """Put in what another row of the batch has at the same position."""
-
-    seed: int
-
-
-Change: TypeAlias = Given | Scaled | Resampled
-
-
-@dataclass(frozen=True, eq=False)
-class ActEdit:
-    """One change of some components' activations."""
-
-    components: tuple[int, ...]
-    change: Change
+    kind: Literal["set", "scale", "resample"]
+    value: Any
+    """What is put in or multiplied by: it broadcasts to [batch, pos, n], and with a position axis covers the prompt; to
+    resample, the seed."""
+    components: tuple[int, ...] = ()
     positions: Positions | None = None
     head: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Redirect:
+class Redirect(NamedTuple):
     """Another vector for one component to read or write."""
 
     component: int
@@ -71,27 +47,16 @@ class Redirect:
 
 
 @dataclass(frozen=True, eq=False)
-class DeltaEdit:
-    """One change of what the delta component writes."""
-
-    change: Given | Scaled
-    positions: Positions | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SiteEdits:
+class SiteEdits(SiteChange):
     """All that is done to one site: reads first, then activations in the order given, then writes."""
 
-    site: WeightSite
-    n_components: int
     edits: tuple[ActEdit, ...] = ()
     reads: tuple[Redirect, ...] = ()
     writes: tuple[Redirect, ...] = ()
-    delta: tuple[DeltaEdit, ...] = ()
+    delta: tuple[ActEdit, ...] = ()
 
     @property
     def touched(self) -> frozenset[int]:
-        """Components that something is done to."""
         named = {c for edit in self.edits for c in edit.components}
         return frozenset(named | {redirect.component for redirect in (*self.reads, *self.writes)})
 
@@ -101,24 +66,21 @@ class SiteEdits:
         return frozenset(c for edit in self.edits if edit.head is not None for c in edit.components)
 
     @property
+    def keeps_delta(self) -> bool:
+        return not self.delta
+
+    @property
     def is_identity(self) -> bool:
-        """Whether nothing is done here."""
         return not (self.touched or self.delta)
 
     @property
     def by_position(self) -> bool:
-        """Whether positions matter: something names some, or a tensor has a position axis."""
-        changes = [edit.change for edit in (*self.edits, *self.delta)]
-        rows = any(not isinstance(c, Resampled) and c.value.ndim > 1 and c.value.shape[-2] > 1 for c in changes)
+        values = [edit.value for edit in (*self.edits, *self.delta)]
+        rows = any(isinstance(value, Tensor) and value.ndim > 1 and value.shape[-2] > 1 for value in values)
         return rows or any(e.positions is not None for e in (*self.edits, *self.reads, *self.writes, *self.delta))
 
     # --- running ------------------------------------------------------------------------------------------------------
     def output(self, components: Components, call: SiteCall) -> Float[Tensor, "*rows d_out"]:
-        """What the site writes instead of y.
-
-        Raises:
-            ShapeError, PositionIndexError, DataError: Values, positions or a batch that do not fit this pass.
-        """
         groups = ((False, sorted(self.touched - self.by_head)), (True, sorted(self.by_head)))
         changes = [_Group(self, components, call, chosen, by_head).written() for by_head, chosen in groups if chosen]
         if self.delta:
@@ -132,10 +94,9 @@ class SiteEdits:
         own = own - (components.acts(call.x) @ components.U).to(y.dtype)
         new = own
         for edit in self.delta:
-            value, there = _placed(edit.change.value, call.y.shape[:-1], call.span, self.site.name, own)
-            where = _both(there, _columns(edit.positions, call, self.site.name, own.device))
-            changed = new * value if isinstance(edit.change, Scaled) else value
-            new = changed if where is None else torch.where(where.unsqueeze(-1), changed, new)
+            value, there = _at_columns(edit.value, call, self.site, own)
+            changed = new * value if edit.kind == "scale" else value
+            new = torch.where(_columns(edit.positions, there, call, self.site).to(own.device)[..., None], changed, new)
         return new - own
 
 
@@ -158,76 +119,56 @@ class _Group:
         h = read(self.site, self.call.x, self.V, by_head)
         live = h
         for redirect in (r for r in self.made.reads if r.component in self.place):
-            own = torch.zeros(len(self.chosen), dtype=torch.bool, device=h.device)
-            own[self.place[redirect.component]] = True
             other = read(self.site, self.call.x, redirect.vector.to(self.V).unsqueeze(-1), by_head)
-            live = torch.where(self._where(redirect.positions, own, None), other, live)
+            live = torch.where(self._where(redirect.positions, [self.place[redirect.component]]), other, live)
         acts = live
         for edit in self.made.edits:
             at = [self.place[c] for c in edit.components if c in self.place]
             if at:
                 acts = self._edited(edit, acts, live, at)
         written = write(self.site, acts - h, self.U, by_head)
-        for i, vector, columns in self._redirected():
-            difference = (vector - self.U[i]).unsqueeze(0)
-            a = acts[..., i : i + 1] if columns is None else acts[..., i : i + 1] * self._over(columns).to(acts)
-            written = written + write(self.site, a, difference, by_head)
+        taken: dict[int, Tensor] = {}
+        for redirect in reversed(
+            [r for r in self.made.writes if r.component in self.place]
+        ):  # the last one given holds
+            i = self.place[redirect.component]
+            columns = _columns(redirect.positions, None, self.call, self.site).to(acts.device)
+            left = columns & ~taken[i] if i in taken else columns
+            taken[i] = columns | taken[i] if i in taken else columns
+            a = acts[..., i : i + 1] * self._over(left).to(acts)
+            written = written + write(self.site, a, (redirect.vector.to(self.U) - self.U[i]).unsqueeze(0), by_head)
         return written
 
-    # --- parts --------------------------------------------------------------------------------------------------------
     def _edited(self, edit: ActEdit, acts: Tensor, live: Tensor, at: list[int]) -> Tensor:
-        rows, name = self.call.y.shape[:-1], self.site.name
-        own = torch.zeros(len(self.chosen), dtype=torch.bool, device=acts.device)
-        own[at] = True
         there = None
-        if isinstance(edit.change, Resampled):
-            new = live[_other_rows(len(live), edit.change.seed, name).to(live.device)]
+        if edit.kind == "resample":
+            new = live[_other_rows(len(live), edit.value, self.site.name).to(live.device)]
         else:
-            value, there = _placed(self._of_chosen(edit, at), rows, self.call.span, name, acts)
+            value, there = _at_columns(self._of_chosen(edit.components, edit.value, at), self.call, self.site, acts)
             value = value.unsqueeze(-2) if self.by_head else value
-            new = acts * value if isinstance(edit.change, Scaled) else value
-        return torch.where(self._where(edit.positions, own, there, edit.head), new, acts)
+            new = acts * value if edit.kind == "scale" else value
+        return torch.where(self._where(edit.positions, at, there, edit.head), new, acts)
 
-    def _of_chosen(self, edit: ActEdit, at: list[int]) -> Tensor:
-        """An edit's values with one entry for each component of the group, in its order."""
-        assert not isinstance(edit.change, Resampled)
-        value = edit.change.value
+    def _of_chosen(self, components: Sequence[int], value: Tensor, at: list[int]) -> Tensor:
+        """An edit's values with one entry for each component of the group, in its order, or one for all."""
         if value.ndim == 0 or value.shape[-1] == 1:
             return value.reshape(*value.shape[:-1], 1)
-        mine = [i for i, c in enumerate(edit.components) if c in self.place]
-        if len(mine) == len(edit.components) and at == list(range(len(self.chosen))):
-            return value
+        mine = [i for i, c in enumerate(components) if c in self.place]
         full = value.new_zeros((*value.shape[:-1], len(self.chosen)))
         return full.index_copy(-1, torch.tensor(at, device=value.device), value[..., mine])
 
     def _where(
-        self, positions: Positions | None, own: Bool[Tensor, " n"], there: Tensor | None, head: int | None = None
+        self, positions: Positions | None, at: list[int], there: Tensor | None = None, head: int | None = None
     ) -> Bool[Tensor, "..."]:
-        columns = _both(there, _columns(positions, self.call, self.site.name, own.device))
-        where = own
+        where = torch.zeros(len(self.chosen), dtype=torch.bool, device=self.V.device)
+        where[at] = True
         if head is not None:
-            where = where & (torch.arange(self.site.n_heads or 1, device=own.device) == head).unsqueeze(-1)
-        return where if columns is None else where & self._over(columns)
+            where = where & (torch.arange(self.site.n_heads or 1, device=where.device) == head).unsqueeze(-1)
+        return where & self._over(_columns(positions, there, self.call, self.site).to(where.device))
 
     def _over(self, columns: Tensor) -> Tensor:
         """Rows' values over the axes of activations."""
         return columns[..., None, None] if self.by_head else columns[..., None]
-
-    def _redirected(self) -> list[tuple[int, Tensor, Tensor | None]]:
-        """(component, vector, columns) of redirected writes; where several meet, the last one given holds."""
-        found: list[tuple[int, Tensor, Tensor | None]] = []
-        taken: dict[int, Tensor | None] = {}
-        for redirect in reversed([r for r in self.made.writes if r.component in self.place]):
-            i = self.place[redirect.component]
-            if i in taken and taken[i] is None:
-                continue
-            columns = _columns(redirect.positions, self.call, self.site.name, self.U.device)
-            before = taken.get(i)
-            taken[i] = None if columns is None else columns if before is None else columns | before
-            if before is not None:
-                columns = ~before if columns is None else columns & ~before
-            found.append((i, redirect.vector.to(self.U), columns))
-        return found
 
 
 def derangement(n: int, seed: int) -> Int[Tensor, " n"]:
@@ -248,46 +189,16 @@ def _other_rows(n: int, seed: int, name: str) -> Int[Tensor, " n"]:
 
 
 def _columns(
-    positions: Positions | None, call: SiteCall, name: str, device: torch.device
-) -> Bool[Tensor, "*batch pos"] | None:
-    return None if positions is None else positions.columns(call.y.shape[:-1], call.span, name).to(device)
+    positions: Positions | None, there: Tensor | None, call: SiteCall, site: WeightSite
+) -> Bool[Tensor, "..."]:
+    """Which of a pass's columns are meant, of those that are there."""
+    if positions is None:
+        return torch.ones((), dtype=torch.bool) if there is None else there
+    named = positions.columns(call.y.shape[:-1], call.span, site.name)
+    return named if there is None else named.to(there.device) & there
 
 
-def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b
-
-
-def _placed(
-    value: Shaped[Tensor, "..."], rows: Sequence[int], span: Span, name: str, like: Tensor
-) -> tuple[Tensor, Bool[Tensor, " pos"] | None]:
-    """Given values at the columns of one pass, and which of the columns they cover; None: all.
-
-    Raises:
-        ShapeError: They do not broadcast to the rows, or cover another number of positions than the prompt has.
-    """
+def _at_columns(value: Any, call: SiteCall, site: WeightSite, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Given values at the columns of one pass, and which of the columns they cover."""
     value = value.to(like.device, like.dtype)
-    lead = value.shape[:-1]
-    if len(lead) > len(rows) or (len(lead) == len(rows) == 2 and lead[0] != rows[0] and 1 not in (lead[0], rows[0])):
-        raise ShapeError(
-            f"The values given for {name} are {list(value.shape)}, but the site's output has rows {list(rows)}; give one "
-            "row, or one for each (generation with beams or several return sequences multiplies the batch)."
-        )
-    if not lead or lead[-1] == 1:
-        return value, None
-    if not span.prompt_known:
-        raise unknown_end(name)
-    covered, start, end = lead[-1], span.start, span.start + rows[-1]
-    prompt = end if span.prompt is None else span.prompt
-    if covered != prompt:
-        raise ShapeError(
-            f"The values given for {name} cover {covered} positions, but the prompt has {prompt}. Activations of another "
-            "prompt must be of one with as many tokens, aligned with this one."
-        )
-    inside = value.narrow(-2, min(start, covered), max(0, min(end, covered) - start))
-    missing = rows[-1] - inside.shape[-2]
-    if not missing:
-        return inside, None
-    padded = torch.cat([inside, inside.new_zeros((*lead[:-1], missing, value.shape[-1]))], -2)
-    return padded, torch.arange(start, end, device=like.device) < covered
+    return at_columns(value, value.ndim - 2, call.y.shape[:-1], call.span, site.name, "values given for")

@@ -5,8 +5,6 @@ Masks say how much of each component takes part; patches say what its activation
 site and its delta component from another prompt is activation patching of the site's output.
 """
 
-import functools
-import numbers
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, SupportsIndex
@@ -18,27 +16,18 @@ from torch import Tensor
 from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
-from tl_paramdecomp.components.masks import finite_number
+from tl_paramdecomp.components.masks import SiteChanges, real_values
 from tl_paramdecomp.components.positions import PositionsLike, parse_positions
-from tl_paramdecomp.errors import (
-    ComponentIndexError,
-    DtypeError,
-    NoMatchingSiteError,
-    SettingError,
-    ShapeError,
-)
-from tl_paramdecomp.patching.act_edits import ActEdit, Change, DeltaEdit, Given, Redirect, Resampled, Scaled, SiteEdits
-from tl_paramdecomp.patching.claims import Claim, claimed
-from tl_paramdecomp.patching.hooks import intercepted
-from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SiteFn, WeightSite, resolve_name
+from tl_paramdecomp.errors import ComponentIndexError, DtypeError, NoMatchingSiteError, SettingError, ShapeError
+from tl_paramdecomp.patching.act_edits import ActEdit, Redirect, SiteEdits
+from tl_paramdecomp.patching.hooks import patched
 
 Number = float | int
 ActsLike = Tensor | Mapping[str, Tensor]
 """Activations [..., C] of a site, or of several sites by name as `component_acts` gives them."""
 
 
-class ActPatches:
+class ActPatches(SiteChanges[SiteEdits]):
     """What is done to component activations, as an immutable value: every method returns a new one.
 
     At one site reads are redirected first, then activations are changed in the order given, then writes are redirected.
@@ -47,10 +36,8 @@ class ActPatches:
     the prompt, and leaves decoded tokens to the model.
     """
 
-    def __init__(self, sites: Mapping[str, WeightSite], n_components: Mapping[str, int]) -> None:
-        self._sites = dict(sites)
-        self._n_components = dict(n_components)
-        self._changed: dict[str, SiteEdits] = {}
+    _nothing = SiteEdits
+    _done = "patched"
 
     # --- values -------------------------------------------------------------------------------------------------------
     def set(
@@ -77,9 +64,8 @@ class ActPatches:
             SettingError: The value of a W_O component is set as a whole and for one of its heads.
             PositionIndexError, ShapeError: From the forward pass, where positions or values do not fit its rows.
         """
-        old = self._site(site)
-        at = tuple(component_indices(components, old.n_components, old.site.name))
-        return self._edited(old, at, Given(_values(value, old.site.name, len(at))), positions, head)
+        old, at = self._at(site, components)
+        return self._edited(old, at, "set", _values(value, old.site.name, len(at)), positions, head)
 
     def zero(
         self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: SupportsIndex | None = None
@@ -96,9 +82,8 @@ class ActPatches:
         head: SupportsIndex | None = None,
     ) -> "ActPatches":
         """Multiply activations: 0 ablates, 1 leaves, 2 doubles. Arguments and errors as in `set`."""
-        old = self._site(site)
-        at = tuple(component_indices(components, old.n_components, old.site.name))
-        return self._edited(old, at, Scaled(_values(factor, old.site.name, len(at))), positions, head)
+        old, at = self._at(site, components)
+        return self._edited(old, at, "scale", _values(factor, old.site.name, len(at)), positions, head)
 
     def from_acts(
         self,
@@ -119,25 +104,8 @@ class ActPatches:
             ShapeError: They do not end in C; or, from the forward pass, are of a prompt of another length.
             As `set`, whose other arguments these are.
         """
-        old = self._site(site)
-        at = tuple(component_indices(components, old.n_components, old.site.name))
-        found, name = acts, old.site.name
-        if isinstance(acts, Mapping):
-            if name not in acts:
-                raise NoMatchingSiteError(f"There are no activations of {name} among those of {', '.join(acts)}.")
-            found = acts[name]
-        if not isinstance(found, Tensor):
-            raise DtypeError(f"Activations of {name} must be a tensor [..., C]; given {type(found).__name__}.")
-        chosen, split = checked_head(old.site, head), ""
-        if chosen is not None and old.site.head_side == "in":
-            split = f"heads={old.site.n_heads}, "
-            if found.ndim < 2 or found.shape[-2] != old.site.n_heads:
-                raise _wrong_acts(name, split, old.n_components, found)
-        if found.ndim == 0 or found.shape[-1] != old.n_components:
-            raise _wrong_acts(name, split, old.n_components, found)
-        found = found[..., chosen, :] if split else found
-        value = _values(found[..., list(at)], name, len(at))
-        return self._edited(old, at, Given(value), positions, chosen)
+        old, at = self._at(site, components)
+        return self._edited(old, at, "set", _acts_of(old, at, acts, head), positions, head)
 
     def mean(
         self,
@@ -166,9 +134,7 @@ class ActPatches:
             DataError: From a forward pass over a single row.
             As `set`, whose other arguments these are.
         """
-        old = self._site(site)
-        at = tuple(component_indices(components, old.n_components, old.site.name))
-        return self._edited(old, at, Resampled(seed), positions, head)
+        return self._edited(*self._at(site, components), "resample", seed, positions, head)
 
     # --- directions ---------------------------------------------------------------------------------------------------
     def read(
@@ -180,9 +146,9 @@ class ActPatches:
             ShapeError: The vector is not [d_in].
             NoMatchingSiteError, ComponentIndexError, DtypeError, PositionIndexError: As in `set`.
         """
-        old = self._site(site)
+        old = self._of(site)
         redirect = _redirect(old, component, vector, old.site.d_in, "reads", positions)
-        return self._with(replace(old, reads=(*old.reads, redirect)))
+        return self._with({old.site.name: replace(old, reads=(*old.reads, redirect))})
 
     def write(
         self, site: str, component: SupportsIndex, vector: Float[Tensor, " d_out"], positions: PositionsLike = None
@@ -193,9 +159,9 @@ class ActPatches:
             ShapeError: The vector is not [d_out].
             NoMatchingSiteError, ComponentIndexError, DtypeError, PositionIndexError: As in `set`.
         """
-        old = self._site(site)
+        old = self._of(site)
         redirect = _redirect(old, component, vector, old.site.d_out, "writes", positions)
-        return self._with(replace(old, writes=(*old.writes, redirect)))
+        return self._with({old.site.name: replace(old, writes=(*old.writes, redirect))})
 
     def delta(self, site: str, value: ActsLike | Number, positions: PositionsLike = None) -> "ActPatches":
         """Change what the delta component W - V U writes.
@@ -208,7 +174,8 @@ class ActPatches:
             ShapeError: The tensor does not end in d_out.
             NoMatchingSiteError, DtypeError, PositionIndexError: As in `from_acts`.
         """
-        old, name = self._site(site), self._site(site).site.name
+        old = self._of(site)
+        name = old.site.name
         if isinstance(value, Mapping):
             if name not in value:
                 raise NoMatchingSiteError(f"There are no delta writes of {name} among those of {', '.join(value)}.")
@@ -217,40 +184,21 @@ class ActPatches:
             raise ShapeError(
                 f"What the delta component of {name} writes is [..., d_out={old.site.d_out}]; given {list(value.shape)}."
             )
-        kind = Given if isinstance(value, Tensor) else Scaled
-        made = kind(_values(value, name, old.site.d_out))
-        return self._with(replace(old, delta=(*old.delta, DeltaEdit(made, parse_positions(positions)))))
+        kind = "set" if isinstance(value, Tensor) else "scale"
+        edit = ActEdit(kind, _values(value, name, old.site.d_out), positions=parse_positions(positions))
+        return self._with({name: replace(old, delta=(*old.delta, edit))})
 
-    # --- reading ------------------------------------------------------------------------------------------------------
-    def changed(self) -> dict[str, SiteEdits]:
-        """What is done to each site that is not the model itself."""
-        return {name: made for name in self._sites if (made := self._changed.get(name)) and not made.is_identity}
-
-    def __repr__(self) -> str:
-        changed = self.changed()
-        return f"ActPatches({len(self._sites)} sites, {len(changed)} patched: {', '.join(changed) or 'none'})"
-
-    def _site(self, site: str) -> SiteEdits:
-        name = resolve_name(self._sites, site)
-        return self._changed.get(name) or SiteEdits(self._sites[name], self._n_components[name])
-
-    def _with(self, made: SiteEdits) -> "ActPatches":
-        new = ActPatches(self._sites, self._n_components)
-        new._changed = self._changed | {made.site.name: made}
-        return new
+    def _at(self, site: str, components: ComponentsLike) -> tuple[SiteEdits, list[int]]:
+        old = self._of(site)
+        return old, component_indices(components, old.n_components, old.site.name)
 
     def _edited(
-        self,
-        old: SiteEdits,
-        components: tuple[int, ...],
-        change: Change,
-        positions: PositionsLike,
-        head: SupportsIndex | None,
+        self, old: SiteEdits, at: list[int], kind: Any, value: Any, positions: PositionsLike, head: SupportsIndex | None
     ) -> "ActPatches":
-        edit = ActEdit(components, change, parse_positions(positions), checked_head(old.site, head))
+        edit = ActEdit(kind, value, tuple(at), parse_positions(positions), checked_head(old.site, head))
         new = replace(old, edits=(*old.edits, edit))
         _refuse_part_and_whole(new)
-        return self._with(new)
+        return self._with({old.site.name: new})
 
 
 def act_patches(decomposition: Decomposition) -> ActPatches:
@@ -277,62 +225,36 @@ def patched_acts(model: Any, decomposition: Decomposition, patches: ActPatches) 
         NoMatchingSiteError: The patches belong to another decomposition.
         TargetMismatchError, DeviceError, PatchConflictError, SiteNotFiredError: As `patched`.
     """
-    adapter = checked_adapter(model, decomposition)
-    changed = site_edits(decomposition, patches)
-    with (
-        claimed(adapter.core, edit_claims(decomposition, changed)),
-        intercepted(adapter, edit_fns(decomposition, changed)),
-    ):
+    with patched(model, decomposition, patches):
         yield model
-
-
-def site_edits(decomposition: Decomposition, patches: ActPatches) -> dict[str, SiteEdits]:
-    """The patches that change something, of sites that the decomposition has with as many components.
-
-    Raises:
-        NoMatchingSiteError: They belong to another decomposition.
-    """
-    changed = patches.changed()
-    for name, made in changed.items():
-        if name not in decomposition or decomposition[name].n_components != made.n_components:
-            raise NoMatchingSiteError(
-                f"The patches speak of {made.n_components} components of {name}, which this decomposition does not have; "
-                "make them with act_patches(decomposition)."
-            )
-    return changed
-
-
-def edit_claims(decomposition: Decomposition, changed: Mapping[str, SiteEdits]) -> dict[str, Claim]:
-    """What running under these patches does to each site."""
-    return {
-        name: Claim(decomposition[name], additive=not made.delta, only=made.touched) for name, made in changed.items()
-    }
-
-
-def edit_fns(decomposition: Decomposition, changed: Mapping[str, SiteEdits]) -> dict[str, SiteFn]:
-    """The functions that an adapter runs at the sites."""
-    return {name: functools.partial(made.output, decomposition[name]) for name, made in changed.items()}
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 def _values(value: Any, name: str, n: int) -> Tensor:
-    """A copy that the caller's later in-place changes do not reach; gradients still flow.
-
-    Raises:
-        DtypeError, ShapeError: It is no tensor or number, or does not broadcast to [batch, pos, n].
-        SettingError: It is a number that is not finite.
-    """
-    if isinstance(value, numbers.Real):
-        value = finite_number(value, "Values", name)
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float | int) else None)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DtypeError(f"Values for {name} must be tensors or numbers; given {type(value).__name__}.") from error
-    if tensor.is_complex():
-        raise DtypeError(f"Values for {name} must be real numbers, not {tensor.dtype}.")
+    """A tensor that broadcasts to [batch, pos, n], or ShapeError, DtypeError or SettingError; gradients still flow."""
+    given = real_values(value, f"Values for {name}")
+    tensor = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
     if tensor.ndim > 3 or (tensor.ndim > 0 and tensor.shape[-1] not in (1, n)):
         raise ShapeError(f"Values for {name} must broadcast to [batch, pos, {n}]; given {list(tensor.shape)}.")
-    return tensor.clone() if tensor.is_floating_point() else tensor.to(torch.float64)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def _acts_of(old: SiteEdits, at: list[int], acts: Any, head: SupportsIndex | None) -> Tensor:
+    """A site's activations [..., n] of some components among those given; of one head where W_O's are divided."""
+    site, n = old.site, old.n_components
+    if isinstance(acts, Mapping):
+        if site.name not in acts:
+            raise NoMatchingSiteError(f"There are no activations of {site.name} among those of {', '.join(acts)}.")
+        acts = acts[site.name]
+    if not isinstance(acts, Tensor):
+        raise DtypeError(f"Activations of {site.name} must be a tensor [..., C]; given {type(acts).__name__}.")
+    chosen = checked_head(site, head)
+    by_head = chosen is not None and site.head_side == "in"
+    if acts.ndim <= by_head or acts.shape[-1] != n or (by_head and acts.shape[-2] != site.n_heads):
+        split = f"heads={site.n_heads}, " if by_head else ""
+        hint = ", which decomposition[site].head_acts(x) gives" if split else ""
+        raise ShapeError(f"Activations of {site.name} are [..., {split}C={n}]{hint}; given {list(acts.shape)}.")
+    return _values((acts[..., chosen, :] if by_head else acts)[..., at], site.name, len(at))
 
 
 def _redirect(
@@ -354,13 +276,8 @@ def _refuse_part_and_whole(made: SiteEdits) -> None:
         return
     for edit in made.edits:
         both = made.by_head & set(edit.components)
-        if edit.head is None and isinstance(edit.change, Given) and both:
+        if edit.head is None and edit.kind == "set" and both:
             raise SettingError(
                 f"Component {min(both)} of {made.site.name} is set as a whole and for one head; heads share its activation "
                 "as a sum, so that the other heads' parts would be unknown. Set every head, or the whole."
             )
-
-
-def _wrong_acts(name: str, split: str, n: int, given: Tensor) -> ShapeError:
-    hint = ", which decomposition[site].head_acts(x) gives" if split else ""
-    return ShapeError(f"Activations of {name} are [..., {split}C={n}]{hint}; given {list(given.shape)}.")

@@ -10,7 +10,6 @@ from typing import Any
 from tl_paramdecomp.adapters.boundary import one_thread
 from tl_paramdecomp.adapters.identity import SUFFIX, behind, is_identity
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.masks import SiteMask
 from tl_paramdecomp.components.subnetworks import Part
 from tl_paramdecomp.errors import PatchConflictError
 
@@ -24,25 +23,22 @@ class Claim:
     """What one context does to one site."""
 
     components: Components | Part
-    mask: SiteMask | None = None
-    """None: what its hook points make of any component."""
+    touched: frozenset[int] | None = None
+    """Components that it is about; None: all."""
     additive: bool = False
     """It only adds to the output: the delta mask stays 1."""
     in_weights: bool = False
     """The site holds other weights meanwhile."""
-    only: frozenset[int] | None = None
-    """Components that it is about, where no mask says so."""
 
     def joins(self, other: "Claim") -> bool:
         """Whether both can hold at once: corrections add up, unless they are to the same component."""
         if not (self.additive and other.additive):
             return False
-        return self.components is not other.components or not self._touched() & other._touched()
-
-    def _touched(self) -> frozenset[int]:
-        if self.only is not None:
-            return self.only
-        return frozenset(range(self.components.n_components)) if self.mask is None else self.mask.touched
+        if self.components is not other.components:
+            return True
+        every = frozenset(range(self.components.n_components))
+        mine, others = (every if claim.touched is None else claim.touched for claim in (self, other))
+        return not mine & others
 
 
 def _reads_of_another(name: str, claim: Claim, other: Mapping[str, Claim]) -> bool:
@@ -53,11 +49,8 @@ def _reads_of_another(name: str, claim: Claim, other: Mapping[str, Claim]) -> bo
 
 @contextlib.contextmanager
 def claimed(root: Any, claims: Mapping[str, Claim]) -> Iterator[None]:
-    """Note what happens to which sites of a model.
-
-    Raises:
-        PatchConflictError: Two patches of one site have no common meaning, or another thread uses the model.
-    """
+    """Note what happens to which sites of a model, or raise PatchConflictError: another thread uses it, or two patches of one
+    site have no common meaning."""
     with one_thread(root):
         yield from _claimed(root, dict(claims))
 

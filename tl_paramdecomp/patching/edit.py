@@ -16,7 +16,7 @@ from tl_paramdecomp.components.masked_output import masked_weight
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import PatchConflictError
 from tl_paramdecomp.patching.claims import Claim, claimed, is_patched
-from tl_paramdecomp.patching.hooks import site_masks
+from tl_paramdecomp.patching.hooks import changes_of
 from tl_paramdecomp.patching.target import checked_adapter
 
 
@@ -78,10 +78,8 @@ def _copied(model: Any) -> Any:
 
 
 def _share_again(root: nn.Module, made: nn.Module) -> None:
-    """Make parameters of a copy views of one another where the original's are: copying each by itself parts them.
-
-    A bridge's q, k and v are such views of GPT-2's c_attn, which a later save would otherwise find unedited.
-    """
+    """Make parameters of a copy views of one another where the original's are, as a bridge's q, k and v are of GPT-2's c_attn;
+    copying each by itself parts them, and a later save would find them unedited."""
     groups: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for old, new in zip(root.parameters(), made.parameters()):
         groups[old.untyped_storage().data_ptr()].append((old, new))
@@ -96,7 +94,7 @@ def _edited(model: Any, decomposition: Decomposition, masks: Masks) -> dict[str,
     adapter = checked_adapter(model, decomposition)
     weights = {}
     with torch.no_grad():
-        for name, mask in site_masks(decomposition, masks).items():
+        for name, mask in changes_of(decomposition, masks).items():
             components = decomposition[name]
             resolved = mask.constant(components.V.device, components.V.dtype)
             weight = adapter.weight(name).detach()

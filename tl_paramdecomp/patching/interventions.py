@@ -1,6 +1,7 @@
 """Masks made from causal importances: the ways in which a decomposition is used and tried."""
 
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -11,21 +12,18 @@ from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import source_masks, start_sources, worst_sources
 from tl_paramdecomp.methods.reconstruction import stochastic_masks
-from tl_paramdecomp.methods.step import LossStep, SiteMasks, measure_of
+from tl_paramdecomp.methods.step import LossStep, measure_of
 from tl_paramdecomp.patching.target import checked_adapter
 from tl_paramdecomp.sites import check_rows
 
-MaskValues: TypeAlias = tuple[Tensor, "Tensor | float"]
-"""(m, d) of one site."""
-
-MaskKind = Literal["importance", "rounded", "stochastic", "random", "zero", "unmasked", "adversarial"]
+MaskName = Literal["importance", "rounded", "stochastic", "random", "zero", "unmasked", "adversarial"]
 
 
 def importance_masks(
     model: Any,
     decomposition: Decomposition,
     tokens: Shaped[Tensor, "batch ..."],
-    kind: MaskKind = "importance",
+    kind: MaskName = "importance",
     *,
     threshold: float = 0.1,
     seed: int = 0,
@@ -56,38 +54,34 @@ def importance_masks(
         DtypeError, ShapeError: Tokens or mask are not token rows.
         TargetMismatchError, DeviceError: As `patched`.
     """
-    if kind not in get_args(MaskKind):
-        raise SettingError(f"Mask kind {kind!r} is none of {', '.join(get_args(MaskKind))}.")
+    if kind not in get_args(MaskName):
+        raise SettingError(f"Mask kind {kind!r} is none of {', '.join(get_args(MaskName))}.")
     check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
     masks = decomposition.masks()
     if kind in ("zero", "unmasked", "random"):
-        return masks.replaced(_without_importances(decomposition, tokens, kind, generator))
+        return masks.replaced({
+            name: (_without_importances(kind, (*tokens.shape, c.n_components), c.V.detach(), generator), 0.0)
+            for name, c in decomposition.items()
+        })  # fmt: skip
     with torch.no_grad():
         step = LossStep.of(adapter, decomposition, tokens, attention_mask, generator, measure=measure_of(adapter))
-        importances = step.importances
         if kind == "importance":
-            return masks.replaced({name: (g.lower, 0.0) for name, g in importances.items()})
+            return masks.replaced({name: (g.lower, 0.0) for name, g in step.importances.items()})
         if kind == "rounded":
-            return masks.replaced({name: ((g.lower > threshold).to(g.lower), 0.0) for name, g in importances.items()})
+            lower = {name: g.lower for name, g in step.importances.items()}
+            return masks.replaced({name: ((g > threshold).to(g), 0.0) for name, g in lower.items()})
         if kind == "stochastic":
-            return masks.replaced(_as_values(stochastic_masks(step)))
-        return masks.replaced(
-            _as_values(source_masks(step, worst_sources(step, start_sources(step), steps, step_size)))
-        )
-
-
-def _as_values(masks: SiteMasks) -> dict[str, MaskValues]:
-    return {name: (mask.m, mask.d) for name, mask in masks.items()}
+            made = stochastic_masks(step)
+        else:
+            made = source_masks(step, worst_sources(step, start_sources(step), steps, step_size))
+        return masks.replaced({name: (mask.m, mask.d) for name, mask in made.items()})
 
 
 def _without_importances(
-    decomposition: Decomposition, tokens: Tensor, kind: str, generator: torch.Generator
-) -> dict[str, MaskValues]:
-    def values(C: int, like: Tensor) -> Float[Tensor, "... C"]:
-        if kind == "random":
-            return torch.rand((*tokens.shape, C), generator=generator, device=like.device, dtype=like.dtype)
-        return like.new_full((C,), 1.0 if kind == "unmasked" else 0.0)
-
-    return {name: (values(c.n_components, c.V.detach()), 0.0) for name, c in decomposition.items()}
+    kind: str, shape: Sequence[int], like: Tensor, random: torch.Generator
+) -> Float[Tensor, "..."]:
+    if kind == "random":
+        return torch.rand(shape, generator=random, device=like.device, dtype=like.dtype)
+    return like.new_full(shape[-1:], 1.0 if kind == "unmasked" else 0.0)

@@ -8,20 +8,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.adapters.identity import folded
-from tl_paramdecomp.components.gain_subnetworks import GainSubnetworks
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import Part, SiteSubnetworks
+from tl_paramdecomp.components.subnetworks import Part
 from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.hooks import intercepted
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SiteCall, SiteFn, SitePattern, matches, select_sites
+from tl_paramdecomp.sites import SiteFn, SitePattern, matches, select_sites
 
 
 @entered_once
@@ -62,7 +60,7 @@ def perturbed(
             raise ShapeError(f"A delta is one number; that of subnetwork {k} is of shape {list(delta.shape)}.")
     parts = {name: decomposition.decoder[name] for name in chosen} if moved else {}
     claims = {
-        name: Claim(part, additive=not in_weights, in_weights=in_weights, only=frozenset(moved))
+        name: Claim(part, frozenset(moved), additive=not in_weights, in_weights=in_weights)
         for name, part in parts.items()
     }
     with claimed(adapter.core, claims), contextlib.ExitStack() as stack:
@@ -94,57 +92,19 @@ def _replaced(adapter: ModelAdapter, parts: Mapping[str, Part], deltas: Mapping[
     weights, biases, gains = {}, {}, {}
     with torch.no_grad():
         for name, part in parts.items():
-            if isinstance(part, GainSubnetworks):
-                gains[name], bias = adapter.gain(name) + _sum(part.gain, deltas), adapter.gain_bias(name)
+            moved = torch.stack([float(delta) * part.direction(k) for k, delta in deltas.items()]).sum(0)
+            if adapter.is_norm(name):
+                gains[name], bias = adapter.gain(name) + moved, adapter.gain_bias(name)
             else:
-                weights[name], bias = adapter.weight(name) + _matrix(part, deltas), adapter.bias(name)
+                weights[name], bias = adapter.weight(name) + moved, adapter.bias(name)
             if part.bias is not None and bias is not None:
-                biases[name] = bias + _sum(part.bias, deltas)
+                moved = torch.stack([float(delta) * part.bias[k] for k, delta in deltas.items()]).sum(0)
+                biases[name] = bias + moved
         weights = folded(weights, adapter.weight)
     with adapter.replaced_weights(weights | gains), adapter.replaced_biases(biases):
         yield
 
 
 def moved_part(part: Part, deltas: Mapping[int, float | Tensor]) -> SiteFn:
-    """The function that moves a site or a norm along subnetworks."""
-    return moved_norm(part, deltas) if isinstance(part, GainSubnetworks) else moved_site(part, deltas)
-
-
-def moved_norm(part: GainSubnetworks, deltas: Mapping[int, float | Tensor]) -> SiteFn:
-    """A norm's function that writes y + sum_k delta_k (xhat * v_k + b_k)."""
-    ks = list(deltas)
-
-    def run(call: SiteCall) -> Tensor:
-        gain = part.gain[ks]
-        scale = torch.stack([torch.as_tensor(d, dtype=gain.dtype, device=gain.device) for d in deltas.values()])
-        change = call.x.to(gain.dtype) * (scale @ gain)
-        if part.bias is not None:
-            change = change + scale @ part.bias[ks]
-        return call.y + change.to(call.y.dtype)
-
-    return run
-
-
-def moved_site(part: SiteSubnetworks, deltas: Mapping[int, float | Tensor]) -> SiteFn:
-    """A site's function that writes y + sum_k delta_k (x A_k B_k^T + b_k)."""
-    ks = list(deltas)
-
-    def run(call: SiteCall) -> Tensor:
-        A, B = part.A[ks], part.B[ks]
-        scale = torch.stack([torch.as_tensor(delta, dtype=A.dtype, device=A.device) for delta in deltas.values()])
-        read = (A * scale[:, None, None]).permute(1, 0, 2).flatten(1)
-        h = read[call.x] if not call.x.is_floating_point() else call.x.to(read.dtype) @ read
-        change = h @ B.permute(1, 0, 2).flatten(1).T
-        if part.bias is not None:
-            change = change + scale @ part.bias[ks]
-        return call.y + change.to(call.y.dtype)
-
-    return run
-
-
-def _matrix(part: SiteSubnetworks, deltas: Mapping[int, float | Tensor]) -> Float[Tensor, "d_in d_out"]:
-    return torch.stack([float(delta) * part.matrix(k) for k, delta in deltas.items()]).sum(0)
-
-
-def _sum(vectors: Float[Tensor, "K width"], deltas: Mapping[int, float | Tensor]) -> Float[Tensor, " width"]:
-    return torch.stack([float(delta) * vectors[k] for k, delta in deltas.items()]).sum(0)
+    """The function that moves a site or a norm along subnetworks: it writes y + sum_k delta_k (x A_k B_k^T + b_k)."""
+    return lambda call: call.y + part.change(call.x, deltas).to(call.y.dtype)

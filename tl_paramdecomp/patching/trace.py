@@ -14,14 +14,13 @@ from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.adapters.nnsight import NNsightAdapter, Standing, generate_call, running_body
 from tl_paramdecomp.adapters.passes import cached_columns, input_rows, prompt_columns
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
-from tl_paramdecomp.patching.act_patches import ActPatches, edit_claims, edit_fns, site_edits
-from tl_paramdecomp.patching.claims import Claim, claimed
-from tl_paramdecomp.patching.hooks import claims_of, site_masks
+from tl_paramdecomp.patching.act_patches import ActPatches
+from tl_paramdecomp.patching.claims import claimed
+from tl_paramdecomp.patching.hooks import changes_of, claims_of, site_fns
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SiteCall, SiteFn, Span
+from tl_paramdecomp.sites import SiteCall, Span
 
 
 def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatches) -> None:
@@ -44,13 +43,13 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
         raise UnsupportedModelError(
             f"patch_trace is for nnsight models; on this {adapter.host} model use patched(...)."
         )
-    planned = _planned(decomposition, masks)
-    fns, standing = composed(planned.fns, adapter.weight), adapter.standing()
+    changes = changes_of(decomposition, masks)
+    fns, standing = composed(site_fns(decomposition, changes), adapter.weight), adapter.standing()
     in_order = [name for name in adapter.wirings if name in fns]
     for name in in_order:
         _refuse_passed(name, standing, f"{adapter.envoy(adapter.wirings[name].owner).path}.input")
-    columns = _columns(model, standing) if planned.by_position else None
-    with claimed(adapter.core, planned.claims):
+    columns = _columns(model, standing) if any(change.by_position for change in changes.values()) else None
+    with claimed(adapter.core, claims_of(decomposition, changes)):
         pass  # a context around the trace may patch the same sites
     for owner, names in itertools.groupby(in_order, key=lambda name: adapter.wirings[name].owner):
         envoy = adapter.envoy(owner)
@@ -66,24 +65,6 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
             new = fns[name](SiteCall(rows.x, rows.y, adapter.bias(name), span))
             y = host_output(new, y, wiring)
         envoy.output = y
-
-
-class _Planned(NamedTuple):
-    """What is to run at which sites."""
-
-    fns: dict[str, SiteFn]
-    claims: dict[str, Claim]
-    by_position: bool
-
-
-def _planned(decomposition: Decomposition, given: Masks | ActPatches) -> _Planned:
-    if isinstance(given, ActPatches):
-        made = site_edits(decomposition, given)
-        by_position = any(edits.by_position for edits in made.values())
-        return _Planned(edit_fns(decomposition, made), edit_claims(decomposition, made), by_position)
-    masks = site_masks(decomposition, given)
-    fns: dict[str, SiteFn] = {name: site_fn(decomposition[name], mask) for name, mask in masks.items()}
-    return _Planned(fns, claims_of(decomposition, masks), any(mask.by_position for mask in masks.values()))
 
 
 class _Columns(NamedTuple):
@@ -116,11 +97,7 @@ def _columns(model: Any, standing: Standing) -> _Columns:
 
 
 def _cached_before(kwargs: Mapping[str, Any], length: int) -> int:
-    """Columns in the key/value cache before a pass that is under way, and may have added its own already.
-
-    Raises:
-        SiteNotFiredError: That cannot be told any more.
-    """
+    """Columns in the key/value cache before a pass that is under way, and may have added its own already."""
     now = cached_columns(kwargs)
     if not now or not hasattr(kwargs["past_key_values"], "get_seq_length"):
         return now  # tuples of an older transformers do not grow
@@ -143,11 +120,7 @@ def _cached_before(kwargs: Mapping[str, Any], length: int) -> int:
 
 
 def _refuse_passed(name: str, standing: Standing, location: str) -> None:
-    """Refuse a site that the forward pass has gone by: a trace does not go back.
-
-    Raises:
-        SiteNotFiredError: as said.
-    """
+    """Raise SiteNotFiredError at a site that the forward pass has gone by: a trace does not go back."""
     if standing.is_past(location):
         raise SiteNotFiredError(
             f"patch_trace comes too late for {name}: this trace has read something that the model computes after it. Call "
@@ -156,11 +129,7 @@ def _refuse_passed(name: str, standing: Standing, location: str) -> None:
 
 
 def _refuse_shared_rows(name: str, y: Tensor) -> None:
-    """Refuse a look-up that several invokes share: position embeddings are looked up once for the whole batch.
-
-    Raises:
-        UnsupportedSiteError: as said.
-    """
+    """Raise UnsupportedSiteError at a look-up that invokes share, as position embeddings are, once for the whole batch."""
     mediator = running_body()
     group = getattr(mediator, "batch_group", None)
     total = getattr(getattr(getattr(mediator, "interleaver", None), "batcher", None), "total", None)

@@ -13,7 +13,6 @@ from typing import Any
 
 from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
-from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError, SettingError
 from tl_paramdecomp.training.callbacks import JsonLines, RunInfo, StepInfo
@@ -131,8 +130,7 @@ class EvaluateEvery:
         Raises:
             SettingError: What is made has no importances, which an evaluation needs.
         """
-        made = run.decomposition
-        if not isinstance(made, Decomposition) or made.importance is None:
+        if not run.decomposition.gives_importances:
             raise SettingError(
                 f"EvaluateEvery needs a decomposition with importances; {run.settings['method']['type']} makes none. "
                 "Leave it out, and evaluate the result."

@@ -7,7 +7,6 @@ import torch
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.baselines import ExactBasis
 from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.methods.random_streams import RandomScope
 from tl_paramdecomp.training.guards import OnNonfinite
@@ -54,9 +53,7 @@ def steps_of(method: Method[Any], steps: int | None, data: Any) -> int:
     Raises:
         SettingError, DataError: The method trains, and steps or data are missing; or steps are no number of steps.
     """
-    name, hint = type(method).__name__, ""
-    if isinstance(method, ExactBasis):
-        hint = f" It trains importances; {name}(training=None) is the plain basis, and takes no steps."
+    name, hint = type(method).__name__, method.without_steps
     if steps is None and not method.trains:
         return 0
     if steps is None or isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0:

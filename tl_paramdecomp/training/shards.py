@@ -9,23 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_paramdecomp.components.decomposition import Decomposition
+from tl_paramdecomp.components.saved import Saved
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.parallel import ProcessGroup
 
 
-def shard(decomposition: Any, processes: ProcessGroup, device: torch.device) -> None:
+def shard(decomposition: Saved, processes: ProcessGroup, device: torch.device) -> None:
     """Keep a decomposition's parameters in shards, one of each on every process.
 
     Raises:
         SettingError: It cannot be kept so: subnetworks, tied sites, sites on several devices, or one process alone.
     """
-    if not isinstance(decomposition, Decomposition):
-        raise SettingError("shard=True is for components; subnetworks (L3D) are held by every process. Leave it out.")
-    if decomposition.tied:
-        raise SettingError(
-            f"shard=True does not go with tied sites ({', '.join(decomposition.tied)}): they share parameters. Leave one out."
-        )
+    parts = decomposition.sharded_parts()
     if len({p.device for p in decomposition.parameters()}) > 1:
         raise SettingError(
             "shard=True needs every process to hold its target on one device; this one is spread over several."
@@ -36,12 +31,8 @@ def shard(decomposition: Any, processes: ProcessGroup, device: torch.device) -> 
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes.world,))
-    for components in decomposition.values():
-        fully_shard(components, mesh=mesh)
-    if decomposition.importance is not None:
-        for network in decomposition.importance.children():
-            for module in network.values() if isinstance(network, nn.ModuleDict) else [network]:
-                fully_shard(module, mesh=mesh)
+    for part in parts:
+        fully_shard(part, mesh=mesh)
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -92,21 +83,7 @@ def brought_together(decomposition: Any) -> Any:
     if not any(is_shard(t) for t in kept.values()):
         return decomposition
     tensors = {name: whole(t).cpu() for name, t in kept.items()}
-    assert isinstance(decomposition, Decomposition)
-    factors = {
-        name: tuple(torch.empty(getattr(c, letter).shape, dtype=c.V.dtype) for letter in ("V", "U"))
-        for name, c in decomposition.items()
-    }
-    config = None if decomposition.importance is None else decomposition.importance.config
-    made = Decomposition(
-        factors,  # type: ignore[arg-type]
-        decomposition.sites,
-        decomposition.fingerprints,
-        config,
-        decomposition.info,
-    )
-    made.load_state_dict(tensors)
-    return made.requires_grad_(False)
+    return decomposition.with_tensors(tensors)
 
 
 @torch.no_grad()

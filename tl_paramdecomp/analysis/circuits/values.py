@@ -21,7 +21,6 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.circuits.units import Units
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.masked_output import site_fn
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.adversary import ascended
 from tl_paramdecomp.patching.frozen import frozen
@@ -69,7 +68,7 @@ class TaskRuns:
         masks = self.decomposition.masks().replaced({name: (m, self.delta) for name, m in spread.items()})
         fns = {}
         for name, mask in masks.changed().items():
-            fn = site_fn(self.decomposition[name], mask)
+            fn = functools.partial(mask.output, self.decomposition[name])
             if self.baseline is not None:
                 fn = functools.partial(_with_baseline, fn, self.decomposition[name], spread[name], self.baseline[name])
             fns[name] = fn

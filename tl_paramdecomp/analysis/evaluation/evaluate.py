@@ -30,12 +30,11 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.analysis.evaluation.masked_runs import KINDS, SITE_KINDS, MaskKind, Sums, Target, masks_of
-from tl_paramdecomp.analysis.evaluation.oracle import Oracle
 from tl_paramdecomp.analysis.evaluation.result import Evaluation, headline_steps
 from tl_paramdecomp.analysis.evaluation.specificity import specificity
 from tl_paramdecomp.analysis.evaluation.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.importance import Importance
+from tl_paramdecomp.components.importance import Importance, ImportanceSource
 from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
@@ -91,7 +90,7 @@ def evaluate(
     *,
     attention_mask: Int[Tensor, "rows pos"] | None = None,
     rows: int = 64,
-    importances: Oracle | None = None,
+    importances: ImportanceSource | None = None,
     untrained: Decomposition | None = None,
     protocol: EvaluationConfig | None = None,
     seconds: float | None = None,
@@ -106,7 +105,7 @@ def evaluate(
             takes.
         attention_mask: 1 where a position counts; padding is left out of every figure. Batches bring their own.
         rows: How many of the first rows of batches are taken.
-        importances: Taken instead of the decomposition's own importance function; needed where it has none.
+        importances: An `Oracle`, taken instead of the decomposition's own importance function; needed where it has none.
         untrained: A control: the same method's start, `decompose(..., steps=0)`.
         protocol: Everything that can be set.
         seconds: Leave out, and name, what would begin after so many; parts of the headline begin first.
@@ -125,7 +124,7 @@ def evaluate(
     if not len(tokens) or (attention_mask is not None and not attention_mask.any()):
         raise DataError("There are no rows to evaluate on, or the attention mask leaves no position of them.")
     for dec in (decomposition, untrained):
-        if dec is not None and dec.importance is None and importances is None:
+        if dec is not None and not dec.gives_importances and importances is None:
             raise NoImportanceError(
                 "This decomposition has no importance function; give importances=tl_paramdecomp.Oracle(k=...), which keeps "
                 "the k components per position that the model's gradients call for."
@@ -184,7 +183,7 @@ class _Run:
 
     def __init__(
         self, adapter: ModelAdapter, decomposition: Decomposition, tokens: Tensor, attention_mask: Tensor | None,
-        oracle: Oracle | None, protocol: EvaluationConfig, seconds: float | None, measure: Measure,
+        oracle: ImportanceSource | None, protocol: EvaluationConfig, seconds: float | None, measure: Measure,
     ) -> None:  # fmt: skip
         self.measure: Measure = measure
         self.adapter, self.dec, self.oracle = adapter, decomposition, oracle
@@ -224,11 +223,8 @@ class _Run:
         self.kept = kept if size <= KEPT else None
 
     def _step(self, tokens: Tensor, mask: Tensor | None) -> LossStep:
-        given = None
-        if self.oracle is not None:
-            given = self.oracle.importances(self.adapter, self.dec, tokens, mask, self.measure)
         step = LossStep.of(
-            self.adapter, self.dec, tokens, mask, torch.Generator(), measure=self.measure, importances=given
+            self.adapter, self.dec, tokens, mask, torch.Generator(), measure=self.measure, source=self.oracle
         )
         # what is kept between passes holds what they need, and no more
         alone = {name: Importance(i.lower, i.lower) for name, i in step.importances.items()}
@@ -273,7 +269,7 @@ class _Run:
             protocol={
                 **dataclasses.asdict(self.protocol),
                 "ladder": list(self.protocol.ladder),
-                "oracle": None if self.oracle is None else dataclasses.asdict(self.oracle),
+                "oracle": dataclasses.asdict(self.oracle) if dataclasses.is_dataclass(self.oracle) else None,
                 **({} if self.measure == "kl" else {"measure": self.measure}),
             },
             rows=len(self.tokens),

@@ -9,6 +9,7 @@ oracle keeps, at each position, the k components of all sites for which it is la
 an importance function does not: for bases that have no function of their own it is the stronger choice.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, along_writes
-from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.sigmoids import Importance
+from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.importance import CleanPass, Importance
 from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, Measure
 
@@ -39,16 +40,11 @@ class Oracle:
         if self.k < 1 or self.samples < 1:
             raise SettingError(f"An oracle needs k >= 1 and samples >= 1; given {self.k} and {self.samples}.")
 
-    def importances(
-        self,
-        adapter: ModelAdapter,
-        decomposition: Decomposition,
-        tokens: Int[Tensor, "batch pos"],
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
-        measure: Measure = "kl",
-    ) -> dict[str, Importance]:
+    def importances(self, components: Mapping[str, Components], clean: CleanPass) -> dict[str, Importance]:
         """Importances [batch, pos, C] of every site."""
-        effects = estimated_effects(adapter, decomposition, tokens, attention_mask, self.samples, self.seed, measure)
+        effects = estimated_effects(
+            clean.adapter, components, clean.tokens, clean.attention_mask, self.samples, self.seed, clean.measure
+        )
         together = torch.cat(list(effects.values()), -1)
         kept = torch.zeros_like(together)
         kept.scatter_(-1, together.topk(min(self.k, together.shape[-1]), -1).indices, 1.0)
@@ -58,7 +54,7 @@ class Oracle:
 
 def estimated_effects(
     adapter: ModelAdapter,
-    decomposition: Decomposition,
+    decomposition: Mapping[str, Components],
     tokens: Int[Tensor, "batch pos"],
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     samples: int = 4,

@@ -20,9 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.components.gain_subnetworks import GainGradient, pairwise_gains
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import CHUNK, Gradients, SampleGradient, Subnetworks
+from tl_paramdecomp.components.subnetworks import (
+    CHUNK,
+    GainGradient,
+    Gradients,
+    SampleGradient,
+    Subnetworks,
+    pairwise_gains,
+)
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
