@@ -36,8 +36,8 @@ MUTANTS = (
     ),
     Mutant(
         "a mask off by one position", "components/positions.py",
-        "here = torch.arange(span.start, span.start + length)",
-        "here = torch.arange(span.start + 1, span.start + length + 1)", "tests/components/test_masks.py",
+        "here = torch.arange(span.start, span.start + rows[-1])",
+        "here = torch.arange(span.start + 1, span.start + rows[-1] + 1)", "tests/components/test_masks.py",
     ),
     Mutant(
         "importance not clamped", "components/sigmoids.py",
