@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance_networks import GLOBAL_KINDS, SITE_KINDS
 from tl_paramdecomp.components.sigmoids import SIGMOIDS, Importance, clamped, leaky
@@ -96,7 +95,8 @@ class ImportanceConfig:
 class CleanPass(NamedTuple):
     """A forward pass of the target as it is, of which importances are told."""
 
-    adapter: ModelAdapter
+    adapter: Any
+    """The target's adapter, for sources that run it again."""
     tokens: Shaped[Tensor, "batch ..."]
     attention_mask: Shaped[Tensor, "batch pos"] | None
     inputs: Mapping[str, Tensor]
