@@ -25,8 +25,8 @@ from tl_paramdecomp.analysis.activations import sparsity
 from tl_paramdecomp.analysis.next_tokens import masked_kl
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
-from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.report.plotting import figure, save, subplots
+from tl_paramdecomp.settings import to_settings
 
 RESTARTS = 4
 KINDS = ("unmasked", "rounded", "stochastic", "importance", "zero")

@@ -13,8 +13,8 @@ import pytest
 import tl_paramdecomp
 
 PACKAGE = Path(tl_paramdecomp.__file__).parent
-ORDER = ["field_docs", "sites", "parallel", "adapters", "components", "data", "methods", "patching", "analysis"]
-ORDER += ["training", "report", "experiments", "cli"]
+ORDER = ["field_docs", "sites", "parallel", "settings", "adapters", "components", "data", "methods", "patching"]
+ORDER += ["analysis", "training", "report", "experiments", "cli"]
 """Imports run to the left; `errors` is left of all, and `components` does not reach `adapters`."""
 BESIDE = {"toy_models", "pretrained"}
 """They import errors, sites and adapters, and whatever stands right of components may import them."""

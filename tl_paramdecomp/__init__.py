@@ -91,7 +91,8 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     )
     from tl_paramdecomp.sites import WeightSite
     from tl_paramdecomp.training.callbacks import STOP, RunInfo, StepInfo
-    from tl_paramdecomp.training.estimates.estimate import Estimate, estimate_run
+    from tl_paramdecomp.training.config import RunConfig
+    from tl_paramdecomp.training.estimate import Estimate, estimate_run
     from tl_paramdecomp.training.fit import decompose
     from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
 
@@ -101,8 +102,8 @@ __all__ = [
     "ComponentHeads", "Decomposition", "Estimate", "EvaluateEvery", "Evaluation", "EvaluationConfig", "Faithfulness",
     "Graph", "HiddenActsReconstruction", "ImportanceConfig", "ImportanceMinimality", "IncomingEdges", "KLToClean",
     "L3D", "LearnedMasks", "LogitDifference", "LogitLens", "Masks", "NearestComponents", "NeuronBasis", "Oracle",
-    "PerHead", "PersistentAdversarialReconstruction", "ProbabilityDifference", "RandomBasis", "RunInfo", "SPD", "STOP",
-    "SVD", "Selectivity", "StepInfo", "StochasticReconstruction", "SubnetworkDecomposition", "SubnetworkEvaluation",
+    "PerHead", "PersistentAdversarialReconstruction", "ProbabilityDifference", "RandomBasis", "RunConfig", "RunInfo", "SPD",
+    "STOP", "SVD", "Selectivity", "StepInfo", "StochasticReconstruction", "SubnetworkDecomposition", "SubnetworkEvaluation",
     "Sweep", "Task", "TaskPrompt", "TensorBoard", "TextRows", "TokenLoss", "TokenStatistics", "TopContexts",
     "UnmaskedReconstruction", "VPD", "WandB", "WeightSite", "WhitenedSVD", "act_patches", "activation_means",
     "answer_logits", "attached", "attention_scores", "attribute", "causal_importances", "causal_selectivity",

@@ -12,7 +12,7 @@ from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads
 from tl_paramdecomp.analysis.effects.sweep import Sweep
 from tl_paramdecomp.analysis.evaluation.matching import NearestComponents
 from tl_paramdecomp.analysis.records import Record
-from tl_paramdecomp.training.estimates.estimate import Estimate
+from tl_paramdecomp.training.estimate import Estimate
 
 MASK = {
     "site": "all", "masks": "rounded 0.1", "delta": "absent", "kl": 0.5, "kl_sd": None, "ce_difference": 0.25,

@@ -443,6 +443,6 @@ def test_bad_input_is_refused_by_name(model, dec):
     for wrong in ({"restarts": 0}, {"ladder": (0,)}, {"samples": 0}):
         with pytest.raises(SettingError, match="at least 1"):
             tlpd.EvaluationConfig(**wrong)
-    with pytest.raises(SettingError, match="k >= 1"):
+    with pytest.raises(SettingError, match="k must be at least 1"):
         tlpd.Oracle(k=0)
     assert MaskKind("rounded", threshold=0.1).name == "rounded 0.1"

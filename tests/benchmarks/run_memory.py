@@ -13,7 +13,7 @@ import torch
 
 from tests.benchmarks.peak_memory import resident
 from tl_paramdecomp.cli.methods import ALL_PRESETS
-from tl_paramdecomp.training.estimates.estimate import estimate_run
+from tl_paramdecomp.training.estimate import estimate_run
 from tl_paramdecomp.training.fit import decompose
 
 STEPS = 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ import yaml
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.cli.methods import ALL_PRESETS
-from tl_paramdecomp.cli.run_settings import RunSettings, resolve, tree_of
+from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve
 from tl_paramdecomp.cli.settings_paths import parse_change, read_tree
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.settings import to_settings
+from tl_paramdecomp.settings import to_settings
 
 from ..support.commands import command
 
@@ -90,9 +91,79 @@ def test_numbers_that_yaml_takes_for_text(tmp_path):
     assert resolve(read_tree(path)).method.lr == 1e-3
 
 
+BASE = "model: micro-gpt2\nsites: '*'\n"
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi")
+)
+HOSTILE = {
+    "alias bomb": BOMB,
+    "wide aliases": f"a: &a [{'x, ' * 300}]\nb: &b [{'*a, ' * 300}]\nc: [{'*b, ' * 300}]\n",
+    "deep aliases": "".join(f"a{i}: &a{i} {'[' * 40}{f'*a{i - 1}' if i else 'x'}{']' * 40}\n" for i in range(60)),
+    "digits": f"{BASE}steps: {'1' * 100_000}\n",
+    "digits of a fraction": f"{BASE}steps: 1.{'1' * 100_000}x\n",
+    "many keys": "".join(f"key{i}: {i}\n" for i in range(40_000)),
+    "many values": f"[{'a,' * 1_500_000}]",
+    "large": "x" * 5_000_000,
+    "long key": f"{BASE}{'s' * 1_000_000}: 3\n",
+    "deep lists": f"{BASE}x: {'[' * 100_000}",
+    "deep mappings": f"{BASE}x: {'{a: ' * 50_000}",
+    "no separator": f"{BASE}data: {{separator: ''}}\n",
+    "a date": f"{BASE}steps: 2024-01-01\n",
+    "anchor within itself": f"{BASE}x: &x [*x]\n",
+    "all of it within itself": "&a [*a]",
+    "no type": f"{BASE}method: {{type: null}}",
+    "400 digits": f"{BASE}seed: {'9' * 400}\n",
+    "400 digits of a float": f"{BASE}method: {{preset: spd, lr: {'9' * 400}}}\n",
+    "90 digits": f"{BASE}steps: {'9' * 90}\n",
+    "tag": f"{BASE}x: !!python/object:os.system 3\n",
+    "set": f"{BASE}x: !!set {{a}}\n",
+    "twice": f"{BASE}steps: 1\nsteps: 2\n",
+    "a list as a key": f"{BASE}[a]: 3\n",
+    "documents": f"{BASE}---\na: 3\n",
+    "zero": "a: \0",
+    "nothing": "",
+    "a list": "[1]",
+    "not a number": f"{BASE}method: {{preset: spd, lr: .nan}}\n",
+    "no end": f"{BASE}max_seconds: .inf\n",
+    "half a step": f"{BASE}steps: 1.5\n",
+    "equals": f"{BASE}x: =\n",
+    "merged number": f"{BASE}data: {{<<: 3}}\n",
+    "json: twice": '{"model": "a", "model": "b"}',
+    "json: deep": "[" * 100_000,
+    "json: less deep": '{"a":' * 900 + "1" + "}" * 900,
+    "json: 400 digits": f'{{"model": "micro-gpt2", "sites": "*", "steps": {"9" * 400}}}',
+    "json: many": f"[{'1,' * 2_000_000}1]",
+    "json: 5000 digits": f'{{"steps": {"9" * 5000}}}',
+    "json: large float": '{"steps": 1e400}',
+    "json: NaN": '{"steps": NaN}',
+    "json: no type": '{"model": "micro-gpt2", "sites": "*", "method": {"type": null}}',
+    "json: null": "null",
+    "json: list as type": '{"model": "micro-gpt2", "sites": "*", "method": {"preset": "spd", "losses": {"0": {"type": []}}}}',
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_files_are_refused_by_name_at_once(tmp_path, what):
+    path = tmp_path / ("run.json" if what.startswith("json") else "run.yaml")
+    path.write_text(HOSTILE[what], encoding="utf-8")
+    begun = time.process_time()
+    with pytest.raises(SettingError) as caught:
+        resolve(read_tree(path))
+    assert time.process_time() - begun < 1.0 and len(str(caught.value)) < 1000
+
+
+def test_anchors_and_dates_as_text_are_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"{BASE}data: &d {{length: 16, shuffle: 0}}\nbackground: {{<<: *d, length: 8}}\nrun_dir: 2024-01-01\n"
+    )
+    settings = resolve(read_tree(path))
+    assert settings.background == DataSettings(length=8, shuffle=0) and settings.run_dir == "2024-01-01"
+
+
 def test_a_tree_of_settings_is_those_settings():
     settings = resolve(TREE, [parse_change("evaluate=5"), parse_change("wandb=project")])
-    assert resolve(json.loads(json.dumps(tree_of(settings)))) == settings
+    assert resolve(json.loads(json.dumps(settings.tree()))) == settings
 
 
 def test_a_resolved_file_is_the_same_run(tmp_path):

@@ -448,9 +448,9 @@ def test_names_of_saved_tensors() -> None:
     [
         ({"hidden": 0}, "at least 1; given 0"),
         ({"kind": "global_transformer", "hidden": 12, "heads": 4}, "hidden=12, heads=4"),
-        ({"heads": 0}, "heads=0"),
-        ({"layers": -1}, "layers=-1"),
-        ({"d_mlp": 0}, "d_mlp=0"),
+        ({"heads": 0}, "heads must be at least 1"),
+        ({"layers": -1}, "layers must be .* from 0 on"),
+        ({"d_mlp": 0}, "d_mlp must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, object], said: str) -> None:

@@ -15,7 +15,7 @@ from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.experiments import recipes, reproduce
 from tl_paramdecomp.experiments.recipes import RECIPES
 from tl_paramdecomp.methods.l3d import L3D
-from tl_paramdecomp.methods.settings import from_settings, to_settings
+from tl_paramdecomp.settings import from_settings, to_settings
 from tl_paramdecomp.toy_models import DigitsConfig, InductionConfig, ResidMLPConfig, TMSConfig, ToyTarget
 
 TARGETS = {

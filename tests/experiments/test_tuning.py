@@ -61,7 +61,7 @@ def test_what_cannot_be_tuned_is_refused():
     for wrong in ([], [1, -2]):
         with pytest.raises(SettingError, match="each once"):
             tune_along(model, made, wrong, rows, steps=1, progress=False)
-    with pytest.raises(SettingError, match="must be positive"):
+    with pytest.raises(SettingError, match="must be at least 1"):
         tune_along(model, made, [0], rows, steps=0, progress=False)
     with pytest.raises(DivergedError, match="step 0"):
         tune_along(

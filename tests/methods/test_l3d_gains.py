@@ -13,7 +13,7 @@ from tl_paramdecomp.components.subnetworks import GainSubnetworks, Subnetworks
 from tl_paramdecomp.errors import NoMatchingSiteError, ShapeError, UnsupportedSiteError
 from tl_paramdecomp.methods.l3d import reconstruction, revive
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, references
-from tl_paramdecomp.methods.settings import from_settings, to_settings
+from tl_paramdecomp.settings import from_settings, to_settings
 
 
 def tokens(rows=4, length=5, seed=1):

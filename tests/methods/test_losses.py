@@ -231,7 +231,12 @@ def test_words_that_are_no_choice_are_refused():
     }
     code = f"""
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.settings import *
+from tl_paramdecomp import SPD
+from tl_paramdecomp.components.importance import ImportanceConfig
+from tl_paramdecomp.methods.adversary import *
+from tl_paramdecomp.methods.internals import *
+from tl_paramdecomp.methods.losses import *
+from tl_paramdecomp.methods.reconstruction import *
 for case in {list(cases)!r}:
     try:
         eval(case)

@@ -16,8 +16,8 @@ from tl_paramdecomp.methods.reconstruction import (
     StochasticReconstruction,
     UnmaskedReconstruction,
 )
-from tl_paramdecomp.methods.settings import TABLE
 from tl_paramdecomp.methods.step import LossStep
+from tl_paramdecomp.settings import kinds_of
 
 LOSSES = {
     "faithfulness": Faithfulness(rows=3),
@@ -43,7 +43,7 @@ SITES = ["blocks.0.attn.W_Q", "blocks.1.attn.W_O", "blocks.*.mlp.W_in", "embed.W
 
 
 def test_every_loss_is_among_them():
-    assert {name for name, cls in TABLE.items() if issubclass(cls, Loss)} == {
+    assert {name for name, cls in kinds_of(Loss).items() if cls.__module__.startswith("tl_paramdecomp.")} == {
         type(loss).__name__ for loss in LOSSES.values()
     }
 

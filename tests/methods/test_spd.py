@@ -20,8 +20,8 @@ from tl_paramdecomp.methods.reconstruction import (
     StochasticReconstruction,
     UnmaskedReconstruction,
 )
-from tl_paramdecomp.methods.settings import TABLE, from_settings, to_settings
 from tl_paramdecomp.methods.starts import initial_factors
+from tl_paramdecomp.settings import from_settings, kinds_of, to_settings
 from tl_paramdecomp.sites import WeightSite
 
 
@@ -101,7 +101,9 @@ ALL_LOSSES = (
 
 
 def test_the_settings_below_name_every_loss_and_leave_no_field_at_its_default():
-    assert {type(loss).__name__ for loss in ALL_LOSSES} == {n for n, cls in TABLE.items() if issubclass(cls, Loss)}
+    assert {type(loss).__name__ for loss in ALL_LOSSES} == {
+        name for name, cls in kinds_of(Loss).items() if cls.__module__.startswith("tl_paramdecomp.")
+    }
     for loss in ALL_LOSSES:
         default, given = to_settings(type(loss)()), to_settings(loss)
         alike = {key for key in given if given[key] == default[key]} - {"type", "name"}

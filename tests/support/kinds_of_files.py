@@ -14,7 +14,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.analysis.tasks.task import Task, load_task
 from tl_paramdecomp.errors import DecompositionFileError
 from tl_paramdecomp.training.callbacks import STOP
-from tl_paramdecomp.training.runs.checkpoint import read_checkpoint, restore
+from tl_paramdecomp.training.checkpoint import read_checkpoint, restore
 
 from ..analysis.small_records import RECORDS
 from ..training.checkpoints import metadata, seal, state_of, steps, stopped_run

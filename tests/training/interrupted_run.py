@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from tests.training import runs
-from tl_paramdecomp.training import clock
-from tl_paramdecomp.training.interrupts import Interrupts
-from tl_paramdecomp.training.runs import checkpoint as room
+from tl_paramdecomp.training import checkpoint as room
+from tl_paramdecomp.training import watch as clock
+from tl_paramdecomp.training.watch import Interrupts
 
 STEPS, EVERY = 12, 10
 

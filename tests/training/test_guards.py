@@ -12,11 +12,11 @@ from tl_paramdecomp.components.disk import read_tensors
 from tl_paramdecomp.errors import CollapseWarning, DivergedError
 from tl_paramdecomp.methods.losses import ImportanceMinimality
 from tl_paramdecomp.methods.method import LossReport, ParameterGroup
-from tl_paramdecomp.methods.settings import to_settings
-from tl_paramdecomp.training import collapse, loop
+from tl_paramdecomp.settings import to_settings
+from tl_paramdecomp.training import guards as collapse
+from tl_paramdecomp.training import loop
 from tl_paramdecomp.training.callbacks import STOP
-from tl_paramdecomp.training.collapse import CollapseWatch, smallest_power
-from tl_paramdecomp.training.guards import FiniteGuard
+from tl_paramdecomp.training.guards import CollapseWatch, FiniteGuard, smallest_power
 
 from . import runs
 from .checkpoints import steps

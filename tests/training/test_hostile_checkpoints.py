@@ -16,7 +16,7 @@ import torch
 
 from tl_paramdecomp.errors import DecompositionFileError, TLParamDecompError
 from tl_paramdecomp.training.callbacks import STOP
-from tl_paramdecomp.training.runs.checkpoint import Checkpoint, read_checkpoint, restore
+from tl_paramdecomp.training.checkpoint import Checkpoint, read_checkpoint, restore
 from tl_paramdecomp.training.state import TrainingState
 
 from ..support import hostile

@@ -11,9 +11,9 @@ import pytest
 
 from tests.support.processes import HANGS, Child, EndedError, hear
 from tl_paramdecomp.errors import DecompositionFileError
-from tl_paramdecomp.training import clock
+from tl_paramdecomp.training import watch as clock
 from tl_paramdecomp.training.callbacks import STOP, JsonLines, RunInfo, StepInfo
-from tl_paramdecomp.training.interrupts import ECHO, Interrupts
+from tl_paramdecomp.training.watch import ECHO, Interrupts
 
 from . import interrupted_run, runs
 from .checkpoints import steps

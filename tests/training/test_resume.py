@@ -13,7 +13,7 @@ from tl_paramdecomp.errors import TargetMismatchError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
-from tl_paramdecomp.methods.settings import from_settings
+from tl_paramdecomp.settings import from_settings
 
 from .checkpoints import metadata, newest, seal
 from .test_fit import fit, same, tiny_gpt2, tokens

@@ -16,7 +16,7 @@ import tl_paramdecomp as tlpd
 from tl_paramdecomp.components import disk
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError
 from tl_paramdecomp.training.callbacks import STOP, JsonLines, StepInfo
-from tl_paramdecomp.training.runs.run_folder import RunFolder
+from tl_paramdecomp.training.run_folder import RunFolder
 
 from ..support.small_disks import file_size_limit, full_disk
 from .checkpoints import steps

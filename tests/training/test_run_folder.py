@@ -10,9 +10,8 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.support.processes import Child, hear
 from tl_paramdecomp.errors import DecompositionFileError, RunInUseError, SettingError
-from tl_paramdecomp.training.runs import lock as room
-from tl_paramdecomp.training.runs.lock import RunLock
-from tl_paramdecomp.training.runs.run_folder import RunFolder
+from tl_paramdecomp.training import run_folder as room
+from tl_paramdecomp.training.run_folder import RunFolder, held
 
 from .checkpoints import steps
 from .test_fit import fit, same, tiny_gpt2
@@ -20,7 +19,7 @@ from .test_fit import fit, same, tiny_gpt2
 
 def hold(pipe, lock, forks):
     """Hold a lock, perhaps with a child, until killed, or until the test has ended."""
-    with RunLock(lock):
+    with held(lock):
         if forks and not os.fork():
             pipe.send(os.getpid())
         else:
@@ -68,11 +67,11 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(tmp_path):
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
     """As data workers that were forked do, for a while, after their parent was killed."""
     with Holder(tmp_path, forks=True) as holder:
-        with pytest.raises(RunInUseError), RunLock(tmp_path / ".lock"):
+        with pytest.raises(RunInUseError), held(tmp_path / ".lock"):
             pass
         holder.kill()
         os.kill(holder.child, 0)
-        with RunLock(tmp_path / ".lock"):
+        with held(tmp_path / ".lock"):
             pass
         os.kill(holder.child, 0)
 
@@ -95,7 +94,7 @@ def test_the_lock_is_given_up_however_a_run_ends(tmp_path):
         fit(tiny_gpt2(), run_dir=tmp_path, steps=2)
         with pytest.raises(error):
             fit(tiny_gpt2(), run_dir=tmp_path, **({"steps": 2, "resume": error is SettingError or False} | changes))
-    with RunLock(tmp_path / ".lock"):
+    with held(tmp_path / ".lock"):
         pass
 
 
@@ -110,11 +109,11 @@ def test_a_holder_that_has_not_said_who_it_is(tmp_path, monkeypatch, looks):
             lock.write_text(said)
 
     monkeypatch.setattr(room.time, "sleep", nap)
-    with RunLock(lock):
+    with held(lock):
         said = lock.read_text()
         lock.write_text("")
         who = "another process" if looks is None else f"process {os.getpid()} on"
-        with pytest.raises(RunInUseError, match=f"in use by {who}"), RunLock(lock):
+        with pytest.raises(RunInUseError, match=f"in use by {who}"), held(lock):
             pass
     assert len(naps) == (looks or 10) and sum(naps) < 1
 
@@ -123,11 +122,8 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
     def none(file, how):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(room.fcntl, "flock", none)
-    with pytest.warns(UserWarning, match="has no locks.*no two runs"), RunLock(tmp_path / ".lock"):
-        pass
-    monkeypatch.setattr(room, "fcntl", None)
-    with RunLock(tmp_path / ".lock"), RunLock(tmp_path / ".lock"):
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(UserWarning, match="has no locks.*no two runs"), held(tmp_path / ".lock"):
         pass
 
 

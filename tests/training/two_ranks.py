@@ -5,8 +5,7 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.support.divided import difference, methods, train
 from tl_paramdecomp.parallel import ProcessGroup
-from tl_paramdecomp.training.distributed import Replicas, joined
-from tl_paramdecomp.training.shards import shard, whole
+from tl_paramdecomp.training.distributed import Replicas, joined, shard, whole
 
 WAYS = ("replicated", "accumulated", "sharded")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.analysis import record_files
-from tl_paramdecomp.components.disk import writing
-from tl_paramdecomp.components.plain import as_declared, from_plain, in_short
+from tl_paramdecomp.components.disk import in_short, writing
 from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError
+from tl_paramdecomp.settings import as_declared, from_plain
 
 if TYPE_CHECKING:
     from pandas import DataFrame

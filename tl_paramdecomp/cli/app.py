@@ -148,7 +148,7 @@ def decompose(
     """
     from tl_paramdecomp.cli.methods import ALL_PRESETS, changed, method_in, method_named
     from tl_paramdecomp.cli.run_files import is_run_file, run, settings_of, settings_of_file
-    from tl_paramdecomp.methods.settings import to_settings
+    from tl_paramdecomp.settings import to_settings
 
     if is_run_file(model):
         _refuse_options(context, {"model", "out", "changes", "dry_run"})

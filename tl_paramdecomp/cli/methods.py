@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tl_paramdecomp.components.disk import LARGEST, parse_json, read_text
-from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.errors import DecompositionFileError, SettingError
 from tl_paramdecomp.methods.baselines import SVD, NeuronBasis, RandomBasis, WhitenedSVD
 from tl_paramdecomp.methods.l3d import L3D
 from tl_paramdecomp.methods.method import Method
-from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.methods.spd import SPD, VPD
+from tl_paramdecomp.settings import TYPE, from_settings
 
 PRESETS: Mapping[str, Callable[[], Any]] = {
     "spd": SPD,
@@ -84,9 +84,9 @@ def method_in(path: Path) -> Any:
         SettingError: It cannot be read, or names something unknown.
     """
     try:
-        found = from_settings(parse_json(path, read_text(path, LARGEST)))
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{path} cannot be read as JSON settings: {error}") from error
-    if not isinstance(found, Method):
+        found = parse_json(path, read_text(path, LARGEST))
+    except DecompositionFileError as error:
+        raise SettingError(str(error)) from error
+    if not isinstance(found, dict) or TYPE not in found:
         raise SettingError(f"{path} holds no method; it should be an object with the method's name as its type.")
-    return found
+    return from_settings(found, base=Method)

@@ -19,16 +19,18 @@ from tl_paramdecomp.adapters.fingerprint import differs
 from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks
 from tl_paramdecomp.cli.models import open_model
 from tl_paramdecomp.cli.rows import Rows, open_rows
-from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve, tree_of
+from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
 from tl_paramdecomp.components.disk import replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.report.quality import measure_quality, quality_tables, write_quality
+from tl_paramdecomp.settings import hints_of
 from tl_paramdecomp.training.callbacks import Callback, RunInfo
+from tl_paramdecomp.training.config import RunConfig
 from tl_paramdecomp.training.distributed import leads, own_device
-from tl_paramdecomp.training.estimates.estimate import estimate_run
+from tl_paramdecomp.training.estimate import estimate_run
 from tl_paramdecomp.training.fit import decompose
 from tl_paramdecomp.training.loggers import EvaluateEvery, TensorBoard, WandB
 
@@ -86,7 +88,7 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         return
     made = decompose(
         model, settings.sites, settings.method, rows.train, background=background,
-        callbacks=_callbacks(settings, model, rows), **_arguments(settings),
+        callbacks=_callbacks(settings, model, rows), **{name: getattr(settings, name) for name in hints_of(RunConfig)},
     )  # fmt: skip
     if not leads():
         return  # one process writes and talks
@@ -97,15 +99,6 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
         console.print(f"Stopped after step {done} of {settings.steps}; the same command goes on.", highlight=False)
     _report(settings, model, made, rows, console)
     console.print(f"Saved to [bold]{folder / 'decomposition'}[/].", highlight=False)
-
-
-def _arguments(settings: RunSettings) -> dict[str, Any]:
-    """Arguments of `decompose` that are settings by the same name."""
-    names = (
-        "steps", "batch_size", "seed", "run_dir", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best",
-        "on_nonfinite", "max_skips", "max_seconds", "accumulate", "random_numbers", "shard",
-    )  # fmt: skip
-    return {name: getattr(settings, name) for name in names}
 
 
 def _rows(settings: RunSettings, model: Any, data: DataSettings) -> Rows:
@@ -143,7 +136,7 @@ class _Resolved:
 
 def _write_resolved(settings: RunSettings, made: Any) -> None:
     """Every setting, with versions and the fingerprints of the weights."""
-    tree = tree_of(replace(settings, versions=versions(), target=made.fingerprints))
+    tree = replace(settings, versions=versions(), target=made.fingerprints).tree()
     replace_text(Path(settings.run_dir) / RESOLVED, HEADER.format(name=RESOLVED) + write_tree(tree))
 
 

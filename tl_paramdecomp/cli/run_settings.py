@@ -7,18 +7,31 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
 from tl_paramdecomp.cli.methods import ALL_PRESETS, method_named
 from tl_paramdecomp.cli.models import Host
 from tl_paramdecomp.cli.settings_paths import merge, put
 from tl_paramdecomp.errors import SettingError
-from tl_paramdecomp.methods.field_types import TYPE, build, unknown
 from tl_paramdecomp.methods.method import Method
-from tl_paramdecomp.methods.settings import TABLE, from_settings, to_settings
+from tl_paramdecomp.settings import (
+    TYPE,
+    Count,
+    Seed,
+    Settings,
+    Whole,
+    as_declared,
+    from_settings,
+    hints_of,
+    to_settings,
+    unknown,
+)
 from tl_paramdecomp.sites import Fingerprint
+from tl_paramdecomp.training.config import RunConfig
 
 PRESET = "preset"
 """Key of a method whose other fields are laid over a method by name."""
@@ -29,27 +42,27 @@ Change = tuple[Sequence[str], Any]
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Settings):
     """Which rows a run sees; nothing given: the embedded model's own text."""
 
     text: str | tuple[str, ...] | None = None
     """A file, a glob of them, or several: JSON lines (.jsonl), parquet, or else plain text in UTF-8."""
     dataset: str | None = None
     """A dataset on the hub, or a folder with one, read while training."""
-    length: int | None = 64
+    length: Count | None = 64
     """Tokens per row; null: as many as model and tokenizer take, at most 1024."""
     column: str | None = None
     """Where records hold text or tokens; null: one of the usual names."""
     config: str | None = None
     """Configuration of the dataset."""
     split: str = "train"
-    separator: str | None = None
+    separator: Annotated[str, Field(min_length=1)] | None = None
     """What parts the documents of a text file; null: a file is one document."""
     join: bool | None = None
     """Whether documents are joined and cut into rows; null: texts are."""
-    shuffle: int = 1000
+    shuffle: Whole = 1000
     """Rows that are shuffled with each other; 0: as they come."""
-    shuffle_seed: int | None = None
+    shuffle_seed: Seed | None = None
     """Their order; null: by the run's seed."""
     bos: bool | Literal["auto"] = "auto"
     """Whether each row begins with the beginning-of-sequence token; auto: as the model was trained."""
@@ -60,18 +73,18 @@ SHORT = EvaluationConfig(ladder=(20,), restarts=1, samples=1, ablated=0, by_site
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Settings):
     """An evaluation on held-out rows, again and again during the run."""
 
-    every: int
+    every: Count
     """Steps between evaluations."""
-    rows: int = 32
+    rows: Count = 32
     """Held-out rows, 32 at most."""
     protocol: EvaluationConfig = SHORT
 
 
 @dataclass(frozen=True)
-class WandBSettings:
+class WandBSettings(Settings):
     """A run at Weights & Biases."""
 
     project: str
@@ -79,8 +92,15 @@ class WandBSettings:
     """Other arguments of `wandb.init`, such as name, mode, tags."""
 
 
-@dataclass(frozen=True)
-class RunSettings:
+def _fingerprint(value: Any) -> Fingerprint:
+    try:
+        return value if isinstance(value, Fingerprint) else as_declared(value, Fingerprint)
+    except TypeError as error:
+        raise ValueError(f"no fingerprint of weights ({error}); copy the file again") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(RunConfig):
     """One run of `decompose`; what is not explained here is an argument of it."""
 
     model: str
@@ -95,49 +115,31 @@ class RunSettings:
     data: DataSettings = DataSettings()
     background: DataSettings | None = None
     """A second stream of rows, for methods that take one."""
-    steps: int = 1000
-    batch_size: int = 8
-    seed: int = 0
+    steps: Whole = 1000
+    batch_size: Whole = 8
     run_dir: str = "runs/decompose"
-    resume: Literal["auto"] | bool = "auto"
-    """auto: go on from a checkpoint in `run_dir`, where there is one."""
-    log_every: int = 10
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    keep_best: str | None = None
-    """A logged figure; the checkpoint where it is lowest is kept as well."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skips: int = 10
-    """Steps in a row that may be skipped."""
-    max_seconds: float | None = None
-    """After so many the run is saved and ends; the same command goes on with it."""
-    accumulate: int = 1
-    """Micro-batches of each process."""
-    random_numbers: Literal["per_rank", "global"] = "per_rank"
-    """global: the run is the same, to rounding, on any number of processes and micro-batches."""
-    shard: bool = False
-    """Keep components in shards, one on each process."""
     evaluate: EvaluationSettings | None = None
     tensorboard: bool | str = False
     """Also log for TensorBoard, into `run_dir/tensorboard` or the folder given."""
     wandb: WandBSettings | None = None
     versions: Mapping[str, str] | None = None
     """Of the libraries, in a resolved file."""
-    target: Mapping[str, Fingerprint] | None = None
+    target: Mapping[str, Annotated[Fingerprint, BeforeValidator(_fingerprint)]] | None = None
     """Fingerprints of the sites' weights, in a resolved file; a model with other weights is refused."""
+
+    def tree(self) -> dict[str, Any]:
+        """Every setting as plain values, which `resolve` takes back."""
+        found = to_settings(self, complete=True)
+        return {"model": self.model, "sites": found["sites"], "method": found["method"], **found}
 
 
 def resolve(tree: Mapping[str, Any], changes: Sequence[Change] = ()) -> RunSettings:
-    """The settings of a run, from a file's tree and changes to it.
-
-    Args:
-        tree: What the file says.
-        changes: Paths with their new values, in order; those of the whole method or its preset come first.
+    """The settings of a run, from a file's tree and changes to it: paths with their new values, in order.
 
     Raises:
         SettingError: Something is unknown, missing, of another type, or refused by what it is a setting of.
     """
-    known = [field.name for field in fields(RunSettings)]
+    known = list(hints_of(RunSettings))
     for path in (*((key,) for key in tree), *(path for path, _ in changes)):
         if path[0] not in known:
             if path[0] in (whereabouts := _deeper_keys(tree)):
@@ -149,13 +151,13 @@ def resolve(tree: Mapping[str, Any], changes: Sequence[Change] = ()) -> RunSetti
     tree = spelt_out({METHOD: {}, **tree})
     for path, value in (change for change in changes if change not in whole):
         tree = spelt_out(put(tree, path, value))
-    return build(RunSettings, tree, "", TABLE)
+    return from_settings(tree, base=RunSettings)
 
 
 def _deeper_keys(tree: Mapping[str, Any]) -> dict[str, str]:
     """Where those settings are that people look for among those of the run: by the command's names, and one level down."""
     method = method_tree(tree.get(METHOD) or {})
-    inside = {METHOD: method if isinstance(method, Mapping) else (), "data": [f.name for f in fields(DataSettings)]}
+    inside = {METHOD: method if isinstance(method, Mapping) else (), "data": hints_of(DataSettings)}
     paths = {key: f"{where}.{key}" for where, keys in inside.items() for key in keys if key != TYPE}
     return {**paths, "out": "run_dir", "components": "method.n_components"}
 
@@ -192,14 +194,3 @@ def method_tree(given: Any, path: str = METHOD) -> Any:
     else:
         base = method_named(given.get(PRESET, "spd"), f"{path}.{PRESET}", ALL_PRESETS)
     return merge(to_settings(base, complete=True), differing, path)
-
-
-def tree_of(settings: Any) -> Any:
-    """Every setting as plain values, which `resolve` takes back."""
-    if isinstance(settings, Method):
-        return to_settings(settings, complete=True)
-    if is_dataclass(settings) and not isinstance(settings, type):
-        return {field.name: tree_of(getattr(settings, field.name)) for field in fields(settings)}
-    if isinstance(settings, Mapping):
-        return {key: tree_of(item) for key, item in settings.items()}
-    return [tree_of(item) for item in settings] if isinstance(settings, list | tuple) else settings

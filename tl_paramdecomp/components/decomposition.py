@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tl_paramdecomp.components.factors import Components, TiedComponents, check_ties
 from tl_paramdecomp.components.importance import ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.components.plain import as_declared
 from tl_paramdecomp.components.saved import Saved, check_keys, fingerprints_of, named_sites
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.errors import NoImportanceError, SettingError, ShapeError
+from tl_paramdecomp.settings import as_declared
 from tl_paramdecomp.sites import Fingerprint, WeightSite, resolve_name
 
 IMPORTANCE = "importance:"

@@ -30,6 +30,8 @@ LONGEST_EMPTY = 1 << 20
 """Length of a tensor without numbers, at most; without a byte behind it, a header can name any."""
 SCRATCH = ".saving-"
 """What folders begin with that a file is written in before it is put in place."""
+LONGEST_REASON = 400
+"""Letters of a reason in a message."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a spent quota, and a limit on the size of one file."""
 AT_ONCE = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
@@ -43,6 +45,11 @@ def failure(what: str, error: Exception, advice: str = "") -> DecompositionFileE
         room = "Free some space, raise the quota or the limit on a file's size, or choose another disk."
         return DiskSpaceError(f"{what}: {error}. {advice or room}")
     return DecompositionFileError(f"{what}: {error}{f'. {advice}' if advice else ''}")
+
+
+def in_short(error: Exception) -> str:
+    """What went wrong, in a line; torch may name every tensor, and a dataclass every field."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
 
 
 @contextlib.contextmanager

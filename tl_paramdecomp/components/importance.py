@@ -17,12 +17,13 @@ from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance_networks import GLOBAL_KINDS, SITE_KINDS
 from tl_paramdecomp.components.sigmoids import SIGMOIDS, Importance, clamped, leaky
 from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.settings import Count, Kind, Whole
 
 __all__ = ["Importance", "ImportanceConfig", "ImportanceFunction", "clamped", "leaky", "module_key"]
 
 
 @dataclass(frozen=True)
-class ImportanceConfig:
+class ImportanceConfig(Kind):
     """Which causal-importance function a decomposition has.
 
     The defaults suit models of up to a few million weights. For its 67M-weight target VPD took
@@ -36,7 +37,7 @@ class ImportanceConfig:
     """`component_mlp`: a tiny network per component on its own activation (the paper's). `vector_mlp`: one per component
     on the site's whole input. `shared_mlp`: one network per site from its whole input. `global_mlp`, `global_transformer`:
     one network for all sites from all inputs, the latter with attention over positions (VPD's)."""
-    hidden: int | None = 128
+    hidden: Count | None = 128
     """Hidden width; a transformer's width. None: twice the (widest) d_in, at least 128; 12 for `vector_mlp`. The paper has
     16 for `component_mlp`."""
     sigmoid: Literal["clamped", "leaky"] = "clamped"
@@ -44,27 +45,15 @@ class ImportanceConfig:
     normalise: bool = True
     """Divide inputs by their root mean square, site by site. Not for `component_mlp`. Off, `vector_mlp`, `shared_mlp` and
     `global_mlp` are the authors' own."""
-    layers: int = 2
+    layers: Whole = 2
     """Blocks of a transformer."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads of a transformer; twice their number divides its width."""
-    d_mlp: int | None = None
+    d_mlp: Count | None = None
     """Width of a transformer's MLPs; None: four times its own."""
 
     def __post_init__(self) -> None:
-        if self.kind not in (*SITE_KINDS, *GLOBAL_KINDS):
-            raise SettingError(
-                f"Importance kind {self.kind!r} is none of {', '.join(SITE_KINDS)}, {', '.join(GLOBAL_KINDS)}."
-            )
-        if self.sigmoid not in SIGMOIDS:
-            raise SettingError(f"Sigmoid {self.sigmoid!r} is none of {', '.join(SIGMOIDS)}.")
-        if self.hidden is not None and self.hidden < 1:
-            raise SettingError(f"Importance hidden width must be at least 1; given {self.hidden}.")
-        if self.layers < 0 or self.heads < 1 or (self.d_mlp is not None and self.d_mlp < 1):
-            raise SettingError(
-                "An importance transformer needs layers >= 0, heads >= 1 and d_mlp >= 1; "
-                f"given layers={self.layers}, heads={self.heads}, d_mlp={self.d_mlp}."
-            )
+        super().__post_init__()
         if self.kind == "global_transformer" and self.hidden is not None and self.hidden % (2 * self.heads):
             raise SettingError(
                 f"Twice the number of heads must divide an importance transformer's width (its heads are rotated in pairs "

@@ -400,6 +400,8 @@ def real_values(values: Any, what: str) -> Tensor | float:
         raise DtypeError(f"{what} must be tensors or numbers; given {type(values).__name__}.") from error
     if tensor.is_complex():
         raise DtypeError(f"{what} must be real numbers or booleans, not {tensor.dtype}.")
+    if not tensor.requires_grad and not bool(tensor.isfinite().all()):
+        raise SettingError(f"{what} must be finite; the tensor has NaN or infinities.")
     return tensor.clone()
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.components import files
-from tl_paramdecomp.components.plain import as_declared, in_short
+from tl_paramdecomp.components.disk import in_short
 from tl_paramdecomp.errors import DecompositionFileError, SettingError
+from tl_paramdecomp.settings import as_declared
 from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
 
 Made = TypeVar("Made", bound="Saved")

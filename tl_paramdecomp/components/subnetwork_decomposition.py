@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.components.plain import as_declared
 from tl_paramdecomp.components.saved import Saved, check_keys, fingerprints_of, named_sites
 from tl_paramdecomp.components.subnetworks import GainSubnetworks, Part, SiteSubnetworks, Subnetworks
 from tl_paramdecomp.errors import ComponentIndexError
+from tl_paramdecomp.settings import as_declared
 from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
 
 SIDES = ("encoder", "decoder")

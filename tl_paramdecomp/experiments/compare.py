@@ -39,7 +39,7 @@ from tl_paramdecomp.data.token_batches import TokenBatches
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.method import Method
-from tl_paramdecomp.methods.settings import from_settings, to_settings
+from tl_paramdecomp.settings import from_settings, to_settings
 from tl_paramdecomp.sites import check_dense, check_rows
 from tl_paramdecomp.training.callbacks import StepInfo
 from tl_paramdecomp.training.fit import decompose
@@ -323,7 +323,7 @@ def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decompositi
     run = decomposition.info.get("run")
     if run is None:
         raise SettingError("No run is stored with this decomposition, so what it started from is not known.")
-    method = from_settings(run["method"])
+    method: Any = from_settings(run["method"])
     if method.start_needs_data:
         raise SettingError(
             f"What {type(method).__name__} starts from depends on the rows of its run; there is no control here."

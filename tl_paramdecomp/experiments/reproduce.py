@@ -36,8 +36,8 @@ from tl_paramdecomp.experiments import figures
 from tl_paramdecomp.experiments import scores as toys
 from tl_paramdecomp.experiments.l3d_scores import chosen_subnetworks, class_purities, digit_scores, toy_scores
 from tl_paramdecomp.experiments.recipes import RECIPES, Recipe
-from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.report.plotting import save
+from tl_paramdecomp.settings import to_settings
 from tl_paramdecomp.toy_models import (
     TMS,
     Circuits,

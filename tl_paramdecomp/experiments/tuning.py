@@ -20,6 +20,7 @@ from tl_paramdecomp.errors import DataError, DivergedError, SettingError
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, Positive, Seed, fit
 from tl_paramdecomp.sites import check_rows
 
 TuningLoss = Callable[[Tensor, Batch], Float[Tensor, ""]]
@@ -67,8 +68,7 @@ def tune_along(
     chosen = [decomposition.index(k) for k in subnetworks]
     if not chosen or len(set(chosen)) < len(chosen):
         raise SettingError(f"Give at least one subnetwork, each once; given {chosen}.")
-    if steps < 1 or lr <= 0:
-        raise SettingError(f"steps and lr must be positive; given {steps} and {lr}.")
+    steps, lr, seed = fit(steps, Count, "steps"), fit(lr, Positive, "lr"), fit(seed, Seed, "seed")
     source = batch_source(data, batch_size, seed, model=adapter, decomposition=decomposition)
     source.check()
     dtype = next(decomposition.parameters()).dtype

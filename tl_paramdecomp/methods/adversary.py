@@ -20,9 +20,10 @@ from torch import Tensor
 from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.loss import Loss, LossBatch
-from tl_paramdecomp.methods.reconstruction import DeltaUse, Replaced, check_masks, routed, subset_routes
+from tl_paramdecomp.methods.reconstruction import DeltaUse, Replaced, routed, subset_routes
 from tl_paramdecomp.methods.step import LossStep, SiteMasks
 from tl_paramdecomp.parallel import Place, Window
+from tl_paramdecomp.settings import Count, NotNegative, Positive, Share, Whole
 
 SourceScope = Literal["single_source", "broadcast_across_batch", "repeat_across_batch", "per_batch_per_position"]
 """What shares a source: everything [C+1]; all rows, each position its own [pos, C+1]; every n-th row [n, pos, C+1]; nothing
@@ -42,10 +43,10 @@ Routes = dict[str, Bool[Tensor, "..."]]
 class AdversarialReconstruction(Loss):
     """Divergence under adversarial masks found anew at every step; they are constants to components and importances."""
 
-    coefficient: float = 1.0
-    steps: int = 1
+    coefficient: NotNegative = 1.0
+    steps: Count = 1
     """Steps of ascent."""
-    step_size: float = 1.0
+    step_size: Positive = 1.0
     """Of a sign step; steps times size should be about 1 to 2."""
     sites: Replaced = "all"
     """Masked at once: all, one at a time (`layerwise`), or at each position a random subset."""
@@ -56,16 +57,6 @@ class AdversarialReconstruction(Loss):
     delta: DeltaUse = "masked"
     """Whether the adversary also rules the delta component, or it is absent or kept."""
     name: str = "adversarial"
-
-    def __post_init__(self) -> None:
-        check_masks(self.sites, delta=self.delta)
-        _check_scope(self.scope)
-        if self.steps < 1 or self.step_size <= 0:
-            raise SettingError(
-                f"The adversary needs steps >= 1 and a positive step size; given {self.steps} and {self.step_size}."
-            )
-        if self.start not in ("random", "ones", "zeros"):
-            raise SettingError(f"The adversary starts from 'random', 'ones' or 'zeros'; given {self.start!r}.")
 
     def prepare(self, batch: LossBatch) -> "list[_Adversary] | None":
         """Sources that rows share, moved by the gradients of all of them; None where each row has its own."""
@@ -172,42 +163,28 @@ class PersistentAdversarialReconstruction(Loss):
     Per step: `ascents` moves by themselves, then the loss, whose own gradient moves the sources once more.
     """
 
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     scope: SourceScope = "per_batch_per_position"
     """As in `AdversarialReconstruction`."""
-    repeats: int = 1
+    repeats: Count = 1
     """n of the scope `repeat_across_batch`; must divide the batch."""
     sites: Literal["all", "subset"] = "all"
     """Masked at once: all, or at each position a random subset."""
-    ascents: int = 2
+    ascents: Whole = 2
     """Steps of ascent before each step of the components."""
     optimiser: Literal["adam", "sign"] = "adam"
     """How it ascends."""
-    lr: float = 0.01
+    lr: Positive = 0.01
     """Learning rate of the ascent."""
-    betas: tuple[float, float] = (0.5, 0.99)
+    betas: tuple[Share, Share] = (0.5, 0.99)
     """Of its moments."""
-    ramp: float = 0.025
+    ramp: Share = 0.025
     """Share of the run over which the adversary's learning rate rises."""
     parametrisation: Literal["clamp", "sigmoid"] = "clamp"
     """Sources are clamped to [0, 1] after each move, or are sigmoids of free numbers."""
     delta: DeltaUse = "masked"
     """Whether the adversary also rules the delta component, or it is absent or kept."""
     name: str = "persistent_adversarial"
-
-    def __post_init__(self) -> None:
-        check_masks(self.sites, delta=self.delta)
-        _check_scope(self.scope)
-        if self.repeats < 1 or self.ascents < 0 or self.lr <= 0 or not 0.0 <= self.ramp <= 1.0:
-            raise SettingError(
-                "A persistent adversary needs repeats >= 1, ascents >= 0, a positive lr and a ramp in [0, 1]; given "
-                f"{self.repeats}, {self.ascents}, {self.lr}, {self.ramp}."
-            )
-        if self.optimiser not in ("adam", "sign") or self.parametrisation not in ("clamp", "sigmoid"):
-            raise SettingError(
-                f"optimiser is 'adam' or 'sign', parametrisation 'clamp' or 'sigmoid'; given {self.optimiser!r} and "
-                f"{self.parametrisation!r}."
-            )
 
     def prepare(self, batch: LossBatch) -> "_Moves":
         """Moves by themselves of the sources that rows share."""
@@ -313,11 +290,6 @@ class _Moves:
 def _of_rows(source: Float[Tensor, "..."], local: Window | None) -> Float[Tensor, "..."]:
     """Rows of a microbatch, among those of its process; a view."""
     return source if local is None else source.narrow(0, local.first, local.rows)
-
-
-def _check_scope(scope: str) -> None:
-    if scope not in SCOPES:
-        raise SettingError(f"The scope of sources must be one of {', '.join(SCOPES)}; given {scope!r}.")
 
 
 def _scope_shape(scope: SourceScope, rows: Sequence[int], repeats: int) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from tl_paramdecomp.methods.starts import (
     svd_factors,
     whitened_factors,
 )
+from tl_paramdecomp.settings import Count, Positive
 from tl_paramdecomp.sites import WeightSite
 
 
@@ -147,16 +148,10 @@ class WhitenedSVD(ExactBasis):
     """Singular directions of W behind the data's own scale: those that matter most to the outputs x W come first. It looks at
     data with `training=None` too, and then takes no steps."""
 
-    batches: int = 16
+    batches: Count = 16
     """Batches over which second moments of the inputs are taken."""
-    ridge: float = 1e-6
+    ridge: Positive = 1e-6
     """Added to the moments, as a share of their mean."""
-
-    def __post_init__(self) -> None:
-        if self.batches < 1 or self.ridge <= 0:
-            raise SettingError(
-                f"WhitenedSVD needs batches >= 1 and a positive ridge; given {self.batches} and {self.ridge}."
-            )
 
     @property
     def moment_batches(self) -> int:

@@ -17,6 +17,7 @@ from tl_paramdecomp.methods.divergence import wide
 from tl_paramdecomp.methods.loss import Loss, LossBatch
 from tl_paramdecomp.methods.reconstruction import importance_masks_of, stochastic_masks
 from tl_paramdecomp.methods.step import LossStep, SiteMasks, SiteValues
+from tl_paramdecomp.settings import NotNegative
 
 Masking = Literal["stochastic", "importance"]
 """Random masks m = g + (1 - g) r with the delta component masked too, or m = g without it."""
@@ -26,18 +27,13 @@ Masking = Literal["stochastic", "importance"]
 class HiddenActsReconstruction(Loss):
     """Squared error of the activations at the sites under masks at all of them, mean over sites and scored positions."""
 
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     masks: Masking = "stochastic"
     """Kind of masks the activations are compared under."""
     at: Literal["outputs", "inputs"] = "outputs"
     """What each site writes, or what it reads."""
     relative: bool = True
     """Divided by the mean square of the target's own activations; otherwise a mean over elements."""
-
-    def __post_init__(self) -> None:
-        _check_masking(self.masks)
-        if self.at not in ("outputs", "inputs"):
-            raise SettingError(f"Hidden activations are compared at 'outputs' or 'inputs'; given {self.at!r}.")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -91,12 +87,9 @@ def _mean(values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
 class AttentionPatternReconstruction(Loss):
     """KL of each head's attention pattern from the target's under masks, mean over layers, heads and scored queries."""
 
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     masks: Masking = "stochastic"
     """Kind of masks the patterns are compared under."""
-
-    def __post_init__(self) -> None:
-        _check_masking(self.masks)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -129,8 +122,3 @@ def _pattern_kl(
 
 def _masks(step: LossStep, masks: Masking) -> SiteMasks:
     return stochastic_masks(step) if masks == "stochastic" else importance_masks_of(step)
-
-
-def _check_masking(masks: str) -> None:
-    if masks not in ("stochastic", "importance"):
-        raise SettingError(f"Masks are 'stochastic' or 'importance'; given {masks!r}.")

@@ -14,7 +14,7 @@ What is decomposed is the local loss landscape, not the weights: subnetworks do 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +25,6 @@ from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import Backend, GainGradient, Gradients, SampleGradient, random_subnetworks
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.from_factors import origin_of
 from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.random_streams import RandomStreams
@@ -38,11 +37,10 @@ from tl_paramdecomp.methods.sample_gradients import (
 from tl_paramdecomp.methods.starts import by_site
 from tl_paramdecomp.methods.step import KL_NEEDS
 from tl_paramdecomp.parallel import ALONE, ProcessGroup
+from tl_paramdecomp.settings import OMIT_DEFAULT, Count, Positive, PositiveShare, Share, Whole, Within
 from tl_paramdecomp.sites import NormSite, WeightSite, select_norms
 
 Norm = Literal["l2", "paper_code"]
-OMIT_DEFAULT = {"omit_default": True}
-"""Of a setting that files do not mention where it is at its default."""
 COUNTS, SEEN = "l3d/active", "l3d/seen"
 """In a run's memory: how often each subnetwork was active since the last revival, and the steps of the run."""
 
@@ -54,11 +52,11 @@ class L3D(Method[SubnetworkDecomposition]):
     `L3D.paper_code()` has the published code's variants of divergence, reference and norm, which its figures need.
     """
 
-    n_subnetworks: int = 100
+    n_subnetworks: Count = 100
     """How many."""
-    rank: int | Mapping[str, int] = 1
+    rank: Count | Mapping[str, Count] = 1
     """r of every site; or by glob, the first match counting."""
-    active: float = 0.1
+    active: PositiveShare = 0.1
     """Share of the batch's coefficients that are kept."""
     biases: bool = True
     """Whether biases of the sites, and of the norms, take part."""
@@ -72,45 +70,18 @@ class L3D(Method[SubnetworkDecomposition]):
     """Where divergences are taken: at a random position of each row (`one`), at all, the last, or a given one."""
     norm: Norm = "l2"
     """What "norm 1" means for a subnetwork; see `Subnetworks.normalise`."""
-    lr: float = 1e-2
+    lr: Positive = 1e-2
     """Learning rate."""
-    decay: float = 0.8
+    decay: PositiveShare = 0.8
     """Factor on the learning rate at every tenth of the run."""
-    warm_start: float = 0.1
+    warm_start: Share = 0.1
     """Share of the run in which all coefficients are kept."""
-    revive_every: int = 0
+    revive_every: Whole = 0
     """Steps after which subnetworks that were never active begin anew, from badly reconstructed gradients; 0: never."""
-    threshold_memory: float = 0.99
+    threshold_memory: Annotated[float, Within("at least 0 and below 1", lambda x: 0.0 <= x < 1.0)] = 0.99
     """How much of the learned threshold each step keeps."""
     backend: Backend = "auto"
     """How samples' gradients are taken; auto: the fastest that the model allows."""
-
-    def __post_init__(self) -> None:
-        ranks = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
-        if self.n_subnetworks < 1 or min(ranks, default=1) < 1:
-            raise SettingError(f"L3D needs n_subnetworks >= 1 and rank >= 1; given {self.n_subnetworks}, {self.rank}.")
-        for name, kinds in (
-            ("divergence", SampleDivergence),
-            ("reference", Reference),
-            ("norm", Norm),
-            ("backend", Backend),
-        ):
-            if getattr(self, name) not in get_args(kinds):
-                raise SettingError(f"{name} is one of {', '.join(get_args(kinds))}; given {getattr(self, name)!r}.")
-        if not isinstance(self.positions, int) and self.positions not in ("one", "all", "last"):
-            raise SettingError(f"positions is 'one', 'all', 'last' or a number; given {self.positions!r}.")
-        if not 0.0 < self.active <= 1.0 or not 0.0 <= self.warm_start <= 1.0:
-            raise SettingError(f"active is in (0, 1], warm_start in [0, 1]; given {self.active}, {self.warm_start}.")
-        if (
-            self.lr <= 0
-            or not 0.0 < self.decay <= 1.0
-            or not 0.0 <= self.threshold_memory < 1.0
-            or self.revive_every < 0
-        ):
-            raise SettingError(
-                "lr must be positive, decay in (0, 1], threshold_memory in [0, 1), revive_every at least 0; given "
-                f"{self.lr}, {self.decay}, {self.threshold_memory}, {self.revive_every}."
-            )
 
     @classmethod
     def paper_code(cls, **changes: Any) -> "L3D":

@@ -23,6 +23,7 @@ from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.method import Microbatch, TrainingStep
 from tl_paramdecomp.methods.step import LossStep, Measure
 from tl_paramdecomp.parallel import ALONE, ProcessGroup
+from tl_paramdecomp.settings import Kind, NotNegative
 
 ACTIVE = 0.1
 """Importance above which a component counts as active in L0."""
@@ -72,10 +73,10 @@ class LossBatch:
         return self.processes.total(sums)
 
 
-class Loss(ABC):
+class Loss(Kind, ABC):
     """One term of a training objective, or the same quantity as a metric: a frozen dataclass with a `coefficient`."""
 
-    coefficient: float
+    coefficient: NotNegative
     """Weight of the term in the objective."""
     name: str
     """Name in logs."""

@@ -18,6 +18,7 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import wide
 from tl_paramdecomp.methods.loss import Loss, LossBatch
 from tl_paramdecomp.methods.step import LossStep
+from tl_paramdecomp.settings import Count, NotNegative, Positive
 
 EPSILON = 1e-12
 """Added to importances before a power is taken."""
@@ -29,17 +30,13 @@ PART = 1_000_000
 class Faithfulness(Loss):
     """How far V U is from W; always in at least float32."""
 
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     relative: bool = True
     """Mean over sites of ||W - V U||^2 / ||W||^2; otherwise the mean square over all entries of all sites (the paper's)."""
-    rows: int | None = None
+    rows: Count | None = None
     """Compare only so many rows of each W, drawn anew at every step; its mean is the exact value. None: all of them."""
     name: str = "faithfulness"
     of_rows: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.rows is not None and self.rows < 1:
-            raise SettingError(f"Faithfulness needs at least one row of each weight; given rows={self.rows}.")
 
     def parts(self, step: LossStep, shared: Any) -> Iterator[Tensor]:
         """One part for each large site, small ones together."""
@@ -100,36 +97,30 @@ class _SquaredRest(torch.autograd.Function):
 class ImportanceMinimality(Loss):
     """Mean over positions of the sum over sites and components of a penalty of g."""
 
-    coefficient: float = 1e-3
+    coefficient: NotNegative = 1e-3
     penalty: Literal["power", "smooth_l0"] = "power"
     """`power`: g^p, with p going from `p_start` to `p_end`. `smooth_l0`: g^2 / (g^2 + gamma^2), scaled to be 1 at g = 1, with
     gamma going from `gamma_start` to `gamma_end`."""
-    p_start: float = 2.0
+    p_start: Positive = 2.0
     """Exponent of `power` until `begin`."""
-    p_end: float = 0.4
+    p_end: Positive = 0.4
     """Exponent of `power` from `end` on."""
-    gamma_start: float = 1.0
+    gamma_start: Positive = 1.0
     """Of `smooth_l0` until `begin`."""
-    gamma_end: float = 0.1
+    gamma_end: Positive = 0.1
     """Of `smooth_l0` from `end` on."""
     begin: float = 0.0
     """Share of the run at which p or gamma begins to move."""
     end: float = 1.0
     """Share of the run at which it has arrived."""
-    frequency: float = 0.0
+    frequency: NotNegative = 0.0
     """beta of the frequency term: adds beta * mean_c * log2(1 + sum_c), which splits components that do two rare jobs."""
-    frequency_reference: int | None = None
+    frequency_reference: Count | None = None
     """Positions that the sum in the frequency term stands for; None: those of the batch."""
     name: str = "importance_minimality"
 
     def __post_init__(self) -> None:
-        if self.penalty not in ("power", "smooth_l0"):
-            raise SettingError(f"The importance penalty must be 'power' or 'smooth_l0'; given {self.penalty!r}.")
-        if min(self.p_start, self.p_end, self.gamma_start, self.gamma_end) <= 0:
-            raise SettingError(
-                "p and gamma of importance minimality must be positive; given "
-                f"p {self.p_start} to {self.p_end}, gamma {self.gamma_start} to {self.gamma_end}."
-            )
+        super().__post_init__()
         if not 0.0 <= self.begin <= self.end <= 1.0:
             raise SettingError(
                 f"begin and end are shares of the run, 0 <= begin <= end <= 1; given {self.begin}, {self.end}."

@@ -16,6 +16,7 @@ from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.random_streams import RandomNumbers, RandomStreams, as_streams
 from tl_paramdecomp.parallel import ALONE, WHOLE, Place, ProcessGroup, Window, windows
+from tl_paramdecomp.settings import Kind
 from tl_paramdecomp.sites import WeightSite
 
 Progress: TypeAlias = Callable[[str, int], Iterable[int]]
@@ -109,7 +110,7 @@ Made = TypeVar("Made", bound=Saved)
 """What a method makes."""
 
 
-class Method(ABC, Generic[Made]):
+class Method(Kind, ABC, Generic[Made]):
     """How components are found.
 
     A method is a frozen dataclass of hyperparameters that keeps no state. What must outlive a step, such as an adversary's

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.components.sigmoids import binomial_lower
-from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.loss import Loss
 from tl_paramdecomp.methods.step import LossStep, SiteMasks
+from tl_paramdecomp.settings import Count, NotNegative
 
 Replaced = Literal["all", "layerwise", "subset"]
 """Which sites are masked at once: all; one at a time, averaged; or at each position a random subset of random size."""
@@ -32,7 +32,7 @@ class Reconstruction(Loss):
 
     sites: Replaced = "all"
     """Masked at once: all, one at a time (`layerwise`), or at each position a random subset."""
-    samples: int = 1
+    samples: Count = 1
 
     @abstractmethod
     def draw(self, step: LossStep) -> SiteMasks:
@@ -51,37 +51,18 @@ class Reconstruction(Loss):
                 yield step.divergence.of(step.run_masked(masks)) / passes
 
 
-def check_masks(sites: str, samples: int = 1, delta: str = "masked") -> None:
-    """Refuse settings without meaning.
-
-    Raises:
-        SettingError: An unknown choice of sites or of the delta component's use, or no sample.
-    """
-    if delta not in ("masked", "absent", "kept"):
-        raise SettingError(f"The delta component can be 'masked', 'absent' or 'kept'; given {delta!r}.")
-    if sites not in ("all", "layerwise", "subset"):
-        raise SettingError(f"Reconstruction sites must be 'all', 'layerwise' or 'subset'; given {sites!r}.")
-    if samples < 1:
-        raise SettingError(f"Reconstruction needs at least one sample; given {samples}.")
-
-
 @dataclass(frozen=True)
 class StochasticReconstruction(Reconstruction):
     """Divergence under random masks: whatever is unimportant may be kept in any amount."""
 
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     sites: Replaced = "all"
     delta: DeltaUse = "masked"
     """Masked by a uniform number, absent, or kept."""
-    samples: int = 1
+    samples: Count = 1
     """Mask draws per step."""
     sampling: Sampling = "continuous"
     """`binomial` tests whole ablations only; importances then pass 0 and 1 noisily."""
-
-    def __post_init__(self) -> None:
-        check_masks(self.sites, self.samples, self.delta)
-        if self.sampling not in ("continuous", "binomial"):
-            raise SettingError(f"sampling must be 'continuous' or 'binomial'; given {self.sampling!r}.")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -98,11 +79,8 @@ class ImportanceMaskedReconstruction(Reconstruction):
     A metric: a run trained on it drives it to 0 without finding mechanisms.
     """
 
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     sites: Replaced = "all"
-
-    def __post_init__(self) -> None:
-        check_masks(self.sites)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -116,7 +94,7 @@ class ImportanceMaskedReconstruction(Reconstruction):
 class UnmaskedReconstruction(Reconstruction):
     """Divergence with every component whole and the delta component absent: faithfulness on the scale of outputs."""
 
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     name: str = "unmasked"
 
     def draw(self, step: LossStep) -> SiteMasks:

@@ -32,6 +32,7 @@ from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Pr
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.starts import Start, by_site, initial_factors, warm_up
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, Measure
+from tl_paramdecomp.settings import Count, NotNegative, Positive, Whole, fit
 from tl_paramdecomp.sites import WeightSite
 
 
@@ -39,7 +40,7 @@ from tl_paramdecomp.sites import WeightSite
 class SPD(Method[Decomposition]):
     """Hyperparameters of Stochastic Parameter Decomposition; the object is the method."""
 
-    n_components: int | Mapping[str, int] | None = None
+    n_components: Count | Mapping[str, Count] | None = None
     """C for every site; or by glob, the first match counting; None: the larger side of W, at most 4 times the smaller."""
     losses: tuple[Loss, ...] = (
         Faithfulness(1000.0),
@@ -56,54 +57,43 @@ class SPD(Method[Decomposition]):
     """Where components start; see `starts.initial_factors`."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Sites whose factors are another's, transposed: {"linear2.weight": "linear1.weight"}."""
-    warm_up_steps: int = 200
+    warm_up_steps: Whole = 200
     """Faithfulness warm-up, for sites whose start is not already exact."""
-    warm_up_lr: float = 1e-2
+    warm_up_lr: Positive = 1e-2
     """Learning rate of the warm-up."""
-    warm_up_weight_decay: float = 0.0
+    warm_up_weight_decay: NotNegative = 0.0
     """Weight decay of the warm-up."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Learning rate of V and U."""
-    lr_importance: float = 6e-3
+    lr_importance: Positive = 6e-3
     """Learning rate of the importance function: the strongest lever on small language models."""
-    ramp_steps: int = 20
+    ramp_steps: Whole = 20
     """Steps over which the learning rate rises at the start."""
-    final_lr: float = 0.1
+    final_lr: NotNegative = 0.1
     """Share of the learning rate left at the end of the cosine; 1 keeps it constant."""
-    clip: float | None = 1.0
+    clip: Positive | None = 1.0
     """Largest gradient norm of the components."""
-    clip_importance: float | None = 1.0
+    clip_importance: Positive | None = 1.0
     """Largest gradient norm of the importance function."""
     measure: Measure = "kl"
     """How outputs are compared: KL of next-token distributions, or mean square."""
-    kl_chunk: int | None = None
+    kl_chunk: Count | None = None
     """Positions whose logits may exist at once, where memory is short; None: all of a batch."""
     autocast: Literal["bfloat16"] | None = None
     """Number type of the forward passes; the components stay as they are."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.n_components, int) and self.n_components < 1:
-            raise SettingError(f"n_components must be at least 1; given {self.n_components}.")
+        super().__post_init__()
         if not self.losses:
             raise SettingError("SPD needs at least one loss.")
         for losses in (self.losses, self.background_losses):
             for loss in losses:
-                if not 0.0 <= loss.coefficient < math.inf:
-                    raise SettingError(
-                        f"The coefficient of {loss.name} is a number from 0 on; given {loss.coefficient}."
-                    )
+                fit(loss.coefficient, NotNegative, f"The coefficient of {loss.name}")
             names = [loss.name for loss in losses]
             if len(set(names)) < len(names):
                 raise SettingError(
                     f"Each loss may stand once; given {', '.join(names)}. Raise its coefficient or samples instead."
                 )
-        for rate in ("lr", "lr_importance"):
-            if getattr(self, rate) <= 0:
-                raise SettingError(f"{rate} must be positive; given {getattr(self, rate)}.")
-        if self.measure not in ("kl", "mse"):
-            raise SettingError(f"measure must be 'kl' or 'mse'; given {self.measure!r}.")
-        if self.kl_chunk is not None and self.kl_chunk < 1:
-            raise SettingError(f"kl_chunk must be at least 1 position; given {self.kl_chunk}.")
 
     @classmethod
     def paper(cls, **changes: Any) -> "SPD":

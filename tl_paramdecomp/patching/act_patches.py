@@ -21,6 +21,7 @@ from tl_paramdecomp.components.positions import PositionsLike, parse_positions
 from tl_paramdecomp.errors import ComponentIndexError, DtypeError, NoMatchingSiteError, SettingError, ShapeError
 from tl_paramdecomp.patching.act_edits import ActEdit, Redirect, SiteEdits
 from tl_paramdecomp.patching.hooks import patched
+from tl_paramdecomp.settings import Seed, fit
 
 Number = float | int
 ActsLike = Tensor | Mapping[str, Tensor]
@@ -134,7 +135,7 @@ class ActPatches(SiteChanges[SiteEdits]):
             DataError: From a forward pass over a single row.
             As `set`, whose other arguments these are.
         """
-        return self._edited(*self._at(site, components), "resample", seed, positions, head)
+        return self._edited(*self._at(site, components), "resample", fit(seed, Seed, "seed"), positions, head)
 
     # --- directions ---------------------------------------------------------------------------------------------------
     def read(

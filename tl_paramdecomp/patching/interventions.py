@@ -14,6 +14,7 @@ from tl_paramdecomp.methods.adversary import source_masks, start_sources, worst_
 from tl_paramdecomp.methods.reconstruction import stochastic_masks
 from tl_paramdecomp.methods.step import LossStep, measure_of
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, Positive, Seed, fit
 from tl_paramdecomp.sites import check_rows
 
 MaskName = Literal["importance", "rounded", "stochastic", "random", "zero", "unmasked", "adversarial"]
@@ -56,6 +57,8 @@ def importance_masks(
     """
     if kind not in get_args(MaskName):
         raise SettingError(f"Mask kind {kind!r} is none of {', '.join(get_args(MaskName))}.")
+    seed, steps = fit(seed, Seed, "seed"), fit(steps, Count, "steps")
+    threshold, step_size = fit(threshold, float, "threshold"), fit(step_size, Positive, "step_size")
     check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)

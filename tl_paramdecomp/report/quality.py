@@ -16,7 +16,7 @@ from tl_paramdecomp.analysis.evaluation.result import Evaluation, distance_name
 from tl_paramdecomp.analysis.records import plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.disk import replace_text
-from tl_paramdecomp.training.progress import is_watched
+from tl_paramdecomp.training.watch import is_watched
 
 if TYPE_CHECKING:
     from rich.table import Table

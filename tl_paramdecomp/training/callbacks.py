@@ -76,11 +76,7 @@ def tell(callbacks: Sequence[Callback], info: StepInfo) -> bool:
 
 # --- the log ----------------------------------------------------------------------------------------------------------
 class JsonLines:
-    """A callback that appends every logged step to a file, one JSON object a line: `{"step": 10, "loss": 0.5, ...}`.
-
-    Args:
-        path: The file; made where it is missing, in a folder that is there. A link is not followed.
-    """
+    """A callback that appends every logged step to a file, one JSON object a line; a link is not followed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -92,8 +88,7 @@ class JsonLines:
         """Append a line, all of it or nothing.
 
         Raises:
-            DecompositionFileError: The file cannot be written to, or is no regular file.
-            DiskSpaceError: There is no room.
+            DecompositionFileError, DiskSpaceError: The file is no regular file or cannot be written to, or there is no room.
         """
         try:
             append_text(self.path, json.dumps(line) + "\n")
@@ -107,9 +102,7 @@ class JsonLines:
         """Keep the lines of the first `step` steps: what came after is done again. Torn lines, as a kill leaves them, go.
 
         Raises:
-            DecompositionFileError: There is a link, a folder or a pipe in the file's place, or a file that is no log; or a line
-                is too long or too deep to be one.
-            DiskSpaceError: There is no room.
+            DecompositionFileError, DiskSpaceError: There is no log in the file's place, a line is none, or there is no room.
         """
         self.check()
         kept = [line for line in self._lines() if line["step"] <= step] if step else []

@@ -8,7 +8,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,21 +16,19 @@ import torch
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.data.tokenizer import ROW_START, row_start
-from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.errors import SettingError, UnsupportedSiteError
 from tl_paramdecomp.methods.method import Made, Method
 from tl_paramdecomp.methods.random_streams import RandomScope
-from tl_paramdecomp.methods.settings import to_settings
 from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.settings import from_settings, hints_of, to_settings
 from tl_paramdecomp.sites import SitePattern
-from tl_paramdecomp.training import clock
+from tl_paramdecomp.training import watch
 from tl_paramdecomp.training.callbacks import Callback
-from tl_paramdecomp.training.distributed import answering, joined
-from tl_paramdecomp.training.guards import OnNonfinite
+from tl_paramdecomp.training.config import OnNonfinite, RunConfig
+from tl_paramdecomp.training.distributed import answering, brought_together, joined
 from tl_paramdecomp.training.loop import Run
-from tl_paramdecomp.training.plan import Plan, check_place, steps_of
-from tl_paramdecomp.training.progress import Shown
-from tl_paramdecomp.training.runs.run_folder import RunFolder
-from tl_paramdecomp.training.shards import brought_together
+from tl_paramdecomp.training.run_folder import RunFolder
+from tl_paramdecomp.training.watch import Shown
 
 
 def decompose(
@@ -112,17 +109,21 @@ def decompose(
         DecompositionFileError, DiskSpaceError: A checkpoint cannot be read or written; those before stay.
         PeerLostError: Another process of the run died.
     """
-    until = None if max_seconds is None else clock.now() + max_seconds
-    adapter = adapt(model)
-    steps = steps_of(method, steps, data)
-    check_place(adapter, device, run_dir, resume)
-    plan = Plan(
-        log_every, checkpoint_every, keep_checkpoints, keep_best, on_nonfinite, max_skips, max_seconds,
-        accumulate, random_numbers, shard,
-    )  # fmt: skip
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < (1 << 63) - 1:
-        raise SettingError(f"seed is a whole number of 64 bits; given {seed!r}.")
+    given = locals()
+    config = from_settings({name: given[name] for name in hints_of(RunConfig)}, base=RunConfig)
+    batch_size, seed = config.batch_size, config.seed
+    until = None if config.max_seconds is None else watch.now() + config.max_seconds
+    adapter, steps = adapt(model), config.steps_of(method, data)
+    if device is not None and torch.device(device).type != adapter.device.type:
+        raise SettingError(
+            f"device={device!r}, but the model is on {adapter.device}; move the model there first, components follow it."
+        )
     chosen = adapter.select(sites)
+    for name in chosen:
+        if not bool(adapter.weight(name).isfinite().all()):
+            raise UnsupportedSiteError(
+                f"{name} has weights that are NaN or infinite; load the model again, or leave it out."
+            )
     if steps:
         method.check(adapter)
     source, looked_at = (
@@ -138,14 +139,16 @@ def decompose(
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(joined(adapter.device))
-        run = Run(adapter, method, settings, plan, steps, tuple(callbacks) if processes.leads else (), processes, until)
+        run = Run(
+            adapter, method, settings, config, steps, tuple(callbacks) if processes.leads else (), processes, until
+        )
         run.shown = Shown(progress if processes.leads else False)
         if run_dir is not None:
-            run.folder = RunFolder(Path(run_dir), settings, keep_checkpoints, keep_best, processes.leads)
+            run.folder = RunFolder(Path(run_dir), settings, config.keep_checkpoints, keep_best, processes.leads)
             stack.enter_context(run.folder.opened())
         stack.enter_context(frozen(adapter))
         stack.enter_context(answering(processes, run.told))
-        begun = run.begin(resume)
+        begun = run.begin(config.resume)
         made = method.initialise(
             adapter, chosen, torch.Generator().manual_seed(seed), run.shown.phase, looked_at and looked_at.batch
         )
@@ -154,9 +157,10 @@ def decompose(
         made.info |= {} if start is None else {ROW_START: start}
         made.requires_grad_(False)
         if run.folder is not None and processes.leads:
-            run.folder.describe(made, loop=asdict(plan), model=type(model).__name__, device=str(adapter.device))
+            loop = {name: value for name, value in vars(config).items() if name not in (*settings, "run_dir", "resume")}
+            run.folder.describe(made, loop=loop, model=type(model).__name__, device=str(adapter.device))
         if source is not None and steps:
-            run.prepare(made, seed, source, other, begun)
+            run.prepare(made, source, other, begun)
             with torch.enable_grad():
                 run.train()
             run.gradients = method.gradients  # DDP must go before its process group does

@@ -1,25 +1,30 @@
-"""What stops a run that goes wrong: numbers that are none, and the warnings of collapses.
+"""What stops a run that goes wrong, and warns of one that is about to.
 
 1. After every step one check, on the device, of all losses, gradient norms and parameters; only its answer is read back.
 2. Where it fails, what is at fault is looked for: terms, gradients by parameter, parameters.
 3. The run stops there (`stop`), or the step is taken back as if it had not been, and the run goes on (`skip`).
 4. Nothing that is not finite goes into a checkpoint.
+5. A warning says where importances are all 0 or all 1, or blow up: the slope of g^p at g near 0 has no bound where p < 1, and
+   with the importance function's gradients unclipped a long run may lose all it has learned, while the loss hardly shows it.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import statistics
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_paramdecomp.errors import DivergedError
-from tl_paramdecomp.methods.method import LossReport
-from tl_paramdecomp.training.runs.checkpoint import readable, state_tensors
-from tl_paramdecomp.training.shards import own_part
+from tl_paramdecomp.errors import CollapseWarning, DivergedError
+from tl_paramdecomp.methods.method import LossReport, ParameterGroup
+from tl_paramdecomp.training.checkpoint import readable, state_tensors
+from tl_paramdecomp.training.config import OnNonfinite
+from tl_paramdecomp.training.distributed import own_part
 from tl_paramdecomp.training.state import SavedState, TrainingState
 
-OnNonfinite = Literal["stop", "skip"]
 NAMED = 3
 """Parameters that a message names before it counts."""
 ADVICE = (
@@ -29,12 +34,7 @@ ADVICE = (
 
 
 class FiniteGuard:
-    """Sees that every step leaves finite numbers.
-
-    Args:
-        on_nonfinite: `stop` raises; `skip` takes the step back, for which it keeps a copy of all that a step changes.
-        max_skips: Steps in a row that may be taken back.
-    """
+    """Sees that every step leaves finite numbers; to take a step back, `skip` keeps a copy of all that it changes."""
 
     def __init__(self, on_nonfinite: OnNonfinite = "stop", max_skips: int = 10) -> None:
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
@@ -49,13 +49,7 @@ class FiniteGuard:
             self._before = Snapshot(state)
 
     def after_step(self, report: LossReport, norms: Mapping[str, Tensor], state: TrainingState, kept: str) -> bool:
-        """Whether the step stands; otherwise the state is as before it.
-
-        Args:
-            report: The step's losses.
-            norms: Gradient norms before clipping, by group.
-            state: After the step; `done` is still that before.
-            kept: A sentence on the last good checkpoint.
+        """Whether the step stands; otherwise the state is as before it. `kept` tells of the last good checkpoint.
 
         Raises:
             DivergedError: Something is not finite, and steps are not taken back, or too many were, or it was so before.
@@ -175,3 +169,95 @@ def _named(state: TrainingState) -> dict[str, Tensor]:
 def _listed(names: list[str]) -> str:
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+LINES, STEPS, SHARE = 10, 100, 0.05
+"""Importances must stay all alike for so many logged steps, so many steps, and such a share of the run."""
+GROWTH, IN_A_ROW, MEMORY, FEWEST = 30.0, 3, 50, 10
+"""Gradient norms must be so many times their median over the logged steps before, so often in a row; steps the median is over,
+and how many it takes at least."""
+
+
+class CollapseWatch:
+    """Looks at logged figures, and warns once a run of each thing that goes wrong; `components` is None without importances."""
+
+    def __init__(
+        self, groups: Sequence[ParameterGroup], components: int | None, method: Mapping[str, Any], steps: int
+    ) -> None:
+        self.components, self.patience = components, max(STEPS, SHARE * steps)
+        self.unclipped = any(group.name == "importance" and group.clip is None for group in groups)
+        self.power = smallest_power(method)
+        self.warned: set[str] = set()
+        """What was warned of."""
+        self._alike: tuple[str, int, int] = ("", 0, 0)
+        """All 0 or all 1; since which step; for how many logged steps."""
+        self._norms: deque[float] = deque(maxlen=MEMORY)
+        self._large = 0
+
+    def begin(self) -> None:
+        """Look at the settings."""
+        if self.unclipped and self.power is not None and self.power < 1.0:
+            self._warn(
+                "settings",
+                f"importance minimality goes down to p = {self.power:g} < 1, and the importance function's gradients are not "
+                "clipped (clip_importance=None): its slope at importances near 0 has no bound. Set clip_importance=1.0.",
+            )
+
+    def look(self, step: int, figures: Mapping[str, float]) -> None:
+        """Look at the figures of a logged step."""
+        if self.components is not None and "l0" in figures:
+            self._look_at_l0(step, figures["l0"], self.components)
+        if self.unclipped and "grad_norm_importance" in figures:
+            self._look_at_norm(step, figures["grad_norm_importance"])
+
+    def _look_at_l0(self, step: int, l0: float, components: int) -> None:
+        kind = "zeros" if l0 == 0.0 else "ones" if l0 >= components * (1.0 - 1e-6) else ""
+        known, since, lines = self._alike
+        self._alike = (kind, since, lines + 1) if kind == known else (kind, step, 1)
+        kind, since, lines = self._alike
+        if not kind or lines < LINES or step - since < self.patience:
+            return
+        if kind == "zeros":
+            self._warn(
+                kind, f"no component has been important at any position since step {since} (L0 = 0, step {step} now). Lower "
+                "the coefficient of importance minimality or the importance function's learning rate.",
+            )  # fmt: skip
+        else:
+            self._warn(
+                kind, f"all {components} components have been important at every position since step {since} (step {step} "
+                "now). Raise the coefficient of importance minimality, or see that reconstruction can succeed with fewer.",
+            )  # fmt: skip
+
+    def _look_at_norm(self, step: int, norm: float) -> None:
+        usual = statistics.median(self._norms) if len(self._norms) >= FEWEST else float("inf")
+        self._norms.append(norm)
+        self._large = self._large + 1 if norm > GROWTH * usual > 0.0 else 0
+        if self._large >= IN_A_ROW:
+            power = "" if self.power is None else f" (p down to {self.power:g})"
+            self._warn(
+                "blow-up",
+                f"the gradient norm of the importance function is {norm:.3g} at step {step}, where {usual:.3g} was usual: "
+                f"importance minimality{power} may be about to undo what was learned. Begin anew with "
+                "clip_importance=1.0.",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(f"{text[0].upper()}{text[1:]}", CollapseWarning, stacklevel=2)
+
+
+def smallest_power(settings: Any) -> float | None:
+    """The smallest p of any importance minimality in a method's settings; None where there is none."""
+    found: list[float] = []
+    if isinstance(settings, Mapping):
+        if settings.get("type") == "ImportanceMinimality" and settings.get("penalty") == "power":
+            found += [settings["p_start"], settings["p_end"]]
+        found += _inside(settings.values())
+    elif isinstance(settings, list | tuple):
+        found += _inside(settings)
+    return min(found, default=None)
+
+
+def _inside(parts: Iterable[Any]) -> list[float]:
+    return [power for power in map(smallest_power, parts) if power is not None]

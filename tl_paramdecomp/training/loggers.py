@@ -15,6 +15,7 @@ from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evalua
 from tl_paramdecomp.analysis.evaluation.result import Evaluation
 from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError, SettingError
+from tl_paramdecomp.settings import Whole, fit
 from tl_paramdecomp.training.callbacks import JsonLines, RunInfo, StepInfo
 
 QUICK = EvaluationConfig(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
@@ -117,7 +118,7 @@ class EvaluateEvery:
     """
 
     def __init__(self, steps: int, data: Any, protocol: EvaluationConfig | None = None) -> None:
-        if steps < 1:
+        if fit(steps, Whole, "steps") < 1:
             raise SettingError(f"EvaluateEvery needs at least one step between evaluations; given {steps}.")
         self.steps, self.data, self.protocol = steps, data, QUICK if protocol is None else protocol
         self._model: Any = None

@@ -18,18 +18,16 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import LossReport, Method, TrainingStep
 from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.parallel import ProcessGroup
-from tl_paramdecomp.training import clock
+from tl_paramdecomp.training import watch
 from tl_paramdecomp.training.callbacks import Callback, RunInfo, StepInfo, listening, tell
-from tl_paramdecomp.training.collapse import CollapseWatch
+from tl_paramdecomp.training.checkpoint import Checkpoint, restore
+from tl_paramdecomp.training.config import RunConfig
 from tl_paramdecomp.training.distributed import Replicas
-from tl_paramdecomp.training.guards import FiniteGuard
-from tl_paramdecomp.training.interrupts import Interrupts
-from tl_paramdecomp.training.plan import Plan
-from tl_paramdecomp.training.progress import Shown, say
-from tl_paramdecomp.training.runs.checkpoint import Checkpoint, restore
-from tl_paramdecomp.training.runs.run_folder import RunFolder
-from tl_paramdecomp.training.shards import shard as shard_over
+from tl_paramdecomp.training.distributed import shard as shard_over
+from tl_paramdecomp.training.guards import CollapseWatch, FiniteGuard
+from tl_paramdecomp.training.run_folder import RunFolder
 from tl_paramdecomp.training.state import TrainingState, figures_of, optimise, start_state
+from tl_paramdecomp.training.watch import Interrupts, Shown, say
 
 
 @dataclass
@@ -39,13 +37,13 @@ class Run:
     adapter: ModelAdapter
     method: Method[Any]
     settings: dict[str, Any]
-    plan: Plan
+    config: RunConfig
     steps: int
     callbacks: tuple[Callback, ...]
     """Of the process that talks; others have none."""
     processes: ProcessGroup
     until: float | None
-    """When the budget of time is spent, by `clock.now`."""
+    """When the budget of time is spent, by `watch.now`."""
     folder: RunFolder | None = None
     shown: Shown = field(init=False)
     state: TrainingState = field(init=False)
@@ -62,20 +60,18 @@ class Run:
             self.processes.wait()
         return begun
 
-    def prepare(
-        self, made: Any, seed: int, source: BatchSource, background: BatchSource | None, begun: Checkpoint | None
-    ) -> None:
+    def prepare(self, made: Any, source: BatchSource, background: BatchSource | None, begun: Checkpoint | None) -> None:
         """All that the first step needs, from a checkpoint where there is one."""
-        plan, processes, device = self.plan, self.processes, self.adapter.device
-        if plan.shard:
+        config, processes, device = self.config, self.processes, self.adapter.device
+        if config.shard:
             shard_over(made, processes, device)
-        divided = processes.world * plan.accumulate > 1
+        divided = processes.world * config.accumulate > 1
         numbers = RandomNumbers(
-            seed, device, processes.rank, divided or plan.random_numbers == "global", plan.random_numbers
+            config.seed, device, processes.rank, divided or config.random_numbers == "global", config.random_numbers
         )
-        self.state = start_state(self.method, made, numbers, source, background, processes, plan.accumulate)
+        self.state = start_state(self.method, made, numbers, source, background, processes, config.accumulate)
         counts = made.n_components if getattr(made, "importance", None) is not None else None
-        self.finite = FiniteGuard(plan.on_nonfinite, plan.max_skips)
+        self.finite = FiniteGuard(config.on_nonfinite, config.max_skips)
         self.watch = CollapseWatch(
             self.state.groups, counts and sum(counts.values()), self.settings["method"], self.steps
         )
@@ -83,14 +79,14 @@ class Run:
             restore(begun, self.state)
             self.finite.restore(begun.values["guards"])
             self.watch.warned |= set(begun.values["warned"])
-        replicated = processes.world > 1 and not plan.shard
+        replicated = processes.world > 1 and not config.shard
         self.gradients = Replicas(self.method, made, processes).gradients if replicated else self.method.gradients
 
     def train(self) -> None:
         """The steps that are left."""
         state, path = self.state, None if self.folder is None else self.folder.path
         info = RunInfo(path, self.steps, state.done, self.settings, state.decomposition, self.adapter.model)
-        interrupts, begun, stopped = Interrupts(self.folder is not None), clock.now(), False
+        interrupts, begun, stopped = Interrupts(self.folder is not None), watch.now(), False
         if self.processes.leads:
             self.watch.begin()
         with interrupts, listening(self.callbacks, info), self.shown.steps(self.steps, state.done) as bar:
@@ -99,9 +95,9 @@ class Run:
                     figures = self.step(begun)
                     bar.update()
                     stopped = self.log(figures, bar, interrupts)
-                    if self.due(self.plan.checkpoint_every):
+                    if self.due(self.config.checkpoint_every):
                         self.checkpoint(figures)
-                    late = self.until is not None and clock.now() >= self.until
+                    late = self.until is not None and watch.now() >= self.until
                     stopped = self.processes.any_of(stopped | late)[0] | interrupts.agree(self.processes)
             except KeyboardInterrupt:
                 if state.settled and not interrupts.leaving and self.processes.world == 1:
@@ -112,7 +108,7 @@ class Run:
 
     def step(self, begun: float) -> dict[str, float] | None:
         """One step; its figures, empty where nobody asks, and None where the step was left out."""
-        state, method, done, plan = self.state, self.method, self.state.done, self.plan
+        state, method, done, config = self.state, self.method, self.state.done, self.config
         state.settled = False
         batch = state.source.batch(done)
         other = None if state.background is None else state.background.batch(done)
@@ -121,7 +117,7 @@ class Run:
         share = done / max(1, self.steps - 1)
         now = TrainingStep(
             self.adapter, state.decomposition, batch, state.numbers, share, state.memory, other,
-            self.processes, plan.accumulate, done,
+            self.processes, config.accumulate, done,
         )  # fmt: skip
         report = self.gradients(now)
         norms = optimise(state.groups, state.optimiser, method.learning_rate_factor(done, self.steps))
@@ -131,10 +127,10 @@ class Run:
         if not stands:
             self.note_skip()
             return None
-        if not self.due(plan.log_every) and not (plan.keep_best and self.due(plan.checkpoint_every)):
+        if not self.due(config.log_every) and not (config.keep_best and self.due(config.checkpoint_every)):
             return {}
-        skipped = {"skipped": float(self.finite.skipped)} if plan.on_nonfinite == "skip" else {}
-        return {**figures_of(report, norms, state), **skipped, "seconds": clock.now() - begun}
+        skipped = {"skipped": float(self.finite.skipped)} if config.on_nonfinite == "skip" else {}
+        return {**figures_of(report, norms, state), **skipped, "seconds": watch.now() - begun}
 
     def due(self, every: int) -> bool:
         """Whether it is time for what is done every so many steps, and after the last."""
@@ -142,7 +138,7 @@ class Run:
 
     def log(self, figures: dict[str, float] | None, bar: "tqdm[Any]", interrupts: Interrupts) -> bool:
         """Show, tell and write down a step's figures, where they are due; whether a callback wants the run to stop."""
-        if not figures or not self.due(self.plan.log_every) or not self.processes.leads:
+        if not figures or not self.due(self.config.log_every) or not self.processes.leads:
             return False
         state, stopped = self.state, False
         bar.set_postfix(loss=f"{figures['loss']:.4g}", L0=f"{figures.get('l0', float('nan')):.1f}")
@@ -175,7 +171,7 @@ class Run:
         saved = self.state.saved()
         if not self.processes.leads:
             return
-        best = self.plan.keep_best
+        best = self.config.keep_best
         if best is not None and figures and best not in figures and not self.callbacks:
             raise SettingError(f"keep_best={best!r} is no logged figure; there are {', '.join(figures)}.")
         self.finite.check(saved, self.told_last())

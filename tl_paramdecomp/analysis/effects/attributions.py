@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, DataFrame, Record, Table, frame_of, plain_table
-from tl_paramdecomp.components.plain import from_plain
 from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.settings import from_plain
 
 Direction = Literal["removal", "noising", "denoising", "corrupt to clean"]
 

@@ -24,12 +24,12 @@ from tl_paramdecomp.analysis.effects.site_writes import Prompts, prompts_of
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, DataFrame, Record, Table, frame_of, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.plain import from_plain
 from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
 from tl_paramdecomp.errors import DataError, HeadIndexError, NoMatchingSiteError, SettingError, ShapeError
 from tl_paramdecomp.patching.act_edits import derangement
 from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, Seed, fit, from_plain
 from tl_paramdecomp.sites import SitePattern, Span, select_sites
 
 Direction = Literal["noising", "denoising"]
@@ -203,7 +203,7 @@ def sweep(
     if hasattr(prompts, "clean") and (corrupt is not None or attention_mask is not None):
         raise SettingError("A task has its own corrupt prompts and attention mask; leave corrupt= and mask out.")
     runs = prompts_of(prompts, metric, corrupt, attention_mask, numbers=True)
-    put = _checked_value(value, direction, runs, rows_at_once)
+    put, seed = _checked_value(value, direction, runs, rows_at_once), fit(seed, Seed, "seed")
     adapter = checked_adapter(model, decomposition, runs.clean, runs.attention_mask)
     need_answers(adapter, prompts, metric)
     chosen = _chosen_sites(decomposition, sites, by_head)
@@ -321,8 +321,7 @@ def _checked_value(value: SweepValue | None, direction: str, runs: Prompts, rows
     """What is put in, by name or as a number."""
     if direction not in ("noising", "denoising"):
         raise SettingError(f"A direction is 'noising' or 'denoising'; given {direction!r}.")
-    if rows_at_once < 1:
-        raise SettingError(f"rows_at_once is at least 1; given {rows_at_once}.")
+    fit(rows_at_once, Count, "rows_at_once")
     if not len(runs.clean):
         raise DataError("A sweep needs at least one prompt.")
     put = ("corrupt" if direction == "denoising" else "zero") if value is None else value

@@ -15,6 +15,7 @@ Read L0 with the rounded and the adversarial KL first. Stochastic masks keep hal
 import contextlib
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, NotNegative, Seed, Settings, Whole, fit
 from tl_paramdecomp.sites import check_rows
 
 ACTIVE, ALIVE = 0.1, 1e-6
@@ -56,31 +58,23 @@ model anew."""
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """What an evaluation depends on besides model, decomposition and data."""
 
-    rows_at_once: int = 8
+    rows_at_once: Count = 8
     """Rows of one forward pass."""
-    samples: int = 4
+    samples: Count = 4
     """Draws of stochastic and random masks."""
-    ladder: tuple[int, ...] = (1, 4, 20, 40)
+    ladder: tuple[Count, ...] = (1, 4, 20, 40)
     """Steps of the adversary, one climb each; the step size is 2 over the steps, at most 1."""
-    restarts: int = 3
+    restarts: Count = 3
     """Starts of the adversary."""
-    ablated: int = 64
+    ablated: Whole = 64
     """Components that are ablated by themselves, for specificity; 0: none."""
     by_site: bool = True
     """Also mask each matrix by itself."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all that is drawn."""
-
-    def __post_init__(self) -> None:
-        if min(self.rows_at_once, self.samples, self.restarts) < 1 or min(self.ladder, default=1) < 1:
-            raise SettingError(
-                f"rows_at_once, samples, restarts and the ladder's steps must be at least 1; given {self}."
-            )
-        if self.ablated < 0:
-            raise SettingError(f"ablated is a number of components, from 0 on; given {self.ablated}.")
 
 
 def evaluate(
@@ -133,8 +127,7 @@ def evaluate(
     Limits.of(adapter).refuse(tokens, "The data", attention_mask)
     warn_of_other_start(decomposition, tokens, attention_mask)
     protocol = protocol or EvaluationConfig()
-    if seconds is not None and not seconds >= 0.0:
-        raise SettingError(f"seconds is a number from 0 on; given {seconds}.")
+    seconds = None if seconds is None or seconds == math.inf else fit(seconds, NotNegative, "seconds")
     if measure not in (None, "kl", "mse"):
         raise SettingError(f"measure must be 'kl' or 'mse'; given {measure!r}.")
     numbers = tokens.is_floating_point()

@@ -21,24 +21,21 @@ from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.analysis.effects.site_writes import SiteWrites, along_writes
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import CleanPass, Importance
-from tl_paramdecomp.errors import SettingError, ShapeError
+from tl_paramdecomp.errors import ShapeError
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, Measure
+from tl_paramdecomp.settings import Count, Seed, Settings
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(Settings):
     """Importances 1 for the k components of largest estimated effect at each position, 0 for all others."""
 
-    k: int
+    k: Count
     """Components per position, over all sites together."""
-    samples: int = 4
+    samples: Count = 4
     """Draws of next tokens that the expectation is taken over."""
-    seed: int = 0
+    seed: Seed = 0
     """Of what is drawn."""
-
-    def __post_init__(self) -> None:
-        if self.k < 1 or self.samples < 1:
-            raise SettingError(f"An oracle needs k >= 1 and samples >= 1; given {self.k} and {self.samples}.")
 
     def importances(self, components: Mapping[str, Components], clean: CleanPass) -> dict[str, Importance]:
         """Importances [batch, pos, C] of every site."""

@@ -32,11 +32,11 @@ from tl_paramdecomp.components.subnetworks import (
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
-from tl_paramdecomp.methods.settings import from_settings
 from tl_paramdecomp.methods.step import KL_NEEDS
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import moved_part
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import TYPE, Count, Seed, Whole, fit, from_settings, kinds_of
 from tl_paramdecomp.sites import check_rows
 
 
@@ -63,6 +63,7 @@ def impacts(
         TargetMismatchError, DeviceError, ShapeError: As `patched`.
     """
     check_rows(tokens, attention_mask)
+    references, seed = fit(references, Whole, "references"), fit(seed, Seed, "seed")
     if references < 1:
         raise SettingError(f"Impacts need at least one reference; given {references}.")
     adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)
@@ -143,10 +144,10 @@ def _derivative(
 
 def method_of(decomposition: SubnetworkDecomposition) -> L3D:
     """The method that made it."""
-    method = from_settings(decomposition.info.get("run", {}).get("method"))
-    if not isinstance(method, L3D):
+    method = decomposition.info.get("run", {}).get("method")
+    if not isinstance(method, dict) or method.get(TYPE) not in kinds_of(L3D):
         raise SettingError("No run of L3D is stored with these subnetworks, so their divergence is not known.")
-    return method
+    return from_settings(method, base=L3D)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -195,6 +196,7 @@ def evaluate_subnetworks(
     check_rows(tokens, attention_mask)
     if not len(tokens):
         raise DataError("There are no rows to evaluate on.")
+    rows_at_once, seed = fit(rows_at_once, Count, "rows_at_once"), fit(seed, Seed, "seed")
     adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
     groups: list[Gradients] = []

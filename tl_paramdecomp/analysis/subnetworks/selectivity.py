@@ -22,6 +22,7 @@ from tl_paramdecomp.methods.sample_gradients import SampleDivergence
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, Positive, Seed, fit
 from tl_paramdecomp.sites import check_rows
 
 TINY = 1e-12
@@ -154,8 +155,8 @@ def causal_selectivity(
         ComponentIndexError, TargetMismatchError, DeviceError, ShapeError: As `perturbed`.
     """
     check_rows(tokens, attention_mask)
-    if delta <= 0 or top < 1:
-        raise SettingError(f"delta and top must be positive; given {delta} and {top}.")
+    delta, top, seed = fit(delta, Positive, "delta"), fit(top, Count, "top"), fit(seed, Seed, "seed")
+    rows_at_once = fit(rows_at_once, Count, "rows_at_once")
     if len(tokens) <= top:
         raise DataError(f"Top samples are compared with others: give more than {top} rows; given {len(tokens)}.")
     adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)

@@ -24,6 +24,7 @@ from tl_paramdecomp.data.tokenizer import RowTokenizer, named_words, prompt_toke
 from tl_paramdecomp.errors import SettingError, TokenizerTaskError
 from tl_paramdecomp.pretrained import grammar, micro_gpt2_prompts
 from tl_paramdecomp.pretrained.grammar import split_of
+from tl_paramdecomp.settings import Seed, Whole, fit
 
 DRAWS = 3000
 """Draws for one prompt before it is said that there is none."""
@@ -101,6 +102,7 @@ def make_task(
         raise SettingError(f"Unknown task {name!r}; the tasks are {', '.join(TASKS)}.")
     if split not in grammar.SPLITS:
         raise SettingError(f"Unknown split {split!r}; the splits are {', '.join(grammar.SPLITS)}.")
+    n, seed = fit(n, Whole, "n"), fit(seed, Seed, "seed")
     if n < 1:
         raise SettingError(f"A task has at least one prompt; given n = {n}.")
     writer = prompt_tokenizer(tokenizer_or_model, prepend_bos, decomposition)

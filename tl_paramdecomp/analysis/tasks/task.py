@@ -351,10 +351,11 @@ def _padded(name: str, rows: Any, pad_token: int) -> tuple[Shaped[Tensor, "..."]
 
 def _ids(name: str, what: str, given: Any) -> tuple[int, ...]:
     several = given.reshape(-1).tolist() if isinstance(given, Tensor) else given
-    if not isinstance(several, Iterable):
-        several = (several,)
+    several = list(several) if isinstance(several, Iterable) else [several]
     try:
-        return tuple(operator.index(token) for token in several)
+        if any(isinstance(token, bool) for token in several):
+            raise TypeError("a truth value is no token")
+        return tuple(map(operator.index, several))
     except TypeError as error:
         raise TaskError(f"Task {name!r}: {what} are token ids, or several of them; given {given!r}.") from error
 

@@ -12,32 +12,30 @@ The directory itself may be a link. Nothing inside is followed, written over or 
 import contextlib
 import json
 import os
+import socket
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from tl_paramdecomp.components.disk import failure, read_json, replace_text
+from filelock import BaseFileLock, FileLock, Timeout
+
+from tl_paramdecomp.components.disk import failure, open_regular, read_json, replace_text
 from tl_paramdecomp.components.files import refuse_other_things
-from tl_paramdecomp.errors import DecompositionFileError, SettingError
+from tl_paramdecomp.errors import DecompositionFileError, RunInUseError, SettingError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.training.callbacks import JsonLines
-from tl_paramdecomp.training.runs.checkpoint import Checkpoint, Checkpoints
-from tl_paramdecomp.training.runs.lock import RunLock
+from tl_paramdecomp.training.checkpoint import Checkpoint, Checkpoints
 
 SETTINGS, LOG, CHECKPOINTS, RESULT, LOCK = "run.json", "metrics.jsonl", "checkpoints", "decomposition", ".lock"
+LARGEST_LOCK, HELD = 1 << 12, b'{"pid": '
+"""Bytes that a lock's file has at most, and how what is in it begins."""
 
 
 class RunFolder:
-    """A run's directory, while this process alone writes to it.
-
-    Args:
-        path: The directory.
-        settings: What the run depends on, as JSON-able values; only a checkpoint of the same is gone on with.
-        keep_checkpoints: How many of the newest checkpoints stay.
-        keep_best: A logged figure; the checkpoint where it is lowest stays too.
-        writes: Whether this process writes there; of several, one does, and the others only read.
-    """
+    """A run's directory, while this process alone writes to it; only a checkpoint of the same `settings` is gone on with."""
 
     def __init__(
         self,
@@ -69,7 +67,7 @@ class RunFolder:
             raise DecompositionFileError(
                 f"The run's folder {self.path} cannot be made ({error}); choose another run_dir."
             ) from error
-        with RunLock(self.path / LOCK):
+        with held(self.path / LOCK):
             self._check_places()
             yield self
 
@@ -147,3 +145,68 @@ class RunFolder:
                 error,
                 f"{self.checkpoints.told_last()} Free some space or mend the folder, and the same call writes it.",
             ) from error
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however it ends; the file says who holds it, and stays.
+
+    Raises:
+        RunInUseError: Another process holds the lock, or another call of this one.
+        DecompositionFileError: The file cannot be made, is a link or no regular file, or is another's.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        _check_lock(path)
+        _take(lock, path)
+    except OSError as error:
+        if isinstance(error, RunInUseError):
+            raise
+        raise DecompositionFileError(
+            f"{path.parent} cannot be written to ({error}); choose another run_dir."
+        ) from error
+    try:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        _say_who(path, json.dumps(holder) + "\n")
+        yield
+    finally:
+        _say_who(path, "")
+        lock.release()
+
+
+def _take(lock: BaseFileLock, path: Path) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunInUseError(
+            f"{path.parent} is in use by {_holder(path)}; wait for it to end, stop it, or choose another run_dir."
+        ) from None
+    except OSError as error:
+        warnings.warn(
+            f"The file system of {path} has no locks ({error}); see that no two runs write there.", stacklevel=4
+        )
+
+
+def _check_lock(path: Path) -> None:
+    """See that the file is nobody else's, as it will be emptied."""
+    with os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "rb") as file:
+        content = file.read(LARGEST_LOCK + 1)
+    # zeros are what a power cut may leave
+    if len(content) > LARGEST_LOCK or not (content.strip(b"\0") == b"" or HELD.startswith(content[: len(HELD)])):
+        raise OSError(f"{path} is no lock of a run, and holds something else; move it away")
+
+
+def _say_who(path: Path, holder: str) -> None:
+    # a full disk is told of when something that matters is written; Windows locks the text as well
+    with contextlib.suppress(OSError), os.fdopen(open_regular(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+        file.write(holder.encode())
+
+
+def _holder(path: Path) -> str:
+    for _ in range(10):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = read_json(path, "pid", "host", "since", largest=LARGEST_LOCK)
+            return f"process {known['pid']} on {known['host']}, since {known['since']}"
+        time.sleep(0.02)  # it has the lock and is about to say who it is
+    return "another process"

@@ -21,10 +21,8 @@ from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.sites import SitePattern
-from tl_paramdecomp.training.estimates.memory import available, held, peak_resident, size_of
-from tl_paramdecomp.training.estimates.trial import Trial, outline
-from tl_paramdecomp.training.guards import OnNonfinite
-from tl_paramdecomp.training.plan import Plan, steps_of
+from tl_paramdecomp.training.config import OnNonfinite, RunConfig
+from tl_paramdecomp.training.trial import Trial, available, held, outline, peak_resident, size_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,14 +179,17 @@ def estimate_run(
     Raises:
         NoMatchingSiteError, UnsupportedModelError, DataError, SettingError: As `decompose`.
     """
+    config = RunConfig(
+        steps, batch_size, seed, checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints,
+        on_nonfinite=on_nonfinite, accumulate=accumulate,
+    )  # fmt: skip
     adapter = adapt(model)
     chosen = adapter.select(sites)
-    Plan(checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, accumulate=accumulate)
     source, other = (
         None if rows is None else batch_source(rows, batch_size, seed + i, together=method.rows_together, model=adapter)
         for i, rows in enumerate((data, background))
     )
-    steps = steps_of(method, steps, data)
+    steps = config.steps_of(method, data)
     if steps:
         method.check(adapter)
     for used in (source, other):

@@ -24,6 +24,7 @@ from tl_paramdecomp.components.disk import (
     LARGEST,
     digest_of,
     failure,
+    in_short,
     not_own,
     open_regular,
     parse_json,
@@ -37,7 +38,6 @@ from tl_paramdecomp.components.disk import (
     write_text,
 )
 from tl_paramdecomp.components.files import OWN as OWN_OF_DECOMPOSITION
-from tl_paramdecomp.components.plain import as_declared, in_short
 from tl_paramdecomp.errors import (
     DecompositionFileError,
     DiskSpaceError,
@@ -45,10 +45,10 @@ from tl_paramdecomp.errors import (
     TargetMismatchError,
     TLParamDecompError,
 )
-from tl_paramdecomp.training.progress import say
-from tl_paramdecomp.training.random_state import set_random
-from tl_paramdecomp.training.shards import load_whole
-from tl_paramdecomp.training.state import SavedState, TrainingState
+from tl_paramdecomp.settings import as_declared
+from tl_paramdecomp.training.distributed import load_whole
+from tl_paramdecomp.training.state import SavedState, TrainingState, set_random
+from tl_paramdecomp.training.watch import say
 
 FORMAT = 1
 METADATA, BEST, DECOMPOSITION = "checkpoint.json", "best.json", "decomposition"
@@ -94,13 +94,7 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        folder: Where they are.
-        keep: How many of the newest stay.
-        best: A logged figure; the checkpoint where it is lowest stays too.
-    """
+    """The checkpoints of one run: the newest `keep` of them, and the one where the logged figure `best` is lowest."""
 
     def __init__(self, folder: Path, keep: int = 2, best: str | None = None) -> None:
         self.folder, self.keep, self.best = folder, keep, best
@@ -151,14 +145,10 @@ class Checkpoints:
     def save(self, state: SavedState, values: Mapping[str, Any], figures: Mapping[str, float] | None = None) -> Path:
         """Write the state after its last step; every checkpoint before stays until this one is complete.
 
-        Args:
-            state: Between two steps.
-            values: What `checkpoint.json` says besides: settings, the guards' counts.
-            figures: Of this step, where they are known; the best checkpoint is told by them.
+        `values` are what `checkpoint.json` says besides; `figures` of the step tell the best checkpoint, where they are known.
 
         Raises:
-            DiskSpaceError: The disk has not enough room.
-            DecompositionFileError: Something could not be written.
+            DiskSpaceError, DecompositionFileError: There is no room, or something could not be written.
         """
         scratch, final = self.folder / SCRATCH, self.folder / f"step-{state.done:08d}"
         try:
@@ -234,8 +224,7 @@ class Checkpoints:
         """A run begins anew here: checkpoints of another are forgotten, and deleted once this one has one.
 
         Raises:
-            DecompositionFileError: One is a link, or holds files that no run wrote.
-            OSError: One cannot be moved.
+            DecompositionFileError, OSError: One is a link, holds files that no run wrote, or cannot be moved.
         """
         folders = self._folders()
         for folder in folders:
@@ -275,7 +264,9 @@ class Checkpoints:
             return
         known = self._known_best()
         if known is None or value < known["value"]:
-            replace_text(self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}), alone=True)
+            replace_text(
+                self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}), alone=True
+            )
 
     def _prune(self) -> None:
         """Leave the newest that are good, and the best."""
@@ -329,10 +320,8 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
     """Put a checkpoint's state into that of a run before its first step.
 
     Raises:
-        DecompositionFileError: The checkpoint does not fit the run.
-        TargetMismatchError: It is of a model with other weights.
-        SettingError: It is of a run on a device of another kind.
-        DataError: It is of a run on other data.
+        DecompositionFileError, TargetMismatchError, SettingError, DataError: It does not fit the run, or is of a model with
+            other weights, of a device of another kind, or of other data.
     """
     folder, values = checkpoint.folder, checkpoint.values
     if values["device"] != state.device.type:

@@ -1,15 +1,51 @@
-"""SIGINT and SIGTERM while a run goes on: the first lets the step end and the run save, a second leaves at once."""
+"""What a run shows while it goes on, the time as it asks for it, and signals that stop it."""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from tl_paramdecomp.parallel import ProcessGroup
-from tl_paramdecomp.training import clock
+
+
+def is_watched() -> bool:
+    """Whether standard error is a terminal, or the cell of a notebook."""
+    in_notebook = type(sys.stdout).__module__.startswith("ipykernel")
+    return in_notebook or bool(getattr(sys.stderr, "isatty", lambda: False)())
+
+
+class Shown:
+    """The progress bars of a run; `progress` None: where somebody looks."""
+
+    def __init__(self, progress: bool | None) -> None:
+        self.hidden = not (is_watched() if progress is None else progress)
+
+    def phase(self, what: str, total: int) -> Iterable[int]:
+        """Numbers 0 to total - 1 under a bar."""
+        return tqdm(range(total), desc=what, disable=self.hidden, leave=False)
+
+    def steps(self, total: int, first: int) -> "tqdm[Any]":
+        """The bar of the steps; use it as a context."""
+        return tqdm(
+            total=total, initial=first, desc="decompose", disable=self.hidden, unit="step", mininterval=0.5
+        )  # fmt: skip
+
+
+def say(text: str) -> None:
+    """One line on standard error, above the bars."""
+    tqdm.write(text, file=sys.stderr)
+
+
+now = time.monotonic
+"""Seconds since some moment, as `now()`."""
+
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 0.1
@@ -17,12 +53,9 @@ ECHO = 0.1
 
 
 class Interrupts:
-    """A context in which signals are noted; leaving it raises what the first one stands for.
+    """A context in which signals are noted, where there is something to save; leaving it raises what the first one stands for.
 
     Only the main thread gets signals: elsewhere, and where a signal is ignored or handled outside Python, nothing changes.
-
-    Args:
-        active: False leaves signals alone, where there is nothing to save.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -59,13 +92,13 @@ class Interrupts:
         return self.asked is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = clock.now()
+        at = now()
         if self.asked is None:
-            self.asked, self._since = signal.Signals(number), now
+            self.asked, self._since = signal.Signals(number), at
             with contextlib.suppress(Exception):
                 if sys.stderr.isatty():  # not through Python's buffers, which this may have interrupted
                     os.write(sys.stderr.fileno(), b"\nSaving after this step; once more leaves at once.\n")
-        elif now - self._since > ECHO:
+        elif at - self._since > ECHO:
             self.leaving = True
             raise _meaning(signal.Signals(number))
 

@@ -1,1 +1,0 @@
-"""A run's directory: who may write to it, and its checkpoints."""
