@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from tl_paramdecomp import Decomposition, SubnetworkDecomposition
-from tl_paramdecomp.components import files
+from tl_paramdecomp.components import disk, files
 from tl_paramdecomp.errors import DecompositionFileError
 
 from ..support.saved_folders import METADATA, TENSORS, contents, put
@@ -274,7 +274,7 @@ def test_new_folders_are_on_the_disk_with_what_is_in_them(tmp_path: Path, monkey
     folder = old_and_new("components")[0].save(tmp_path / "a" / "b" / "c")
     for path in (folder, folder.parent, folder.parent.parent, tmp_path, folder / TENSORS, folder / METADATA):
         assert path.stat().st_ino in synced, path
-    files.replace_text(tmp_path / "a" / "words.txt", "said")
+    disk.replace_text(tmp_path / "a" / "words.txt", "said")
     assert (tmp_path / "a" / "words.txt").stat().st_ino in synced
 
 
@@ -282,7 +282,7 @@ def test_both_files_are_open_to_whom_the_umask_lets(tmp_path: Path) -> None:
     folder = old_and_new("components")[0].save(tmp_path)
     before = os.umask(0)
     os.umask(before)
-    files.replace_text(tmp_path / "words.txt", "said")
+    disk.replace_text(tmp_path / "words.txt", "said")
     for name in (TENSORS, METADATA, "words.txt"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o666 & ~before
 

@@ -1,5 +1,6 @@
 """Causal-importance functions against float64 textbook forms written here, one component and one head at a time."""
 
+import dataclasses
 import json
 import math
 
@@ -417,7 +418,7 @@ def test_files_keep_every_kind(kind: str, sigmoid: str, tmp_path: object) -> Non
 def test_files_from_before_the_newer_settings(kind: str, tmp_path: object) -> None:
     made = make(ImportanceConfig(kind, HIDDEN))  # type: ignore[arg-type]
     folder = made.save(tmp_path / "d")  # type: ignore[operator]
-    settings = json.dumps(made.importance.settings())  # type: ignore[union-attr]
+    settings = json.dumps(dataclasses.asdict(made.importance.config))  # type: ignore[union-attr]
     metadata = values_of(folder)
 
     def strip(node: object) -> object:

@@ -78,9 +78,7 @@ class Limits:
         padding = attention_mask is not None and len(place) == 2 and not bool(attention_mask[place[0], place[1]])
         instead = "give rows made with the model's own tokenizer."
         if padding:
-            instead = (
-                "where the attention mask is 0 the model looks it up all the same: put one of its tokens there, as 0."
-            )
+            instead = "where the attention mask is 0 the model looks it up too: put one of its tokens there, such as 0."
         raise DataError(
             f"{what} has in row {row + place[0]}{f', at position {place[1]},' if len(place) > 1 else ''} token "
             f"{int(tokens[tuple(place)])}, and the model has tokens 0 to {self.vocabulary - 1}; {instead}"

@@ -73,7 +73,7 @@ def reading(path: Path | str, what: str = "cannot be read") -> Iterator[None]:
     except DecompositionFileError:
         raise
     except Exception as error:
-        raise DecompositionFileError(f"{path} {what} ({error}).") from error
+        raise DecompositionFileError(f"{path} {what} ({str(error)[:LONGEST_REASON]}).") from error
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -125,8 +125,9 @@ def at_columns(
     prompt = end if span.prompt is None else span.prompt
     if covered != prompt and (start or covered != end):
         raise ShapeError(
-            f"{shape}: they cover {covered} positions, but the prompt has {prompt}. Give one value, or one for each position "
-            "of the prompt; activations of another prompt must be of one with as many tokens, aligned with this one."
+            f"{shape}: {'they cover' if 'values' in what else 'it covers'} {covered} positions, but the prompt has "
+            f"{prompt}. Give one value, or one for each position of the prompt; activations of another prompt must be of "
+            "one with as many tokens, aligned with this one."
         )
     inside = given.narrow(axis, min(start, covered), max(0, min(end, covered) - start))
     beyond = list(inside.shape)

@@ -133,7 +133,7 @@ def changes_of(decomposition: Decomposition, given: SiteChanges[Any]) -> dict[st
         if name not in decomposition or decomposition[name].n_components != change.n_components:
             raise NoMatchingSiteError(
                 f"The {type(given).__name__} speak of {change.n_components} components of {name}, which this decomposition "
-                "does not have; make them of it, with decomposition.masks() or act_patches(decomposition)."
+                "does not have; begin with its own masks(), or with act_patches(decomposition)."
             )
     return changes
 
