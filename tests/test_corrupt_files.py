@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from tl_paramdecomp.errors import DecompositionFileError, TLParamDecompError
+from tl_paramdecomp.cli.run_files import settings_of_file
+from tl_paramdecomp.errors import DecompositionFileError, SettingError, TLParamDecompError
 
 from .support import hostile
 from .support.hostile import Chance, refusal, tried, watched
@@ -239,3 +240,71 @@ def test_the_bombs_go_off_where_they_are_opened_as_what_they_are(tmp_path: Path)
     (tmp_path / "sentinel").rmdir()
     with pytest.raises(AssertionError, match="find_class"), watched():
         pickle.loads(made["pickle"])
+
+
+# --- run files that are small and grow --------------------------------------------------------------------------------
+def _bomb(depth: int = 9, width: int = 9) -> str:
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, depth)]
+    return "\n".join(lines)
+
+
+HEAD = "model: micro-gpt2\nsites: blocks.0.*\n"
+RUN_FILES = {
+    "aliases of aliases": _bomb(),
+    "aliases of mappings": "a: &a {x: 1, y: 2}\n" + "".join(f"b{i}: &b{i} {{<<: *a, z: [*a, *a]}}\n" for i in range(9)),
+    "merged with itself": HEAD + "data: &d\n  <<: *d\n  text: x\n",
+    "an anchor within itself": HEAD + "data: &d [*d]\n",
+    "digits": HEAD + "steps: " + "9" * 100_000,
+    "digits and an exponent": HEAD + "steps: " + "1" * 100_000 + "e",
+    "digits with underscores": HEAD + "steps: " + "1_" * 50_000,
+    "400 digits": HEAD + "steps: " + "9" * 400,
+    "keys": HEAD + "".join(f"k{i}: 1\n" for i in range(40_000)),
+    "a key twice": HEAD + "steps: 1\nsteps: 2\n",
+    "deep lists": HEAD + "sites: " + "[" * 50_000,
+    "deep mappings": HEAD + "data: " + "{a: " * 5_000,
+    "deep and closed": HEAD + "sites: " + "[" * 2_000 + "]" * 2_000,
+    "a date": HEAD + "steps: 2020-01-01",
+    "an impossible date": HEAD + "steps: 2020-13-45",
+    "sexagesimal": HEAD + "steps: 190:20:30" + ":59" * 5000,
+    "binary": HEAD + "steps: !!binary aaaa",
+    "a Python object": HEAD + "steps: !!python/object/apply:os.getcwd []",
+    "a set": HEAD + "steps: !!set {a, b}",
+    "no type": HEAD + "method: {type: null}",
+    "a type that is a list": HEAD + "method: {type: [SPD]}",
+    "nan": HEAD + "steps: .nan",
+    "infinity": HEAD + "max_seconds: .inf\nsteps: .inf",
+    "half a step": HEAD + "steps: 1.5",
+    "no separator": HEAD + 'data: {text: x, separator: ""}',
+    "a list as key": HEAD + "? [a, b]\n: 1\n",
+    "several documents": HEAD + "---\n" + HEAD,
+    "tabs": HEAD + "data:\n\ttext: x\n",
+    "directives": "%YAML 9.9\n---\n" + HEAD,
+    "long text": HEAD + "keep_best: " + "x" * 5_000_000,
+    "nothing": "",
+    "a list": "- a\n- b\n",
+}
+
+
+@pytest.mark.parametrize("which", list(RUN_FILES))
+def test_run_files_that_are_small_and_grow(which: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN_FILES[which])
+    assert isinstance(tried(lambda path: settings_of_file(path, [], None), tmp_path / "run.yaml"), SettingError)
+
+
+JSON_FILES = {
+    "a key twice": '{"model": "a", "sites": "b", "sites": "c"}',
+    "digits": '{"model": "a", "sites": "b", "steps": ' + "9" * 100_000 + "}",
+    "400 digits": '{"model": "a", "sites": "b", "steps": ' + "9" * 400 + "}",
+    "nan": '{"model": "a", "sites": "b", "steps": NaN}',
+    "exponent": '{"model": "a", "sites": "b", "steps": 1e999}',
+    "deep": '{"model": "a", "sites": ' + "[" * 50_000 + "]" * 50_000 + "}",
+    "keys": '{"model": "a", "sites": "b", ' + ", ".join(f'"k{i}": 1' for i in range(40_000)) + "}",
+    "no type": '{"model": "a", "sites": "b", "method": {"type": null}}',
+}
+
+
+@pytest.mark.parametrize("which", list(JSON_FILES))
+def test_json_run_files(which: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(JSON_FILES[which])
+    assert isinstance(tried(lambda path: settings_of_file(path, [], None), tmp_path / "run.json"), SettingError)

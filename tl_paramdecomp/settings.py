@@ -228,7 +228,8 @@ def _taken(base: type[Made], value: Any) -> Made:
     try:
         return cls(**{key: fit(item, hints[key], str(key)) for key, item in given.items()})
     except SettingError as error:
-        raise error.__cause__ if isinstance(error.__cause__, _RefusalError) else _RefusalError(f": {error}") from error
+        why = error.__cause__
+        raise why.below("") if isinstance(why, _RefusalError) else _RefusalError(f": {error}") from error
 
 
 @functools.cache

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import tl_paramdecomp as tlpd
 from tl_paramdecomp.analysis.tasks.task import Task, load_task
+from tl_paramdecomp.cli.methods import method_in
+from tl_paramdecomp.cli.run_files import settings_of_file
 from tl_paramdecomp.errors import DecompositionFileError
 from tl_paramdecomp.training.callbacks import STOP
 from tl_paramdecomp.training.checkpoint import read_checkpoint, restore
@@ -27,6 +30,12 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "subnetworks": tlpd.SubnetworkDecomposition.load,
 }
 TASK = Task.from_tokens("t", [[1, 2, 3], [4, 5]], [[1], [2, 3]], [[2], [4]], [[1, 2, 4], [4, 6]], groups=("x", "y"))
+RUN = {
+    "model": "micro-gpt2", "sites": ["blocks.0.mlp.*", "unembed.W_U"], "steps": 5, "batch_size": 2, "keep_best": "loss",
+    "method": {"preset": "vpd", "n_components": {"blocks.*": 8}, "lr": 1e-3, "losses": {"faithfulness": {"rows": 4}}},
+    "data": {"text": "x.txt", "length": 16, "bos": True}, "evaluate": {"every": 5, "rows": 4}, "max_seconds": 1.5,
+}  # fmt: skip
+"""A run file with settings of every type."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,33 @@ def checkpoint() -> Kind:
 
 
 # --- settings and data, which have no checksums -----------------------------------------------------------------------
+def run_file(suffix: str) -> Kind:
+    def write(folder: Path, values: Any) -> None:
+        text = json.dumps(values) if suffix == "json" else yaml.safe_dump(values, allow_unicode=False)
+        (folder / f"run.{suffix}").write_text(text, encoding="utf-8")
+
+    return Kind(
+        make=lambda folder: write(folder, RUN), forge=write, values=lambda folder: json.loads(json.dumps(RUN)),
+        load=lambda folder: settings_of_file(folder / f"run.{suffix}", [], None), sealed=False,
+    )  # fmt: skip
+
+
+def method_file() -> Kind:
+    from tl_paramdecomp.experiments.recipes import RECIPES
+
+    try:
+        from tl_paramdecomp.settings import to_settings
+    except ImportError:
+        from tl_paramdecomp.methods.settings import to_settings
+    good = to_settings(RECIPES["tms-5-2-id"].method)
+    return Kind(
+        make=lambda folder: (folder / "m.json").write_text(json.dumps(good)),
+        load=lambda folder: method_in(folder / "m.json"),
+        values=lambda folder: good, forge=lambda folder, values: (folder / "m.json").write_text(json.dumps(values)),
+        sealed=False,
+    )  # fmt: skip
+
+
 TEXTS = [f"w{i % 50} w{i % 7} w{i % 11} w3 w4 w5 w6 w7 w8 w9\n" for i in range(20)]
 
 
@@ -214,5 +250,8 @@ KINDS: dict[str, Callable[[], Kind]] = {
     **{what: lambda what=what: record(what) for what in RECORDS},
     "task": task,
     "checkpoint": checkpoint,
+    "run file": lambda: run_file("yaml"),
+    "run file of JSON": lambda: run_file("json"),
+    "method": method_file,
     **{f"x.{end}": lambda end=end: data(f"x.{end}") for end in ("txt", "jsonl", "json", "parquet")},
 }

@@ -33,7 +33,7 @@ ALL_PRESETS: Mapping[str, Callable[[], Any]] = {
 ORACLE = "-oracle"
 
 
-def method_named(name: str, path: str = "--method", presets: Mapping[str, Callable[[], Any]] = PRESETS) -> Any:
+def method_named(name: Any, path: str = "--method", presets: Mapping[str, Callable[[], Any]] = PRESETS) -> Any:
     """A preset.
 
     Args:
@@ -48,7 +48,7 @@ def method_named(name: str, path: str = "--method", presets: Mapping[str, Callab
     if plain not in presets:
         near = difflib.get_close_matches(plain, presets, n=1)
         hint = f" Nearest: {near[0]}." if near else ""
-        raise SettingError(f"{path}: {name!r} is none of {', '.join(presets)}.{hint}")
+        raise SettingError(f"{path}: {name!r:.100} is none of {', '.join(presets)}.{hint}")
     method = presets[plain]()
     if name == plain:
         return method

@@ -183,7 +183,9 @@ def method_tree(given: Any, path: str = METHOD) -> Any:
     if not isinstance(given, Mapping):
         return given
     if PRESET in given and TYPE in given:
-        raise SettingError(f"{path} has both a preset ({given[PRESET]}) and a type ({given[TYPE]}); give one of them.")
+        raise SettingError(
+            f"{path} has both a preset ({given[PRESET]!s:.60}) and a type ({given[TYPE]!s:.60}); give one of them."
+        )
     differing = {
         key: method_tree(value, f"{path}.{key}") if isinstance(value, Mapping) and PRESET in value else value
         for key, value in given.items()
