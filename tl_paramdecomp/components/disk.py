@@ -148,7 +148,7 @@ def digest_of(file: BinaryIO) -> str:
     return found.hexdigest()
 
 
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """A JSON object whose names differ, else ValueError."""
     found = dict(pairs)
     if len(found) != len(pairs):
