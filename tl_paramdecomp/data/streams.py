@@ -4,7 +4,7 @@ A place is a small JSON-able value: a number where items can be picked by number
 one, and otherwise how many items were read, which are then read again and skipped.
 
 Measured, a state after every 13th item: shuffled streams of `datasets` go on with other items at 23 of 24 places (3.6 and 5.2),
-mapped ones at 23 of 24, filtered at 7 of 8 and batched at 5 of 6 in 3.6 and at none in 5.2; passes over one object share a state.
+mapped ones at 23 of 24, filtered at 7 of 8 and batched at 5 of 6 in 3.6, none in 5.2; passes over one object share a state.
 So rows are shuffled here (`sources`), passes are over copies, and what is read at a place is compared with what was there.
 """
 
