@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 import tl_paramdecomp as tlpd
-from tests.training import lines, start
+from tests.training.runs import lines, start
 from tests.training.test_fit import same, tiny_gpt2
 from tl_paramdecomp.training import watch as clock
 from tl_paramdecomp.training.checkpoint import Checkpoints

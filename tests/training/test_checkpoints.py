@@ -361,7 +361,7 @@ def test_a_real_quota(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     stopped("SPD", tmp_path, 3)
     code = (
-        "import sys; from pathlib import Path; from tests.training import start\n"
+        "import sys; from pathlib import Path; from tests.training.runs import start\n"
         "from tl_paramdecomp.errors import DecompositionFileError\n"
         "try: start('SPD', Path(sys.argv[1]))\n"
         "except DecompositionFileError as error: print(error)"
@@ -413,7 +413,7 @@ def test_a_file_system_that_cannot_be_written_to(tmp_path):
 def test_a_folder_without_the_right_to_write():
     """In a process without any rights, as root may write everywhere; all that it imports is imported before."""
     code = (
-        "import os, sys; from pathlib import Path; from tests.training import start\n"
+        "import os, sys; from pathlib import Path; from tests.training.runs import start\n"
         "from tl_paramdecomp.errors import DecompositionFileError\n"
         "start('SPD', Path(sys.argv[1]) / 'run', steps=3)\n"
         "for path in (Path(sys.argv[1]), Path(sys.argv[1]) / 'run'): path.chmod(0o555)\n"

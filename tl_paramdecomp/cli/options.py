@@ -13,7 +13,10 @@ class _Console(Console):
 
     @property
     def size(self) -> ConsoleDimensions:  # type: ignore[override]
-        return super().size if self.is_terminal or "COLUMNS" in os.environ else ConsoleDimensions(1000, 25)
+        if self.is_terminal:
+            return super().size
+        columns = os.environ.get("COLUMNS", "")  # rich itself reads it once, when the console is made
+        return ConsoleDimensions(int(columns) if columns.isdigit() and int(columns) else 1000, 25)
 
 
 console = _Console()
