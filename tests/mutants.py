@@ -63,11 +63,11 @@ MUTANTS = (
         "tests/methods/test_divided.py",
     ),
     Mutant(
-        "a resume that forgets where the schedule stands", "training.checkpoint.py",
+        "a resume that forgets where the schedule stands", "training/checkpoint.py",
         "state.done = checkpoint.step", "state.done = checkpoint.step - 1", "tests/training/test_resume.py",
     ),
     Mutant(
-        "a resume that forgets the adversary", "training.checkpoint.py",
+        "a resume that forgets the adversary", "training/checkpoint.py",
         "for key, t in _own_tensors(folder / MEMORY).items()",
         "for key, t in _own_tensors(folder / MEMORY).items() if False", "tests/training/test_resume.py",
     ),

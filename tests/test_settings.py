@@ -1,6 +1,7 @@
 """Numbers at the doors of the package, and settings that files tell by their type, a user's own among them."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.loss import Loss
 from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-from tl_paramdecomp.settings import from_settings, kinds_of, to_settings
+from tl_paramdecomp.settings import Kind, from_settings, kinds_of, to_settings
 
 WHOLE = ("nan", "inf", "1.5", "-1", "True", "'3'", "None")
 SEEDS = ("nan", "1.5", "10**30", "-(1 << 63) - 1", "True", "'3'", "None")
@@ -107,6 +108,18 @@ def test_a_loss_from_outside_the_package_is_known_by_its_name() -> None:
     with pytest.raises(SettingError, match=r"method\.losses\.1\.strength: expected a whole number; given 1\.5"):
         written["losses"][1]["strength"] = 1.5
         from_settings(written, "method")
+
+
+def test_every_method_and_loss_is_a_name_of_the_package_and_known_wherever_one_is_loaded() -> None:
+    code = "import tl_paramdecomp.cli.run_files, tl_paramdecomp.settings as s; print(*s.kinds_of(s.Kind))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    known = set(shown.stdout.split())
+    package = {name for name, kind in kinds_of(Kind).items() if kind.__module__.startswith("tl_paramdecomp.methods")}
+    assert {"SPD", "L3D", "SVD", "AttentionPatternReconstruction", "ImportanceMaskedReconstruction"} <= package
+    assert package <= known and {name for name in package if not inspect.isabstract(kinds_of(Kind)[name])} <= set(
+        tlpd.__all__
+    )
 
 
 def test_a_class_with_the_name_of_one_of_the_packages_is_not_written() -> None:

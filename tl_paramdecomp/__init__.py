@@ -72,7 +72,11 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.methods.internals import AttentionPatternReconstruction, HiddenActsReconstruction
     from tl_paramdecomp.methods.l3d import L3D
     from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
-    from tl_paramdecomp.methods.reconstruction import StochasticReconstruction, UnmaskedReconstruction
+    from tl_paramdecomp.methods.reconstruction import (
+        ImportanceMaskedReconstruction,
+        StochasticReconstruction,
+        UnmaskedReconstruction,
+    )
     from tl_paramdecomp.methods.spd import SPD, VPD
     from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
     from tl_paramdecomp.patching.edit import edited_model, edited_weights
@@ -100,7 +104,8 @@ __all__ = [
     "ActPatches", "AdversarialReconstruction", "AnswerLoss", "AnswerProbability", "AnswerRank",
     "AttentionPatternReconstruction", "AttentionScores", "Attribution", "Circuit", "Comparison", "ComparisonProtocol",
     "ComponentHeads", "Decomposition", "Estimate", "EvaluateEvery", "Evaluation", "EvaluationConfig", "Faithfulness",
-    "Graph", "HiddenActsReconstruction", "ImportanceConfig", "ImportanceMinimality", "IncomingEdges", "KLToClean",
+    "Graph", "HiddenActsReconstruction", "ImportanceConfig", "ImportanceMaskedReconstruction",
+    "ImportanceMinimality", "IncomingEdges", "KLToClean",
     "L3D", "LearnedMasks", "LogitDifference", "LogitLens", "Masks", "NearestComponents", "NeuronBasis", "Oracle",
     "PerHead", "PersistentAdversarialReconstruction", "ProbabilityDifference", "RandomBasis", "RunConfig", "RunInfo", "SPD",
     "STOP", "SVD", "Selectivity", "StepInfo", "StochasticReconstruction", "SubnetworkDecomposition", "SubnetworkEvaluation",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.masked_output import ResolvedMask, masked_output, masked_weight
+from tl_paramdecomp.components.masked_output import InterpolatedMask, ResolvedMask, masked_output, masked_weight
 from tl_paramdecomp.components.masks import Masks, SiteMask
 from tl_paramdecomp.sites import SiteCall, Span, WeightSite
 
@@ -81,6 +81,31 @@ def test_values_and_gradients_are_the_textbook_form(kind: str, bias: bool, m_row
     assert (found - expected).abs().max() < 1e-12
     for ours, theirs in zip(gradients(found, leaves), gradients(expected, leaves)):
         assert (ours - theirs).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("q_rows", SHAPES)
+@pytest.mark.parametrize("a_rows", [*SHAPES, "number"])
+def test_masks_that_training_draws_are_the_textbook_form(kind: str, bias: bool, q_rows: str, a_rows: str) -> None:
+    """m = 1 - (1 - g) q and d = 1 - a written out, and differentiated by autograd."""
+    case = Case(kind, bias)
+    generator = torch.Generator().manual_seed(2)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_(True)
+
+    g, q = uniform(BATCH, POS, C), uniform(*SHAPES[q_rows], C)
+    a = 0.3 if a_rows == "number" else uniform(*SHAPES[a_rows])
+    taken = torch.tensor(a, dtype=torch.float64) if isinstance(a, float) else a
+    leaves = [g, q, *([a] if isinstance(a, Tensor) else []), *case.leaves]
+    expected = case.textbook(1 - (1 - g) * q, 1 - taken)
+    found = masked_output(case.components, InterpolatedMask(g, q, a), case.x, case.y(), case.b)
+    assert (found - expected).abs().max() < 1e-12
+    for ours, theirs in zip(gradients(found, leaves), gradients(expected, leaves)):
+        assert (ours - theirs).abs().max() < 1e-11
+    untouched = InterpolatedMask(g, torch.zeros_like(q), torch.zeros_like(taken))
+    assert torch.equal(masked_output(case.components, untouched, case.x, case.y(), case.b), case.y())
 
 
 @pytest.mark.parametrize("d", [0.0, 0.3, 1.0, -2.0])

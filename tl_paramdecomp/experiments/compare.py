@@ -37,7 +37,6 @@ from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tables import Table, as_known
 from tl_paramdecomp.data.token_batches import TokenBatches
 from tl_paramdecomp.errors import DataError, DecompositionFileError, SettingError
-from tl_paramdecomp.methods import baselines, l3d, spd  # noqa: F401  (saved settings name their classes)
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.methods.method import Method
 from tl_paramdecomp.settings import from_settings, to_settings
