@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tl_paramdecomp import Decomposition
-from tl_paramdecomp.components.factors import Components
+from tl_paramdecomp.components.factors import Components, write
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.components.sigmoids import clamped, leaky
 from tl_paramdecomp.errors import (
@@ -65,7 +65,7 @@ def test_activations_and_writes_by_head_sum_to_the_whole(side: str, width: int) 
         assert torch.allclose(heads[..., 1, :], x[..., half:] @ components.V[half:])
     else:
         h = components.acts(x).unsqueeze(-2).expand(2, 5, 2, C)
-        assert torch.allclose(components.head_writes(h), components.acts(x) @ components.U)
+        assert torch.allclose(write(components.site, h, components.U, by_head=True), components.acts(x) @ components.U)
 
 
 def test_factors_are_copied() -> None:

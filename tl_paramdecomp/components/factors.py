@@ -64,11 +64,6 @@ class Components(nn.Module):
         assert self.site.head_side == "in", f"what {self.site.name} reads does not divide into heads"
         return read(self.site, x, self.V, by_head=True)
 
-    def head_writes(self, h: Float[Tensor, "... head C"]) -> Float[Tensor, "... d_out"]:
-        """h U with activations of their own for every head of the output."""
-        assert self.site.head_side == "out", f"what {self.site.name} writes does not divide into heads"
-        return write(self.site, h, self.U, by_head=True)
-
     def extra_repr(self) -> str:
         return f"{self.site.name}: {self.site.d_in} -> {self.site.d_out}, C={self.n_components}"
 
