@@ -11,7 +11,7 @@
 import statistics
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,7 @@ class FiniteGuard:
             raise DivergedError(f"At step {step}, {self.fault} {kept} {ADVICE}")
         before.put_back(state)
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        bad = nonfinite_parameters(state)
-        if bad:
+        if bad := _nonfinite_parameters(state):
             raise DivergedError(
                 f"Before step {step}, {_listed(bad)} was not finite, which no step changes. {kept} {ADVICE}"
             )
@@ -76,16 +75,14 @@ class FiniteGuard:
         return False
 
     def check(self, state: SavedState, kept: str) -> None:
-        """Refuse to save what is not finite.
-
-        Raises:
-            DivergedError: As said.
-        """
+        """Raise DivergedError rather than save what is not finite."""
         numbers = {name: t for name, t in state_tensors(state) if t.is_floating_point() and t.numel()}
-        if bool(torch.stack([t.isfinite().all().to(state.device) for t in numbers.values()]).all()):
-            return
-        bad = [name for name, t in numbers.items() if not bool(t.isfinite().all())]
-        raise DivergedError(f"After step {state.done}, {_listed(bad)} is not finite, and is not saved. {kept} {ADVICE}")
+        sound = torch.stack([t.isfinite().all().to(state.device) for t in numbers.values()])
+        if not bool(sound.all()):
+            bad = [name for name, is_sound in zip(numbers, sound.tolist(), strict=True) if not is_sound]
+            raise DivergedError(
+                f"After step {state.done}, {_listed(bad)} is not finite, and is not saved. {kept} {ADVICE}"
+            )
 
     def counts(self) -> dict[str, int]:
         """What a resumed run must know."""
@@ -109,11 +106,9 @@ class Snapshot:
         """Make the state what it was."""
         for name, tensor in state.decomposition.state_dict().items():
             tensor.copy_(self.decomposition[name])
-        state.optimiser.state.clear()
-        for parameter, values in self.optimiser.items():
-            state.optimiser.state[parameter] = values
-        state.memory.clear()
-        state.memory.update(self.memory)
+        for kept, before in ((state.optimiser.state, self.optimiser), (state.memory, self.memory)):
+            kept.clear()
+            kept.update(before)
 
 
 def _copies(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,12 +122,8 @@ def finite(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState
     process looks at its own: the largest of NaN and a number may be the number, where processes are asked for it.
     """
     parts = [own_part(p.detach()) for group in state.groups for p in group.parameters]
-    values: list[Float[Tensor, ""]] = [
-        report.total,
-        *report.terms.values(),
-        *norms.values(),
-        nn.utils.get_total_norm([part for part in parts if part.numel()], float("inf")),
-    ]
+    largest = nn.utils.get_total_norm([part for part in parts if part.numel()], float("inf"))
+    values: list[Float[Tensor, ""]] = [report.total, *report.terms.values(), *norms.values(), largest]
     return torch.stack([value.detach().isfinite().reshape(()).to(state.device) for value in values]).all()
 
 
@@ -145,14 +136,12 @@ def fault_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingSta
         return f"the loss is {report.total.item()}: {', '.join(terms) or 'the sum'} is not finite{where}."
     if gradients:
         return f"the gradient of {_listed(gradients)} is not finite, though all losses are."
-    large = [name for name, norm in norms.items() if not bool(norm.isfinite())]
-    if large:
+    if large := [name for name, norm in norms.items() if not bool(norm.isfinite())]:
         return f"the gradient norm of {', '.join(large)} is too large for the optimiser."
-    return f"{_listed(nonfinite_parameters(state))} is not finite after the step, though losses and gradients are."
+    return f"{_listed(_nonfinite_parameters(state))} is not finite after the step, though losses and gradients are."
 
 
-def nonfinite_parameters(state: TrainingState) -> list[str]:
-    """Names of parameters that are not finite."""
+def _nonfinite_parameters(state: TrainingState) -> list[str]:
     return _not_finite(state, _named(state))
 
 
@@ -199,7 +188,7 @@ class CollapseWatch:
         if self.unclipped and self.power is not None and self.power < 1.0:
             self._warn(
                 "settings",
-                f"importance minimality goes down to p = {self.power:g} < 1, and the importance function's gradients are not "
+                f"Importance minimality goes down to p = {self.power:g} < 1, and the importance function's gradients are not "
                 "clipped (clip_importance=None): its slope at importances near 0 has no bound. Set clip_importance=1.0.",
             )
 
@@ -213,20 +202,16 @@ class CollapseWatch:
     def _look_at_l0(self, step: int, l0: float, components: int) -> None:
         kind = "zeros" if l0 == 0.0 else "ones" if l0 >= components * (1.0 - 1e-6) else ""
         known, since, lines = self._alike
-        self._alike = (kind, since, lines + 1) if kind == known else (kind, step, 1)
-        kind, since, lines = self._alike
-        if not kind or lines < LINES or step - since < self.patience:
-            return
-        if kind == "zeros":
-            self._warn(
-                kind, f"no component has been important at any position since step {since} (L0 = 0, step {step} now). Lower "
-                "the coefficient of importance minimality or the importance function's learning rate.",
-            )  # fmt: skip
-        else:
-            self._warn(
-                kind, f"all {components} components have been important at every position since step {since} (step {step} "
-                "now). Raise the coefficient of importance minimality, or see that reconstruction can succeed with fewer.",
-            )  # fmt: skip
+        since, lines = (since, lines + 1) if kind == known else (step, 1)
+        self._alike = (kind, since, lines)
+        texts = {
+            "zeros": f"No component has been important at any position since step {since} (L0 = 0, step {step} now). Lower "
+            "the coefficient of importance minimality or the importance function's learning rate.",
+            "ones": f"All {components} components have been important at every position since step {since} (step {step} "
+            "now). Raise the coefficient of importance minimality, or see that reconstruction can succeed with fewer.",
+        }
+        if kind and lines >= LINES and step - since >= self.patience:
+            self._warn(kind, texts[kind])
 
     def _look_at_norm(self, step: int, norm: float) -> None:
         usual = statistics.median(self._norms) if len(self._norms) >= FEWEST else float("inf")
@@ -236,28 +221,23 @@ class CollapseWatch:
             power = "" if self.power is None else f" (p down to {self.power:g})"
             self._warn(
                 "blow-up",
-                f"the gradient norm of the importance function is {norm:.3g} at step {step}, where {usual:.3g} was usual: "
-                f"importance minimality{power} may be about to undo what was learned. Begin anew with "
-                "clip_importance=1.0.",
+                f"The gradient norm of the importance function is {norm:.3g} at step {step}, where {usual:.3g} was usual: "
+                f"importance minimality{power} may be about to undo what was learned. Begin anew with clip_importance=1.0.",
             )
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
-            warnings.warn(f"{text[0].upper()}{text[1:]}", CollapseWarning, stacklevel=2)
+            warnings.warn(text, CollapseWarning, stacklevel=2)
 
 
 def smallest_power(settings: Any) -> float | None:
     """The smallest p of any importance minimality in a method's settings; None where there is none."""
-    found: list[float] = []
+    found: list[float | None] = []
     if isinstance(settings, Mapping):
         if settings.get("type") == "ImportanceMinimality" and settings.get("penalty") == "power":
-            found += [settings["p_start"], settings["p_end"]]
-        found += _inside(settings.values())
-    elif isinstance(settings, list | tuple):
-        found += _inside(settings)
-    return min(found, default=None)
-
-
-def _inside(parts: Iterable[Any]) -> list[float]:
-    return [power for power in map(smallest_power, parts) if power is not None]
+            found = [settings["p_start"], settings["p_end"]]
+        settings = list(settings.values())
+    if isinstance(settings, list | tuple):
+        found += map(smallest_power, settings)
+    return min((power for power in found if power is not None), default=None)
