@@ -148,7 +148,7 @@ def test_l3d_on_digits(tmp_path, monkeypatch):
         recipe, target=DigitsConfig((3, 4), steps=4, batch_size=8), method=replace(recipe.method, n_subnetworks=8)
     )
     monkeypatch.setattr(reproduce, "RECIPES", {"l3d-digits": small})
-    monkeypatch.setattr(reproduce.Digits, "is_sound", lambda self: True)
+    monkeypatch.setattr(reproduce.toys.Digits, "is_sound", lambda self: True)
     record = reproduce.reproduce("l3d-digits", 1, tmp_path, lambda text: None, steps=4, batch_size=8)
     (found,) = record["seeds"]
     assert {"heldout_error", "heldout_error_fixed_threshold", "bound", "purity", "purity_shuffled", "dead"} <= set(

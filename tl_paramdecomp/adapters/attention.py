@@ -36,20 +36,9 @@ ATTENTION = "_attn_implementation"
 SMALL = 1e-2
 """Share of the largest logit by which fused and eager attention may differ, whatever the dtype."""
 SOFTMAXES = frozenset({torch.softmax, nn.functional.softmax, Tensor.softmax})
-QK_NORMS = frozenset(
-    [
-        "q_norm",
-        "k_norm",
-        "q_layernorm",
-        "k_layernorm",
-        "query_norm",
-        "key_norm",
-        "q_ln",
-        "k_ln",
-        "qk_norm",
-        "query_layernorm",
-    ]
-)
+QK_NORMS = {
+    "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "q_ln", "k_ln", "qk_norm", "query_layernorm",
+}  # fmt: skip
 """Names of modules that normalise queries or keys inside an attention."""
 SOFT_CAPS = ("attn_logit_softcapping", "attn_scores_soft_cap")
 
@@ -63,37 +52,33 @@ def collected_patterns(root: nn.Module, first: nn.Module, taps: Mapping[int, nn.
     """
     kept: Patterns = {}
     hooks: list[tuple[nn.Module, int]] = []
+
+    def begin(module: nn.Module, args: tuple) -> None:
+        """A pass begins: forget the last one, and move behind the hooks that others have put up meanwhile."""
+        kept.clear()
+        for tapped, hook_id in hooks:
+            there: Any = tapped._forward_hooks  # torch keeps an OrderedDict and declares a dict
+            there.move_to_end(hook_id)
+
+    def keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+        for part in parts:
+            if isinstance(part, Tensor) and part.ndim == 4:
+                kept[layer] = part
+
+    def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs | {"output_attentions": True}
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(eager_attention(root))
         for layer, module in taps.items():
-            if (
-                "output_attentions" in inspect.signature(type(module).forward).parameters
-            ):  # older transformers: asked for
-                stack.callback(module.register_forward_pre_hook(_ask_for_pattern, with_kwargs=True).remove)
-            handle = module.register_forward_hook(functools.partial(_keep, kept, layer))
+            if "output_attentions" in inspect.signature(type(module).forward).parameters:  # of older transformers
+                stack.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            handle = module.register_forward_hook(functools.partial(keep, layer))
             hooks.append((module, handle.id))
             stack.callback(handle.remove)
-        stack.callback(first.register_forward_pre_hook(functools.partial(_begin, kept, hooks)).remove)
+        stack.callback(first.register_forward_pre_hook(begin).remove)
         yield kept
-
-
-def _begin(kept: Patterns, hooks: list[tuple[nn.Module, int]], module: nn.Module, args: tuple) -> None:
-    """A pass begins: forget the last one, and move behind the hooks that others have put up meanwhile."""
-    kept.clear()
-    for tapped, hook_id in hooks:
-        there: Any = tapped._forward_hooks  # torch keeps an OrderedDict and declares a dict
-        there.move_to_end(hook_id)
-
-
-def _keep(kept: Patterns, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
-    parts = output if isinstance(output, (tuple, list)) else (output,)
-    pattern = next((part for part in reversed(parts) if isinstance(part, Tensor) and part.ndim == 4), None)
-    if pattern is not None:
-        kept[layer] = pattern
-
-
-def _ask_for_pattern(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"output_attentions": True}
 
 
 @contextlib.contextmanager
@@ -175,46 +160,43 @@ def attention_softmaxes(root: nn.Module, hold: bool = False) -> Iterator[Softmax
 # --- rotations --------------------------------------------------------------------------------------------------------
 def refuse_unknown_scores(root: nn.Module, block: nn.Module) -> None:
     """Refuse attention whose scores are known not to be scaled inner products (UnsupportedModelError)."""
-    why = _why_unknown_scores(block, configurations(root))
-    if why:
-        raise UnsupportedModelError(
-            f"The attention scores of this model are no sum over pairs of query and key components: {why}. Read components' "
-            "writes with component_acts or per_head instead."
-        )
-
-
-def _why_unknown_scores(block: nn.Module, configs: list[Any]) -> str:
+    configs = configurations(root)
     norms = sorted({path.rpartition(".")[2] for path, _ in block.named_modules()} & QK_NORMS)
     norms = norms or [name for name in ("use_qk_norm", "qk_layernorm") for c in configs if getattr(c, name, False)]
-    if norms:
-        return f"it normalises queries and keys after their weights (qk-norm: {', '.join(norms)})"
-    caps = [(name, cap) for name in SOFT_CAPS for c in configs if (cap := getattr(c, name, None) or 0) > 0]
-    if caps:
-        return f"it caps scores by a tanh (soft-capping: {caps[0][0]}={caps[0][1]})"
+    caps = [f"{name}={cap}" for name in SOFT_CAPS for c in configs if (cap := getattr(c, name, None) or 0) > 0]
     kinds = [getattr(c, "positional_embedding_type", None) for c in configs]
     alibi = any(getattr(c, "alibi", False) or getattr(getattr(c, "attn_config", None), "alibi", False) for c in configs)
-    if alibi or "alibi" in kinds or any(getattr(c, "model_type", "") == "bloom" for c in configs):
-        return "it adds a bias that falls with distance to its scores (ALiBi)"
-    if "relative_positional_bias" in kinds:
-        return "it adds a learned bias by distance to its scores (relative positional bias)"
-    return ""
+    alibi = alibi or "alibi" in kinds or any(getattr(c, "model_type", "") == "bloom" for c in configs)
+    if norms:
+        why = f"it normalises queries and keys after their weights (qk-norm: {', '.join(norms)})"
+    elif caps:
+        why = f"it caps scores by a tanh (soft-capping: {caps[0]})"
+    elif alibi:
+        why = "it adds a bias that falls with distance to its scores (ALiBi)"
+    elif "relative_positional_bias" in kinds:
+        why = "it adds a learned bias by distance to its scores (relative positional bias)"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"The attention scores of this model are no sum over pairs of query and key components: {why}. Read components' "
+        "writes with component_acts or per_head instead."
+    )
 
 
 @contextlib.contextmanager
 def seen_angles(block: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """A list that fills with the (cosines, sines) [batch, pos, n] that the modules of a block are handed."""
     seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = kwargs.get("position_embeddings")
+        if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
+            seen.append((given[0].detach(), given[1].detach()))
+
     with contextlib.ExitStack() as stack:
         for module in block.modules():
-            hook = functools.partial(_keep_angles, seen)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
         yield seen
-
-
-def _keep_angles(seen: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple, kwargs: dict) -> None:
-    given = kwargs.get("position_embeddings")
-    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
-        seen.append((given[0].detach(), given[1].detach()))
 
 
 def rotations(

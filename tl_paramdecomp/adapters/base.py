@@ -132,13 +132,9 @@ class ModelAdapter(ModelWeights, ABC):
     def intercept(self, fns: Mapping[str, SiteFn], on_error: OnError | None = None) -> Iterator[None]:
         """Within this context every forward pass of the host runs with these functions at its sites.
 
-        Args:
-            fns: A function for each site, or norm; a norm's is given the normalised rows that its gain multiplies.
-            on_error: Told what goes wrong at a site, which then leaves its output; None: it is raised.
-
-        Raises:
-            PatchConflictError: Another thread uses the model.
-            SiteNotFiredError: From the forward pass, where a site was not reached.
+        A norm's function is given the normalised rows that its gain multiplies. `on_error` is told what goes wrong at a site,
+        which then leaves its output; None: it is raised. PatchConflictError where another thread uses the model; a forward
+        pass that does not reach a site ends in SiteNotFiredError.
         """
         wirings: Mapping[str, Wiring | NormWiring] = self.wirings
         if any(behind(name) not in wirings for name in fns):
@@ -173,11 +169,8 @@ class ModelAdapter(ModelWeights, ABC):
         """Logits of token rows, the way the host computes them in evaluation mode.
 
         Every pass that the library makes of its own accord is made here. The mode that the user's modules are in is put back.
-
-        Raises:
-            DataError: The model cannot read these tokens.
-            UnsupportedModelError: It reads rows that are padded on the left otherwise than alone.
-            PatchConflictError: Another thread uses the model.
+        DataError where the model cannot read these tokens, UnsupportedModelError where it reads rows padded on the left otherwise
+        than alone, PatchConflictError where another thread uses it.
         """
         self.check_readable(tokens, attention_mask)
         with self.evaluating():
@@ -206,17 +199,21 @@ class ModelAdapter(ModelWeights, ABC):
     ) -> Captured:
         """Output and site inputs of the model as it stands; UnsupportedSiteError where a site is called more than once.
 
-        Args:
-            tokens: Rows.
-            names: Sites.
-            attention_mask: 1 where a position counts.
-            keep_blocks: Keep what each of `blocks` returned as well, for `resumed`.
-            to_hidden: End the pass before the unembedding, as `hidden` does.
+        With `keep_blocks` also what each of `blocks` returned, for `resumed`; `to_hidden` ends the pass as `hidden` does.
         """
         inputs: dict[str, Tensor] = {}
+
+        def keep(name: str, call: SiteCall) -> Tensor:
+            if name in inputs:
+                raise UnsupportedSiteError(
+                    f"{name} is called more than once in a forward pass, so that it has no single input to capture."
+                )
+            inputs[name] = call.x.expand(len(tokens), *call.x.shape[1:]) if call.x.shape[0] == 1 else call.x
+            return call.y
+
         run = self.hidden if to_hidden else self.forward
         self.check_readable(tokens, attention_mask)
-        fns = {name: functools.partial(_keep_input, inputs, name, len(tokens)) for name in names}
+        fns = {name: functools.partial(keep, name) for name in names}
         with self.intercept(fns), shortcuts.kept_outputs(self.blocks if keep_blocks else ()) as blocks:
             output = run(tokens, attention_mask)
         return Captured(output, inputs, tuple(blocks))
@@ -303,13 +300,3 @@ class ModelAdapter(ModelWeights, ABC):
     @functools.cached_property
     def _why_no_patterns(self) -> str:
         return attention.why_no_patterns(self, self.pattern_taps())
-
-
-def _keep_input(inputs: dict[str, Tensor], name: str, batch: int, call: SiteCall) -> Tensor:
-    """A site's function that leaves its output and keeps its input."""
-    if name in inputs:
-        raise UnsupportedSiteError(
-            f"{name} is called more than once in a forward pass, so that it has no single input to capture."
-        )
-    inputs[name] = call.x.expand(batch, *call.x.shape[1:]) if call.x.shape[0] == 1 else call.x
-    return call.y

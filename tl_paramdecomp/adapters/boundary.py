@@ -129,7 +129,7 @@ class Hook(functools.partial):
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+    pass
 
 
 Around = Callable[..., Any]

@@ -6,7 +6,6 @@ called and outputs where their hook points stand. W_O and W_out are intercepted 
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Hashable
 from importlib.metadata import version
 from typing import Any, Literal
@@ -89,10 +88,8 @@ class HookedTransformerAdapter(LensAdapter):
                     "key/value heads are repeated for every query head; call set_ungroup_grouped_query_attention(False)"
                 )
                 continue
-            x, y = (
-                Tap(path, "input", functools.partial(_keyword, argument)),
-                Tap(f"{path}.hook_{role.lower()}", "output"),
-            )
+            x = Tap(path, "input", lambda args, kwargs, name=argument: kwargs[name])
+            y = Tap(f"{path}.hook_{role.lower()}", "output")
             self._add(path, f"{stored}W_{role}", f"{stored}b_{role}", x, y, "heads_in_out")
         self._add(path, "W_O", "b_O", Tap(f"{path}.hook_z", "output"), Tap(path, "output"), "heads_out_in")
 
@@ -121,7 +118,18 @@ class HookedTransformerAdapter(LensAdapter):
 
     # --- running ------------------------------------------------------------------------------------------------------
     def watch(self, stack: contextlib.ExitStack, interception: Interception) -> None:
-        around = functools.partial(_watched_forward, interception)
+        def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            """Its own `generate` calls `forward` without `__call__`."""
+            cache = kwargs.get("past_kv_cache")
+            interception.begin(0 if cache is None else int(cache[0].past_keys.shape[1]), None)
+            try:
+                out = original(*args, **kwargs)
+            finally:
+                interception.tracker.end()
+            if kwargs.get("start_at_layer") is None and kwargs.get("stop_at_layer") is None:
+                interception.check_fired()
+            return out
+
         stack.enter_context(shadowed_method(self.model, "forward", around))
         watch_generate(stack, self.model, interception.tracker, GENERATE)
 
@@ -178,10 +186,6 @@ def _holds(module: nn.Module, name: str) -> bool:
     return name in module._parameters or is_computed(module, name)
 
 
-def _keyword(name: str, args: tuple, kwargs: dict) -> Tensor:
-    return kwargs[name]
-
-
 def _post_norm(cfg: Any) -> bool:
     return getattr(cfg, "original_architecture", None) in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
@@ -192,16 +196,3 @@ def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
     if weight is None or (bias is not None and int(version("transformer-lens").split(".")[0]) < 3):
         return lambda tensor: tensor
     return lambda tensor: tensor * weight if bias is None else tensor * weight + bias
-
-
-def _watched_forward(interception: Interception, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around HookedTransformer.forward, which its own `generate` calls without `__call__`."""
-    cache = kwargs.get("past_kv_cache")
-    interception.begin(0 if cache is None else int(cache[0].past_keys.shape[1]), None)
-    try:
-        out = original(*args, **kwargs)
-    finally:
-        interception.tracker.end()
-    if kwargs.get("start_at_layer") is None and kwargs.get("stop_at_layer") is None:
-        interception.check_fired()
-    return out

@@ -114,17 +114,15 @@ def folded(
 # --- running ---------------------------------------------------------------------------------------------------------
 def composed(fns: Mapping[str, SiteFn], weight: Callable[[str], Tensor]) -> Mapping[str, SiteFn]:
     """Functions at sites alone that do what these do at sites and at the identities before them."""
-    made = {name: fn for name, fn in fns.items() if not is_identity(name)}
-    for name in filter(is_identity, fns):
+
+    def through(name: str, call: SiteCall) -> Tensor:
         site = behind(name)
-        made[site] = functools.partial(_through_identity, fns[name], fns.get(site), functools.partial(weight, site))
-    return made
+        x = fns[name](SiteCall(call.x, call.x, None, call.span))
+        if x is not call.x:
+            w = weight(site)
+            y = call.y + (x - call.x).to(w.dtype) @ w
+            call = replace(call, x=x, y=y.to(call.y.dtype))
+        return fns[site](call) if site in fns else call.y
 
-
-def _through_identity(inserted: SiteFn, own: SiteFn | None, weight: Callable[[], Tensor], call: SiteCall) -> Tensor:
-    x = inserted(SiteCall(call.x, call.x, None, call.span))
-    if x is not call.x:
-        w = weight()
-        y = call.y + (x - call.x).to(w.dtype) @ w
-        call = replace(call, x=x, y=y.to(call.y.dtype))
-    return call.y if own is None else own(call)
+    made = {name: fn for name, fn in fns.items() if not is_identity(name)}
+    return made | {behind(name): functools.partial(through, name) for name in fns if is_identity(name)}

@@ -66,30 +66,24 @@ class Interception:
 
     def _install_taps(self, stack: contextlib.ExitStack, name: str, wiring: Wiring | NormWiring) -> None:
         x_module, y_module = find_module(self.root, wiring.x.path), find_module(self.root, wiring.y.path)
+        read = wiring.x.read or first_argument
+
+        def replaced(y: Any) -> Any:
+            return self._patched(name, self._take_x(name), y)
+
         if wiring.x.point == "output":
-            kept = x_module.register_forward_hook(Hook(self._keep_output, name))
+            kept = x_module.register_forward_hook(Hook(lambda module, args, out: self._x.update({name: out})))
             self._last.append((x_module, kept.id))
         else:
-            keep = Hook(self._keep_input, name, wiring.x.read or first_argument)
+            keep = Hook(lambda module, args, kwargs: self._x.update({name: read(args, kwargs)}))
             kept = x_module.register_forward_pre_hook(keep, with_kwargs=True)
         if wiring.y.point == "input":
-            replaced = y_module.register_forward_pre_hook(Hook(self._replace_input, name))
+            replace = Hook(lambda module, args: (replaced(args[0]), *args[1:]))
+            put = y_module.register_forward_pre_hook(replace)
         else:
-            replaced = y_module.register_forward_hook(Hook(self._replace_output, name), prepend=True)
+            put = y_module.register_forward_hook(Hook(lambda module, args, out: replaced(out)), prepend=True)
         stack.callback(kept.remove)
-        stack.callback(replaced.remove)
-
-    def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        self._x[name] = output
-
-    def _keep_input(self, name: str, read: Callable, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._x[name] = read(args, kwargs)
-
-    def _replace_input(self, name: str, module: nn.Module, args: tuple) -> tuple:
-        return (self._patched(name, self._take_x(name), args[0]), *args[1:])
-
-    def _replace_output(self, name: str, module: nn.Module, args: tuple, output: Any) -> Any:
-        return self._patched(name, self._take_x(name), output)
+        stack.callback(put.remove)
 
     def begin(self, start: int, tokens: Tensor | None) -> None:
         """A pass begins: forget the last one, and move to the end of the queue where inputs are read."""
@@ -233,12 +227,9 @@ def host_output(new: Tensor, y: Tensor, wiring: Wiring) -> Tensor:
 @contextlib.contextmanager
 def torch_call_hook(module: nn.Module, fn: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Intercept one module's call by a torch forward hook that runs before all others."""
-    handle = module.register_forward_hook(Hook(_on_call, fn), prepend=True, with_kwargs=True)
+    hook = Hook(lambda module, args, kwargs, y: fn(first_argument(args, kwargs), y))
+    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _on_call(fn: Callable[[Any, Any], Any], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    return fn(first_argument(args, kwargs), output)

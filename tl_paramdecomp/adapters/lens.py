@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import traceback
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,12 +113,7 @@ class LensAdapter(ModelAdapter):
 
 def _inside_generate() -> bool:
     """Whether a host's decoding loop runs the present pass; plain hooks have no other way to know."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in (*GENERATE, "hf_generate"):
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code.co_name in (*GENERATE, "hf_generate") for frame, _ in traceback.walk_stack(None))
 
 
 def no_hook_point(name: str, why: str) -> UnsupportedSiteError:

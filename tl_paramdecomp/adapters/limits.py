@@ -44,13 +44,9 @@ class Limits:
         attention_mask: Int[Tensor, "rows pos"] | None = None,
         row: int = 0,
     ) -> None:
-        """See that the model can read rows; `what` they are from, of which the first is its `row`.
+        """See that the model can read rows (else DataError); `what` they are from, of which the first is its `row`.
 
         Where the attention mask is 0 stands a token all the same.
-
-        Raises:
-            DataError: A row is too long, no token ids, or holds an id that the model has not; names the row, the number and
-                the limit. Or there is nothing to look at: no values, or a mask of anything but 0 and 1.
         """
         check_dense(tokens, what)
         if attention_mask is not None:

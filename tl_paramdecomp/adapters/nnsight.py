@@ -6,7 +6,6 @@ to a site's input are then seen, and its `.output` shows the patched value.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
@@ -43,7 +42,11 @@ class NNsightAdapter(TorchModuleAdapter):
         state = module.__dict__.get(CONTROLLER_STATE)
         if not hasattr(state, "body"):
             return torch_call_hook(module, fn)
-        return shadowed_method(state, "body", functools.partial(_patched_body, fn))
+
+        def patched(body: Callable, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return fn(first_argument(args, kwargs), body(module, *args, **kwargs))
+
+        return shadowed_method(state, "body", patched)
 
     def envoy(self, path: str) -> Any:
         """The envoy of the module at a dotted path."""
@@ -95,21 +98,17 @@ def _call_of(root: nn.Module) -> tuple[tuple, dict] | None:
     """Arguments of the call of a module that waits for the running body, or None; nnsight serves a call's input only once."""
     from nnsight.intervention.source import Controller
 
-    for frame in _waiting_frames():
-        found = frame.f_locals if frame.f_code is Controller.__call__.__code__ else {}
-        if found.get("module") is root:
-            return found["args"], found["kwargs"]
-    return None
+    calls = (frame.f_locals for frame in _waiting_frames() if frame.f_code is Controller.__call__.__code__)
+    return next(((call["args"], call["kwargs"]) for call in calls if call.get("module") is root), None)
 
 
 def generate_call(root: nn.Module) -> tuple[tuple, dict] | None:
     """What transformers' `generate`, whose decoding loop waits for the running body, was called with; None outside of one."""
-    for frame in _waiting_frames():
-        found = frame.f_locals if frame.f_code.co_name == "generate" else {}
-        if found.get("self") is root and "kwargs" in found:
-            inputs = found.get("inputs")
-            return () if inputs is None else (inputs,), found["kwargs"]
-    return None
+    calls = (frame.f_locals for frame in _waiting_frames() if frame.f_code.co_name == "generate")
+    found = next((call for call in calls if call.get("self") is root and "kwargs" in call), None)
+    if found is None:
+        return None
+    return () if found.get("inputs") is None else (found["inputs"],), found["kwargs"]
 
 
 def _waiting_frames() -> Iterator[FrameType]:
@@ -123,7 +122,3 @@ def _waiting_frames() -> Iterator[FrameType]:
             yield frame
             frame = frame.f_back
         model_side = model_side.parent
-
-
-def _patched_body(fn: Callable[[Any, Any], Any], body: Callable, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return fn(first_argument(args, kwargs), body(module, *args, **kwargs))

@@ -33,32 +33,27 @@ def opened_norms(root: nn.Module, hold: bool) -> Iterator[dict[str, list[NormCal
     """Within this context every normalisation's output has a leaf for its gradient; `hold` holds the denominators.
 
     A normalisation is every module whose class, or one it is derived from, is named so; a module that is held and is neither
-    LayerNorm nor RMSNorm is an UnsupportedModelError from the forward pass.
-
-    Yields:
-        Calls of one forward pass by the module's path; where one normalisation wraps another, the outer one counts.
+    LayerNorm nor RMSNorm is an UnsupportedModelError from the forward pass. Gives the calls of one pass by the module's path.
     """
     calls: dict[str, list[NormCall]] = {}
+
+    def opened(path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        x, named = first_argument(args, kwargs), f"{path} ({type(module).__name__})"
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape == output.shape):
+            if hold:
+                raise UnsupportedModelError(f"{named} is no map of rows whose denominator can be held.")
+            return output
+        gain, bias = _affine(module, x.shape[-1])
+        leaf = torch.zeros_like(output).requires_grad_(True)
+        calls.setdefault(path, []).append(NormCall(bias, leaf))  # one for each of query, key and value on some hosts
+        return (_held(named, module, gain, bias, x, output) if hold else output) + leaf
+
     with contextlib.ExitStack() as stack:
         for path, module in root.named_modules():
             if is_called_norm(module):
-                hook = functools.partial(_open, calls, path, hold)
+                hook = functools.partial(opened, path)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
         yield calls
-
-
-def _open(
-    calls: dict[str, list[NormCall]], path: str, hold: bool, module: nn.Module, args: tuple, kwargs: dict, output: Any
-) -> Any:
-    x, named = first_argument(args, kwargs), f"{path} ({type(module).__name__})"
-    if not (isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape == output.shape):
-        if hold:
-            raise UnsupportedModelError(f"{named} is no map of rows whose denominator can be held.")
-        return output
-    gain, bias = _affine(module, x.shape[-1])
-    leaf = torch.zeros_like(output).requires_grad_(True)
-    calls.setdefault(path, []).append(NormCall(bias, leaf))  # one for each of query, key and value on some hosts
-    return (_held(named, module, gain, bias, x, output) if hold else output) + leaf
 
 
 def _affine(module: nn.Module, width: int) -> tuple[Tensor | None, Tensor | None]:

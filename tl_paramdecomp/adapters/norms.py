@@ -9,6 +9,7 @@ what the module reads; a gain's offset does not matter to a move along it. Which
 3. What matches neither is refused with the reason.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -121,10 +122,7 @@ def find_norms(root: nn.Module, candidates: Iterable[NormWiring]) -> Norms:
 def norm_candidates(tree: nn.Module, top: str, blocks: str) -> Iterator[NormWiring]:
     """Modules of a tree that may be normalisations with gains, under canonical names where those are known.
 
-    Args:
-        tree: A bridge's are called as wrappers, which hold the module that holds the gain.
-        top: Dotted path of the tree.
-        blocks: Dotted path in it of the list of blocks, wrappers left out.
+    `top` is the path of the tree, `blocks` that in it of the list of blocks. A bridge's are called as wrappers.
     """
     found: dict[str, NormWiring] = {}
     wrapped: set[int] = set()
@@ -168,17 +166,13 @@ def is_called_norm(module: nn.Module) -> bool:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 ROLES: dict[str, tuple[str, ...]] = {
-    "ln1": (
-        "ln_1", "input_layernorm", "norm_1", "self_attn_layer_norm", "ln_attn", "attention_norm", "attn_norm", "norm1",
-        "temporal_pre_norm",
-    ),
+    "ln1": ("ln_1", "input_layernorm", "norm_1", "self_attn_layer_norm", "ln_attn", "attention_norm", "attn_norm", "norm1",
+            "temporal_pre_norm"),
     "attn.q_norm": ("self_attn.q_norm", "attention.q_norm", "attn.q_norm", "self_attn.q_layernorm"),
     "attn.k_norm": ("self_attn.k_norm", "attention.k_norm", "attn.k_norm", "self_attn.k_layernorm"),
     "ln1_post": ("post_self_attn_layernorm",),
-    "ln2": (
-        "ln_2", "post_attention_layernorm", "norm_2", "final_layer_norm", "ln_mlp", "ffn_norm", "mlp_norm", "norm2",
-        "channel_pre_norm",
-    ),
+    "ln2": ("ln_2", "post_attention_layernorm", "norm_2", "final_layer_norm", "ln_mlp", "ffn_norm", "mlp_norm", "norm2",
+            "channel_pre_norm"),
     "ln2_post": ("post_mlp_layernorm",),
 }  # fmt: skip
 """Role in a block -> names of the module that plays it."""
@@ -228,12 +222,10 @@ def _probed(root: nn.Module, candidate: NormWiring) -> NormWiring | str:
     reason = f"the output of {kind} is neither LayerNorm's nor RMSNorm's, times its gain"
     for dtype in dict.fromkeys((torch.float64, gain.dtype)):
         try:
-            found = _formula(candidate, module, holder, dtype, gain.device)
+            if (found := _formula(candidate, module, holder, dtype, gain.device)) is not None:
+                return found
         except Exception as error:
             reason = f"{kind} does not run on rows of {candidate.site.width} ({str(error).strip()[:80]})"
-            continue
-        if found is not None:
-            return found
     return reason
 
 
@@ -241,11 +233,8 @@ def _probed(root: nn.Module, candidate: NormWiring) -> NormWiring | str:
 def _formula(
     candidate: NormWiring, module: nn.Module, holder: nn.Module, dtype: torch.dtype, device: torch.device
 ) -> NormWiring | None:
-    width, generator = candidate.site.width, torch.Generator().manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    width = candidate.site.width
+    drawn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sizes = torch.logspace(-4, 1, 6, dtype=torch.float64).view(2, 3, 1)  # small rows show epsilon
     x = ((drawn(2, 3, width) + 0.5) * sizes).to(device, dtype)
     gain, bias = (drawn(width).to(device, dtype) for _ in range(2))

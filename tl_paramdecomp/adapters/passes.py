@@ -106,35 +106,31 @@ class RowTracker:
 
 
 # --- watching hosts ---------------------------------------------------------------------------------------------------
-class PassWatch:
-    """Tells an interception of each pass of `root`, and of `root.base_model` for users who call the body directly."""
+def watch_passes(stack: contextlib.ExitStack, root: nn.Module, interception: Any) -> None:
+    """Tell an interception of each pass of `root`, and of `root.base_model` for users who call the body directly."""
+    outermost: tuple[nn.Module, int] | None = None  # the module whose pass is under way, and its thread
 
-    def __init__(self, stack: contextlib.ExitStack, root: nn.Module, interception: Any) -> None:
-        self.root = root
-        self.interception = interception
-        self._outermost: tuple[nn.Module, int] | None = None
-        """The module whose pass is under way, and its thread."""
-        base = root._modules.get(getattr(root, "base_model_prefix", "") or "")
-        for module in (root,) if base is None else (root, base):
-            stack.callback(module.register_forward_pre_hook(Hook(self._begin), with_kwargs=True).remove)
-            ended = module.register_forward_hook(Hook(self._end), with_kwargs=True, always_call=True)
-            stack.callback(ended.remove)
-
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal outermost
         me = (module, threading.get_ident())
-        if self._outermost is not None and self._outermost[1] == me[1] and self._outermost[0] is not module:
+        if outermost is not None and outermost[1] == me[1] and outermost[0] is not module:
             return  # the body within the whole; the same module again was interrupted before its end
-        self.interception.begin(cached_columns(kwargs), input_rows(args, kwargs))
-        self._outermost = me
+        interception.begin(cached_columns(kwargs), input_rows(args, kwargs))
+        outermost = me
 
-    def _end(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._outermost is None or self._outermost != (module, threading.get_ident()):
+    def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        nonlocal outermost
+        if outermost != (module, threading.get_ident()):
             return
-        self._outermost = None
-        self.interception.tracker.end()
-        if output is not None and module is self.root:  # None: the pass was stopped or failed
-            embedded = kwargs.get("inputs_embeds") is not None
-            self.interception.check_fired(exempt=("embed.W_E",) if embedded else ())
+        outermost = None
+        interception.tracker.end()
+        if output is not None and module is root:  # None: the pass was stopped or failed
+            interception.check_fired(exempt=() if kwargs.get("inputs_embeds") is None else ("embed.W_E",))
+
+    base = root._modules.get(getattr(root, "base_model_prefix", "") or "")
+    for module in (root,) if base is None else (root, base):
+        stack.callback(module.register_forward_pre_hook(Hook(begin), with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(Hook(end), with_kwargs=True, always_call=True).remove)
 
 
 def watch_generate(

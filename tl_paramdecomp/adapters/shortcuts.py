@@ -55,16 +55,16 @@ class ReachedUnembedding(Exception):  # noqa: N818 - ends a pass, tells of no er
 def kept_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """A list that the passes inside fill with what each block's forward returned, cut from the graph."""
     outputs: list[Any] = [None] * len(blocks)
+
+    def run_and_keep(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        outputs[index] = _detached(output)
+        return output
+
     with contextlib.ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(shadowed_method(block, "forward", functools.partial(_run_and_keep, outputs, index)))
+            stack.enter_context(shadowed_method(block, "forward", functools.partial(run_and_keep, index)))
         yield outputs
-
-
-def _run_and_keep(outputs: list[Any], index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    output = forward(*args, **kwargs)
-    outputs[index] = _detached(output)
-    return output
 
 
 def _detached(output: Any) -> Any:
@@ -86,12 +86,9 @@ def skipped(blocks: Sequence[nn.Module], outputs: Sequence[Any], first: int) -> 
         )
     with contextlib.ExitStack() as stack:
         for block, output in zip(blocks[:first], outputs):
-            stack.enter_context(shadowed_method(block, "forward", functools.partial(_give, output)))
+            give = functools.partial(lambda known, *args, **kwargs: known, output)
+            stack.enter_context(shadowed_method(block, "forward", give))
         yield
-
-
-def _give(output: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return output
 
 
 def find_blocks_to_skip(adapter: "ModelAdapter", blocks: Sequence[nn.Module]) -> bool:
@@ -135,17 +132,16 @@ def run_until_unembedding(adapter: "ModelAdapter", run: Callable[[], Any]) -> Te
         )
     module = find_module(adapter.root, adapter.wirings[UNEMBEDDING].x.path)
     reached: list[Tensor] = []
-    stop = shadowed_method(module, "forward", functools.partial(_stop, reached))
-    with stop, contextlib.suppress(ReachedUnembedding):
+
+    def stop(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        reached[:] = [first_argument(args, kwargs)]
+        raise ReachedUnembedding
+
+    with shadowed_method(module, "forward", stop), contextlib.suppress(ReachedUnembedding):
         run()
     if not reached:
         raise UnsupportedModelError(f"The forward pass gave logits without calling {type(module).__name__}.")
     return reached[0]
-
-
-def _stop(reached: list[Tensor], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    reached[:] = [first_argument(args, kwargs)]
-    raise ReachedUnembedding
 
 
 def product(adapter: "ModelAdapter", x: Tensor) -> Tensor:
@@ -162,11 +158,18 @@ def find_after_unembedding(adapter: "ModelAdapter") -> AfterUnembedding | None:
     if UNEMBEDDING not in adapter.wirings:
         return None
     tokens, calls = probe_tokens(adapter), []
+
+    def resized(size: float | None, call: SiteCall) -> Tensor:
+        """The site's output scaled to a largest entry; notes what passed."""
+        y = call.y if size is None else call.y * (size / call.y.abs().max().clamp(min=1e-6))
+        calls.append((call.x, y))
+        return y
+
     try:
         with torch.no_grad(), adapter.undisturbed():
             pairs = []
             for size in (None, 64.0):
-                with adapter.intercept({UNEMBEDDING: functools.partial(_resized, calls, size)}):
+                with adapter.intercept({UNEMBEDDING: functools.partial(resized, size)}):
                     logits = adapter.forward(tokens)
                 pairs.append((calls[-1][1], logits))
             x, y = calls[0]
@@ -179,13 +182,6 @@ def find_after_unembedding(adapter: "ModelAdapter") -> AfterUnembedding | None:
     caps = [None, *(value for name, value in settings if name in LOGIT_CAPS)]
     candidates = (functools.partial(_finished, factor, cap) for factor in factors for cap in caps)
     return next((after for after in candidates if all(same(after(y), logits) for y, logits in pairs)), None)
-
-
-def _resized(calls: list[tuple[Tensor, Tensor]], size: float | None, call: SiteCall) -> Tensor:
-    """A site's function that scales its output to a largest entry, and notes what passed."""
-    y = call.y if size is None else call.y * (size / call.y.abs().max().clamp(min=1e-6))
-    calls.append((call.x, y))
-    return y
 
 
 def _finished(factor: float | None, cap: float | None, y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tl_paramdecomp.adapters.base import ModelAdapter, Output, RowMask, Rows
 from tl_paramdecomp.adapters.convolution import why_no_patches
 from tl_paramdecomp.adapters.interception import Interception
 from tl_paramdecomp.adapters.limits import positions_of, starts_later
-from tl_paramdecomp.adapters.passes import PassWatch, refuse_wrapped, watch_generate
+from tl_paramdecomp.adapters.passes import refuse_wrapped, watch_generate, watch_passes
 from tl_paramdecomp.adapters.shared_parameters import keep_apart
 from tl_paramdecomp.adapters.wiring import Wiring, find_module
 from tl_paramdecomp.errors import UnsupportedModelError
@@ -98,7 +98,7 @@ class TorchModuleAdapter(ModelAdapter):
 
     # --- running ----------------------------------------------------------------------------------------------------
     def watch(self, stack: contextlib.ExitStack, interception: Interception) -> None:
-        PassWatch(stack, self.root, interception)
+        watch_passes(stack, self.root, interception)
         watch_generate(stack, self.root, interception.tracker, ("generate",), of_transformers=True)
 
     @functools.cached_property

@@ -19,7 +19,7 @@ from tl_paramdecomp.adapters.base import Output, RowMask, Rows
 from tl_paramdecomp.adapters.computed import is_computed, made_plain, peeked, sources
 from tl_paramdecomp.adapters.interception import Interception
 from tl_paramdecomp.adapters.lens import GENERATE, HookRoute, LensAdapter
-from tl_paramdecomp.adapters.passes import PassWatch, refuse_wrapped, watch_generate
+from tl_paramdecomp.adapters.passes import refuse_wrapped, watch_generate, watch_passes
 from tl_paramdecomp.adapters.shared_parameters import held_tensors, keep_apart, shares_memory
 from tl_paramdecomp.adapters.wiring import READABLE, Tap, Wiring, find_module, plain_path, read_parameter
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
@@ -188,7 +188,7 @@ class TransformerBridgeAdapter(LensAdapter):
 
     # --- running ------------------------------------------------------------------------------------------------------
     def watch(self, stack: contextlib.ExitStack, interception: Interception) -> None:
-        PassWatch(stack, self.core, interception)
+        watch_passes(stack, self.core, interception)
         watch_generate(stack, self.model, interception.tracker, GENERATE)
         watch_generate(stack, self.core, interception.tracker, ("generate",), of_transformers=True)  # for `hf_generate`
 

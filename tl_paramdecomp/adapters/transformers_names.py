@@ -23,22 +23,14 @@ ROLES: dict[str, tuple[str, ...]] = {
     "attn.W_Q": (*(f"{name}.q_proj" for name in _ATTENTIONS), "attention.self.query"),
     "attn.W_K": (*(f"{name}.k_proj" for name in _ATTENTIONS), "attention.self.key"),
     "attn.W_V": (*(f"{name}.v_proj" for name in _ATTENTIONS), "attention.self.value"),
-    "attn.W_O": (
-        "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "self_attn.c_proj", "attn.attention.out_proj",
-        "attn.out_proj", "attn.c_proj", "attn.o_proj", "attn.Wo", "attention.dense", "self_attention.dense",
-        "attention.o_proj", "mixer.o_proj", "temporal_block.o_proj", "attention.output.dense",
-    ),
-    "mlp.W_gate": (
-        "mlp.gate_proj", "ffn.gate_proj", "feed_forward.gate_proj", "feed_forward.w1", "mlp_block.gate_proj",
-    ),
-    "mlp.W_in": (
-        "mlp.up_proj", "mlp.c_fc", "mlp.fc1", "mlp.fc_in", "mlp.dense_h_to_4h", "ffn.up_proj", "feed_forward.up_proj",
-        "feed_forward.w3", "mlp_block.up_proj", "mixer.up_proj", "fc1", "intermediate.dense",
-    ),
-    "mlp.W_out": (
-        "mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.Wo", "ffn.down_proj",
-        "feed_forward.down_proj", "feed_forward.w2", "mlp_block.down_proj", "mixer.down_proj", "fc2", "output.dense",
-    ),
+    "attn.W_O": ("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "self_attn.c_proj", "attn.attention.out_proj",
+                 "attn.out_proj", "attn.c_proj", "attn.o_proj", "attn.Wo", "attention.dense", "self_attention.dense",
+                 "attention.o_proj", "mixer.o_proj", "temporal_block.o_proj", "attention.output.dense"),
+    "mlp.W_gate": ("mlp.gate_proj", "ffn.gate_proj", "feed_forward.gate_proj", "feed_forward.w1", "mlp_block.gate_proj"),
+    "mlp.W_in": ("mlp.up_proj", "mlp.c_fc", "mlp.fc1", "mlp.fc_in", "mlp.dense_h_to_4h", "ffn.up_proj", "feed_forward.up_proj",
+                 "feed_forward.w3", "mlp_block.up_proj", "mixer.up_proj", "fc1", "intermediate.dense"),
+    "mlp.W_out": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.Wo", "ffn.down_proj",
+                  "feed_forward.down_proj", "feed_forward.w2", "mlp_block.down_proj", "mixer.down_proj", "fc2", "output.dense"),
 }  # fmt: skip
 """Role in a block -> names of the module that plays it, in the order in which a forward pass meets the roles."""
 
@@ -276,7 +268,7 @@ def _split_qkv(path: str, module: nn.Module, index: int, config: Any, order: str
 def _qkv_columns(heads: int, kv_heads: int, d_head: int, order: str) -> list[tuple[int, ...] | slice]:
     """Columns of queries, keys and values in a fused weight."""
     if order == "sections":
-        edges = [0, heads * d_head, (heads + kv_heads) * d_head, (heads + 2 * kv_heads) * d_head]
+        edges = [n * d_head for n in (0, heads, heads + kv_heads, heads + 2 * kv_heads)]
         return [slice(a, b) for a, b in itertools.pairwise(edges)]
     if order == "quarters":
         groups, group, d_head, which = 4, 3, heads // 4 * d_head, ([0], [2], [1])
@@ -310,9 +302,8 @@ def unreachable_matrices(root: nn.Module, covered: set[int]) -> dict[str, str]:
         for attribute, parameter in module._parameters.items():
             if attribute in parts or computes_another(path):
                 continue  # a site may read what is computed from it
-            if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2:
-                continue
-            if parameter.untyped_storage().data_ptr() in covered:
+            is_matrix = parameter is not None and parameter.ndim >= 2 and min(parameter.shape) >= 2
+            if not is_matrix or parameter.untyped_storage().data_ptr() in covered:
                 continue
             kind = type(module).__name__
             if isinstance(module, _ConvNd):

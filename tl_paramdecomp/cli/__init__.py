@@ -32,10 +32,8 @@ def _status(streams: "Streams") -> int:
     from tl_paramdecomp.cli.app import app
     from tl_paramdecomp.errors import TLParamDecompError
 
-    if sys.argv[1:] and not {"--help", "--version"} & set(
-        sys.argv
-    ):  # takes seconds, and nothing is to be tidied up yet
-        import tl_paramdecomp.training.fit  # noqa: F401
+    if sys.argv[1:] and not {"--help", "--version"} & {*sys.argv}:
+        import tl_paramdecomp.training.fit  # noqa: F401 - takes seconds, and nothing is to be tidied up yet
     asked: list[int] = []
 
     def raise_it(number: int, frame: Any) -> None:
@@ -52,18 +50,18 @@ def _status(streams: "Streams") -> int:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             if code not in (1, 130) or not (asked or code == 130):
                 return code
-        except TLParamDecompError as error:
-            streams.say(f"tl-paramdecomp: {type(error).__name__}: {error}")
-            return 1
-        except OSError as error:
-            if not asked:
-                return streams.failed(error)
+        except (TLParamDecompError, OSError) as error:
+            known = isinstance(error, TLParamDecompError)
+            if known or (not asked and streams.out.error is None):  # `finished` tells those of standard output
+                print(f"tl-paramdecomp: {type(error).__name__}: {error}", file=sys.stderr)
+            if known or not asked:
+                return 1
         except Exception:
             if not asked:  # a library may make something else of Ctrl-C
                 raise
     except KeyboardInterrupt:
         pass
-    streams.say(STOPPED)
+    print(STOPPED, file=sys.stderr)
     return 130
 
 

@@ -1,39 +1,18 @@
 """The sub-commands and their options."""
 
-import dataclasses
 import functools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from tl_paramdecomp.cli import options as opt
 from tl_paramdecomp.cli.causal import attribute, circuit, patch
-from tl_paramdecomp.cli.options import (
-    AsJson,
-    BatchSize,
-    Dataset,
-    DecompositionFolder,
-    DeviceName,
-    HeldOutRows,
-    HostName,
-    Length,
-    ModelName,
-    ModelOrFile,
-    OutFile,
-    Restarts,
-    Seed,
-    Seeds,
-    SiteGlobs,
-    SomeSites,
-    Steps,
-    Text,
-    console,
-    path_option,
-)
+from tl_paramdecomp.cli.options import console, print_record
 from tl_paramdecomp.errors import SettingError
 
 METHODS = (
@@ -69,9 +48,9 @@ def whole(
 
 @app.command()
 def demo(
-    out: Annotated[Path, path_option(help="Folder for the decomposition and its metrics.")] = Path("runs/demo"),
-    steps: Steps = 1000,
-    seed: Seed = 0,
+    out: Annotated[Path, opt.path_option(help="Folder for the decomposition and its metrics.")] = Path("runs/demo"),
+    steps: opt.Steps = 1000,
+    seed: opt.Seed = 0,
 ) -> None:
     """Decompose two layers of the embedded model and ablate what matters; minutes, no network."""
     from tl_paramdecomp.experiments.demo import run_demo
@@ -81,10 +60,10 @@ def demo(
 
 @app.command()
 def sites(
-    model: ModelName,
+    model: opt.ModelName,
     pattern: Annotated[str, typer.Argument(help="Glob over names; * also crosses dots.")] = "*",
-    host: HostName = "transformers",
-    as_json: AsJson = False,
+    host: opt.HostName = "transformers",
+    as_json: opt.AsJson = False,
 ) -> None:
     """List the weights that can be decomposed, and those that cannot, with the reason."""
     from tl_paramdecomp.adapters import adapt, find_sites
@@ -112,9 +91,9 @@ def sites(
 @app.command()
 def decompose(
     context: typer.Context,
-    model: ModelOrFile,
-    site_globs: SomeSites = None,
-    out: Annotated[Path | None, path_option(help="Folder for metrics, checkpoints and the result.")] = None,
+    model: opt.ModelOrFile,
+    site_globs: opt.SomeSites = None,
+    out: Annotated[Path | None, opt.path_option(help="Folder for metrics, checkpoints and the result.")] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another value for any setting: method.lr=1e-3; repeatable."),
@@ -122,8 +101,8 @@ def decompose(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what the run needs: memory, time, disk. Touches no file.")
     ] = False,
-    steps: Steps = 1000,
-    batch_size: BatchSize = 8,
+    steps: opt.Steps = 1000,
+    batch_size: opt.BatchSize = 8,
     components: Annotated[
         int | None, typer.Option(help="Components per site; left out: chosen from its shape.")
     ] = None,
@@ -132,14 +111,14 @@ def decompose(
     ] = None,
     method_name: Annotated[str, typer.Option("--method", help=METHODS)] = "spd",
     settings: Annotated[
-        Path | None, path_option(help="JSON file with a method's settings, as a run writes them.")
+        Path | None, opt.path_option(help="JSON file with a method's settings, as a run writes them.")
     ] = None,
-    text: Text = None,
-    dataset: Dataset = None,
-    length: Length = 64,
-    seed: Seed = 0,
-    device: DeviceName = "cpu",
-    host: HostName = "transformers",
+    text: opt.Text = None,
+    dataset: opt.Dataset = None,
+    length: opt.Length = 64,
+    seed: opt.Seed = 0,
+    device: opt.DeviceName = "cpu",
+    host: opt.HostName = "transformers",
 ) -> None:
     """Learn components of some weights. Run it again to go on after an interruption.
 
@@ -152,7 +131,7 @@ def decompose(
 
     if is_run_file(model):
         _refuse_options(context, {"model", "out", "changes", "dry_run"})
-        run(settings_of_file(Path(model), changes or [], out), console, dry_run)
+        run(settings_of_file(Path(model), changes or [], out), dry_run)
         return
     if not site_globs or (out is None and not dry_run):
         raise typer.BadParameter(
@@ -169,15 +148,11 @@ def decompose(
         "data": {"text": None if text is None else str(text), "dataset": dataset, "length": length}, "steps": steps,
         "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
-    run(settings_of(tree, changes or [], out), console, dry_run)
+    run(settings_of(tree, changes or [], out), dry_run)
 
 
 def _refuse_options(context: typer.Context, allowed: set[str]) -> None:
-    """Refuse options of the other form of a command.
-
-    Raises:
-        SettingError: One was given.
-    """
+    """Refuse options of the other form of a command (SettingError)."""
     for parameter in context.command.params:
         given = parameter.name is not None and context.get_parameter_source(parameter.name)
         if given and given.name == "COMMANDLINE" and parameter.name not in allowed:
@@ -186,13 +161,13 @@ def _refuse_options(context: typer.Context, allowed: set[str]) -> None:
 
 @app.command()
 def evaluate(
-    model: ModelName,
-    decomposition: DecompositionFolder,
-    text: Text = None,
-    dataset: Dataset = None,
-    length: Length = 64,
-    rows: HeldOutRows = 32,
-    restarts: Restarts = 3,
+    model: opt.ModelName,
+    decomposition: opt.DecompositionFolder,
+    text: opt.Text = None,
+    dataset: opt.Dataset = None,
+    length: opt.Length = 64,
+    rows: opt.HeldOutRows = 32,
+    restarts: opt.Restarts = 3,
     oracle: Annotated[
         int | None, typer.Option(help="Importances from the model's gradients: so many components per position.")
     ] = None,
@@ -200,25 +175,20 @@ def evaluate(
         bool, typer.Option("--untrained", help="A control: also measure what the method started from.")
     ] = False,
     seconds: Annotated[float | None, typer.Option(help="Begin no further part after so many.")] = None,
-    out: OutFile = None,
-    device: DeviceName = "cpu",
-    host: HostName = "transformers",
-    as_json: AsJson = False,
+    out: opt.OutFile = None,
+    device: opt.DeviceName = "cpu",
+    host: opt.HostName = "transformers",
+    as_json: opt.AsJson = False,
 ) -> None:
     """Measure a decomposition on held-out rows: masks of every kind, an adversary, sparsity, controls."""
     from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig
     from tl_paramdecomp.analysis.evaluation.evaluate import evaluate as measure
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
-    from tl_paramdecomp.cli.models import check_device, open_model
+    from tl_paramdecomp.cli.models import open_both
     from tl_paramdecomp.cli.rows import open_rows
-    from tl_paramdecomp.components.decomposition import Decomposition
     from tl_paramdecomp.experiments.compare import start_of
 
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    check_device(device)
-    loaded = Decomposition.load(decomposition, device)
-    opened = open_model(model, host, device)
+    opened, loaded = open_both(model, decomposition, host, device, out)
     found_rows = open_rows(model, opened, text, dataset, length, decomposition=loaded)
     found = measure(
         opened, loaded, found_rows.held_out[:rows].to(device), importances=None if oracle is None else Oracle(oracle),
@@ -227,50 +197,40 @@ def evaluate(
     )  # fmt: skip
     if out is not None:
         found.save(out)
-    _print_record(found, as_json)
-
-
-def _print_record(found: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
-        return
-    for table in found.tables():
-        console.print(table)
-    for line in found.footnotes():
-        console.print(line, highlight=False)
+    print_record(found, as_json)
 
 
 @app.command()
 def compare(
-    model: ModelName,
-    site_globs: SiteGlobs,
-    out: Annotated[Path, path_option(help="Folder for the protocol, every run, the curves and the result.")],
+    model: opt.ModelName,
+    site_globs: opt.SiteGlobs,
+    out: Annotated[Path, opt.path_option(help="Folder for the protocol, every run, the curves and the result.")],
     method_names: Annotated[
         list[str],
         typer.Option(
             "--method", help="As in decompose; may be given several times. With -oracle: importances from gradients."
         ),
     ] = ["spd", "vpd", "svd", "whitened-svd", "neurons", "random"],  # noqa: B006
-    steps: Steps = 1000,
-    batch_size: BatchSize = 8,
-    seeds: Seeds = 2,
+    steps: opt.Steps = 1000,
+    batch_size: opt.BatchSize = 8,
+    seeds: opt.Seeds = 2,
     sparsity: Annotated[
         list[float], typer.Option(help="Factor on each method's importance coefficient; may be given several times.")
     ] = [0.3, 1.0, 3.0, 10.0, 30.0],  # noqa: B006
     capacity: Annotated[
         list[float] | None, typer.Option(help="Factor on the number of components, to see whether they split.")
     ] = None,
-    text: Text = None,
-    dataset: Dataset = None,
-    length: Length = 64,
-    rows: HeldOutRows = 32,
-    restarts: Restarts = 3,
+    text: opt.Text = None,
+    dataset: opt.Dataset = None,
+    length: opt.Length = 64,
+    rows: opt.HeldOutRows = 32,
+    restarts: opt.Restarts = 3,
     shuffled: Annotated[
         bool, typer.Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")
     ] = False,
-    device: DeviceName = "cpu",
-    host: HostName = "transformers",
-    as_json: AsJson = False,
+    device: opt.DeviceName = "cpu",
+    host: opt.HostName = "transformers",
+    as_json: opt.AsJson = False,
 ) -> None:
     """Compare methods where they are equally sparse: curves, areas, stability. Run it again to go on."""
     import contextlib
@@ -301,7 +261,7 @@ def compare(
     except MissingExtraError as error:
         words = f"No curves: {error}"
     (Console(stderr=True) if as_json else console).print(words, markup=False, highlight=False)
-    _print_record(found, as_json)
+    print_record(found, as_json)
 
 
 app.command()(patch)
@@ -318,16 +278,16 @@ def reproduce(
             "l3d-circuits, l3d-high-rank, l3d-squared, l3d-digits."
         ),
     ],
-    out: Annotated[Path, path_option(help="Folder for targets, checkpoints, results and figures.")] = Path(
+    out: Annotated[Path, opt.path_option(help="Folder for targets, checkpoints, results and figures.")] = Path(
         "runs/reproduce"
     ),
-    seeds: Seeds = 1,
+    seeds: opt.Seeds = 1,
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step, instead of the recipe's.")] = None,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads; the smallest toys gain nothing from a second one.")
     ] = 1,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Redo a published toy result: train the target, decompose it, score it. Run it again to go on."""
     import torch

@@ -8,25 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tl_paramdecomp.cli.options import (
-    TASK_HELP,
-    Answer,
-    AsJson,
-    CorruptPrompt,
-    DecompositionFolder,
-    DeviceName,
-    HostName,
-    ModelName,
-    OutFile,
-    Prompts,
-    PromptText,
-    Seed,
-    SomeSites,
-    Split,
-    TaskName,
-    Wrong,
-    console,
-)
+from tl_paramdecomp.cli import options as opt
+from tl_paramdecomp.cli.options import console
 from tl_paramdecomp.errors import SettingError
 
 if TYPE_CHECKING:
@@ -36,10 +19,10 @@ Components = list[str] | None
 
 
 def patch(
-    model: ModelName,
-    decomposition: DecompositionFolder,
-    prompt: PromptText = None,
-    task: TaskName = None,
+    model: opt.ModelName,
+    decomposition: opt.DecompositionFolder,
+    prompt: opt.PromptText = None,
+    task: opt.TaskName = None,
     ablate: Annotated[Components, typer.Option(help="SITE:C[,C...] to remove.")] = None,
     keep_only: Annotated[Components, typer.Option(help="SITE:C[,C...] to keep, all else of the site removed.")] = None,
     set_to: Annotated[Components, typer.Option("--set", help="SITE:C[,C...]=VALUE to set to (steering).")] = None,
@@ -51,26 +34,26 @@ def patch(
     delta: Annotated[Components, typer.Option(help="SITE=FACTOR to multiply the delta component W - VU by.")] = None,
     head: Annotated[int | None, typer.Option(help="Only in this attention head.")] = None,
     position: Annotated[list[int] | None, typer.Option(help="Only at this position; repeatable.")] = None,
-    corrupt_prompt: CorruptPrompt = None,
-    answer: Answer = None,
-    wrong: Wrong = None,
+    corrupt_prompt: opt.CorruptPrompt = None,
+    answer: opt.Answer = None,
+    wrong: opt.Wrong = None,
     generate: Annotated[int | None, typer.Option(help="Also continue the prompt by so many tokens.")] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Rank components by the metric with each minus without it.")
     ] = False,
-    sites: SomeSites = None,
+    sites: opt.SomeSites = None,
     value: Annotated[
         str | None, typer.Option(help="A sweep puts in: zero (default), mean, resample, corrupt, a number.")
     ] = None,
     direction: Annotated[str, typer.Option(help="Of a sweep: noising (of the clean run) or denoising.")] = "noising",
-    prompts: Prompts = 64,
-    split: Split = None,
-    seed: Seed = 0,
+    prompts: opt.Prompts = 64,
+    split: opt.Split = None,
+    seed: opt.Seed = 0,
     top: Annotated[int | None, typer.Option(min=1, help="Next tokens to show (5), or effects (10).")] = None,
-    out: OutFile = None,
-    device: DeviceName = "cpu",
-    host: HostName = "transformers",
-    as_json: AsJson = False,
+    out: opt.OutFile = None,
+    device: opt.DeviceName = "cpu",
+    host: opt.HostName = "transformers",
+    as_json: opt.AsJson = False,
 ) -> None:
     """Ask what patching components does to a prompt's next token, its continuation or a task's scores.
 
@@ -78,12 +61,20 @@ def patch(
     """
     from tl_paramdecomp.cli.causal_runs import Question, run_patch, run_sweep
     from tl_paramdecomp.cli.edits import Edits
+    from tl_paramdecomp.cli.models import open_both
 
     edits = Edits(
         ablate or (), keep_only or (), set_to or (), scale or (), mean or (), corrupt or (), delta or (), head, position
     )
-    _check_patch(bool(edits), sweep, head is not None or generate is not None, (sites, value, direction))
-    opened, loaded = _opened(model, decomposition, host, device, out)
+    if sweep and (edits or head is not None or generate is not None):
+        raise SettingError("--sweep patches every component by itself; leave other patches, --head and --generate out.")
+    if not sweep and not edits:
+        raise SettingError(
+            "Nothing to patch: give --ablate SITE:C, --keep-only, --set, --scale, --mean, --corrupt, --delta, or --sweep."
+        )
+    if not sweep and (sites, value, direction) != (None, None, "noising"):
+        raise SettingError("--sites, --value and --direction are for a --sweep.")
+    opened, loaded = open_both(model, decomposition, host, device, out)
     asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split, loaded)
     if sweep:
         found = run_sweep(asked, loaded, value, top or 10, sites=sites, direction=direction, positions=position)
@@ -93,13 +84,13 @@ def patch(
 
 
 def attribute(
-    model: ModelName,
-    decomposition: DecompositionFolder,
-    prompt: PromptText = None,
-    task: TaskName = None,
-    answer: Answer = None,
-    wrong: Wrong = None,
-    corrupt_prompt: CorruptPrompt = None,
+    model: opt.ModelName,
+    decomposition: opt.DecompositionFolder,
+    prompt: opt.PromptText = None,
+    task: opt.TaskName = None,
+    answer: opt.Answer = None,
+    wrong: opt.Wrong = None,
+    corrupt_prompt: opt.CorruptPrompt = None,
     method: Annotated[
         str,
         typer.Option(
@@ -122,28 +113,29 @@ def attribute(
         ),
     ] = None,
     graph: Annotated[int | None, typer.Option(help="Also effects between so many components.")] = None,
-    sites: SomeSites = None,
-    prompts: Prompts = 64,
-    split: Split = None,
-    seed: Seed = 0,
+    sites: opt.SomeSites = None,
+    prompts: opt.Prompts = 64,
+    split: opt.Split = None,
+    seed: opt.Seed = 0,
     top: Annotated[int, typer.Option(min=1, help="Effects and edges to show.")] = 15,
-    out: OutFile = None,
-    device: DeviceName = "cpu",
-    host: HostName = "transformers",
-    as_json: AsJson = False,
+    out: opt.OutFile = None,
+    device: opt.DeviceName = "cpu",
+    host: opt.HostName = "transformers",
+    as_json: opt.AsJson = False,
 ) -> None:
     """Ask which components, at which tokens, make up an answer: the strongest effects on the metric, with minus without."""
     from tl_paramdecomp.cli.causal_runs import Question, run_attribute
+    from tl_paramdecomp.cli.models import open_both
 
-    opened, loaded = _opened(model, decomposition, host, device, out)
+    opened, loaded = open_both(model, decomposition, host, device, out)
     asked = Question(opened, prompt, task, answer or (), wrong or (), corrupt_prompt, prompts, seed, split, loaded)
     _deliver(run_attribute(asked, loaded, method, direction, sites, by_position, graph, top), as_json, out)
 
 
 def circuit(
-    model: ModelName,
-    decomposition: DecompositionFolder,
-    task: Annotated[str, typer.Option(help=TASK_HELP)],
+    model: opt.ModelName,
+    decomposition: opt.DecompositionFolder,
+    task: Annotated[str, typer.Option(help=opt.TASK_HELP)],
     method: Annotated[
         str, typer.Option(help="Orders components: gradients, or masks (learned, slower).")
     ] = "gradients",
@@ -152,54 +144,20 @@ def circuit(
     value: Annotated[str, typer.Option(help="What ablated components become: zero, mean, corrupt.")] = "zero",
     delta: Annotated[float, typer.Option(help="Mask of the delta component W - VU.")] = 1.0,
     prompts: Annotated[int, typer.Option(help="Prompts to search on, and as many to measure on.")] = 64,
-    seed: Seed = 0,
-    out: OutFile = None,
-    device: DeviceName = "cpu",
-    host: HostName = "transformers",
-    as_json: AsJson = False,
+    seed: opt.Seed = 0,
+    out: opt.OutFile = None,
+    device: opt.DeviceName = "cpu",
+    host: opt.HostName = "transformers",
+    as_json: opt.AsJson = False,
 ) -> None:
     """Find the components that keep a task's metric, and measure what that says about the model."""
     from tl_paramdecomp.cli.causal_runs import Question, run_circuit
+    from tl_paramdecomp.cli.models import open_both
 
-    opened, loaded = _opened(model, decomposition, host, device, out)
+    opened, loaded = open_both(model, decomposition, host, device, out)
     asked = Question(opened, task=task, prompts=prompts, seed=seed, decomposition=loaded)
     settings: dict[str, Any] = {"method": method, "stochastic": stochastic or None, "value": value, "delta": delta}
     _deliver(run_circuit(asked, loaded, faithfulness, **settings), as_json, out)
-
-
-def _check_patch(edits: bool, sweep: bool, not_swept: bool, of_sweep: tuple[Any, Any, str]) -> None:
-    """Options of `patch` that go together.
-
-    Raises:
-        SettingError: They do not.
-    """
-    if sweep and (edits or not_swept):
-        raise SettingError("--sweep patches every component by itself; leave other patches, --head and --generate out.")
-    if not sweep and not edits:
-        raise SettingError(
-            "Nothing to patch: give --ablate SITE:C, --keep-only, --set, --scale, --mean, --corrupt, --delta, or --sweep."
-        )
-    if not sweep and of_sweep != (None, None, "noising"):
-        raise SettingError("--sites, --value and --direction are for a --sweep.")
-
-
-def _opened(model: str, decomposition: Path, host: str, device: str, out: Path | None) -> tuple[Any, Any]:
-    """Model and decomposition.
-
-    Raises:
-        SettingError: No such device; or there can be no file where the result is wanted, known before the work is done.
-    """
-    from tl_paramdecomp.cli.models import check_device, open_model
-    from tl_paramdecomp.components.decomposition import Decomposition
-
-    if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingError(f"--out {out} cannot be written: {error}") from error
-    check_device(device)
-    loaded = Decomposition.load(decomposition, device)
-    return open_model(model, host, device), loaded
 
 
 def _deliver(found: "Found", as_json: bool, out: Path | None) -> None:

@@ -14,15 +14,8 @@ from tl_paramdecomp.analysis.effects.edges import dataset_graph, prompt_graph
 from tl_paramdecomp.analysis.effects.sweep import sweep
 from tl_paramdecomp.analysis.next_tokens import greedy_continuation, next_token_kl, next_token_probs, top_tokens
 from tl_paramdecomp.analysis.records import Record
+from tl_paramdecomp.analysis.tasks import prompts as asking
 from tl_paramdecomp.analysis.tasks.metrics import default_metric, mean_scores
-from tl_paramdecomp.analysis.tasks.prompts import (
-    answers_in_words,
-    position_texts,
-    prompt_task,
-    search_and_test,
-    task_in_words,
-    task_named,
-)
 from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.cli.edits import Edits, Rows
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -42,11 +35,7 @@ OVER_POSITIONS = (
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A prompt, a task, or both, as the options name them.
-
-    Raises:
-        SettingError: Neither, or options of one beside the other alone.
-    """
+    """A prompt, a task, or both, as the options name them (else SettingError)."""
 
     model: Any
     prompt: str | None = None
@@ -75,23 +64,18 @@ class Question:
 
     def prompt_task(self) -> Task | None:
         """The prompt as a task of its own."""
-        if self.prompt is None:
-            return None
-        return prompt_task(self.prompt, self.model, self.answers, self.wrong, self.corrupt_prompt, self.decomposition)
+        told = (self.model, self.answers, self.wrong, self.corrupt_prompt, self.decomposition)
+        return None if self.prompt is None else asking.prompt_task(self.prompt, *told)
 
     def named_task(self) -> tuple[Task, str] | None:
         """The task, and in words what it is."""
         if self.task is None:
             return None
-        task, whence = task_named(self.task, self.model, self.prompts, self.seed, self.split, self.decomposition)
-        return task, task_in_words(task, whence)
+        task, whence = asking.task_named(self.task, self.model, self.prompts, self.seed, self.split, self.decomposition)
+        return task, asking.task_in_words(task, whence)
 
     def only(self) -> tuple[Task, str]:
-        """The one task or the one prompt, and in words what it is.
-
-        Raises:
-            SettingError: Both are given.
-        """
+        """The one task or the one prompt (else SettingError), and in words what it is."""
         if self.prompt is not None and self.task is not None:
             raise SettingError("Give --prompt or --task, not both.")
         task = self.prompt_task()
@@ -100,7 +84,7 @@ class Question:
             assert found is not None
             return found
         whose = "" if self.answers else " (the model's own likeliest next token)"
-        return task, f"{self.prompt} … {answers_in_words(task, self.tokenizer)}{whose}"
+        return task, f"{self.prompt} … {asking.answers_in_words(task, self.tokenizer)}{whose}"
 
 
 @dataclass(eq=False)
@@ -116,10 +100,6 @@ class Found:
     graph: Record | None = None
     """Written beside it."""
 
-    def show(self, record: Record, tables: "Sequence[Table] | None" = None) -> None:
-        """Add a record's tables and the lines below them."""
-        self.shown += [*(record.tables() if tables is None else tables), *record.footnotes()]
-
     def write(self, path: Path) -> list[Path]:
         """The files that are written."""
         if self.kept is None:
@@ -133,11 +113,7 @@ class Found:
 
 # --- patch ------------------------------------------------------------------------------------------------------------
 def run_patch(asked: Question, decomposition: Decomposition, edits: Edits, generate: int | None, top: int) -> Found:
-    """Next tokens and a continuation of a prompt, and scores of a task, of the model and of the model patched.
-
-    Raises:
-        SettingError: A continuation without a prompt, or as `Edits.patches`.
-    """
+    """Next tokens and a continuation of a prompt, and scores of a task, of the model and of the model patched."""
     if generate is not None and asked.prompt is None:
         raise SettingError("--generate continues a --prompt; give one.")
     found, model = Found(), asked.model
@@ -161,7 +137,7 @@ def run_patch(asked: Question, decomposition: Decomposition, edits: Edits, gener
     if named is not None:
         _add_scores(found, model, decomposition, edits, *named)
     elif own is not None and asked.answers:
-        _add_scores(found, model, decomposition, edits, own, answers_in_words(own, asked.tokenizer))
+        _add_scores(found, model, decomposition, edits, own, asking.answers_in_words(own, asked.tokenizer))
     return found
 
 
@@ -192,9 +168,8 @@ def run_sweep(asked: Question, decomposition: Decomposition, value: str | None, 
     with contextlib.suppress(ValueError, TypeError):
         put = float(value)  # type: ignore[arg-type]
     made = sweep(asked.model, decomposition, task, default_metric(task), value=put, seed=asked.seed, **settings)
-    found = Found({"question": words, **dataclasses.asdict(made)}, [words], made)
-    found.show(made, made.tables(top))
-    return found
+    shown = [words, *made.tables(top), *made.footnotes()]
+    return Found({"question": words, **dataclasses.asdict(made)}, shown, made)
 
 
 # --- attribute, circuit -----------------------------------------------------------------------------------------------
@@ -208,13 +183,9 @@ def run_attribute(
     nodes: int | None,
     top: int,
 ) -> Found:
-    """The components and positions that do most for an answer, and the direct effects between them.
-
-    Raises:
-        SettingError: Nothing to compare with where a direction needs it, or as `attribute`, `prompt_graph`.
-    """
+    """The components and positions that do most for an answer, and the direct effects between them."""
     task, words = asked.only()
-    texts = position_texts(task, asked.tokenizer)
+    texts = asking.position_texts(task, asked.tokenizer)
     if direction == "removal":
         task = dataclasses.replace(task, corrupt=None)
     alike = task.attention_mask is None and len(set(task.groups)) < 2
@@ -240,31 +211,27 @@ def run_attribute(
         "question": words, "method": made.method, "metric": made.metric, "direction": made.direction,
         "prompts": len(task), "clean": made.clean, "corrupt": made.corrupt, "top": strongest, "sites": of_sites,
     }  # fmt: skip
-    found.show(made, made.tables(top, texts if by_position else ()))
+    found.shown += [*made.tables(top, texts if by_position else ()), *made.footnotes()]
     if not by_position and not alike:
         found.shown.append(OVER_POSITIONS)
     if nodes is not None:
         graph_of = prompt_graph if len(task) == 1 else dataset_graph
         found.graph = graph = graph_of(model, decomposition, task, metric, nodes=nodes, sites=sites)
         found.record["graph"] = dataclasses.asdict(graph)
-        found.show(graph, graph.tables(top, texts)[1:])
+        found.shown += [*graph.tables(top, texts)[1:], *graph.footnotes()]
     return found
 
 
 def run_circuit(asked: Question, decomposition: Decomposition, faithfulness: float, **settings: Any) -> Found:
     """A task's circuit, searched and measured on different prompts. Settings and errors as `find_circuit`'s."""
     assert asked.task is not None
-    task, held_out, (searched, measured) = search_and_test(
-        asked.task, asked.model, asked.prompts, asked.seed, decomposition
-    )
-    made = find_circuit(
-        asked.model, decomposition, task, faithfulness=faithfulness, held_out=held_out, seed=asked.seed, **settings
-    )
+    model, seed = asked.model, asked.seed
+    task, held_out, (searched, measured) = asking.search_and_test(asked.task, model, asked.prompts, seed, decomposition)
+    settings |= {"faithfulness": faithfulness, "held_out": held_out, "seed": seed}
+    made = find_circuit(model, decomposition, task, **settings)
     stochastic = settings["stochastic"]
     wanted = f"faithfulness {faithfulness:g}" + ("" if stochastic is None else f" (stochastic {stochastic:g})")
     words = f"Searched for {wanted} on {searched}, measured on {measured}."
-    found = Found(dataclasses.asdict(made) | {"question": words}, kept=made)
     sizes = {name: components.n_components for name, components in decomposition.items()}
-    found.show(made, [*made.tables(), members_table(made.components, sizes)])
-    found.shown.append(words)
-    return found
+    shown = [*made.tables(), members_table(made.components, sizes), *made.footnotes(), words]
+    return Found(dataclasses.asdict(made) | {"question": words}, shown, made)

@@ -47,17 +47,9 @@ class Edits:
     def patches(
         self, model: Any, decomposition: Decomposition, corrupt: Rows | None = None, averaged: Rows | None = None
     ) -> ActPatches:
-        """The patches.
+        """The patches: `corrupt` are rows aligned with those that will be patched, `averaged` those whose mean is put in.
 
-        Args:
-            model: Run for activations, where corrupt or mean ones are put in.
-            decomposition: Made from its weights.
-            corrupt: Rows aligned with those that will be patched.
-            averaged: Rows whose mean activations, over all that counts, are put in.
-
-        Raises:
-            SettingError: A specification that cannot be read, or rows that are needed and missing.
-            NoMatchingSiteError, ComponentIndexError, HeadIndexError: No such site, component or head.
+        SettingError where a specification cannot be read, or rows are needed and missing.
         """
         made, at, head = act_patches(decomposition), self.positions, self.head
         for spec in self.set_to:

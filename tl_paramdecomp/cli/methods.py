@@ -34,16 +34,7 @@ ORACLE = "-oracle"
 
 
 def method_named(name: Any, path: str = "--method", presets: Mapping[str, Callable[[], Any]] = PRESETS) -> Any:
-    """A preset.
-
-    Args:
-        name: Its name, with `-oracle` after it for exact components without an importance function.
-        path: Where the name was given, for messages.
-        presets: Those there are.
-
-    Raises:
-        SettingError: There is no such preset, or it has an importance function of its own.
-    """
+    """A preset; with `-oracle` after its name, exact components without an importance function. `path` is for messages."""
     plain = str(name).removesuffix(ORACLE)
     if plain not in presets:
         near = difflib.get_close_matches(plain, presets, n=1)
@@ -59,11 +50,7 @@ def method_named(name: Any, path: str = "--method", presets: Mapping[str, Callab
 
 
 def changed(method: Any, components: int | None = None, importance: float | None = None) -> Any:
-    """A method with another number of components or coefficient of importance minimality, where they are given.
-
-    Raises:
-        SettingError: It has no such thing.
-    """
+    """A method with another number of components or coefficient of importance minimality, where they are given."""
     name = type(method).__name__
     for option, given, change in (
         ("--components", components, type(method).with_components),
@@ -78,11 +65,7 @@ def changed(method: Any, components: int | None = None, importance: float | None
 
 
 def method_in(path: Path) -> Any:
-    """The method that a JSON file of settings describes.
-
-    Raises:
-        SettingError: It cannot be read, or names something unknown.
-    """
+    """The method that a JSON file of settings describes (else SettingError)."""
     try:
         found = parse_json(path, read_text(path, LARGEST))
     except DecompositionFileError as error:

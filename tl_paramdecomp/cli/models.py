@@ -2,10 +2,12 @@
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
 from tl_paramdecomp.pretrained import load_micro_gpt2
 
@@ -15,17 +17,7 @@ EMBEDDED = "micro-gpt2"
 
 def open_model(name: str, host: str = "transformers", device: str = "cpu", dtype: str | None = None) -> Any:
     """A model by name, with unprocessed weights, and its tokenizer as `model.tokenizer` where it has one; what hosts print
-    about it goes to standard error.
-
-    Args:
-        name: `micro-gpt2`, a local folder, or a name on the Hugging Face hub.
-        host: Which library opens it.
-        device: Where it goes.
-        dtype: Number type that it is brought to, such as float32; None: as it comes.
-
-    Raises:
-        SettingError: No such host, or no such device here.
-        UnsupportedModelError: The model cannot be opened.
+    about it goes to standard error. SettingError where there is no such host or device, else UnsupportedModelError.
     """
     if host not in get_args(Host):
         raise SettingError(f"--host {host!r} is none of {', '.join(get_args(Host))}.")
@@ -39,12 +31,22 @@ def open_model(name: str, host: str = "transformers", device: str = "cpu", dtype
         return opened if dtype is None else opened.to(getattr(torch, dtype))
 
 
-def check_device(name: str) -> None:
-    """See whether tensors can be put on a device.
+def open_both(
+    name: str, decomposition: Path, host: str, device: str, out: Path | None = None
+) -> tuple[Any, Decomposition]:
+    """Model and decomposition; SettingError, before any work is done, where there can be no file at `out`."""
+    if out is not None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingError(f"--out {out} cannot be written: {error}") from error
+    check_device(device)
+    loaded = Decomposition.load(decomposition, device)
+    return open_model(name, host, device), loaded
 
-    Raises:
-        SettingError: They cannot.
-    """
+
+def check_device(name: str) -> None:
+    """See whether tensors can be put on a device (else SettingError)."""
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

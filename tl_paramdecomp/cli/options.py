@@ -1,5 +1,7 @@
 """Arguments and options that several sub-commands share, and the console they print to."""
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +22,17 @@ class _Console(Console):
 
 
 console = _Console()
+
+
+def print_record(found: Any, as_json: bool = False) -> None:
+    """A result's tables and the lines below them, or all of it as one JSON object."""
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    for table in found.tables():
+        console.print(table)
+    for line in found.footnotes():
+        console.print(line, highlight=False)
 
 
 def _path(given: Any) -> Path:

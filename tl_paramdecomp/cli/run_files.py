@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.fingerprint import differs
 from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks
 from tl_paramdecomp.cli.models import open_model
+from tl_paramdecomp.cli.options import console, print_record
 from tl_paramdecomp.cli.rows import Rows, open_rows
 from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
@@ -42,11 +41,7 @@ HEADER = """\
 
 
 def is_run_file(argument: str) -> bool:
-    """Whether the command's argument is a run file rather than a model.
-
-    Raises:
-        SettingError: It is called like a run file, and there is none.
-    """
+    """Whether the command's argument is a run file rather than a model; SettingError where it is called so, and is none."""
     path = Path(argument)
     if path.suffix not in SUFFIXES:
         return False
@@ -56,13 +51,8 @@ def is_run_file(argument: str) -> bool:
 
 
 def settings_of_file(path: Path, changes: Sequence[str], out: Path | None) -> RunSettings:
-    """Settings of a run file, with `key=value` changes; its folder is `runs/NAME` where neither says another.
-
-    Raises:
-        SettingError: Something in it makes no sense.
-    """
-    tree = {"run_dir": str(Path("runs", path.stem)), **read_tree(path)}
-    return settings_of(tree, changes, out)
+    """Settings of a run file, with `key=value` changes; its folder is `runs/NAME` where neither says another."""
+    return settings_of({"run_dir": str(Path("runs", path.stem)), **read_tree(path)}, changes, out)
 
 
 def settings_of(tree: Mapping[str, Any], changes: Sequence[str], out: Path | None) -> RunSettings:
@@ -71,20 +61,20 @@ def settings_of(tree: Mapping[str, Any], changes: Sequence[str], out: Path | Non
     return settings if out is None else replace(settings, run_dir=str(out))
 
 
-def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
-    """Do a run, or estimate it.
-
-    Raises:
-        TargetMismatchError: The model's weights are not those of a resolved file.
-        TLParamDecompError: As `open_model`, `open_rows`, `decompose` and `estimate_run`.
-    """
+def run(settings: RunSettings, dry_run: bool = False) -> None:
+    """Do a run, or estimate it; TargetMismatchError where the model's weights are not those of a resolved file."""
     model = open_model(settings.model, settings.host, own_device(settings.device), settings.dtype)
     _check_target(settings, model)
     rows, background = _rows(settings, model, settings.data), None
     if settings.background is not None:
         background = _rows(settings, model, settings.background).train
     if dry_run:
-        _print_estimate(settings, model, rows, background, console)
+        found = estimate_run(
+            model, settings.sites, settings.method, rows.train, settings.steps, settings.batch_size, settings.seed,
+            background=background, checkpoint_every=settings.checkpoint_every, keep_checkpoints=settings.keep_checkpoints,
+            keep_best=settings.keep_best is not None, on_nonfinite=settings.on_nonfinite, accumulate=settings.accumulate,
+        )  # fmt: skip
+        print_record(found)
         return
     made = decompose(
         model, settings.sites, settings.method, rows.train, background=background,
@@ -92,21 +82,17 @@ def run(settings: RunSettings, console: Console, dry_run: bool = False) -> None:
     )  # fmt: skip
     if not leads():
         return  # one process writes and talks
-    folder = Path(settings.run_dir)
     _write_resolved(settings, made)
     if "stopped_after" in made.info:
         done = made.info["stopped_after"]
         console.print(f"Stopped after step {done} of {settings.steps}; the same command goes on.", highlight=False)
-    _report(settings, model, made, rows, console)
-    console.print(f"Saved to [bold]{folder / 'decomposition'}[/].", highlight=False)
+    _report(settings, model, made, rows)
+    console.print(f"Saved to [bold]{Path(settings.run_dir) / 'decomposition'}[/].", highlight=False)
 
 
 def _rows(settings: RunSettings, model: Any, data: DataSettings) -> Rows:
-    return open_rows(
-        settings.model, model, data.text, data.dataset, data.length, column=data.column, config=data.config,
-        split=data.split, separator=data.separator, join=data.join, bos=data.bos, shuffle=data.shuffle,
-        seed=data.shuffle_seed,
-    )  # fmt: skip
+    told = dict(vars(data))
+    return open_rows(settings.model, model, name=told.pop("config"), seed=told.pop("shuffle_seed"), **told)
 
 
 def _callbacks(settings: RunSettings, model: Any, rows: Rows) -> list[Callback]:
@@ -165,19 +151,7 @@ def _check_target(settings: RunSettings, model: Any) -> None:
             )
 
 
-def _print_estimate(settings: RunSettings, model: Any, rows: Rows, background: Any, console: Console) -> None:
-    found = estimate_run(
-        model, settings.sites, settings.method, rows.train, settings.steps, settings.batch_size, settings.seed,
-        background=background, checkpoint_every=settings.checkpoint_every, keep_checkpoints=settings.keep_checkpoints,
-        keep_best=settings.keep_best is not None, on_nonfinite=settings.on_nonfinite, accumulate=settings.accumulate,
-    )  # fmt: skip
-    for table in found.tables():
-        console.print(table)
-    for line in found.footnotes():
-        console.print(line, highlight=False)
-
-
-def _report(settings: RunSettings, model: Any, made: Any, rows: Rows, console: Console) -> None:
+def _report(settings: RunSettings, model: Any, made: Any, rows: Rows) -> None:
     """How good the result is on held-out rows."""
     held_out = rows.held_out.to(settings.device)
     if isinstance(made, SubnetworkDecomposition):

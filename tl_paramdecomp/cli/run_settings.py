@@ -18,6 +18,7 @@ from tl_paramdecomp.cli.models import Host
 from tl_paramdecomp.cli.settings_paths import merge, put
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import Method
+from tl_paramdecomp.report.quality import SHORT
 from tl_paramdecomp.settings import (
     TYPE,
     Count,
@@ -66,10 +67,6 @@ class DataSettings(Settings):
     """Their order; null: by the run's seed."""
     bos: bool | Literal["auto"] = "auto"
     """Whether each row begins with the beginning-of-sequence token; auto: as the model was trained."""
-
-
-SHORT = EvaluationConfig(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
-"""Of evaluations during a run."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +131,7 @@ class RunSettings(RunConfig):
 
 
 def resolve(tree: Mapping[str, Any], changes: Sequence[Change] = ()) -> RunSettings:
-    """The settings of a run, from a file's tree and changes to it: paths with their new values, in order.
-
-    Raises:
-        SettingError: Something is unknown, missing, of another type, or refused by what it is a setting of.
-    """
+    """The settings of a run, from a file's tree and changes to it: paths with their new values, in order; else SettingError."""
     known = list(hints_of(RunSettings))
     for path in (*((key,) for key in tree), *(path for path, _ in changes)):
         if path[0] not in known:
@@ -173,11 +166,7 @@ def spelt_out(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_tree(given: Any, path: str = METHOD) -> Any:
-    """A method's tree with every field, from the name of a preset, or from a preset or type and what differs from it.
-
-    Raises:
-        SettingError: There is no such preset, or preset and type are given together.
-    """
+    """A method's tree with every field, from the name of a preset, or from a preset or type and what differs from it."""
     if isinstance(given, str):
         given = {PRESET: given}
     if not isinstance(given, Mapping):

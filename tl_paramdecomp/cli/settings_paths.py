@@ -40,9 +40,7 @@ class Scalars(yaml.SafeLoader):
 class Dumper(yaml.SafeDumper):
     """Writes so that `read_tree` reads the same values."""
 
-    def ignore_aliases(self, data: Any) -> bool:
-        """Everything is written out where it stands."""
-        return True
+    ignore_aliases = staticmethod(lambda data: True)  # everything is written out where it stands
 
 
 for _class in (Scalars, Dumper):
@@ -51,11 +49,7 @@ for _class in (Scalars, Dumper):
 
 # --- files ------------------------------------------------------------------------------------------------------------
 def read_tree(path: Path) -> dict[str, Any]:
-    """What a YAML or JSON file holds.
-
-    Raises:
-        SettingError: It cannot be read, is larger or deeper than settings are, or holds no mapping.
-    """
+    """What a YAML or JSON file holds; SettingError where it is larger or deeper than settings are, or no mapping."""
     is_json = path.suffix == ".json"
     try:
         text = read_text(path, LARGEST)
@@ -71,11 +65,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values from YAML, in one pass over its events.
-
-    Raises:
-        yaml.YAMLError, ValueError: It is none, or beyond the limits.
-    """
+    """Plain values from YAML, in one pass over its events; YAMLError or ValueError where it is none, or beyond the limits."""
     under_way: list[tuple[list[Any], str | None]] = [([], None)]
     """Collections that are not complete, and their anchors; the first is that of all documents."""
     anchors: dict[str | None, Any] = {}
@@ -136,11 +126,7 @@ def _mapping(items: list[Any], line: int) -> dict[Any, Any]:
 
 
 def within_limits(value: Any) -> Any:
-    """The value itself, of limited depth and size; what several aliases stand for counts each time.
-
-    Raises:
-        ValueError: It is beyond the limits.
-    """
+    """The value itself, of limited depth and size (else ValueError); what several aliases stand for counts each time."""
     layer, seen = [value], 0
     for _ in range(DEEPEST):
         outer = [item for item in layer if isinstance(item, dict | list)]
@@ -160,11 +146,7 @@ def write_tree(tree: Mapping[str, Any]) -> str:
 
 # --- paths ------------------------------------------------------------------------------------------------------------
 def parse_change(text: str) -> tuple[tuple[str, ...], Any]:
-    """The path and the value of `key=value`; the value is read as YAML.
-
-    Raises:
-        SettingError: It has no such form.
-    """
+    """The path and the value of `key=value`, which is read as YAML; SettingError where it has no such form."""
     path, equals, value = text.partition("=")
     segments = split_path(path.strip())
     if not equals or not segments:
@@ -191,11 +173,7 @@ def split_path(path: str) -> tuple[str, ...]:
 
 
 def put(tree: Any, path: Sequence[str], value: Any, above: str = "") -> Any:
-    """The tree with another value at a path; null takes an item out of a list.
-
-    Raises:
-        SettingError: A list on the way has no such item, or a plain value stands where there should be more.
-    """
+    """The tree with another value at a path; null takes an item out of a list. SettingError where there is no such place."""
     if not path:
         return value
     key, here = path[0], joined(above, path[0])
@@ -209,11 +187,7 @@ def put(tree: Any, path: Sequence[str], value: Any, above: str = "") -> Any:
 
 
 def merge(base: Any, changes: Any, path: str = "") -> Any:
-    """A tree with changes laid over it.
-
-    Raises:
-        SettingError: A change by name is of no item of its list.
-    """
+    """A tree with changes laid over it; SettingError where a change by name is of no item of its list."""
     if not isinstance(changes, Mapping):
         return changes
     if isinstance(base, list):

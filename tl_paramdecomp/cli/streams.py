@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import sys
-from types import TracebackType
 from typing import Any
 
 
@@ -17,22 +16,16 @@ class Streams:
     def __enter__(self) -> "Streams":
         self.closed = sys.stdout is None
         _fill_descriptors()
-        if sys.stdout is None:
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        if sys.stderr is None:
-            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-        self.out, self.err = _Stream(sys.stdout), _Stream(sys.stderr, forgiving=True)
+        out, err = (
+            os.fdopen(descriptor, "w", encoding="utf-8", closefd=False) if stream is None else stream
+            for descriptor, stream in ((1, sys.stdout), (2, sys.stderr))
+        )
+        self.out, self.err = _Stream(out), _Stream(err, forgiving=True)
         sys.stdout, sys.stderr = self.out, self.err  # type: ignore[assignment]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         sys.stdout, sys.stderr = self.out.stream, self.err.stream
-
-    def say(self, line: str) -> None:
-        """One line on standard error."""
-        print(line, file=sys.stderr)
 
     def finished(self, status: int) -> int:
         """The status to leave with, once all that was printed is written: 1 in place of 0 where it could not be."""
@@ -43,47 +36,33 @@ class Streams:
             return status
         if error.errno != errno.EPIPE:  # the reader (head, less) has all it wanted
             why = "it is closed" if self.closed else error.strerror
-            self.say(f"tl-paramdecomp: cannot write to standard output: {why}")
+            print(f"tl-paramdecomp: cannot write to standard output: {why}", file=sys.stderr)
         _discard(self.out.stream)
         return status or 1
 
-    def failed(self, error: OSError) -> int:
-        """The status to leave with after an error of the system; those of standard output are told by `finished`."""
-        if self.out.error is None:
-            self.say(f"tl-paramdecomp: {type(error).__name__}: {error}")
-        return 1
-
 
 class _Stream:
-    """A stream that remembers the first error of what it writes to.
-
-    Args:
-        stream: What is written to.
-        forgiving: Go on as if nothing had happened; what it is given from then on is lost.
-    """
+    """A stream that remembers the first error of what it writes to; a `forgiving` one goes on as if nothing had happened."""
 
     def __init__(self, stream: Any, forgiving: bool = False) -> None:
         self.stream, self.forgiving = stream, forgiving
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError as error:
-            self._note(error)
-            return len(text)
+        self._try(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self._note(error)
+        self._try(self.stream.flush)
 
-    def _note(self, error: OSError) -> None:
-        self.error = self.error or error
-        if not self.forgiving:
-            raise error
-        _discard(self.stream)
+    def _try(self, call: Any, *given: str) -> None:
+        try:
+            call(*given)
+        except OSError as error:
+            self.error = self.error or error
+            if not self.forgiving:
+                raise
+            _discard(self.stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

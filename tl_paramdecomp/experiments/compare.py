@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.analysis.evaluation.comparison import Comparison, Row
 from tl_paramdecomp.analysis.evaluation.evaluate import EvaluationConfig, evaluate
@@ -152,25 +152,23 @@ class _Run:
         self.settled = {**_plain(protocol), "target": _digest([adapter.weight(name) for name in self.sites])}
         self.settled |= {name: _digest(given) for name, given in rows.items()}
         self.capacities = sorted({1.0, *protocol.capacities}) if protocol.capacities else []
-        self.bar.total = sum(
-            len(self.sparsities(m)) * len(protocol.seeds) + len(self.capacities) * (not m.sized_by_weights)
-            for m in self.methods.values()
-        )
-        self.check()
+        self.check(adapter)
         self.settle()
 
-    def check(self) -> None:
-        """Refuse before the first run what would be refused after it."""
-        slugs = [_slug(label).casefold() for label in self.methods]
-        if len(set(slugs)) < len(slugs):
+    def check(self, adapter: ModelAdapter) -> None:
+        """Refuse before the first run what would be refused after it; count the runs."""
+        slugs = {_slug(label).casefold() for label in self.methods}
+        if len(slugs) < len(self.methods):
             raise SettingError(f"Labels must differ in letters or digits; given {', '.join(self.methods)}.")
+        self.bar.total = 0
         for method in self.methods.values():
-            method.check(adapt(self.model))
+            method.check(adapter)
             for sparsity in self.sparsities(method):
                 self.variant(method, sparsity, 1.0)
-            if not method.sized_by_weights:
-                for capacity in self.capacities:
-                    self.variant(method, 1.0, capacity)
+            capacities = [] if method.sized_by_weights else self.capacities
+            for capacity in capacities:
+                self.variant(method, 1.0, capacity)
+            self.bar.total += len(self.sparsities(method)) * len(self.protocol.seeds) + len(capacities)
 
     def settle(self) -> None:
         """Write the protocol down, or see that it is the one that the folder's runs are under."""
@@ -205,16 +203,12 @@ class _Run:
             if self.capacities and not method.sized_by_weights:
                 splitting += self.splitting(label, method)
             self.kept.clear()
+        methods = {label: to_settings(method) for label, method in self.methods.items()}
+        parameters = sum(site.d_in * site.d_out for site in self.sites.values())
         found = Comparison(
-            protocol=self.settled,
-            methods={label: to_settings(method) for label, method in self.methods.items()},
-            ranks=self.ranks,
-            parameters=sum(site.d_in * site.d_out for site in self.sites.values()),
-            points=points,
-            stability=stability,
-            splitting=splitting,
-            versions=versions(),
-        )
+            protocol=self.settled, methods=methods, ranks=self.ranks, parameters=parameters, points=points,
+            stability=stability, splitting=splitting, versions=versions(),
+        )  # fmt: skip
         if self.folder is not None:
             found.save(self.folder / "comparison.json")
         return found
@@ -279,18 +273,18 @@ class _Run:
         return made
 
     # --- several ----------------------------------------------------------------------------------------------------
-    def made(self, label: str, method: Method, sparsity: float, seed: int, capacity: float = 1.0) -> Decomposition:
+    def made(self, label: str, method: Method, sparsity: float, seed: int, capacity: float = 1.0) -> tuple[Any, Any]:
+        """A run's decomposition, and which of its components are active."""
         pressed = self.variant(method, sparsity, capacity)
-        return self.decomposition(label, pressed, _name(sparsity, seed, capacity), seed)
-
-    def active(self, made: Decomposition) -> dict[str, Tensor]:
-        return active_components(self.model, made, self.held_out, self.mask)
+        made = self.decomposition(label, pressed, _name(sparsity, seed, capacity), seed)
+        return made, active_components(self.model, made, self.held_out, self.mask)
 
     def stability(self, label: str, method: Method, sparsity: float) -> Row:
         """How well the seeds' active components match, and the same ones in their untrained starts; means over pairs."""
         seeds = self.protocol.seeds
-        trained = {seed: self.made(label, method, sparsity, seed) for seed in seeds}
-        active = {seed: self.active(made) for seed, made in trained.items()}
+        trained, active = {}, {}
+        for seed in seeds:
+            trained[seed], active[seed] = self.made(label, method, sparsity, seed)
         starts = {seed: self.decomposition(label, method, f"start, seed {seed}", seed, steps=0) for seed in seeds}
         pairs = list(itertools.permutations(seeds, 2))
         row: Row = {"method": label, "sparsity": sparsity}
@@ -302,24 +296,20 @@ class _Run:
     def splitting(self, label: str, method: Method) -> list[Row]:
         """Runs with other numbers of components, the smallest one's components looked for in the largest's."""
         sparsity, seed = sorted(self.protocol.sparsities)[len(self.protocol.sparsities) // 2], self.protocol.seeds[0]
-        rows, made, active = [], [], []
+        rows, runs = [], []
         for capacity in self.capacities:
             row = self.point(label, method, sparsity, seed, capacity)
-            made.append(self.made(label, method, sparsity, seed, capacity))
-            active.append(self.active(made[-1]))
-            alive = sum(int(a.sum()) for a in active[-1].values())
+            runs.append(self.made(label, method, sparsity, seed, capacity))
+            alive = sum(int(active.sum()) for active in runs[-1][1].values())
             kept = {key: row[key] for key in ("components", "l0", "rounded")}
             rows.append({"method": label, "capacity": capacity, "active": alive, "split": None, **kept})
-        rows[0]["split"] = split_share(made[0], made[-1], active[0], active[-1])
+        (least, active), (most, active_of_most) = runs[0], runs[-1]
+        rows[0]["split"] = split_share(least, most, active, active_of_most)
         return rows
 
 
 def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decomposition:
-    """What a decomposition's run started from, by the settings that are stored with it.
-
-    Raises:
-        SettingError: No run is stored with it, or its start depended on the rows of that run.
-    """
+    """What a decomposition's run started from, by the settings stored with it; SettingError where that is not known."""
     run = decomposition.info.get("run")
     if run is None:
         raise SettingError("No run is stored with this decomposition, so what it started from is not known.")
@@ -333,22 +323,20 @@ def start_of(model: Any, decomposition: Decomposition, data: Any) -> Decompositi
 
 def figures(found: Evaluation) -> Row:
     """What of an evaluation a comparison keeps."""
-    sites = found.sites
-    kl = found.headline.get("adversarial")
-    key = found.measure
+    sites, key, kl = found.sites, found.measure, found.headline.get("adversarial")
     worst = [row[f"{key}_worst"] for row in found.adversary if row[key] == kl]
+    sums = {
+        "l0": "l0",
+        "active_parameters": "active_parameters",
+        "active": "active_anywhere",
+        "components": "components",
+    }
     return {
-        "l0": sum(row["l0"] for row in sites),
-        "active_parameters": sum(row["active_parameters"] for row in sites),
-        "active": sum(row["active_anywhere"] for row in sites),
-        "components": sum(row["components"] for row in sites),
-        "unmasked": found.distance("unmasked"),
-        "importance": found.distance("importance"),
+        **{name: sum(row[of] for row in sites) for name, of in sums.items()},
+        **{kind: found.distance(kind) for kind in ("unmasked", "importance", "random", "zero")},
         "rounded": found.distance("rounded 0.1"),
         "rounded_ce_recovered": found.mask_row("rounded 0.1").get("ce_recovered"),
         "stochastic": found.distance("stochastic", "masked"),
-        "random": found.distance("random"),
-        "zero": found.distance("zero"),
         "permuted": found.distance("permuted 0.1"),
         "adversarial": kl,
         "adversarial_worst": worst[0] if worst else None,
@@ -383,16 +371,18 @@ def _digest(data: Any) -> str | None:
         return None
     if isinstance(data, Tensor):
         check_dense(data, "The data")
-        return hashlib.sha256(f"{data.dtype} {list(data.shape)} ".encode() + bytes_of(data)).hexdigest()[:16]
-    if isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):
-        return hashlib.sha256(" ".join(str(_digest(part)) for part in data).encode()).hexdigest()[:16]
-    if isinstance(data := as_known(data), Table):
+        told = f"{data.dtype} {list(data.shape)} ".encode() + bytes_of(data)
+    elif isinstance(data, list | tuple) and all(isinstance(part, Tensor) for part in data):
+        told = " ".join(str(_digest(part)) for part in data).encode()
+    elif isinstance(data := as_known(data), Table):
         return digest_of_rows(data, len(data), every=True)
-    if isinstance(data, Mapping):
-        return hashlib.sha256(" ".join(f"{key} {_digest(data[key])}" for key in sorted(data)).encode()).hexdigest()[:16]
-    if isinstance(data, TokenBatches):
-        return hashlib.sha256(json.dumps(data.info).encode()).hexdigest()[:16]
-    return type(data).__name__
+    elif isinstance(data, Mapping):
+        told = " ".join(f"{key} {_digest(data[key])}" for key in sorted(data)).encode()
+    elif isinstance(data, TokenBatches):
+        told = json.dumps(data.info).encode()
+    else:
+        return type(data).__name__
+    return hashlib.sha256(told).hexdigest()[:16]
 
 
 def _read(path: Path, *keys: str) -> dict[str, Any]:

@@ -42,18 +42,13 @@ def toy_scores(
 ) -> dict[str, Any]:
     """Held-out errors, dead subnetworks, and how many circuits of a TMS or Circuits have a live, pure one of their own."""
     group, function = getattr(model.config, "group", 1), getattr(model.config, "function", None)
-    found = evaluate_subnetworks(model, decomposition, rows, rows_at_once=len(rows))
-    live = torch.tensor(found.active) > 0.01
+    scores = _held_out(model, decomposition, rows)
+    live = torch.tensor(scores["active"]) > 0.01
     pure, owner = purities(decomposition, group)
-    scores = {
-        "heldout_error": found.batch_error,
-        "heldout_error_fixed_threshold": found.fixed_error,
-        "bound": found.bound,
+    scores |= {
         "purity": pure[live].median().item(),
         "circuits_found": len(set(owner[(pure >= PURE) & live].tolist())),
         "circuits": rows.shape[1] // group,
-        "dead": found.dead,
-        "active": found.active,
     }
     if function == "squared":
         shares, outputs = moved_outputs(model, decomposition, rows)
@@ -63,6 +58,12 @@ def toy_scores(
     if function is None:
         scores |= {"cosine": min(feature_cosines(model, decomposition, owner))}
     return scores
+
+
+def _held_out(model: Any, decomposition: SubnetworkDecomposition, rows: Tensor) -> dict[str, Any]:
+    found = evaluate_subnetworks(model, decomposition, rows, rows_at_once=len(rows))
+    errors = {"heldout_error": found.batch_error, "heldout_error_fixed_threshold": found.fixed_error}
+    return {**errors, "bound": found.bound, "dead": found.dead, "active": found.active}
 
 
 def moved_outputs(
@@ -82,7 +83,7 @@ def read_off(model: Any, decomposition: SubnetworkDecomposition) -> dict[str, fl
 
     Of each product the row of largest absolute sum is taken; its scale is the subnetwork's own.
     """
-    found, truth = (torch.stack(rows) for rows in zip(*products(model, decomposition)))
+    found, truth = map(torch.stack, zip(*products(model, decomposition)))
     cosines, pooled = cosine_similarity(found, truth, dim=1), torch.stack([found.flatten(), truth.flatten()])
     return {"row_cosine": cosines.median().item(), "pooled_r": torch.corrcoef(pooled)[0, 1].item()}
 
@@ -130,8 +131,8 @@ def digit_scores(
     labels: Int[Tensor, " images"],
 ) -> dict[str, Any]:
     """Held-out errors, dead subnetworks, how often they are active, and their purities with a control."""
-    found = evaluate_subnetworks(model, decomposition, images, rows_at_once=len(images))
-    active = torch.tensor(found.active)
+    found = _held_out(model, decomposition, images)
+    active = torch.tensor(found["active"])
     live, impact = active > 0, impacts(model, decomposition, images)
     pure, owner = class_purities(impact, labels)
     generator = torch.Generator().manual_seed(0)
@@ -139,22 +140,14 @@ def digit_scores(
         class_purities(impact, labels[torch.randperm(len(labels), generator=generator)])[0][live].median()
         for _ in range(CONTROLS)
     ]
-    return {
-        "heldout_error": found.batch_error,
-        "heldout_error_fixed_threshold": found.fixed_error,
-        "bound": found.bound,
-        "dead": found.dead,
-        "p_act": {
-            "least": active[live].min().item(),
-            "median": active[live].median().item(),
-            "most": active.max().item(),
-        },
+    shares = (active[live].min(), active[live].median(), active.max())
+    return found | {
+        "p_act": dict(zip(("least", "median", "most"), (share.item() for share in shares))),
         "purity": pure[live].median().item(),
         "purity_largest": pure[live].max().item(),
         "purity_shuffled": torch.stack(dealt).mean().item(),
         "classes_owned": len(set(owner[live].tolist())),
         "accuracy": (model(images).argmax(-1) == labels.to(images.device)).float().mean().item(),
-        "active": found.active,
     }
 
 

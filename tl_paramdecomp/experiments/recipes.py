@@ -34,36 +34,18 @@ class Recipe:
     """Published figures."""
 
 
-def _spd(
-    n_components: int,
-    minimality: float,
-    p: float,
-    lr: float,
-    hidden: int = 16,
-    p_end: float | None = None,
-    **changes: Any,
-) -> SPD:
+def _spd(n_components: int, minimality: float, p: float, lr: float, p_end: float | None = None, **changes: Any) -> SPD:
     """SPD with its authors' later settings for toys: delta component, warm-up, no faithfulness term."""
-    method = SPD(
-        n_components=n_components,
-        losses=(
-            StochasticReconstruction(1.0, sites="all"),
-            StochasticReconstruction(1.0, sites="layerwise"),
-            ImportanceMinimality(minimality, p_start=p, p_end=p if p_end is None else p_end),
-        ),
-        importance=ImportanceConfig("component_mlp", hidden=hidden),
-        start="random",
-        warm_up_steps=200,
-        warm_up_lr=1e-2,
-        warm_up_weight_decay=0.1,
-        lr=lr,
-        lr_importance=lr,
-        ramp_steps=0,
-        final_lr=0.0,
-        clip=None,
-        clip_importance=None,
-        measure="mse",
+    losses = (
+        StochasticReconstruction(1.0, sites="all"),
+        StochasticReconstruction(1.0, sites="layerwise"),
+        ImportanceMinimality(minimality, p_start=p, p_end=p if p_end is None else p_end),
     )
+    method = SPD(
+        n_components=n_components, losses=losses, importance=ImportanceConfig("component_mlp", hidden=16), start="random",
+        warm_up_steps=200, warm_up_lr=1e-2, warm_up_weight_decay=0.1, lr=lr, lr_importance=lr, ramp_steps=0, final_lr=0.0,
+        clip=None, clip_importance=None, measure="mse",
+    )  # fmt: skip
     return replace(method, **changes)
 
 
@@ -98,14 +80,8 @@ def _resid_mlp(layers: int, features: int, neurons: int, method: SPD, steps: int
 
 def _l3d(target: Any, n_subnetworks: int, rank: int, error: float, steps: int = 3000, **changes: Any) -> Recipe:
     """The published code's divergence, references and norm, which its figures are of."""
-    return Recipe(
-        target=target,
-        sites=("*",),
-        method=L3D.paper_code(n_subnetworks=n_subnetworks, rank=rank, **changes),
-        steps=steps,
-        batch_size=128,
-        expected={"heldout_error": error},
-    )
+    method = L3D.paper_code(n_subnetworks=n_subnetworks, rank=rank, **changes)
+    return Recipe(target, ("*",), method, steps, batch_size=128, expected={"heldout_error": error})
 
 
 # TMS shares its weights between both sides, and so do the components, as in the published code. The importance networks learn
@@ -125,9 +101,9 @@ RECIPES: Mapping[str, Recipe] = {
     "resid-mlp-2": _resid_mlp(2, 100, 50, _spd(200, 1.2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 25_000),
     "resid-mlp-3": _resid_mlp(3, 102, 51, _spd(200, 1.2e-5, 2.0, 4e-3, p_end=1.0, lr_importance=1e-2), 50_000),
     "induction": Recipe(
-        target=InductionConfig(),
-        sites=("layers.*.attn.*.weight",),
-        method=_spd(100, 1e-2, 1.0, 1e-3, importance=ImportanceConfig("shared_mlp", hidden=128), measure="kl"),
+        InductionConfig(),
+        ("layers.*.attn.*.weight",),
+        _spd(100, 1e-2, 1.0, 1e-3, importance=ImportanceConfig("shared_mlp", hidden=128), measure="kl"),
         steps=20_000,
         batch_size=64,
     ),
@@ -137,12 +113,6 @@ RECIPES: Mapping[str, Recipe] = {
     "l3d-squared": _l3d(
         CircuitsConfig("squared", n_inputs=5, n_hidden=10, hidden_layers=4), 5, 2, 0.32, steps=6000, warm_start=0.1
     ),
-    "l3d-digits": Recipe(
-        target=DigitsConfig(),
-        sites=("*",),
-        method=L3D(n_subnetworks=100, rank=2, divergence="kl"),
-        steps=2000,
-        batch_size=128,
-    ),
+    "l3d-digits": Recipe(DigitsConfig(), ("*",), L3D(n_subnetworks=100, rank=2, divergence="kl"), 2000, batch_size=128),
 }
 """By the name that `tl-paramdecomp reproduce` takes."""

@@ -12,6 +12,7 @@
 
 import datetime
 import fnmatch
+import functools
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,45 +28,26 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from tl_paramdecomp import toy_models as toys
 from tl_paramdecomp.analysis.activations import sparsity
 from tl_paramdecomp.analysis.subnetworks.impacts import impacts
 from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.errors import CollapseWarning, MissingExtraError, SettingError
 from tl_paramdecomp.experiments import figures
-from tl_paramdecomp.experiments import scores as toys
+from tl_paramdecomp.experiments import scores as spd_scores
 from tl_paramdecomp.experiments.l3d_scores import chosen_subnetworks, class_purities, digit_scores, toy_scores
 from tl_paramdecomp.experiments.recipes import RECIPES, Recipe
 from tl_paramdecomp.report.plotting import save
 from tl_paramdecomp.settings import to_settings
-from tl_paramdecomp.toy_models import (
-    TMS,
-    Circuits,
-    Digits,
-    InductionRows,
-    InductionTransformer,
-    ResidMLP,
-    SparseFeatures,
-    Trained,
-    fresh,
-    load_digits,
-    load_target,
-    save_target,
-    train_circuits,
-    train_digits,
-    train_induction,
-    train_resid_mlp,
-    train_tms,
-    train_until_sound,
-)
 from tl_paramdecomp.training.fit import decompose
 
 KINDS: dict[str, tuple[Any, Any]] = {
-    "TMSConfig": (TMS, train_tms),
-    "ResidMLPConfig": (ResidMLP, train_resid_mlp),
-    "InductionConfig": (InductionTransformer, train_induction),
-    "CircuitsConfig": (Circuits, train_circuits),
-    "DigitsConfig": (Digits, train_digits),
+    "TMSConfig": (toys.TMS, toys.train_tms),
+    "ResidMLPConfig": (toys.ResidMLP, toys.train_resid_mlp),
+    "InductionConfig": (toys.InductionTransformer, toys.train_induction),
+    "CircuitsConfig": (toys.Circuits, toys.train_circuits),
+    "DigitsConfig": (toys.Digits, toys.train_digits),
 }
 """What is built from a target's configuration, and what trains it."""
 SAMPLE, SAMPLE_SEED = 8192, 1_000_000
@@ -82,12 +64,7 @@ def reproduce(
     steps: int | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Run one result for seeds 0 to seeds - 1, and return its record.
-
-    Raises:
-        SettingError: No such name, no seed, or a folder that holds a run of other settings.
-        MissingExtraError: scipy is not installed, or for digits scikit-learn.
-    """
+    """Run one result for seeds 0 to seeds - 1, and return its record; MissingExtraError without scipy, or scikit-learn."""
     if name not in RECIPES:
         raise SettingError(f"{name!r} is none of {', '.join(RECIPES)}.")
     if seeds < 1:
@@ -95,7 +72,7 @@ def reproduce(
     recipe = RECIPES[name]
     recipe = replace(recipe, steps=steps or recipe.steps, batch_size=batch_size or recipe.batch_size)
     if recipe.one_per_feature:
-        toys.need_scipy()
+        spd_scores.need_scipy()
     folder, versions, results = out / name, {}, []
     for seed in range(seeds):
         say(f"{name}, seed {seed}")
@@ -161,41 +138,42 @@ def run_seed(recipe: Recipe, seed: int, folder: Path, say: Callable[[str], None]
     return result
 
 
-def find_target(recipe: Recipe, seed: int, folder: Path, say: Callable[[str], None]) -> Trained[Any]:
+def find_target(recipe: Recipe, seed: int, folder: Path, say: Callable[[str], None]) -> toys.Trained[Any]:
     """The target in the folder, or a new one that has all its mechanisms."""
     build, train = KINDS[type(recipe.target).__name__]
-    trained = load_target(fresh(build, recipe.target), folder)
+    trained = toys.load_target(toys.fresh(build, recipe.target), folder)
     if trained is None:
-        trained = train_until_sound(train, recipe.target, seed, _progress, say)
-        save_target(trained, folder)
+        bar = functools.partial(tqdm, leave=False)
+        trained = toys.train_until_sound(train, recipe.target, seed, lambda what, n: bar(range(n), desc=what), say)
+        toys.save_target(trained, folder)
     return trained
 
 
 def score(recipe: Recipe, model: Any, made: Any) -> dict[str, Any]:
     """All scores that a target of this kind has."""
-    if isinstance(model, Digits):
-        return digit_scores(model, made, *load_digits("held_out", model.config.held_out))
+    if isinstance(model, toys.Digits):
+        return digit_scores(model, made, *toys.load_digits("held_out", model.config.held_out))
     if isinstance(made, SubnetworkDecomposition):
         return toy_scores(model, made, heldout_rows(recipe))
     sample = recipe.target.data(SAMPLE, SAMPLE_SEED)
     rows = sample(0)
     scores: dict[str, Any] = {}
-    if isinstance(model, TMS):
-        scores |= toys.tms_scores(model, made)
-    if isinstance(model, ResidMLP):
-        scores["scrubbed"] = toys.scrubbed_errors(model, made, rows)
-    if isinstance(sample, InductionRows):
-        scores |= toys.induction_scores(model, made, rows, sample.answers(rows))
+    if isinstance(model, toys.TMS):
+        scores |= spd_scores.tms_scores(model, made)
+    if isinstance(model, toys.ResidMLP):
+        scores["scrubbed"] = spd_scores.scrubbed_errors(model, made, rows)
+    if isinstance(sample, toys.InductionRows):
+        scores |= spd_scores.induction_scores(model, made, rows, sample.answers(rows))
     else:
         scores["mean_active_features"] = (rows != 0).sum(1).float().mean().item()
-        matrices = toys.importance_matrices(model, made, rows.shape[1])
-        identity, dense = toys.pattern_errors(matrices, recipe.one_per_feature, recipe.dense)
+        matrices = spd_scores.importance_matrices(model, made, rows.shape[1])
+        identity, dense = spd_scores.pattern_errors(matrices, recipe.one_per_feature, recipe.dense)
         scores |= {"identity_ci_error": sum(identity.values()), "identity_ci_error_by_site": identity}
         scores |= {"dense_ci_error": sum(dense.values()), "dense_ci_error_by_site": dense} if dense else {}
         layers = [name for glob in recipe.one_per_feature for name in fnmatch.filter(matrices, glob)]
         if len(layers) > len(recipe.one_per_feature):
-            scores["identity_ci_error_by_layer"] = toys.pattern_errors(matrices, layers, {})[0]
-    found = sparsity(model, made, rows, toys.TOLERANCE)
+            scores["identity_ci_error_by_layer"] = spd_scores.pattern_errors(matrices, layers, {})[0]
+    found = sparsity(model, made, rows, spd_scores.TOLERANCE)
     several = [glob for glob in (*recipe.one_per_feature, *recipe.dense) if glob not in found.alive]
     in_all = {glob: sum(found.alive[name] for name in fnmatch.filter(found.alive, glob)) for glob in several}
     return {**scores, "alive": found.alive, **({"alive_in_all": in_all} if in_all else {}), "l0": found.l0}
@@ -204,7 +182,7 @@ def score(recipe: Recipe, model: Any, made: Any) -> dict[str, Any]:
 def data_of(recipe: Recipe, batch_size: int, seed: int) -> Any:
     """Rows as a function of the step, none of them empty."""
     data = recipe.target.data(batch_size, seed)
-    return replace(data, without_empty=True) if isinstance(data, SparseFeatures) else data
+    return replace(data, without_empty=True) if isinstance(data, toys.SparseFeatures) else data
 
 
 def heldout_rows(recipe: Recipe) -> Any:
@@ -213,15 +191,11 @@ def heldout_rows(recipe: Recipe) -> Any:
 
 
 def figures_of(recipe: Recipe, model: Any, made: Any, scores: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The figures that a target of this kind has, by name.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    if isinstance(model, InductionTransformer):
+    """The figures that a target of this kind has, by name."""
+    if isinstance(model, toys.InductionTransformer):
         return
-    if isinstance(model, Digits):
-        images, labels = load_digits("held_out", model.config.held_out)
+    if isinstance(model, toys.Digits):
+        images, labels = toys.load_digits("held_out", model.config.held_out)
         impact = impacts(model, made, images)
         pure, _ = class_purities(impact, labels)
         chosen = chosen_subnetworks(impact, labels, scores["active"])
@@ -233,15 +207,15 @@ def figures_of(recipe: Recipe, model: Any, made: Any, scores: Mapping[str, Any])
     elif isinstance(made, SubnetworkDecomposition):
         yield "subnetworks", figures.subnetwork_figure(model, made)
         yield "effects", figures.effect_figure(model, made, heldout_rows(recipe))
-        if isinstance(model, Circuits) and model.config.function == "linear" and model.config.group == 1:
+        if isinstance(model, toys.Circuits) and model.config.function == "linear" and model.config.group == 1:
             yield "coefficients", figures.coefficient_figure(model, made)
     else:
-        matrices = toys.importance_matrices(model, made, model.config.n_features)
+        matrices = spd_scores.importance_matrices(model, made, model.config.n_features)
         dense = {name for glob in recipe.dense for name in fnmatch.filter(matrices, glob)}
         yield "importances", figures.importance_figure(matrices, dense=dense)
-        if isinstance(model, TMS) and model.config.n_hidden == 2:
+        if isinstance(model, toys.TMS) and model.config.n_hidden == 2:
             yield "vectors", figures.vector_figure(model, made)
-        if isinstance(model, ResidMLP):
+        if isinstance(model, toys.ResidMLP):
             yield "neurons", figures.neuron_figure(model, made)
 
 
@@ -253,7 +227,3 @@ def seconds_of(log: Path) -> float:
         total += seconds - last if seconds >= last else seconds
         last = seconds
     return total
-
-
-def _progress(what: str, total: int) -> Iterable[int]:
-    return tqdm(range(total), desc=what, leave=False)

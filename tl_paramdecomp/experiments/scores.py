@@ -42,12 +42,10 @@ class FeatureScores(NamedTuple):
     best: Int[Tensor, " features"]
     """Which component it is."""
 
-    def figures(self) -> dict[str, float]:
-        """Means over features (MMCS, ML2R), with their standard deviations over features."""
-        sides = {"mmcs": self.cosines, "ml2r": self.ratios}
-        return {
-            f"{k}{end}": of(v).item() for k, v in sides.items() for end, of in (("", torch.mean), ("_sd", torch.std))
-        }
+    def figures(self, end: str = "") -> dict[str, float]:
+        """Means over features (MMCS, ML2R), with their standard deviations over features; `end` is of their names."""
+        parts = (("mmcs", self.cosines), ("ml2r", self.ratios))
+        return {f"{k}{sd}{end}": of(v).item() for k, v in parts for sd, of in (("", torch.mean), ("_sd", torch.std))}
 
 
 def feature_scores(
@@ -58,11 +56,8 @@ def feature_scores(
 ) -> FeatureScores:
     """MMCS and ML2R, feature by feature: component c has `amounts[j, c] vectors[c]` where the target has `target[j]`.
 
-    Args:
-        amounts: For a matrix that reads features V; for one that writes them U transposed.
-        vectors: For a matrix that reads features U; for one that writes them V transposed.
-        target: For a matrix that reads features W; for one that writes them W transposed.
-        among: Only these components; None: all, as published.
+    They are V, U and W for a matrix that reads features; U, V and W transposed for one that writes them. None: all components
+    count, as published.
     """
     lengths = amounts.abs() * vectors.norm(dim=1)
     directions = torch.nn.functional.normalize(target, dim=1) @ torch.nn.functional.normalize(vectors, dim=1).T
@@ -81,11 +76,7 @@ def importance_matrices(
 
 
 def need_scipy() -> Any:
-    """What assigns components to features.
-
-    Raises:
-        MissingExtraError: scipy is not installed.
-    """
+    """What assigns components to features; MissingExtraError where scipy is not installed."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
@@ -96,12 +87,7 @@ def need_scipy() -> Any:
 
 
 def best_assignment(values: Float[Tensor, "rows columns"]) -> Int[Tensor, " rows"]:
-    """A column for each row, no column twice, so that the sum of the chosen values is largest.
-
-    Raises:
-        ShapeError: There are more rows than columns.
-        MissingExtraError: scipy is not installed.
-    """
+    """A column for each row, no column twice, so that the chosen values' sum is largest; ShapeError with too few columns."""
     n, m = values.shape
     if n > m:
         raise ShapeError(f"An assignment needs at least as many columns as rows; given {n} rows, {m} columns.")
@@ -125,10 +111,7 @@ def lined_up(matrix: Float[Tensor, "features C"]) -> Int[Tensor, " C"]:
 def identity_error(matrix: Float[Tensor, "features C"]) -> int:
     """Entries that keep an importance matrix from one component per feature, whatever the order of components.
 
-    After lining up: entries above 0.1 off the diagonal, and entries below 0.9 on it.
-
-    Raises:
-        ShapeError: There are fewer components than features.
+    After lining up: entries above 0.1 off the diagonal, and entries below 0.9 on it. ShapeError with too few components.
     """
     if matrix.shape[0] > matrix.shape[1]:
         raise ShapeError(f"{matrix.shape[1]} components cannot be one per feature for {matrix.shape[0]} features.")
@@ -178,9 +161,7 @@ def tms_scores(model: Any, decomposition: Decomposition) -> dict[str, Any]:
         V, U = components.V.detach(), components.U.detach()
         sides = (V, U, W) if name == "linear1.weight" else (U.T, V.T, W.T)
         alive = (matrices[name] > TOLERANCE).any(0)
-        figures = feature_scores(*sides).figures()
-        figures |= {f"{k}_alive": v for k, v in feature_scores(*sides, among=alive).figures().items()}
-        by_site[name] = figures
+        by_site[name] = feature_scores(*sides).figures() | feature_scores(*sides, among=alive).figures("_alive")
     return {**by_site["linear1.weight"], "feature_scores": by_site}
 
 

@@ -14,10 +14,11 @@ Every task instance has a key (the pair of names, the name and adjective, the no
 of another split asks for something that was never shown. Four names stay out of the IOI frames altogether.
 """
 
+import itertools
 import random
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tl_paramdecomp.errors import SettingError
 
@@ -130,8 +131,7 @@ TOKEN_IDS: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY
 _PLAIN_WORDS = VOCABULARY[1:]
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """Words, the training weight of each, and the year that it must exceed where it answers greater-than (else -1)."""
 
     words: tuple[str, ...]
@@ -139,8 +139,7 @@ class Document:
     floors: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """Words that end right before the answer; `corrupted` has the same length and asks the task of other content."""
 
     task: str
@@ -330,16 +329,7 @@ def document(rng: random.Random) -> Document:
 
 
 def _join(documents: Sequence[Document]) -> Document:
-    return Document(
-        words=tuple(word for made in documents for word in made.words),
-        weights=tuple(weight for made in documents for weight in made.weights),
-        floors=tuple(floor for made in documents for floor in made.floors),
-    )
-
-
-def _cut(made: Document, start: int, length: int) -> Document:
-    stop = start + length
-    return replace(made, words=made.words[start:stop], weights=made.weights[start:stop], floors=made.floors[start:stop])
+    return Document(*(tuple(itertools.chain(*parts)) for parts in zip(*documents)))
 
 
 def text_row(rng: random.Random, length: int = N_CTX) -> Document:
@@ -351,7 +341,8 @@ def text_row(rng: random.Random, length: int = N_CTX) -> Document:
     mark = _document([END_OF_TEXT])
     while sum(len(part.words) for part in parts) < length + 1:
         parts += [mark, document(rng)]
-    return _cut(_join(parts), int(rng.random() < 0.2), length)
+    start, whole = int(rng.random() < 0.2), _join(parts)
+    return Document(*(part[start : start + length] for part in whole))
 
 
 def induction_row(rng: random.Random, length: int = N_CTX) -> Document:

@@ -5,6 +5,7 @@ what it would load from the hub, offline. Nothing is folded or centred on the wa
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -52,20 +53,10 @@ def _ids(words: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(grammar.TOKEN_IDS[word] for word in words)
 
 
-def _marked(words: tuple[str, ...]) -> Int[Tensor, " length"]:
-    return torch.tensor(_ids((grammar.END_OF_TEXT, *words)))
-
-
 def as_task_prompt(prompt: grammar.Prompt) -> TaskPrompt:
     """Return a prompt of the grammar as token ids."""
-    return TaskPrompt(
-        task=prompt.task,
-        text=" ".join(prompt.words),
-        tokens=_marked(prompt.words),
-        answers=_ids(prompt.answers),
-        wrong=_ids(prompt.wrong),
-        corrupted=_marked(prompt.corrupted),
-    )
+    tokens, corrupted = (torch.tensor(_ids((grammar.END_OF_TEXT, *w))) for w in (prompt.words, prompt.corrupted))
+    return TaskPrompt(prompt.task, " ".join(prompt.words), tokens, _ids(prompt.answers), _ids(prompt.wrong), corrupted)
 
 
 def micro_gpt2_prompts(task: str, n: int, seed: int = 0, split: str = "test") -> list[TaskPrompt]:
@@ -121,14 +112,13 @@ def load_micro_gpt2(host: str = "transformers") -> Any:
     """
     if host not in _HOSTS:
         raise UnsupportedModelError(f"unknown host {host!r}; micro-gpt2 loads on {', '.join(_HOSTS)}")
-    find, load = _HOSTS[host]
-    try:
-        host_class = find()
-    except ImportError as error:
+    paths, load = _HOSTS[host]
+    host_class = _host_class(host)
+    if host_class is None:
+        there = ", ".join(other for other in _HOSTS if _host_class(other) is not None)
         raise UnsupportedModelError(
-            f"the installed libraries have no host {host!r} ({error}); "
-            f"here micro-gpt2 loads on {', '.join(_available_hosts())}"
-        ) from error
+            f"the installed libraries have no host {host!r} (no {paths[-1]}); here micro-gpt2 loads on {there}"
+        )
     # Some hosts draw initial weights before they take ours; the caller's random numbers must not depend on that.
     with torch.random.fork_rng(devices=[]):
         return load(host_class)
@@ -139,39 +129,12 @@ def load_micro_gpt2(host: str = "transformers") -> Any:
 # ImportError from inside a host stays what it is.
 
 
-def _gpt2_class() -> Any:
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel
-
-
-def _bridge_class() -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge
-
-
-def _hooked_class() -> Any:
-    from transformer_lens import HookedTransformer
-
-    return HookedTransformer
-
-
-def _nnsight_class() -> Any:
-    try:
-        from nnsight.modeling.transformers import TransformersModel
-    except ImportError:
-        from nnsight import LanguageModel as TransformersModel
-    return TransformersModel
-
-
-def _available_hosts() -> list[str]:
-    found = []
-    for host, (find, _) in _HOSTS.items():
-        with contextlib.suppress(ImportError):
-            find()
-            found.append(host)
-    return found
+def _host_class(host: str) -> Any:
+    """The class of a host; None where the installed libraries have none."""
+    for module, _, name in (path.rpartition(".") for path in _HOSTS[host][0]):
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(module), name)
+    return None
 
 
 def _load_transformers(gpt2_class: Any) -> "GPT2LMHeadModel":
@@ -180,17 +143,15 @@ def _load_transformers(gpt2_class: Any) -> "GPT2LMHeadModel":
 
 
 def _load_bridge(bridge_class: Any) -> Any:
-    source, tokenizer = _load_transformers(_gpt2_class()), micro_gpt2_tokenizer()
-    return bridge_class.boot_transformers(
-        str(MICRO_GPT2_DIR), hf_model=source, tokenizer=tokenizer, device="cpu"
-    ).eval()
+    parts = {"hf_model": load_micro_gpt2(), "tokenizer": micro_gpt2_tokenizer()}
+    return bridge_class.boot_transformers(str(MICRO_GPT2_DIR), device="cpu", **parts).eval()
 
 
 def _load_hooked(hooked_class: Any) -> Any:
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
-    source = _load_transformers(_gpt2_class())
+    source = load_micro_gpt2()
     shape = source.config
     config = HookedTransformerConfig(
         n_layers=shape.n_layer, d_model=shape.n_embd, d_head=shape.n_embd // shape.n_head, n_heads=shape.n_head,
@@ -207,12 +168,12 @@ def _load_hooked(hooked_class: Any) -> Any:
 
 
 def _load_nnsight(nnsight_class: Any) -> Any:
-    return nnsight_class(_load_transformers(_gpt2_class()), tokenizer=micro_gpt2_tokenizer())
+    return nnsight_class(load_micro_gpt2(), tokenizer=micro_gpt2_tokenizer())
 
 
-_HOSTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "transformers": (_gpt2_class, _load_transformers),
-    "transformer_bridge": (_bridge_class, _load_bridge),
-    "hooked_transformer": (_hooked_class, _load_hooked),
-    "nnsight": (_nnsight_class, _load_nnsight),
+_HOSTS: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
+    "transformers": (("transformers.GPT2LMHeadModel",), _load_transformers),
+    "transformer_bridge": (("transformer_lens.model_bridge.TransformerBridge",), _load_bridge),
+    "hooked_transformer": (("transformer_lens.HookedTransformer",), _load_hooked),
+    "nnsight": (("nnsight.modeling.transformers.TransformersModel", "nnsight.LanguageModel"), _load_nnsight),
 }

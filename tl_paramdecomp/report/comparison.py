@@ -16,11 +16,7 @@ METRICS: dict[Metric, str] = {
 
 @figure
 def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
-    """One panel for each KL and each meaning of sparsity; a dot for each run, a line through the medians over seeds.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """One panel for each KL and each meaning of sparsity; a dot for each run, a line through the medians over seeds."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     made, panels = subplots(len(AXES), len(found.measured), (11.5, 7.0), sharey="col")
@@ -33,12 +29,9 @@ def draw_comparison(found: Comparison, path: Path, title: str) -> Path:
                 points = [p for p in found.points if p["method"] == method and p[axis_name] > 0]
                 style = {"color": f"C{i}", "label": method}
                 panel.scatter([p[axis_name] for p in points], [p[metric] for p in points], s=9, color=style["color"])
-                by_sparsity = [
-                    [p for p in points if p["sparsity"] == s] for s in dict.fromkeys(p["sparsity"] for p in points)
-                ]
-                line = sorted(
-                    tuple(statistics.median(p[k] for p in group) for k in (axis_name, metric)) for group in by_sparsity
-                )
+                by_sparsity = {s: [p for p in points if p["sparsity"] == s] for s in {p["sparsity"] for p in points}}
+                keys = (axis_name, metric)
+                line = sorted([statistics.median(p[k] for p in same) for k in keys] for same in by_sparsity.values())
                 panel.plot([x for x, _ in line], [y for _, y in line], linewidth=1.3, **style)
             panel.axhline(zero, color="grey", linestyle=":", linewidth=1, label="all components removed")
             whole = found.ranks if axis_name == "l0" else found.parameters

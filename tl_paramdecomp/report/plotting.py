@@ -55,11 +55,7 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **settings: Any
 
 
 def save(made: "Figure", path: Path) -> Path:
-    """Write a figure as PNG.
-
-    Raises:
-        DecompositionFileError: It cannot be written there.
-    """
+    """Write a figure as PNG (else DecompositionFileError)."""
     drawn = io.BytesIO()
     made.savefig(drawn, dpi=150)
     with writing(f"Could not write {path}"):

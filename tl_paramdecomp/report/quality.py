@@ -31,6 +31,7 @@ MEANINGS = {
     "zero": "all components removed",
 }
 SHORT = EvaluationConfig(ladder=(20,), restarts=1, samples=1, ablated=0, by_site=False)
+"""Of evaluations during a run and at its end."""
 
 
 def measure_quality(model: Any, decomposition: Decomposition, tokens: Int[Tensor, "row pos"]) -> Evaluation:

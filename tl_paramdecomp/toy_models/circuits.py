@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, drawn_at, fresh, minimise, quiet
+from tl_paramdecomp.toy_models.targets import Progress, SparseFeatures, ToyTarget, drawn_at, quiet, trained
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,12 @@ class CircuitsConfig:
 
     def data(self, batch_size: int, seed: int) -> GroupedFeatures:
         """Batches as the target sees them."""
-        low = -1.0 if self.function == "squared" else 0.0
-        return GroupedFeatures(self.n_inputs, self.group, self.probability, batch_size, low, seed)
+        return GroupedFeatures(self.n_inputs, self.group, self.probability, batch_size, self.low, seed)
+
+    @property
+    def low(self) -> float:
+        """Least value of an active input."""
+        return -1.0 if self.function == "squared" else 0.0
 
 
 class Circuits(ToyTarget):
@@ -81,11 +85,9 @@ class Circuits(ToyTarget):
         n = config.n_inputs
         self.register_buffer("A", 3.0 * torch.rand(n, n) if config.function == "linear" else torch.eye(n))
         widths = [n, *[config.n_hidden] * config.hidden_layers, n]
-        bias = config.function == "squared"
-        last = len(widths) - 2
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b, bias=bias or i == last) for i, (a, b) in enumerate(itertools.pairwise(widths))
-        )
+        biases = [config.function == "squared"] * config.hidden_layers + [True]
+        pairs = zip(itertools.pairwise(widths), biases, strict=True)
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for (a, b), bias in pairs)
 
     def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
         """What the function gives, as well as the network has learned it."""
@@ -104,7 +106,7 @@ class Circuits(ToyTarget):
         for i in range(self.config.n_mechanisms):
             members = slice(i * self.config.group, (i + 1) * self.config.group)
             x = torch.zeros(256, self.config.n_inputs, dtype=self.A.dtype, device=self.A.device)
-            low = -1.0 if self.config.function == "squared" else 0.0
+            low = self.config.low
             values = torch.rand(256, self.config.group, generator=torch.Generator().manual_seed(i))
             x[:, members] = values.to(x) * (1.0 - low) + low
             with torch.no_grad():
@@ -115,11 +117,9 @@ class Circuits(ToyTarget):
 
 def train_circuits(config: CircuitsConfig, seed: int = 0, progress: Progress = quiet) -> Circuits:
     """A target trained on the mean square error, by AdamW with a cosine to 0."""
-    data, model = config.data(config.batch_size, seed), fresh(Circuits, config, seed)
 
-    def loss(step: int) -> Tensor:
+    def loss(model: Circuits, data: GroupedFeatures, step: int) -> Tensor:
         x = data(step)
         return nn.functional.mse_loss(model(x), model.wanted(x))
 
-    minimise(loss, model.parameters(), config, progress)
-    return model
+    return trained(Circuits, config, seed, progress, loss)

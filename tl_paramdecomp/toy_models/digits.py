@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_paramdecomp.errors import MissingExtraError, SettingError
-from tl_paramdecomp.toy_models.targets import Progress, ToyTarget, drawn_at, fresh, minimise, quiet
+from tl_paramdecomp.toy_models.targets import Progress, ToyTarget, drawn_at, quiet, trained
 
 SPLIT_SEED = 0
 """Of the permutation that divides the images: every seed of a target is held to the same ones."""
@@ -94,12 +94,7 @@ class Digits(ToyTarget):
 def load_digits(
     part: Literal["train", "held_out"], held_out: int
 ) -> tuple[Float[Tensor, "images 1 8 8"], Int[Tensor, " images"]]:
-    """Images and their classes, of which a fixed permutation holds so many out.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-        SettingError: There are not that many.
-    """
+    """Images and their classes, of which a fixed permutation holds so many out; MissingExtraError without scikit-learn."""
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -117,10 +112,8 @@ def load_digits(
 
 def train_digits(config: DigitsConfig, seed: int = 0, progress: Progress = quiet) -> Digits:
     """A target trained on the cross entropy, by AdamW with a cosine to 0."""
-    data, model = config.data(config.batch_size, seed), fresh(Digits, config, seed)
 
-    def loss(step: int) -> Tensor:
+    def loss(model: Digits, data: DigitImages, step: int) -> Tensor:
         return nn.functional.cross_entropy(model(data(step)), data.labels(step))
 
-    minimise(loss, model.parameters(), config, progress)
-    return model
+    return trained(Digits, config, seed, progress, loss)

@@ -6,6 +6,7 @@ are added to what queries and keys read, never to the residual stream. Decompose
 language models" (Christensen and Riggs, arXiv 2511.08854). Its mechanisms: a previous-token head, and an induction head.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_paramdecomp.toy_models.targets import Progress, ToyTarget, drawn_at, fresh, minimise, quiet
+from tl_paramdecomp.toy_models.targets import Progress, ToyTarget, drawn_at, quiet, trained
 
 
 @dataclass(frozen=True)
@@ -118,21 +119,14 @@ def sinusoids(length: int, width: int) -> Float[Tensor, "length width"]:
 
 def train_induction(config: InductionConfig, seed: int = 0, progress: Progress = quiet) -> InductionTransformer:
     """A target trained on the last token alone, by AdamW with a ramp and a cosine to 0."""
-    rows, model = config.data(config.batch_size, seed), fresh(InductionTransformer, config, seed)
     ramp = max(1, config.steps // 100)
 
-    def loss(step: int) -> Tensor:
+    def loss(model: InductionTransformer, rows: InductionRows, step: int) -> Tensor:
         tokens = rows(step)
         return nn.functional.cross_entropy(model(tokens), rows.answers(tokens))
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / ramp) * 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
 
-    minimise(
-        loss,
-        model.parameters(),
-        config,
-        progress,
-        lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, factor),
-    )
-    return model
+    rate = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=factor)
+    return trained(InductionTransformer, config, seed, progress, loss, rate)

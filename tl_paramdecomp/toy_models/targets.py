@@ -83,6 +83,20 @@ def minimise(
             schedule.step()
 
 
+def trained(
+    build: Callable[[Any], Toy],
+    config: Any,
+    seed: int,
+    progress: Progress,
+    loss: Callable[[Toy, Any, int], Float[Tensor, ""]],
+    rate: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+) -> Toy:
+    """A target trained from the seed on `loss(model, data, step)`, data being its configuration's."""
+    data, model = config.data(config.batch_size, seed), fresh(build, config, seed)
+    minimise(lambda step: loss(model, data, step), model.parameters(), config, progress, rate)
+    return model
+
+
 def drawn_at(seed: int, step: int) -> torch.Generator:
     """Random numbers of one step of one seed."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -138,11 +152,7 @@ def train_until_sound(
     say: Callable[[str], None] = print,
     tries: int = 20,
 ) -> Trained[Toy]:
-    """Train with seed, seed + 1000, ... until the target has all its mechanisms; `say` is told of every one that has not.
-
-    Raises:
-        DivergedError: None of the seeds gives a sound target.
-    """
+    """Train with seed, seed + 1000, ... until a target has all its mechanisms (else DivergedError); `say` is told of others."""
     for attempt in range(tries):
         derived = seed + APART * attempt
         model = train(config, derived, progress).eval().requires_grad_(False)
@@ -156,11 +166,7 @@ def train_until_sound(
 
 
 def save_target(trained: Trained[Any], folder: Path) -> None:
-    """Write a target's weights and how it came about into a folder; the record comes last and makes it count.
-
-    Raises:
-        DecompositionFileError: They cannot be written.
-    """
+    """Write a target's weights and how it came about into a folder; the record comes last and makes it count."""
     record = {"config": asdict(trained.model.config), "seed": trained.seed, "tried": trained.tried}
     record |= {trained.model.measured: trained.model.strengths().tolist()}
     tensors = {k: t.contiguous() for k, t in trained.model.state_dict().items()}
@@ -176,11 +182,7 @@ def save_target(trained: Trained[Any], folder: Path) -> None:
 
 
 def load_target(empty: Toy, folder: Path) -> Trained[Toy] | None:
-    """The target that `save_target` wrote into a folder, put into an untrained one; None where its settings are others.
-
-    Raises:
-        DecompositionFileError: The files are there and cannot be read.
-    """
+    """The target that `save_target` wrote into a folder, put into an untrained one; None where its settings are others."""
     if not (folder / RECORD).is_file():
         return None
     try:
