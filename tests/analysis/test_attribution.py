@@ -143,7 +143,7 @@ def test_delta_components_biases_and_embeddings_by_finite_differences(tokens: Te
         d[6] = 1 - eps
         moved = masked(model, dec, dec.masks().with_values(site, 1.0, delta=d), tokens, log_prob)
         assert ((plain - moved) / eps - found.delta[site][:, 6]).abs().max() < 1e-4
-        with adapter.replaced_biases({site: adapter.bias(site) * (1 - eps)}):
+        with adapter.replaced_weights({site: adapter.bias(site) * (1 - eps)}, biases=True):
             moved = log_prob(logits(model, tokens))
         assert ((plain - moved) / eps - found.bias[site].sum(1)).abs().max() < 1e-4
     assert set(found.embeddings) == {"embed.W_E", "pos_embed.W_pos"}

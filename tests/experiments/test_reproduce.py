@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_not_run_again(tiny, tmp_pat
     monkeypatch.setattr(reproduce, "decompose", lambda *a: fit(*a, callbacks=[stop], log_every=1))
     assert run("tms-5-2", "--out", tmp_path / "stopped", "--json").exit_code == 130
     monkeypatch.setattr(reproduce, "decompose", fit)
-    monkeypatch.setattr(reproduce, "train_until_sound", lambda *_: pytest.fail("the target was there"))
+    monkeypatch.setattr(reproduce.toys, "train_until_sound", lambda *_: pytest.fail("the target was there"))
     resumed = json.loads(run("tms-5-2", "--out", tmp_path / "stopped", "--json").stdout)
     for figure in ("mmcs", "ml2r", "alive", "l0", "identity_ci_error"):
         assert resumed["seeds"][0][figure] == whole["seeds"][0][figure]

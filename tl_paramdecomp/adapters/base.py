@@ -20,7 +20,7 @@ from tl_paramdecomp.adapters.norms import NormWiring
 from tl_paramdecomp.adapters.probe import probe
 from tl_paramdecomp.adapters.shared_parameters import repeated, with_ties
 from tl_paramdecomp.adapters.weights import ModelWeights
-from tl_paramdecomp.adapters.wiring import Wiring, structure
+from tl_paramdecomp.adapters.wiring import Wiring, find_module, structure
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn
 
@@ -169,8 +169,8 @@ class ModelAdapter(ModelWeights, ABC):
         """Logits of token rows, the way the host computes them in evaluation mode.
 
         Every pass that the library makes of its own accord is made here. The mode that the user's modules are in is put back.
-        DataError where the model cannot read these tokens, UnsupportedModelError where it reads rows padded on the left otherwise
-        than alone, PatchConflictError where another thread uses it.
+        DataError where the model cannot read these tokens, UnsupportedModelError where it reads rows padded on the left
+        otherwise than alone, PatchConflictError where another thread uses it.
         """
         self.check_readable(tokens, attention_mask)
         with self.evaluating():
@@ -239,7 +239,9 @@ class ModelAdapter(ModelWeights, ABC):
 
     @functools.cached_property
     def _blocks_of_sites(self) -> dict[str, int]:
-        return shortcuts.blocks_of_sites(self.root, self.block_modules(), self.wirings)
+        holders = {id(module): i for i, block in reversed([*enumerate(self.blocks)]) for module in block.modules()}
+        owners = {name: id(find_module(self.root, wiring.owner)) for name, wiring in self.wirings.items()}
+        return {name: holders[owner] for name, owner in owners.items() if owner in holders}
 
     def resumed(self, outputs: Sequence[Any], block: int) -> contextlib.AbstractContextManager[None]:
         """Within this context forward passes begin at a block: those before it return what they returned, uncomputed.

@@ -110,13 +110,10 @@ def overrule(owner: nn.Module, attribute: str, tensor: Tensor | None) -> None:
     base = kind.__bases__[0] if OVERRULED in vars(kind) else kind
     held = {name: each for name, each in getattr(kind, OVERRULED, {}).items() if name != attribute}
     held |= {} if tensor is None else {attribute: tensor}
-    own = {name: _held(each) for name, each in held.items()} | {OVERRULED: held, "__deepcopy__": _refuse_copy}
+    own = {name: property(lambda module, held=each: held, lambda *given: None) for name, each in held.items()}
+    own |= {OVERRULED: held, "__deepcopy__": _refuse_copy}
     own |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": _refuse_copy}
     owner.__class__ = type(base.__name__, (base,), own) if held else base
-
-
-def _held(tensor: Tensor) -> property:
-    return property(lambda module: tensor, lambda module, computed: None)
 
 
 def _refuse_copy(module: nn.Module, *args: Any) -> Any:

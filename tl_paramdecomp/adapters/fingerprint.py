@@ -113,9 +113,8 @@ def _spread(n: int, device: torch.device) -> Int[Tensor, " entries"]:
     """Indices into a flattened tensor, one at random from each of as many stretches."""
     k = min(n, N_SAMPLED)
     generator = torch.Generator().manual_seed(n)
-    starts = (torch.arange(k, dtype=torch.float64) + torch.rand(k, generator=generator, dtype=torch.float64)) * (
-        n / max(k, 1)
-    )
+    drawn = torch.rand(k, generator=generator, dtype=torch.float64)
+    starts = (torch.arange(k, dtype=torch.float64) + drawn) * (n / max(k, 1))
     return starts.long().clamp(max=n - 1).to(device)
 
 

@@ -44,10 +44,7 @@ def identity_before(site: WeightSite) -> WeightSite:
 
 # --- names -----------------------------------------------------------------------------------------------------------
 def select(sites: Mapping[str, WeightSite], pattern: SitePattern, refused: Mapping[str, str]) -> dict[str, WeightSite]:
-    """`select_sites`, where names and globs that end in `.pre_identity` select inserted identities, and only they do.
-
-    An identity comes right before the site it stands before.
-    """
+    """`select_sites`, where names and globs that end in `.pre_identity` select inserted identities, and only they do."""
     if callable(pattern):
         return select_sites(sites, pattern, refused)
     globs = [pattern] if isinstance(pattern, str) else list(pattern)
@@ -82,20 +79,11 @@ def _refused_identities(sites: Mapping[str, WeightSite], refused: Mapping[str, s
 
 # --- what an identity is ---------------------------------------------------------------------------------------------
 def identity_fingerprint(found: Fingerprint) -> Fingerprint:
-    """Fingerprint of an inserted identity, from that of the weight behind it.
-
-    Every model's identities are alike. So that another model is still told apart, the weight behind stands where a
-    site's bias would, which an identity does not have.
-    """
-    norm = math.sqrt(found.shape[0])
-    return replace(
-        found,
-        shape=(found.shape[0], found.shape[0]),
-        norm=norm,
-        bias_norm=found.norm,
-        projections=(*(0.0,) * N_PROJECTIONS, *found.projections[:N_PROJECTIONS]),
-        means=(found.means[0] * norm / max(found.norm, 1e-30), found.means[1] * norm / max(found.norm, 1e-30)),
-    )
+    """Fingerprint of an inserted identity, which tells models apart: the weight behind stands where a site's bias would."""
+    n, norm = found.shape[0], math.sqrt(found.shape[0])
+    projections = (*(0.0,) * N_PROJECTIONS, *found.projections[:N_PROJECTIONS])
+    means = (found.means[0] * norm / max(found.norm, 1e-30), found.means[1] * norm / max(found.norm, 1e-30))
+    return replace(found, shape=(n, n), norm=norm, bias_norm=found.norm, projections=projections, means=means)
 
 
 def folded(

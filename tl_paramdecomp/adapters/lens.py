@@ -71,9 +71,7 @@ class LensAdapter(ModelAdapter):
         def patch_output(activation: Tensor, hook: Any) -> Tensor:
             nonlocal longest
             if not kept:
-                raise SiteNotFiredError(
-                    f"{name} gave an output at {route.y_hook}, but {route.x_hook} did not fire before."
-                )
+                raise SiteNotFiredError(f"{name} fired at {route.y_hook}, but {route.x_hook} did not fire before.")
             rows = matching_rows(route.read(kept.pop()), activation, wiring)
             length = rows.y.shape[-2]
             if by_position and (length == 1 < longest or _inside_generate()):

@@ -59,9 +59,7 @@ class NNsightAdapter(TorchModuleAdapter):
         """Where the running body of a trace stands among the model's passes; UnsupportedModelError where none is running."""
         mediator = running_body()
         if mediator is None:
-            raise UnsupportedModelError(
-                "Nothing is traced here; call this within model.trace(...), or use patched(...)."
-            )
+            raise UnsupportedModelError("Nothing is traced here; call this in model.trace(...), or use patched(...).")
         entered, left = (mediator.occurrence(f"{self.model.path}.{end}") for end in ("input", "output"))
         call = _call_of(self.root) if entered > left else None
         if mediator.iteration is None:  # amid a step that `tracer.iter` has come to, or between two

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from tl_paramdecomp.adapters.computed import computed_tensors, peeked, read_tensor
 from tl_paramdecomp.adapters.swapping import swapped_parameter
 from tl_paramdecomp.adapters.wiring import READABLE, Tap, find_module, plain_path
-from tl_paramdecomp.errors import UnsupportedSiteError
 from tl_paramdecomp.sites import NormSite
 
 ATTRIBUTES = (("weight", "bias"), ("w", "b"), ("scale", "bias"), ("gain", "bias"), ("gamma", "beta"))
@@ -89,16 +88,6 @@ class Norms(NamedTuple):
     def sites(self) -> dict[str, NormSite]:
         """By canonical name."""
         return {name: wiring.site for name, wiring in self.wirings.items()}
-
-
-def read_gain(root: nn.Module, wiring: NormWiring) -> Float[Tensor, " width"]:
-    """Gain of a norm, attached to the host's parameter; UnsupportedSiteError where the module holds none any more."""
-    gain = read_tensor(find_module(root, wiring.owner), wiring.weight, wiring.site.name)
-    if not isinstance(gain, Tensor) or gain.shape != (wiring.site.width,):
-        raise UnsupportedSiteError(
-            f"{wiring.site.name} holds no gain of {wiring.site.width} entries any more; was LayerNorm folded meanwhile?"
-        )
-    return gain
 
 
 def read_norm_bias(root: nn.Module, wiring: NormWiring) -> Float[Tensor, " width"] | None:

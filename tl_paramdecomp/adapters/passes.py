@@ -21,17 +21,18 @@ from tl_paramdecomp.sites import Span
 class RowTracker:
     """Knows, while a model runs, where in the user's token rows the present forward pass stands."""
 
+    thread: int | None = None
+    """The thread whose forward pass is under way."""
+    _start: int | None = None
+    _length: int | None = None
+    _batch: int | None = None
+    _end: int | None = None
+    _prompt: int | None = None
+    _prompt_known = True
+    _generating = False
+
     def __init__(self) -> None:
         self.fired: set[str] = set()
-        self.thread: int | None = None
-        """The thread whose forward pass is under way."""
-        self._start: int | None = None
-        self._length: int | None = None
-        self._batch: int | None = None
-        self._end: int | None = None
-        self._prompt: int | None = None
-        self._prompt_known = True
-        self._generating = False
         self._outside: dict[str, int] = {}
 
     def begin(self, start: int, tokens: Tensor | None) -> None:

@@ -42,7 +42,13 @@ def probe(adapter: "ModelAdapter") -> tuple[dict[str, Wiring], dict[str, str]]:
     def failed(name: str, error: Exception) -> None:
         fired[name] = _in_words(error)
 
-    comparing = {name: functools.partial(_compare, adapter, fired, name) for name in adapter.wirings}
+    def compare(name: str, call: SiteCall) -> Tensor:
+        """A site's function that notes what is wrong with its call."""
+        again = f"it is called more than once in a forward pass, on inputs of its own each time ({list(call.x.shape)})"
+        fired[name] = again if name in fired else _difference(adapter.weight(name), call)
+        return call.y
+
+    comparing = {name: functools.partial(compare, name) for name in adapter.wirings}
     try:
         with torch.no_grad(), adapter.intercept(comparing, failed):
             clean = _run(adapter)
@@ -59,13 +65,6 @@ def probe(adapter: "ModelAdapter") -> tuple[dict[str, Wiring], dict[str, str]]:
 @torch.no_grad()
 def _run(adapter: "ModelAdapter") -> Tensor:
     return adapter.forward(torch.arange(3, device=adapter.device).unsqueeze(0))
-
-
-def _compare(adapter: "ModelAdapter", fired: dict[str, str], name: str, call: SiteCall) -> Tensor:
-    """A site's function that notes what is wrong with its call."""
-    again = f"it is called more than once in a forward pass, on inputs of its own each time ({list(call.x.shape)})"
-    fired[name] = again if name in fired else _difference(adapter.weight(name), call)
-    return call.y
 
 
 def _difference(weight: Tensor, call: SiteCall) -> str:

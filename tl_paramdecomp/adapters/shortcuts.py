@@ -12,7 +12,7 @@ returned, before torch hooks: a hook that a user has on a block acts on a skippe
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.boundary import shadowed_method
 from tl_paramdecomp.adapters.passes import first_argument
-from tl_paramdecomp.adapters.wiring import Wiring, find_module
+from tl_paramdecomp.adapters.wiring import find_module
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
 from tl_paramdecomp.sites import SiteCall
 
@@ -110,16 +110,6 @@ def find_blocks_to_skip(adapter: "ModelAdapter", blocks: Sequence[nn.Module]) ->
     except Exception:  # whatever the host trips over when a block is left out
         return False
     return True
-
-
-def blocks_of_sites(root: nn.Module, blocks: Sequence[nn.Module], wirings: Mapping[str, Wiring]) -> dict[str, int]:
-    """The first block that holds each site's weight; sites outside all blocks are missing."""
-    holder: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for module in block.modules():
-            holder.setdefault(id(module), index)
-    owners = {name: id(find_module(root, wiring.owner)) for name, wiring in wirings.items()}
-    return {name: holder[owner] for name, owner in owners.items() if owner in holder}
 
 
 # --- the unembedding -------------------------------------------------------------------------------------------------

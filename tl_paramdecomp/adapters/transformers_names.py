@@ -55,9 +55,7 @@ FUSED_GATE_UP: dict[str, tuple[str, ...]] = {
 POSITIONS = ("wpe", "positions_embed", "embed_positions", "embeddings.position_embeddings", "position_embeddings")
 """Names of the table of learned positions, beside the token embedding or below it."""
 
-COMPUTED_TABLES = {
-    "gptj": "n_positions", "codegen": "n_positions", "ctrl": "n_positions", "mpt": "max_seq_len",
-}  # fmt: skip
+COMPUTED_TABLES = {"gptj": "n_positions", "codegen": "n_positions", "ctrl": "n_positions", "mpt": "max_seq_len"}
 """Families whose positions are a table that is computed once -> the field of the configuration that says how long it is."""
 
 
@@ -285,9 +283,8 @@ def find_blocks(root: nn.Module, config: Any, embedding: str) -> tuple[str, nn.M
     nearest to the token embedding (a vision tower has blocks too), and of these the longest."""
     found = []
     for path, module in root.named_modules():
-        if isinstance(module, nn.ModuleList) and any(
-            len(name_block(linear_maps(block, path), config, 0)) >= 2 for block in module
-        ):
+        blocks = module if isinstance(module, nn.ModuleList) else ()
+        if any(len(name_block(linear_maps(block, path), config, 0)) >= 2 for block in blocks):
             pairs = zip(path.split("."), embedding.split("."))
             shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             found.append((shared, len(module), path, module))

@@ -14,7 +14,7 @@ from tl_paramdecomp.adapters import identity
 from tl_paramdecomp.adapters.computed import made_plain, peeked, read_tensor, why_unknown
 from tl_paramdecomp.adapters.fingerprint import Remembered, fingerprint
 from tl_paramdecomp.adapters.identity import behind, is_identity
-from tl_paramdecomp.adapters.norms import Norms, NormWiring, find_norms, norm_candidates, read_gain, read_norm_bias
+from tl_paramdecomp.adapters.norms import Norms, NormWiring, find_norms, norm_candidates, read_norm_bias
 from tl_paramdecomp.adapters.swapping import changed_tensor
 from tl_paramdecomp.adapters.wiring import READABLE, Wiring, find_module, read_bias, read_parameter, read_weight
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
@@ -124,20 +124,15 @@ class ModelWeights:
     def _fingerprint(self, name: str, fresh: bool, samples: dict[int, Tensor]) -> Fingerprint:
         if is_identity(name):
             return identity.identity_fingerprint(self._fingerprint(behind(name), fresh, samples))
-        parameters, known = self._parameters_of(name), self._fingerprints.get(name)
+        wiring, known = self.wirings.get(name) or self.norms.wirings[name], self._fingerprints.get(name)
+        is_norm = isinstance(wiring, NormWiring)
+        held = self.gain(name) if is_norm else read_parameter(self.root, wiring)
+        bias = read_tensor(find_module(self.root, wiring.owner), wiring.bias, name) if wiring.bias else None
+        parameters = [held] if bias is None else [held, bias]
         if fresh or known is None or not known.is_of(parameters, samples):
-            is_site = name in self.wirings
-            weight = self.weight(name) if is_site else self.gain(name).unsqueeze(0)
-            found = fingerprint(weight, self.bias(name) if is_site else self.gain_bias(name))
+            found = fingerprint(held[None], bias) if is_norm else fingerprint(self.weight(name), self.bias(name))
             known = self._fingerprints[name] = Remembered.of(parameters, found)
         return known.found
-
-    def _parameters_of(self, name: str) -> list[Tensor]:
-        wiring = self.wirings.get(name) or self.norms.wirings[name]
-        root = self.root
-        weight = self.gain(name) if isinstance(wiring, NormWiring) else read_parameter(root, wiring)
-        bias = read_tensor(find_module(root, wiring.owner), wiring.bias, name) if wiring.bias else None
-        return [weight] if bias is None else [weight, bias]
 
     # --- normalisation gains ----------------------------------------------------------------------------------------
     @functools.cached_property
@@ -151,7 +146,13 @@ class ModelWeights:
 
     def gain(self, name: str) -> Float[Tensor, " width"]:
         """Gain of a norm, attached to the host's parameter; UnsupportedSiteError where the module holds none any more."""
-        return read_gain(self.root, self.norms.wirings[name])
+        wiring = self.norms.wirings[name]
+        gain = read_tensor(find_module(self.root, wiring.owner), wiring.weight, name)
+        if not isinstance(gain, Tensor) or gain.shape != (wiring.site.width,):
+            raise UnsupportedSiteError(
+                f"{name} holds no gain of {wiring.site.width} entries any more; was LayerNorm folded meanwhile?"
+            )
+        return gain
 
     def gain_bias(self, name: str) -> Float[Tensor, " width"] | None:
         """Bias of a norm, attached to the host's parameter, or None."""
@@ -160,10 +161,10 @@ class ModelWeights:
     # --- changing weights -------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def replaced_weights(self, weights: Mapping[str, Float[Tensor, "..."]], biases: bool = False) -> Iterator[None]:
-        """Within this context sites hold other weights [d_in, d_out], or norms other gains; then the very same parameters.
+        """Within this context sites hold other weights [d_in, d_out], or norms other gains; or add other `biases`.
 
         The host's parameter object is swapped, never written to, so that a tied neighbour keeps its own and restoring is
-        exact. Sites fused into one parameter are swapped together.
+        exact. UnsupportedSiteError where a site or norm adds none.
         """
         with contextlib.ExitStack() as stack:
             for name, new in weights.items():
@@ -174,10 +175,6 @@ class ModelWeights:
                 change = wiring.stored_bias if biases else wiring.stored_weight
                 stack.enter_context(changed_tensor(owner, attribute, functools.partial(change, new)))
             yield
-
-    def replaced_biases(self, biases: Mapping[str, Float[Tensor, "..."]]) -> contextlib.AbstractContextManager[None]:
-        """Within this context sites or norms add other biases; UnsupportedSiteError where one adds none."""
-        return self.replaced_weights(biases, biases=True)
 
     def write_weights(self, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
         """Set the sites' weights for good, as parameters that nothing else shares: only the named maps change.

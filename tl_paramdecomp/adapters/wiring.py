@@ -166,13 +166,9 @@ def read_bias(root: nn.Module, wiring: Wiring) -> Float[Tensor, " d_out"] | None
 
 def take_columns(tensor: Tensor, columns: Columns) -> Tensor:
     """The last-axis entries of a fused tensor that belong to one site; the tensor itself where it is not fused."""
-    if columns is None:
-        return tensor
-    return (
-        tensor[..., columns]
-        if isinstance(columns, slice)
-        else tensor.index_select(-1, _indices(columns, tensor.device))
-    )
+    if isinstance(columns, slice):
+        return tensor[..., columns]
+    return tensor if columns is None else tensor.index_select(-1, _indices(columns, tensor.device))
 
 
 def put_columns(tensor: Tensor, columns: Columns, part: Tensor) -> None:

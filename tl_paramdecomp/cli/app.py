@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
 from tl_paramdecomp.cli import options as opt
 from tl_paramdecomp.cli.causal import attribute, circuit, patch
@@ -40,7 +41,7 @@ def _print_version(asked: bool) -> bool:
 @app.callback()
 def whole(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version, and leave.", is_eager=True, callback=_print_version)
+        bool, Option("--version", help="Print the version, and leave.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     """Turn a language model's weight matrices into trainable components, and patch them back."""
@@ -61,7 +62,7 @@ def demo(
 @app.command()
 def sites(
     model: opt.ModelName,
-    pattern: Annotated[str, typer.Argument(help="Glob over names; * also crosses dots.")] = "*",
+    pattern: Annotated[str, Argument(help="Glob over names; * also crosses dots.")] = "*",
     host: opt.HostName = "transformers",
     as_json: opt.AsJson = False,
 ) -> None:
@@ -96,20 +97,16 @@ def decompose(
     out: Annotated[Path | None, opt.path_option(help="Folder for metrics, checkpoints and the result.")] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another value for any setting: method.lr=1e-3; repeatable."),
+        Option("--set", metavar="KEY=VALUE", help="Another value for any setting: method.lr=1e-3; repeatable."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what the run needs: memory, time, disk. Touches no file.")
+        bool, Option("--dry-run", help="Only say what the run needs: memory, time, disk. Touches no file.")
     ] = False,
     steps: opt.Steps = 1000,
     batch_size: opt.BatchSize = 8,
-    components: Annotated[
-        int | None, typer.Option(help="Components per site; left out: chosen from its shape.")
-    ] = None,
-    importance: Annotated[
-        float | None, typer.Option(help="Coefficient of importance minimality; larger is sparser.")
-    ] = None,
-    method_name: Annotated[str, typer.Option("--method", help=METHODS)] = "spd",
+    components: Annotated[int | None, Option(help="Components per site; left out: chosen from its shape.")] = None,
+    importance: Annotated[float | None, Option(help="Coefficient of importance minimality; larger is sparser.")] = None,
+    method_name: Annotated[str, Option("--method", help=METHODS)] = "spd",
     settings: Annotated[
         Path | None, opt.path_option(help="JSON file with a method's settings, as a run writes them.")
     ] = None,
@@ -169,12 +166,12 @@ def evaluate(
     rows: opt.HeldOutRows = 32,
     restarts: opt.Restarts = 3,
     oracle: Annotated[
-        int | None, typer.Option(help="Importances from the model's gradients: so many components per position.")
+        int | None, Option(help="Importances from the model's gradients: so many components per position.")
     ] = None,
     untrained: Annotated[
-        bool, typer.Option("--untrained", help="A control: also measure what the method started from.")
+        bool, Option("--untrained", help="A control: also measure what the method started from.")
     ] = False,
-    seconds: Annotated[float | None, typer.Option(help="Begin no further part after so many.")] = None,
+    seconds: Annotated[float | None, Option(help="Begin no further part after so many.")] = None,
     out: opt.OutFile = None,
     device: opt.DeviceName = "cpu",
     host: opt.HostName = "transformers",
@@ -207,7 +204,7 @@ def compare(
     out: Annotated[Path, opt.path_option(help="Folder for the protocol, every run, the curves and the result.")],
     method_names: Annotated[
         list[str],
-        typer.Option(
+        Option(
             "--method", help="As in decompose; may be given several times. With -oracle: importances from gradients."
         ),
     ] = ["spd", "vpd", "svd", "whitened-svd", "neurons", "random"],  # noqa: B006
@@ -215,10 +212,10 @@ def compare(
     batch_size: opt.BatchSize = 8,
     seeds: opt.Seeds = 2,
     sparsity: Annotated[
-        list[float], typer.Option(help="Factor on each method's importance coefficient; may be given several times.")
+        list[float], Option(help="Factor on each method's importance coefficient; may be given several times.")
     ] = [0.3, 1.0, 3.0, 10.0, 30.0],  # noqa: B006
     capacity: Annotated[
-        list[float] | None, typer.Option(help="Factor on the number of components, to see whether they split.")
+        list[float] | None, Option(help="Factor on the number of components, to see whether they split.")
     ] = None,
     text: opt.Text = None,
     dataset: opt.Dataset = None,
@@ -226,7 +223,7 @@ def compare(
     rows: opt.HeldOutRows = 32,
     restarts: opt.Restarts = 3,
     shuffled: Annotated[
-        bool, typer.Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")
+        bool, Option("--shuffled", help="A control: the model with the entries of its weights shuffled.")
     ] = False,
     device: opt.DeviceName = "cpu",
     host: opt.HostName = "transformers",
@@ -273,7 +270,7 @@ app.command()(circuit)
 def reproduce(
     name: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="tms-5-2, tms-5-2-id, tms-40-10, tms-40-10-id, resid-mlp-1, -2, -3, induction; l3d-tms, "
             "l3d-circuits, l3d-high-rank, l3d-squared, l3d-digits."
         ),
@@ -282,11 +279,9 @@ def reproduce(
         "runs/reproduce"
     ),
     seeds: opt.Seeds = 1,
-    steps: Annotated[int | None, typer.Option(help="Training steps, instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step, instead of the recipe's.")] = None,
-    threads: Annotated[
-        int, typer.Option(min=1, help="CPU threads; the smallest toys gain nothing from a second one.")
-    ] = 1,
+    steps: Annotated[int | None, Option(help="Training steps, instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, Option(help="Rows per step, instead of the recipe's.")] = None,
+    threads: Annotated[int, Option(min=1, help="CPU threads; the smallest toys gain nothing from a second one.")] = 1,
     as_json: opt.AsJson = False,
 ) -> None:
     """Redo a published toy result: train the target, decompose it, score it. Run it again to go on."""

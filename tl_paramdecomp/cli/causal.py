@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from tl_paramdecomp.cli import options as opt
 from tl_paramdecomp.cli.options import console
@@ -23,33 +23,31 @@ def patch(
     decomposition: opt.DecompositionFolder,
     prompt: opt.PromptText = None,
     task: opt.TaskName = None,
-    ablate: Annotated[Components, typer.Option(help="SITE:C[,C...] to remove.")] = None,
-    keep_only: Annotated[Components, typer.Option(help="SITE:C[,C...] to keep, all else of the site removed.")] = None,
-    set_to: Annotated[Components, typer.Option("--set", help="SITE:C[,C...]=VALUE to set to (steering).")] = None,
-    scale: Annotated[Components, typer.Option(help="SITE:C[,C...]=FACTOR to multiply by.")] = None,
+    ablate: Annotated[Components, Option(help="SITE:C[,C...] to remove.")] = None,
+    keep_only: Annotated[Components, Option(help="SITE:C[,C...] to keep, all else of the site removed.")] = None,
+    set_to: Annotated[Components, Option("--set", help="SITE:C[,C...]=VALUE to set to (steering).")] = None,
+    scale: Annotated[Components, Option(help="SITE:C[,C...]=FACTOR to multiply by.")] = None,
     mean: Annotated[
-        Components, typer.Option(help="SITE:C[,C...] to set to the mean over the task's or corrupt prompt.")
+        Components, Option(help="SITE:C[,C...] to set to the mean over the task's or corrupt prompt.")
     ] = None,
-    corrupt: Annotated[Components, typer.Option(help="SITE:C[,C...] to take from the corrupt prompt.")] = None,
-    delta: Annotated[Components, typer.Option(help="SITE=FACTOR to multiply the delta component W - VU by.")] = None,
-    head: Annotated[int | None, typer.Option(help="Only in this attention head.")] = None,
-    position: Annotated[list[int] | None, typer.Option(help="Only at this position; repeatable.")] = None,
+    corrupt: Annotated[Components, Option(help="SITE:C[,C...] to take from the corrupt prompt.")] = None,
+    delta: Annotated[Components, Option(help="SITE=FACTOR to multiply the delta component W - VU by.")] = None,
+    head: Annotated[int | None, Option(help="Only in this attention head.")] = None,
+    position: Annotated[list[int] | None, Option(help="Only at this position; repeatable.")] = None,
     corrupt_prompt: opt.CorruptPrompt = None,
     answer: opt.Answer = None,
     wrong: opt.Wrong = None,
-    generate: Annotated[int | None, typer.Option(help="Also continue the prompt by so many tokens.")] = None,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Rank components by the metric with each minus without it.")
-    ] = False,
+    generate: Annotated[int | None, Option(help="Also continue the prompt by so many tokens.")] = None,
+    sweep: Annotated[bool, Option("--sweep", help="Rank components by the metric with each minus without it.")] = False,
     sites: opt.SomeSites = None,
     value: Annotated[
-        str | None, typer.Option(help="A sweep puts in: zero (default), mean, resample, corrupt, a number.")
+        str | None, Option(help="A sweep puts in: zero (default), mean, resample, corrupt, a number.")
     ] = None,
-    direction: Annotated[str, typer.Option(help="Of a sweep: noising (of the clean run) or denoising.")] = "noising",
+    direction: Annotated[str, Option(help="Of a sweep: noising (of the clean run) or denoising.")] = "noising",
     prompts: opt.Prompts = 64,
     split: opt.Split = None,
     seed: opt.Seed = 0,
-    top: Annotated[int | None, typer.Option(min=1, help="Next tokens to show (5), or effects (10).")] = None,
+    top: Annotated[int | None, Option(min=1, help="Next tokens to show (5), or effects (10).")] = None,
     out: opt.OutFile = None,
     device: opt.DeviceName = "cpu",
     host: opt.HostName = "transformers",
@@ -63,9 +61,7 @@ def patch(
     from tl_paramdecomp.cli.edits import Edits
     from tl_paramdecomp.cli.models import open_both
 
-    edits = Edits(
-        ablate or (), keep_only or (), set_to or (), scale or (), mean or (), corrupt or (), delta or (), head, position
-    )
+    edits = Edits(*(given or () for given in (ablate, keep_only, set_to, scale, mean, corrupt, delta)), head, position)
     if sweep and (edits or head is not None or generate is not None):
         raise SettingError("--sweep patches every component by itself; leave other patches, --head and --generate out.")
     if not sweep and not edits:
@@ -93,31 +89,31 @@ def attribute(
     corrupt_prompt: opt.CorruptPrompt = None,
     method: Annotated[
         str,
-        typer.Option(
+        Option(
             help="gradient (one backward pass), integrated (along a path from the corrupt prompt), ablation (one run for "
             "each component and position)."
         ),
     ] = "gradient",
     direction: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="noising (the default with a corrupt prompt), denoising, or removal: compare with zero, whatever the "
             "corrupt prompt."
         ),
     ] = None,
     by_position: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--by-position/--over-positions",
             help="Effects of each position, or their sum; left out: of each, where prompts are of one template.",
         ),
     ] = None,
-    graph: Annotated[int | None, typer.Option(help="Also effects between so many components.")] = None,
+    graph: Annotated[int | None, Option(help="Also effects between so many components.")] = None,
     sites: opt.SomeSites = None,
     prompts: opt.Prompts = 64,
     split: opt.Split = None,
     seed: opt.Seed = 0,
-    top: Annotated[int, typer.Option(min=1, help="Effects and edges to show.")] = 15,
+    top: Annotated[int, Option(min=1, help="Effects and edges to show.")] = 15,
     out: opt.OutFile = None,
     device: opt.DeviceName = "cpu",
     host: opt.HostName = "transformers",
@@ -135,15 +131,13 @@ def attribute(
 def circuit(
     model: opt.ModelName,
     decomposition: opt.DecompositionFolder,
-    task: Annotated[str, typer.Option(help=opt.TASK_HELP)],
-    method: Annotated[
-        str, typer.Option(help="Orders components: gradients, or masks (learned, slower).")
-    ] = "gradients",
-    faithfulness: Annotated[float, typer.Option(help="Share of the metric to reach with all else ablated.")] = 0.9,
-    stochastic: Annotated[float, typer.Option(help="The same with all else masked at random; 0: any.")] = 0.8,
-    value: Annotated[str, typer.Option(help="What ablated components become: zero, mean, corrupt.")] = "zero",
-    delta: Annotated[float, typer.Option(help="Mask of the delta component W - VU.")] = 1.0,
-    prompts: Annotated[int, typer.Option(help="Prompts to search on, and as many to measure on.")] = 64,
+    task: Annotated[str, Option(help=opt.TASK_HELP)],
+    method: Annotated[str, Option(help="Orders components: gradients, or masks (learned, slower).")] = "gradients",
+    faithfulness: Annotated[float, Option(help="Share of the metric to reach with all else ablated.")] = 0.9,
+    stochastic: Annotated[float, Option(help="The same with all else masked at random; 0: any.")] = 0.8,
+    value: Annotated[str, Option(help="What ablated components become: zero, mean, corrupt.")] = "zero",
+    delta: Annotated[float, Option(help="Mask of the delta component W - VU.")] = 1.0,
+    prompts: Annotated[int, Option(help="Prompts to search on, and as many to measure on.")] = 64,
     seed: opt.Seed = 0,
     out: opt.OutFile = None,
     device: opt.DeviceName = "cpu",

@@ -28,9 +28,7 @@ from tl_paramdecomp.report.tables import members_table, next_token_table, score_
 if TYPE_CHECKING:
     from rich.table import Table
 
-OVER_POSITIONS = (
-    "Prompts of several lengths or templates: effects are summed over positions (--by-position keeps them)."
-)
+SUMMED = "Prompts of several lengths or templates: effects are summed over positions (--by-position keeps them)."
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +144,7 @@ def _add_scores(found: Found, model: Any, decomposition: Decomposition, edits: E
     patches = edits.patches(model, decomposition, _corrupt_rows(task), (task.clean, task.attention_mask))
     with patched_acts(model, decomposition, patches):
         after, _ = mean_scores(model, task, logits)
-    found.record["task"] = {
-        "name": task.name, "prompts": len(task), "from": words, "before": before, "after": after
-    }  # fmt: skip
+    found.record["task"] = {"name": task.name, "prompts": len(task), "from": words, "before": before, "after": after}
     found.shown.append(score_table(words, before, after))
 
 
@@ -213,7 +209,7 @@ def run_attribute(
     }  # fmt: skip
     found.shown += [*made.tables(top, texts if by_position else ()), *made.footnotes()]
     if not by_position and not alike:
-        found.shown.append(OVER_POSITIONS)
+        found.shown.append(SUMMED)
     if nodes is not None:
         graph_of = prompt_graph if len(task) == 1 else dataset_graph
         found.graph = graph = graph_of(model, decomposition, task, metric, nodes=nodes, sites=sites)

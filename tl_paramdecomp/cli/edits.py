@@ -64,9 +64,7 @@ class Edits:
             made = made.mean(site, components, means, at, head)
         for site, components in map(_components, self.corrupt):
             if corrupt is None:
-                raise SettingError(
-                    "--corrupt needs a corrupt prompt: give --corrupt-prompt, or a --task that has some."
-                )
+                raise SettingError("--corrupt needs a corrupt prompt: give --corrupt-prompt, or a --task with some.")
             made = made.from_acts(site, components, site_acts(model, decomposition, site, *corrupt, head), at, head)
         for site, components in map(_components, self.ablate):
             made = made.zero(site, components, at, head)

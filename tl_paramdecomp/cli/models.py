@@ -31,9 +31,7 @@ def open_model(name: str, host: str = "transformers", device: str = "cpu", dtype
         return opened if dtype is None else opened.to(getattr(torch, dtype))
 
 
-def open_both(
-    name: str, decomposition: Path, host: str, device: str, out: Path | None = None
-) -> tuple[Any, Decomposition]:
+def open_both(name: str, folder: Path, host: str, device: str, out: Path | None = None) -> tuple[Any, Decomposition]:
     """Model and decomposition; SettingError, before any work is done, where there can be no file at `out`."""
     if out is not None:
         try:
@@ -41,7 +39,7 @@ def open_both(
         except OSError as error:
             raise SettingError(f"--out {out} cannot be written: {error}") from error
     check_device(device)
-    loaded = Decomposition.load(decomposition, device)
+    loaded = Decomposition.load(folder, device)
     return open_model(name, host, device), loaded
 
 

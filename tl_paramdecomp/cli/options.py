@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleDimensions
+from typer import Argument, Option
 
 
 class _Console(Console):
@@ -43,54 +44,50 @@ def _path(given: Any) -> Path:
 
 def path_option(*names: str, help: str) -> Any:
     """An option that names a file or folder."""
-    return typer.Option(*names, help=help, parser=_path, metavar="PATH")
+    return Option(*names, help=help, parser=_path, metavar="PATH")
 
 
 MODEL = "[bold]micro-gpt2[/] (embedded), a folder with a transformers model, or a name on the hub"
-ModelName = Annotated[str, typer.Argument(help=f"{MODEL}.")]
+ModelName = Annotated[str, Argument(help=f"{MODEL}.")]
 ModelOrFile = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL|RUN.yaml", help=f"{MODEL}; or a run file (.yaml, .yml, .json), which says everything."
-    ),
+    Argument(metavar="MODEL|RUN.yaml", help=f"{MODEL}; or a run file (.yaml, .yml, .json), which says everything."),
 ]
-DecompositionFolder = Annotated[Path, typer.Argument(help="Folder that Decomposition.save (or decompose) wrote.")]
+DecompositionFolder = Annotated[Path, Argument(help="Folder that Decomposition.save (or decompose) wrote.")]
 HostName = Annotated[
     str,
-    typer.Option(
-        "--host", help="Library that opens it: transformers, transformer_bridge, hooked_transformer, nnsight."
-    ),
+    Option("--host", help="Library that opens it: transformers, transformer_bridge, hooked_transformer, nnsight."),
 ]
-DeviceName = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+DeviceName = Annotated[str, Option("--device", help="cpu or cuda.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")]
 OutFile = Annotated[Path | None, path_option("--out", help="Also write the whole result here, as JSON.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is drawn: the start, rows, masks, prompts.")]
-SiteGlobs = Annotated[list[str], typer.Option("--sites", help="Glob over site names; may be given several times.")]
-SomeSites = Annotated[list[str] | None, typer.Option("--sites", help="Only these: glob; may be given several times.")]
+Seed = Annotated[int, Option("--seed", help="Seed of all that is drawn: the start, rows, masks, prompts.")]
+SiteGlobs = Annotated[list[str], Option("--sites", help="Glob over site names; may be given several times.")]
+SomeSites = Annotated[list[str] | None, Option("--sites", help="Only these: glob; may be given several times.")]
 
 # --- rows, training and evaluation ------------------------------------------------------------------------------------
 Text = Annotated[Path | None, path_option("--text", help="Text file; left out for micro-gpt2: its own text.")]
 Dataset = Annotated[
-    str | None, typer.Option("--dataset", help="Dataset on the hub, or a folder, with a text or tokens column.")
+    str | None, Option("--dataset", help="Dataset on the hub, or a folder, with a text or tokens column.")
 ]
-Length = Annotated[int, typer.Option("--length", help="Tokens per row, for text.")]
-HeldOutRows = Annotated[int, typer.Option("--rows", min=1, help="Held-out rows to measure on, 32 at most.")]
-Restarts = Annotated[int, typer.Option("--restarts", help="Starts of the adversary.")]
-Steps = Annotated[int, typer.Option("--steps", help="Training steps.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Token rows per step.")]
-Seeds = Annotated[int, typer.Option("--seeds", help="Run seeds 0 to N - 1.")]
+Length = Annotated[int, Option("--length", help="Tokens per row, for text.")]
+HeldOutRows = Annotated[int, Option("--rows", min=1, help="Held-out rows to measure on, 32 at most.")]
+Restarts = Annotated[int, Option("--restarts", help="Starts of the adversary.")]
+Steps = Annotated[int, Option("--steps", help="Training steps.")]
+BatchSize = Annotated[int, Option("--batch-size", help="Token rows per step.")]
+Seeds = Annotated[int, Option("--seeds", help="Run seeds 0 to N - 1.")]
 
 # --- tasks and prompts ------------------------------------------------------------------------------------------------
 TASK_HELP = "ioi, pronoun, greater_than, induction, docstring, agreement; or a file of JSON lines (see load_task)."
-TaskName = Annotated[str | None, typer.Option("--task", help=TASK_HELP)]
-PromptText = Annotated[str | None, typer.Option("--prompt", help="Text whose next token is looked at.")]
+TaskName = Annotated[str | None, Option("--task", help=TASK_HELP)]
+PromptText = Annotated[str | None, Option("--prompt", help="Text whose next token is looked at.")]
 CorruptPrompt = Annotated[
-    str | None, typer.Option("--corrupt-prompt", help="The prompt asked of other content, of as many tokens.")
+    str | None, Option("--corrupt-prompt", help="The prompt asked of other content, of as many tokens.")
 ]
 Answer = Annotated[
     list[str] | None,
-    typer.Option("--answer", help="Right next token of the prompt (' Mary'); left out: the model's own likeliest."),
+    Option("--answer", help="Right next token of the prompt (' Mary'); left out: the model's own likeliest."),
 ]
-Wrong = Annotated[list[str] | None, typer.Option("--wrong", help="Next token to contrast it with.")]
-Prompts = Annotated[int, typer.Option("--prompts", help="Prompts of the task.")]
-Split = Annotated[str | None, typer.Option("--split", help="train, validation or test (the default).")]
+Wrong = Annotated[list[str] | None, Option("--wrong", help="Next token to contrast it with.")]
+Prompts = Annotated[int, Option("--prompts", help="Prompts of the task.")]
+Split = Annotated[str | None, Option("--split", help="train, validation or test (the default).")]

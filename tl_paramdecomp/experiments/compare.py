@@ -66,9 +66,7 @@ class ComparisonProtocol:
     """For bases without an importance function: components that the oracle keeps, as shares of the summed ranks."""
     capacities: tuple[float, ...] = ()
     """Factors on the number of components, compared with 1 at the middle sparsity and the first seed; none: no such runs."""
-    evaluation: EvaluationConfig = field(
-        default_factory=lambda: EvaluationConfig(ladder=(20,), ablated=0, by_site=False)
-    )
+    evaluation: EvaluationConfig = EvaluationConfig(ladder=(20,), ablated=0, by_site=False)  # noqa: RUF009 - is frozen
     """How each run is measured."""
 
     def __post_init__(self) -> None:

@@ -97,9 +97,8 @@ def neuron_figure(model: Any, decomposition: Decomposition, n_features: int = 10
     figure, axes = subplots(2, 1, (7.2, 4.8), sharex=True, sharey=True)
     x, dots = torch.arange(n).unsqueeze(1) + torch.linspace(-0.3, 0.3, neurons), None
     for ax, (title, values) in zip(axes[:, 0], sides.items(), strict=True):
-        places, heights, colours = (
-            t.flatten().cpu().numpy() for t in (x, values[:n], torch.arange(neurons).expand(n, -1))
-        )
+        shown = (x, values[:n], torch.arange(neurons).expand(n, -1))
+        places, heights, colours = (part.flatten().cpu().numpy() for part in shown)
         dots = ax.scatter(places, heights, c=colours, cmap="viridis", s=9, linewidths=0)
         ax.axhline(0.0, color="0.7", linewidth=0.6, zorder=0)
         ax.set(title=title, ylabel="contribution")

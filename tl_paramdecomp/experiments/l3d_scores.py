@@ -119,9 +119,8 @@ def class_purities(
     impacts: Float[Tensor, "images K"], labels: Int[Tensor, " images"], classes: int = 10
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
     """Each subnetwork's share of impact (`tlpd.impacts`) on its own top class, and which class that is."""
-    return _largest_share(
-        impacts.new_zeros(classes, impacts.shape[1]).index_add_(0, labels.to(impacts.device), impacts).T
-    )
+    zeros = impacts.new_zeros(classes, impacts.shape[1])
+    return _largest_share(zeros.index_add_(0, labels.to(impacts.device), impacts).T)
 
 
 def digit_scores(

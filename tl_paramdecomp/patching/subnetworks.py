@@ -101,7 +101,7 @@ def _replaced(adapter: ModelAdapter, parts: Mapping[str, Part], deltas: Mapping[
                 moved = torch.stack([float(delta) * part.bias[k] for k, delta in deltas.items()]).sum(0)
                 biases[name] = bias + moved
         weights = folded(weights, adapter.weight)
-    with adapter.replaced_weights(weights | gains), adapter.replaced_biases(biases):
+    with adapter.replaced_weights(weights | gains), adapter.replaced_weights(biases, biases=True):
         yield
 
 

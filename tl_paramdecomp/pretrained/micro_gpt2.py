@@ -161,9 +161,8 @@ def _load_hooked(hooked_class: Any) -> Any:
     )  # fmt: skip
     model = hooked_class(config, tokenizer=micro_gpt2_tokenizer())
     weights = {name: weight.detach() for name, weight in convert_gpt2_weights(source, config).items()}
-    model.load_and_process_state_dict(
-        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    model.load_and_process_state_dict(weights, **dict.fromkeys(processing, False))
     return model.eval()
 
 

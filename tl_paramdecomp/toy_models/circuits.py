@@ -31,7 +31,6 @@ class GroupedFeatures:
     seed: int = 0
 
     def __call__(self, step: int) -> Float[Tensor, "batch features"]:
-        """The batch of a step."""
         n = self.n_features // self.group
         groups = SparseFeatures(n, self.probability, self.batch_size, 0.5, self.seed, without_empty=True)(step)
         generator = drawn_at(self.seed, step + 500_000_007)
@@ -62,7 +61,6 @@ class CircuitsConfig:
         return self.n_inputs // self.group
 
     def data(self, batch_size: int, seed: int) -> GroupedFeatures:
-        """Batches as the target sees them."""
         return GroupedFeatures(self.n_inputs, self.group, self.probability, batch_size, self.low, seed)
 
     @property

@@ -36,7 +36,6 @@ class DigitsConfig:
     weight_decay: float = 0.01
 
     def data(self, batch_size: int, seed: int) -> "DigitImages":
-        """Batches as the target sees them."""
         return DigitImages(self.held_out, batch_size, seed)
 
 
@@ -49,7 +48,6 @@ class DigitImages:
     seed: int = 0
 
     def __call__(self, step: int) -> Float[Tensor, "batch 1 8 8"]:
-        """The images of a step."""
         return load_digits("train", self.held_out)[0][self.drawn(step)]
 
     def labels(self, step: int) -> Int[Tensor, " batch"]:
@@ -77,7 +75,6 @@ class Digits(ToyTarget):
         self.linear = nn.Linear(second * 2 * 2, CLASSES)
 
     def forward(self, x: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch classes"]:
-        """Logits of the ten classes."""
         for convolution in (self.conv1, self.conv2):
             x = nn.functional.max_pool2d(torch.relu(convolution(x)), 2)
         return self.linear(x.flatten(1))

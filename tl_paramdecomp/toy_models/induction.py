@@ -33,7 +33,6 @@ class InductionConfig:
     weight_decay: float = 0.01
 
     def data(self, batch_size: int, seed: int) -> "InductionRows":
-        """Batches as the target sees them."""
         return InductionRows(self.n_vocab, self.length, batch_size, seed)
 
 
@@ -47,7 +46,6 @@ class InductionRows:
     seed: int = 0
 
     def __call__(self, step: int) -> Int[Tensor, "batch length"]:
-        """The rows of a step."""
         generator = drawn_at(self.seed, step)
         rows = torch.randint(1, self.n_vocab, (self.batch_size, self.length), generator=generator)
         places = torch.randint(0, self.length - 2, (self.batch_size, 1), generator=generator)
@@ -66,10 +64,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(config.d_model, config.d_model, bias=False) for _ in range(4))
 
-    def forward(
-        self, r: Float[Tensor, "batch pos d"], positions: Float[Tensor, "pos d"]
-    ) -> Float[Tensor, "batch pos d"]:
-        q, k, v = self.q(r + positions), self.k(r + positions), self.v(r)
+    def forward(self, r: Float[Tensor, "batch pos d"], at: Float[Tensor, "pos d"]) -> Float[Tensor, "batch pos d"]:
+        q, k, v = self.q(r + at), self.k(r + at), self.v(r)
         return self.o(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 

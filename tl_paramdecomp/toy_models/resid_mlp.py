@@ -34,7 +34,6 @@ class ResidMLPConfig:
     weight_decay: float = 0.01
 
     def data(self, batch_size: int, seed: int) -> SparseFeatures:
-        """Batches as the target sees them."""
         return SparseFeatures(self.n_features, self.probability, batch_size, -1.0, seed)
 
 

@@ -117,7 +117,6 @@ class SparseFeatures:
     masks, so that they cost time and teach nothing. The others keep their distribution."""
 
     def __call__(self, step: int) -> Float[Tensor, "batch features"]:
-        """The batch of a step."""
         generator = drawn_at(self.seed, step)
         shape, p = (self.batch_size, self.n_features), self.probability
         active = torch.rand(shape, generator=generator) < p
@@ -158,9 +157,9 @@ def train_until_sound(
         model = train(config, derived, progress).eval().requires_grad_(False)
         if model.is_sound():
             return Trained(model, derived, attempt + 1)
-        shown = ", ".join(f"{s:.3f}" for s in sorted(model.strengths().tolist())[:8])
+        low = ", ".join(f"{s:.3f}" for s in sorted(model.strengths().tolist())[:8])
         say(
-            f"The target of seed {derived} lacks a mechanism ({model.measured}, smallest first: {shown}); trying the next."
+            f"The target of seed {derived} lacks a mechanism ({model.measured}, smallest first: {low}); trying the next."
         )
     raise DivergedError(f"None of {tries} seeds from {seed} on trains a sound target: {config}. Train it longer.")
 

@@ -33,7 +33,6 @@ class TMSConfig:
     weight_decay: float = 0.01
 
     def data(self, batch_size: int, seed: int) -> SparseFeatures:
-        """Batches as the target sees them."""
         return SparseFeatures(self.n_features, self.probability, batch_size, seed=seed)
 
 
@@ -55,7 +54,6 @@ class TMS(ToyTarget):
         self.linear2 = nn.Linear(config.n_hidden, config.n_features)
 
     def forward(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch features"]:
-        """The features again."""
         h = self.linear1(x)
         for layer in self.hidden_layers:
             h = layer(h)
