@@ -39,8 +39,9 @@ class HookedTransformerAdapter(LensAdapter):
         cfg = model.cfg
         if getattr(cfg, "load_in_4bit", False):
             raise UnsupportedModelError("This HookedTransformer holds 4-bit weights; load it unquantised.")
-        post_norm = hasattr(model.embed, "ln")
-        x, y = (Tap("embed", "input"), Tap("embed.ln", "input")) if post_norm else (Tap("embed"), Tap("embed"))
+        x = y = Tap("embed")
+        if hasattr(model.embed, "ln"):
+            x, y = Tap("embed", "input"), Tap("embed.ln", "input")
         self._add("embed", "W_E", None, x, y, kind="embedding")
         if cfg.positional_embedding_type in ("standard", "shortformer"):
             x, y = Tap("pos_embed", "input", position_rows), Tap("pos_embed", "output")
@@ -151,22 +152,19 @@ class HookedTransformerAdapter(LensAdapter):
                 raise no_hook_point(name, "this version of HookedTransformer has no hook point at the logits")
             return HookRoute("unembed.hook_in", "unembed.hook_out")
         block_path, part, role = name.rsplit(".", 2)
-        block = self.model.blocks[int(block_path.split(".")[1])]
-        if role not in ("W_O", "W_out"):
-            return self._normalised_route(name, block, block_path, part)
-        if hasattr(block, "ln1_post") or _post_norm(self.model.cfg):
-            raise no_hook_point(name, "this model normalises the product before its hook point")
-        return HookRoute(self.wirings[name].x.path, f"{block_path}.hook_{part}_out")
-
-    def _normalised_route(self, name: str, block: nn.Module, block_path: str, part: str) -> HookRoute:
-        cfg = self.model.cfg
+        block, cfg = self.model.blocks[int(block_path.split(".")[1])], self.model.cfg
+        post_norm = getattr(cfg, "original_architecture", None) in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+        if role in ("W_O", "W_out"):
+            if hasattr(block, "ln1_post") or post_norm:
+                raise no_hook_point(name, "this model normalises the product before its hook point")
+            return HookRoute(self.wirings[name].x.path, f"{block_path}.hook_{part}_out")
         if cfg.positional_embedding_type == "shortformer" and name.endswith(("W_Q", "W_K")):
             raise no_hook_point(name, "shortformer adds positions after the last hook point")
         if cfg.use_split_qkv_input or cfg.use_attn_in:
             raise no_hook_point(name, "the heads' inputs are split (use_split_qkv_input or use_attn_in)")
         y_hook, which = self.wirings[name].y.path, "ln1" if part == "attn" else "ln2"
         norm = getattr(block, which)
-        if isinstance(norm, nn.Identity) or _post_norm(cfg):
+        if isinstance(norm, nn.Identity) or post_norm:
             mid = part == "mlp" and not cfg.parallel_attn_mlp
             return HookRoute(f"{block_path}.hook_resid_{'mid' if mid else 'pre'}", y_hook)
         return HookRoute(f"{block_path}.{which}.hook_normalized", y_hook, _affine(norm))
@@ -184,10 +182,6 @@ def position_rows(args: tuple, kwargs: dict) -> Int[Tensor, "batch pos"]:
 
 def _holds(module: nn.Module, name: str) -> bool:
     return name in module._parameters or is_computed(module, name)
-
-
-def _post_norm(cfg: Any) -> bool:
-    return getattr(cfg, "original_architecture", None) in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
 def _affine(norm: Any) -> Callable[[Tensor], Tensor]:

@@ -72,20 +72,23 @@ def _held(
     with torch.no_grad():
         written = y.to(wide) if bias is None else y.to(wide) - bias.to(wide)
         size = float(written.abs().max())
-        forms = list(_forms(gain, x.to(wide), written))
+        bound = COARSE.get(y.dtype, 2e-4) * size
+        offsets = (0.0,) if gain is None else (0.0, 1.0)
+        forms = [_fitted(c, o, gain, x.to(wide), written) for c, o in itertools.product((True, False), offsets)]
         best = min(forms, key=lambda form: form.error)
-        if best.error > COARSE.get(y.dtype, 2e-4) * size:
+        if best.error > bound:
             raise UnsupportedModelError(
                 f"{named} is neither LayerNorm nor RMSNorm times its gain on these rows, so that its denominator cannot be "
                 "held; pass frozen_norms=False."
             )
         other = next(form for form in forms if form.centred != best.centred and form.offset == best.offset)
-        if other.error <= COARSE.get(y.dtype, 2e-4) * size:  # rows that have no mean
+        if other.error <= bound:  # rows that have no mean
             shifted = type(module).forward(module, x + x.std())
             same = float((shifted - y).abs().max()) < 1e-2 * size
             best = best if best.centred == same else other
-    factor = best.scale if gain is None else best.scale * (gain.to(wide) + best.offset)
-    affine = _centred(x.to(wide), best.centred) * factor
+    affine = _centred(x.to(wide), best.centred) * (
+        best.scale if gain is None else best.scale * (gain.to(wide) + best.offset)
+    )
     return y.detach() + (affine - affine.detach()).to(y.dtype)
 
 
@@ -99,12 +102,11 @@ class _Form(NamedTuple):
     error: float
 
 
-def _forms(gain: Tensor | None, x: Tensor, written: Tensor) -> Iterator[_Form]:
-    for centred, offset in itertools.product((True, False), (0.0, 1.0) if gain is not None else (0.0,)):
-        z = _centred(x, centred)
-        z = z if gain is None else z * (gain.to(x.dtype) + offset)
-        scale = (z * written).sum(-1, keepdim=True) / z.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
-        yield _Form(centred, offset, scale, float((z * scale - written).abs().max()))
+def _fitted(centred: bool, offset: float, gain: Tensor | None, x: Tensor, written: Tensor) -> _Form:
+    z = _centred(x, centred)
+    z = z if gain is None else z * (gain.to(x.dtype) + offset)
+    scale = (z * written).sum(-1, keepdim=True) / z.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+    return _Form(centred, offset, scale, float((z * scale - written).abs().max()))
 
 
 def _centred(x: Float[Tensor, "*rows width"], centred: bool) -> Float[Tensor, "*rows width"]:

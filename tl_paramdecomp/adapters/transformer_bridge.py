@@ -146,7 +146,7 @@ class TransformerBridgeAdapter(LensAdapter):
         processes = getattr(mlp, "_use_processed_weights", False) and getattr(mlp, "gate", None) is not None
         if part is None or not processes:
             return wiring
-        x = Tap(f"{path}.out.hook_in", "output") if role == "W_out" else Tap(f"{path}.hook_in", "output")
+        x = Tap(f"{path}.out.hook_in" if role == "W_out" else f"{path}.hook_in", "output")
         wiring = replace(wiring, x=x, y=Tap(f"{path}.{part}.hook_out", "output"))
         weight, bias = f"_processed_{role}", f"_processed_{role.replace('W_', 'b_')}"
         if getattr(mlp, weight, None) is None:  # transformer-lens 4 keeps them in the module itself
