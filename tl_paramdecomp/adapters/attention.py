@@ -26,15 +26,12 @@ from tl_paramdecomp.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from tl_paramdecomp.adapters.base import ModelAdapter
 
-Patterns = dict[int, Float[Tensor, "batch head query key"]]
-"""By layer."""
+Patterns = dict[int, Float[Tensor, "batch head query key"]]  # by layer
 Rotation = Callable[[Float[Tensor, "batch pos *terms d_head"]], Float[Tensor, "batch pos *terms d_head"]]
 
 EAGER = "eager"
-ATTENTION = "_attn_implementation"
-"""Attribute of transformers configurations and models that names the kernel."""
-SMALL = 1e-2
-"""Share of the largest logit by which fused and eager attention may differ, whatever the dtype."""
+ATTENTION = "_attn_implementation"  # attribute of transformers configurations and models that names the kernel
+SMALL = 1e-2  # share of the largest logit by which fused and eager attention may differ, whatever the dtype
 SOFTMAXES = frozenset({torch.softmax, nn.functional.softmax, Tensor.softmax})
 QK_NORMS = {
     "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "q_ln", "k_ln", "qk_norm", "query_layernorm",
@@ -136,8 +133,7 @@ class Softmaxes(TorchFunctionMode):
     def __init__(self, hold: bool) -> None:
         super().__init__()
         self.hold = hold
-        self.scores: list[Float[Tensor, "batch head query key"]] = []
-        """What went into each, masks added."""
+        self.scores: list[Float[Tensor, "batch head query key"]] = []  # what went into each, masks added
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -24,10 +24,8 @@ from tl_paramdecomp.adapters.wiring import Wiring, find_module, structure
 from tl_paramdecomp.errors import UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn
 
-Rows = Shaped[Tensor, "batch ..."]
-"""Token rows [batch, pos], or a toy model's inputs."""
-RowMask = Int[Tensor, "batch pos"] | None
-"""1 where a position counts."""
+Rows = Shaped[Tensor, "batch ..."]  # token rows [batch, pos], or a toy model's inputs
+RowMask = Int[Tensor, "batch pos"] | None  # 1 where a position counts
 Output = Float[Tensor, "batch ..."]
 
 
@@ -36,10 +34,8 @@ class Captured(NamedTuple):
 
     output: Float[Tensor, "batch ..."]
     """Logits; where the pass ended before the unembedding, the vectors [batch, pos, d_model] that reached it."""
-    inputs: dict[str, Tensor]
-    """x of each captured site: [batch, pos, d_in], or indices [batch, pos] for an embedding."""
-    blocks: tuple[Any, ...] = ()
-    """What each of the adapter's `blocks` returned, where that was asked for."""
+    inputs: dict[str, Tensor]  # x of each captured site: [batch, pos, d_in], or indices [batch, pos] for an embedding
+    blocks: tuple[Any, ...] = ()  # what each of the adapter's `blocks` returned, where that was asked for
 
     @property
     def logits(self) -> Float[Tensor, "batch ..."]:
@@ -54,8 +50,7 @@ class ModelAdapter(ModelWeights, ABC):
     (`run`, `watch`).
     """
 
-    host: ClassVar[str]
-    """The host's name in messages and saved files."""
+    host: ClassVar[str]  # the host's name in messages and saved files
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

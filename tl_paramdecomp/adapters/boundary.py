@@ -132,8 +132,7 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-Around = Callable[..., Any]
-"""Called as `around(original, *args, **kwargs)` in place of a method."""
+Around = Callable[..., Any]  # called as `around(original, *args, **kwargs)` in place of a method
 
 
 class Shadow:

@@ -19,8 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from tl_paramdecomp.errors import PatchConflictError, UnsupportedSiteError
 
-OVERRULED = "_overruled_tensors"
-"""Marks a class made by `overrule`, and holds the tensors by name."""
+OVERRULED = "_overruled_tensors"  # marks a class made by `overrule`, and holds the tensors by name
 _STEADY: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.WeakKeyDictionary()
 """By parametrization and mode, whether it gives the same tensor at each look."""
 

@@ -27,8 +27,7 @@ class Patches:
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    """Zeros before and after."""
+    padding: tuple[tuple[int, int], ...]  # zeros before and after
 
     @property
     def d_in(self) -> int:

@@ -19,10 +19,8 @@ from tl_paramdecomp.adapters.computed import tensor_state
 from tl_paramdecomp.sites import Fingerprint
 
 N_PROJECTIONS = 4
-N_SAMPLED = 512
-"""Entries by which a change of a whole tensor is noticed where torch has not counted one."""
-EXACT = 1e-9
-"""Relative difference that summation order and hosts' copies may cause within one dtype."""
+N_SAMPLED = 512  # entries by which a change of a whole tensor is noticed where torch has not counted one
+EXACT = 1e-9  # relative difference that summation order and hosts' copies may cause within one dtype
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

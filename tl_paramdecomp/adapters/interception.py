@@ -30,8 +30,7 @@ from tl_paramdecomp.adapters.wiring import Wiring, find_module, put_columns, rea
 from tl_paramdecomp.errors import ShapeError, SiteNotFiredError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
-OnError = Callable[[str, Exception], None]
-"""Told the site and what went wrong there."""
+OnError = Callable[[str, Exception], None]  # told the site and what went wrong there
 
 
 @dataclass
@@ -43,8 +42,7 @@ class Interception:
     fns: Mapping[str, SiteFn]
     on_error: OnError | None = None
     tracker: RowTracker = field(default_factory=RowTracker)
-    idle: bool = False
-    """Leave every site alone for now."""
+    idle: bool = False  # leave every site alone for now
 
     def __post_init__(self) -> None:
         self._x: dict[str, Any] = {}
@@ -174,8 +172,7 @@ class MatchedRows(NamedTuple):
 
     x: Tensor
     y: Tensor
-    padding: Tensor | None = None
-    """True where the host looked no row up (padded positions of TransformerLens' W_pos)."""
+    padding: Tensor | None = None  # true where the host looked no row up (padded positions of TransformerLens' W_pos)
 
 
 def matching_rows(x: Tensor, y: Tensor, wiring: Wiring) -> MatchedRows:

@@ -16,8 +16,7 @@ from tl_paramdecomp.adapters.interception import host_output, matching_rows
 from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.sites import SiteCall, SiteFn, Span
 
-GENERATE = ("generate", "generate_stream")
-"""TransformerLens' own decoding loops."""
+GENERATE = ("generate", "generate_stream")  # TransformerLens' own decoding loops
 _OPEN_POINTS: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """Hook points of open contexts; in a copy of a model that had them, others of the same names mean nothing."""
 HookPair = tuple[str, Callable[..., Tensor | None]]

@@ -17,18 +17,15 @@ if TYPE_CHECKING:
 ROUNDING, FLOAT32 = 8.0, 1e-4
 """Largest difference of two ways to read a row, relative to its largest logit: in units of the dtype's rounding, and at least,
 as hosts compute some of it in float32 whatever the dtype is. Wrong positions make a larger one."""
-N_PADDED = 2
-"""Padded positions with which a model is tried out."""
+N_PADDED = 2  # padded positions with which a model is tried out
 
 
 @dataclass(frozen=True)
 class Limits:
     """What rows must keep to; nothing where nothing is known of the model."""
 
-    vocabulary: int | None = None
-    """Tokens that the model has."""
-    context: int | None = None
-    """Positions of the longest row that it reads."""
+    vocabulary: int | None = None  # tokens that the model has
+    context: int | None = None  # positions of the longest row that it reads
     reads_tokens: bool = False
     """Whether rows are token ids; otherwise numbers that are no integers are a toy model's inputs."""
 
@@ -81,8 +78,7 @@ class Limits:
         )
 
 
-UNLIMITED = Limits()
-"""Where nobody says who reads the rows."""
+UNLIMITED = Limits()  # where nobody says who reads the rows
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
@@ -107,8 +103,7 @@ class PaddingTrials:
 
     def __init__(self) -> None:
         self._pads_left: bool | None = None
-        self._bridged = 0
-        """Columns of the widest rows whose gaps made no difference."""
+        self._bridged = 0  # columns of the widest rows whose gaps made no difference
 
     def check(self, adapter: "ModelAdapter", mask: Int[Tensor, "batch pos"]) -> None:
         """See that a model reads rows that are padded on the left, or between, as alone (else UnsupportedModelError).

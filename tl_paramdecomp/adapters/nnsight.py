@@ -70,12 +70,10 @@ class NNsightAdapter(TorchModuleAdapter):
 class Standing(NamedTuple):
     """Where the body of a trace stands among the forward passes of its model."""
 
-    step: int
-    """Passes before the one that the body is about: what `tracer.iter[...]` has come to."""
+    step: int  # passes before the one that the body is about: what `tracer.iter[...]` has come to
     call: tuple[tuple, dict] | None
     """What the model was called with, where that pass is under way; None where it is yet to begin, or is over."""
-    mediator: Any
-    """nnsight's record of the body."""
+    mediator: Any  # nnsight's record of the body
 
     def is_past(self, location: str) -> bool:
         """Whether the pass has gone by a place, such as the `.input` of an envoy's path."""

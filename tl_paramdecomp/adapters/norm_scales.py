@@ -24,8 +24,7 @@ class NormCall(NamedTuple):
     """One normalisation's call in a forward pass."""
 
     bias: Float[Tensor, " width"] | None
-    leaf: Float[Tensor, "*rows width"]
-    """Zeros added to its output, whose gradient is the output's."""
+    leaf: Float[Tensor, "*rows width"]  # zeros added to its output, whose gradient is the output's
 
 
 @contextlib.contextmanager
@@ -96,8 +95,7 @@ class _Form(NamedTuple):
     """One form that a normalisation may have, fitted to its output."""
 
     centred: bool
-    offset: float
-    """Added to the gain: 1 in Gemma."""
+    offset: float  # added to the gain: 1 in Gemma
     scale: Float[Tensor, "*rows 1"]
     error: float
 

@@ -27,8 +27,7 @@ from tl_paramdecomp.sites import NormSite
 
 ATTRIBUTES = (("weight", "bias"), ("w", "b"), ("scale", "bias"), ("gain", "bias"), ("gamma", "beta"))
 """Names under which modules hold gain and bias."""
-EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
-"""Tried where a module does not say its own."""
+EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)  # tried where a module does not say its own
 EXACT, IN_FLOAT32 = 1e-10, 2e-5
 """Largest difference relative to the largest output, of modules that compute in float64, and of those that do in float32."""
 COARSE = {torch.float64: IN_FLOAT32, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -40,24 +39,17 @@ class NormWiring:
     """How one normalisation is read, written and intercepted in a tree of torch modules."""
 
     site: NormSite
-    path: str
-    """Dotted path of the module that is called."""
-    owner: str
-    """Dotted path of the module that holds the gain."""
-    weight: str
-    """Attribute of the owner that holds it."""
-    bias: str | None
-    """Attribute that holds the bias, or None."""
+    path: str  # dotted path of the module that is called
+    owner: str  # dotted path of the module that holds the gain
+    weight: str  # attribute of the owner that holds it
+    bias: str | None  # attribute that holds the bias, or None
     x: Tap
     y: Tap
-    centred: bool = False
-    """LayerNorm, which takes the mean away first; else RMSNorm."""
+    centred: bool = False  # LayerNorm, which takes the mean away first; else RMSNorm
     eps: float | None = 0.0
     """Added to the mean square under the root; None: the smallest step of the number type, as `torch.nn.RMSNorm` has it."""
-    in_float32: bool = False
-    """Whether the module normalises in float32 whatever it is given."""
-    offset: float = 0.0
-    """Added to the gain: 1 in Gemma."""
+    in_float32: bool = False  # whether the module normalises in float32 whatever it is given
+    offset: float = 0.0  # added to the gain: 1 in Gemma
 
     def normalised(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """xhat, in the number type in which the module works it out: float32 at least."""
@@ -81,8 +73,7 @@ class Norms(NamedTuple):
     """A model's normalisations, in the order of its tree."""
 
     wirings: dict[str, NormWiring]
-    refused: dict[str, str]
-    """Names of those whose gains cannot be moved exactly, each with the reason."""
+    refused: dict[str, str]  # names of those whose gains cannot be moved exactly, each with the reason
 
     @property
     def sites(self) -> dict[str, NormSite]:

@@ -21,8 +21,7 @@ from tl_paramdecomp.sites import Span
 class RowTracker:
     """Knows, while a model runs, where in the user's token rows the present forward pass stands."""
 
-    thread: int | None = None
-    """The thread whose forward pass is under way."""
+    thread: int | None = None  # the thread whose forward pass is under way
     _start: int | None = None
     _length: int | None = None
     _batch: int | None = None

@@ -29,8 +29,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torc
 """Largest difference relative to the largest output, by dtype: rounding of one matrix product."""
 NOT_CALLED = "a forward pass over tokens does not call it"
 USED_ELSEWHERE = "the model also uses its weight without calling it, or does not use what it returns"
-Groups = Mapping[tuple[str, str], list[str]]
-"""Sites by the parameter they live in: its module and its name there."""
+Groups = Mapping[tuple[str, str], list[str]]  # sites by the parameter they live in: its module and its name there
 
 
 def probe(adapter: "ModelAdapter") -> tuple[dict[str, Wiring], dict[str, str]]:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters.wiring import Wiring, find_module
 
-TABLES = frozenset(("embed.W_E", "unembed.W_U"))
-"""Sites that a configuration's `tie_word_embeddings` is about."""
+TABLES = frozenset(("embed.W_E", "unembed.W_U"))  # sites that a configuration's `tie_word_embeddings` is about
 
 
 def with_ties(root: nn.Module, wirings: Mapping[str, Wiring]) -> dict[str, Wiring]:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from tl_paramdecomp.adapters.base import ModelAdapter
 
 UNEMBEDDING = "unembed.W_U"
-PROBE_SHAPE = (2, 3)
-"""Rows and positions of the tokens on which shortcuts are tried out."""
+PROBE_SHAPE = (2, 3)  # rows and positions of the tokens on which shortcuts are tried out
 ROUNDING = 64.0
 """Largest difference of two ways to compute the same, in units of the dtype's rounding of the largest entry."""
 
@@ -42,8 +41,7 @@ LOGIT_FACTORS = {
 LOGIT_CAPS = ("final_logit_softcapping", "output_logits_soft_cap", "logits_soft_cap")
 """Settings of hosts that cap the logits by cap * tanh(logits / cap) (Gemma 2, TransformerLens, RecurrentGemma)."""
 
-AfterUnembedding = Callable[[Tensor], Tensor]
-"""What a host does to x W_U + b before it calls it logits."""
+AfterUnembedding = Callable[[Tensor], Tensor]  # what a host does to x W_U + b before it calls it logits
 
 
 class ReachedUnembedding(Exception):  # noqa: N818 - ends a pass, tells of no error

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tl_paramdecomp.adapters.computed import is_computed, overrule, read_tensor, sources, tensor_state
 from tl_paramdecomp.errors import PatchConflictError, UnsupportedModelError
 
-Change = Callable[[Tensor], Tensor]
-"""From a tensor to the one to hold in its place."""
+Change = Callable[[Tensor], Tensor]  # from a tensor to the one to hold in its place
 
 
 class _Swap:
@@ -32,8 +31,7 @@ class _Swap:
         self.original: Any = read_tensor(owner, attribute) if self.slot is None else self.slot[attribute]
         self.learns = any(part.requires_grad for part in (*sources(owner, attribute), self.original))
         self.changes: list[Change] = []
-        self.state: Hashable = None
-        """That of what was put there."""
+        self.state: Hashable = None  # that of what was put there
 
     def update(self) -> None:
         """Put what the changes make of the original in its place, or the original back."""

@@ -24,17 +24,14 @@ from tl_paramdecomp.sites import Fingerprint, SitePattern, WeightSite
 class ModelWeights:
     """The weights of one host model. It refers to the model weakly, so that a cached adapter never keeps a model alive."""
 
-    core_path: ClassVar[str] = ""
-    """Dotted path of `core` in `root`."""
+    core_path: ClassVar[str] = ""  # dotted path of `core` in `root`
 
     def __init__(self, model: Any) -> None:
         self._model_ref = weakref.ref(model)
         self._fingerprints: dict[str, Remembered] = {}
         self.wirings: dict[str, Wiring] = {}
-        self.refused: dict[str, str] = {}
-        """Names this host has but cannot decompose exactly, each with the reason."""
-        self.blocks_path = ""
-        """Dotted path, in transformers, of the list of residual blocks; empty where none is known."""
+        self.refused: dict[str, str] = {}  # names this host has but cannot decompose exactly, each with the reason
+        self.blocks_path = ""  # dotted path, in transformers, of the list of residual blocks; empty where none is known
 
     @property
     def model(self) -> Any:

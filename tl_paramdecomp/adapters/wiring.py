@@ -32,8 +32,7 @@ READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Tap:
     """A place in the module tree where a tensor passes."""
 
-    path: str
-    """Dotted path of the module."""
+    path: str  # dotted path of the module
     point: Literal["call", "input", "output"] = "call"
     """`call`: x and y are that module's own first argument and result. `input`: what goes into it. `output`: what comes
     out of it, after every hook that others put there (as x) or before (as y)."""
@@ -46,20 +45,15 @@ class Wiring:
     """How one site is read, written and intercepted in a tree of torch modules."""
 
     site: WeightSite
-    owner: str
-    """Dotted path of the module that holds the weight."""
+    owner: str  # dotted path of the module that holds the weight
     x: Tap
     y: Tap
-    weight: str = "weight"
-    """Attribute of the owner that holds it."""
-    bias: str | None = "bias"
-    """Attribute that holds the bias, or None where the host adds none inside this map."""
+    weight: str = "weight"  # attribute of the owner that holds it
+    bias: str | None = "bias"  # attribute that holds the bias, or None where the host adds none inside this map
     layout: Layout = "out_in"
     columns: Columns = None
-    scale: float = 1.0
-    """What the host multiplies the product by: Gemma's embedding is sqrt(d_model) times its table."""
-    patches: Patches | None = None
-    """For a convolution: from its images to the patches that its matrix reads."""
+    scale: float = 1.0  # what the host multiplies the product by: Gemma's embedding is sqrt(d_model) times its table
+    patches: Patches | None = None  # for a convolution: from its images to the patches that its matrix reads
 
     def stored_weight(self, matrix: Float[Tensor, "d_in d_out"], old: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The host's whole tensor with this site's part replaced, in the host's layout and dtype."""

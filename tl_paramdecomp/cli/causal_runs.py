@@ -44,8 +44,7 @@ class Question:
     prompts: int = 64
     seed: int = 0
     split: str | None = None
-    decomposition: Any = None
-    """Prompts begin as the rows did that it was made on."""
+    decomposition: Any = None  # prompts begin as the rows did that it was made on
 
     def __post_init__(self) -> None:
         if self.prompt is None and self.task is None:
@@ -89,14 +88,10 @@ class Question:
 class Found:
     """The answer to a command."""
 
-    record: dict[str, Any] = field(default_factory=dict)
-    """One object that JSON can hold."""
-    shown: "list[Table | str]" = field(default_factory=list)
-    """For people, in this order."""
-    kept: Record | None = None
-    """What is written to a file in place of the object."""
-    graph: Record | None = None
-    """Written beside it."""
+    record: dict[str, Any] = field(default_factory=dict)  # one object that JSON can hold
+    shown: "list[Table | str]" = field(default_factory=list)  # for people, in this order
+    kept: Record | None = None  # what is written to a file in place of the object
+    graph: Record | None = None  # written beside it
 
     def write(self, path: Path) -> list[Path]:
         """The files that are written."""

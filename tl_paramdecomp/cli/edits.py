@@ -22,8 +22,7 @@ FORMS = {
     "--delta": "SITE=FACTOR, such as blocks.0.mlp.W_in=0",
 }
 
-Rows = tuple[Int[Tensor, "rows pos"], Int[Tensor, "rows pos"] | None]
-"""Token rows and their attention mask."""
+Rows = tuple[Int[Tensor, "rows pos"], Int[Tensor, "rows pos"] | None]  # token rows and their attention mask
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,14 @@ from tl_paramdecomp.components.disk import distinct, parse_json, read_text
 from tl_paramdecomp.errors import DecompositionFileError, SettingError
 from tl_paramdecomp.settings import TYPE, Kind, from_settings, joined, kinds_of, shown, unknown
 
-SUFFIXES = (".yaml", ".yml", ".json")
-"""Of files that hold settings."""
+SUFFIXES = (".yaml", ".yml", ".json")  # of files that hold settings
 LARGEST, VALUES, DEEPEST, DIGITS = 1 << 22, 20_000, 50, 100
 """Bytes of a file; its values, those behind an alias counted each time; mappings and lists inside each other; characters of a
 number."""
 BEYOND = f"more than {VALUES} values, or {DEEPEST} lists and mappings inside each other"
 NUMBER = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 """Numbers with an exponent, also those without a point or a sign that YAML 1.1 leaves out."""
-SEGMENT = re.compile(r'"([^"]*)"|\'([^\']*)\'|([^."\']+)')
-"""A key of a path, quoted or not."""
+SEGMENT = re.compile(r'"([^"]*)"|\'([^\']*)\'|([^."\']+)')  # a key of a path, quoted or not
 TAG = "tag:yaml.org,2002:"
 PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

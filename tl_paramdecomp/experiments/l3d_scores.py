@@ -19,10 +19,8 @@ from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecompo
 from tl_paramdecomp.patching.subnetworks import perturbed
 
 PURE = 0.95
-DELTA = 0.3
-"""How far subnetworks are moved along to see which outputs change."""
-CONTROLS = 20
-"""Times that the classes are dealt anew."""
+DELTA = 0.3  # how far subnetworks are moved along to see which outputs change
+CONTROLS = 20  # times that the classes are dealt anew
 
 
 # --- toys -------------------------------------------------------------------------------------------------------------

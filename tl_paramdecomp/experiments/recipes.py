@@ -20,8 +20,7 @@ from tl_paramdecomp.toy_models import CircuitsConfig, DigitsConfig, InductionCon
 class Recipe:
     """One published result."""
 
-    target: Any
-    """Configuration of the target."""
+    target: Any  # configuration of the target
     sites: tuple[str, ...]
     method: SPD | L3D
     steps: int
@@ -30,8 +29,7 @@ class Recipe:
     """Sites where each feature should have one component; those of a glob together."""
     dense: Mapping[str, int] = field(default_factory=dict)
     """Sites where so many components should be active for many features; those of a glob together."""
-    expected: Mapping[str, Any] = field(default_factory=dict)
-    """Published figures."""
+    expected: Mapping[str, Any] = field(default_factory=dict)  # published figures
 
 
 def _spd(n_components: int, minimality: float, p: float, lr: float, p_end: float | None = None, **changes: Any) -> SPD:

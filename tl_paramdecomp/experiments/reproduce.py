@@ -50,10 +50,8 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "DigitsConfig": (toys.Digits, toys.train_digits),
 }
 """What is built from a target's configuration, and what trains it."""
-SAMPLE, SAMPLE_SEED = 8192, 1_000_000
-"""Rows that L0 and alive components are counted on, and their seed."""
-L3D_SAMPLE = 1000
-"""Rows that subnetworks are measured on."""
+SAMPLE, SAMPLE_SEED = 8192, 1_000_000  # rows that L0 and alive components are counted on, and their seed
+L3D_SAMPLE = 1000  # rows that subnetworks are measured on
 
 
 def reproduce(

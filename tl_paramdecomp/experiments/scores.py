@@ -26,21 +26,16 @@ from tl_paramdecomp.methods.divergence import kl as kl_of
 from tl_paramdecomp.patching.hooks import patched
 from tl_paramdecomp.patching.interventions import importance_masks
 
-TOLERANCE = 0.1
-"""Importances below this count as 0, those above 1 minus this as 1."""
-PROBE = 0.75
-"""Value of the one active feature in importance matrices."""
+TOLERANCE = 0.1  # importances below this count as 0, those above 1 minus this as 1
+PROBE = 0.75  # value of the one active feature in importance matrices
 
 
 class FeatureScores(NamedTuple):
     """How one site's components match the target's feature directions."""
 
-    cosines: Float[Tensor, " features"]
-    """Largest cosine of any component with each feature's direction."""
-    ratios: Float[Tensor, " features"]
-    """Length of that component for the feature over the target's."""
-    best: Int[Tensor, " features"]
-    """Which component it is."""
+    cosines: Float[Tensor, " features"]  # largest cosine of any component with each feature's direction
+    ratios: Float[Tensor, " features"]  # length of that component for the feature over the target's
+    best: Int[Tensor, " features"]  # which component it is
 
     def figures(self, end: str = "") -> dict[str, float]:
         """Means over features (MMCS, ML2R), with their standard deviations over features; `end` is of their names."""
