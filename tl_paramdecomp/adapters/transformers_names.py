@@ -283,8 +283,9 @@ def find_blocks(root: nn.Module, config: Any, embedding: str) -> tuple[str, nn.M
     nearest to the token embedding (a vision tower has blocks too), and of these the longest."""
     found = []
     for path, module in root.named_modules():
-        blocks = module if isinstance(module, nn.ModuleList) else ()
-        if any(len(name_block(linear_maps(block, path), config, 0)) >= 2 for block in blocks):
+        if not isinstance(module, nn.ModuleList):
+            continue
+        if any(len(name_block(linear_maps(block, path), config, 0)) >= 2 for block in module):
             pairs = zip(path.split("."), embedding.split("."))
             shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             found.append((shared, len(module), path, module))
@@ -299,8 +300,9 @@ def unreachable_matrices(root: nn.Module, covered: set[int]) -> dict[str, str]:
         for attribute, parameter in module._parameters.items():
             if attribute in parts or computes_another(path):
                 continue  # a site may read what is computed from it
-            is_matrix = parameter is not None and parameter.ndim >= 2 and min(parameter.shape) >= 2
-            if not is_matrix or parameter.untyped_storage().data_ptr() in covered:
+            if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2:
+                continue
+            if parameter.untyped_storage().data_ptr() in covered:
                 continue
             kind = type(module).__name__
             if isinstance(module, _ConvNd):

@@ -61,7 +61,8 @@ def patch(
     from tl_paramdecomp.cli.edits import Edits
     from tl_paramdecomp.cli.models import open_both
 
-    edits = Edits(*(given or () for given in (ablate, keep_only, set_to, scale, mean, corrupt, delta)), head, position)
+    given: Any = (each or () for each in (ablate, keep_only, set_to, scale, mean, corrupt, delta))
+    edits = Edits(*given, head=head, positions=position)
     if sweep and (edits or head is not None or generate is not None):
         raise SettingError("--sweep patches every component by itself; leave other patches, --head and --generate out.")
     if not sweep and not edits:

@@ -38,7 +38,8 @@ class Scalars(yaml.SafeLoader):
 class Dumper(yaml.SafeDumper):
     """Writes so that `read_tree` reads the same values."""
 
-    ignore_aliases = staticmethod(lambda data: True)  # everything is written out where it stands
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # everything is written out where it stands
 
 
 for _class in (Scalars, Dumper):

@@ -342,7 +342,8 @@ def text_row(rng: random.Random, length: int = N_CTX) -> Document:
     while sum(len(part.words) for part in parts) < length + 1:
         parts += [mark, document(rng)]
     start, whole = int(rng.random() < 0.2), _join(parts)
-    return Document(*(part[start : start + length] for part in whole))
+    cut = slice(start, start + length)
+    return Document(whole.words[cut], whole.weights[cut], whole.floors[cut])
 
 
 def induction_row(rng: random.Random, length: int = N_CTX) -> Document:
