@@ -73,8 +73,8 @@ MUTANTS = (
     ),
     Mutant(
         "positions of generation off by one", "adapters/passes.py",
-        "self.interception.begin(cached_columns(kwargs), input_rows(args, kwargs))",
-        "self.interception.begin(max(0, cached_columns(kwargs) - 1), input_rows(args, kwargs))",
+        "interception.begin(cached_columns(kwargs), input_rows(args, kwargs))",
+        "interception.begin(max(0, cached_columns(kwargs) - 1), input_rows(args, kwargs))",
         "tests/patching/test_generation.py",
     ),
     Mutant(

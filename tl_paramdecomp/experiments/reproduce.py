@@ -10,14 +10,11 @@
     OUT/NAME/seed-0/*.png          figures, where matplotlib is installed
 """
 
-import datetime
 import fnmatch
 import functools
 import json
 import os
 import platform
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +36,7 @@ from tl_paramdecomp.experiments import scores as spd_scores
 from tl_paramdecomp.experiments.l3d_scores import chosen_subnetworks, class_purities, digit_scores, toy_scores
 from tl_paramdecomp.experiments.recipes import RECIPES, Recipe
 from tl_paramdecomp.report.plotting import save
+from tl_paramdecomp.report.quality import made_by
 from tl_paramdecomp.settings import to_settings
 from tl_paramdecomp.training.fit import decompose
 
@@ -76,16 +74,11 @@ def reproduce(
         say(f"{name}, seed {seed}")
         results.append(run_seed(recipe, seed, folder / f"seed-{seed}", say))
         versions = results[-1].pop("versions")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     record = {
-        "name": name,
-        "seeds": results,
-        "expected": dict(recipe.expected),
-        "command": shlex.join(["tl-paramdecomp", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "versions": versions,
-        "settings": settings_of(recipe),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-    }
+        "name": name, "seeds": results, "expected": dict(recipe.expected), **made_by(), "versions": versions,
+        "settings": settings_of(recipe), "machine": machine,
+    }  # fmt: skip
     replace_text(folder / "result.json", json.dumps(record, indent=1))
     return record
 

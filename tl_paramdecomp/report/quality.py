@@ -67,13 +67,17 @@ def quality_tables(found: Evaluation) -> "list[Table]":
     return [masks, matter]
 
 
+def made_by() -> dict[str, str]:
+    """The command that runs, and the date."""
+    command, assets = shlex.join(["tl-paramdecomp", *sys.argv[1:]]), os.environ.get("TLPD_TEST_ASSETS")
+    command = command.replace(assets, "$TLPD_TEST_ASSETS") if assets else command
+    return {"command": command, "date": datetime.date.today().isoformat()}
+
+
 def write_quality(path: Path, decomposition: Decomposition, found: Evaluation) -> None:
     """The same as JSON, with the command, versions and date, for those who keep results."""
-    command = " ".join(["tl-paramdecomp", *(shlex.quote(word) for word in sys.argv[1:])])
-    assets = os.environ.get("TLPD_TEST_ASSETS")
     record = {
-        "command": command.replace(assets, "$TLPD_TEST_ASSETS") if assets else command,
-        "date": datetime.date.today().isoformat(),
+        **made_by(),
         "versions": decomposition.info["versions"],
         "settings": decomposition.info.get("run"),
         "components": decomposition.n_components,
