@@ -82,20 +82,15 @@ UNLIMITED = Limits()  # where nobody says who reads the rows
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
-def starts_later(mask: Shaped[Tensor, "batch pos"]) -> bool:
-    """Whether something that counts comes after something that does not: padding on the left, or between."""
-    return bool(((mask[:, :-1] == 0) & (mask[:, 1:] != 0)).any())
+def starts_later(mask: Shaped[Tensor, "batch pos"], between: bool = False) -> bool:
+    """Whether something that counts comes after something that does not: padding on the left or between, or `between` alone."""
+    later = (mask[:, :-1] == 0) & (mask[:, 1:] != 0)
+    return bool((later & ((mask != 0).cumsum(-1)[:, :-1] > 0) if between else later).any())
 
 
 def positions_of(mask: Shaped[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     """Each token's place among those of its row that count; 0 where nothing counts yet."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _has_gaps(mask: Shaped[Tensor, "batch pos"]) -> bool:
-    """Whether what does not count stands between tokens that do."""
-    begun = (mask != 0).cumsum(-1)[:, :-1] > 0
-    return bool(((mask[:, :-1] == 0) & (mask[:, 1:] != 0) & begun).any())
 
 
 class PaddingTrials:
@@ -119,7 +114,7 @@ class PaddingTrials:
                 f"{kind} reads rows that are padded on the left otherwise than alone; pad them on the right "
                 "(tokenizer.padding_side = 'right')."
             )
-        if columns <= self._bridged or not _has_gaps(mask):
+        if columns <= self._bridged or not starts_later(mask, between=True):
             return
         tokens = _short(adapter, 1)
         if not _reads_apart(adapter, tokens[:, :1], max(columns - tokens.shape[1], 1), tokens[:, 1:]):

@@ -34,6 +34,8 @@ def vector_figure(model: Any, decomposition: Decomposition) -> "Figure":
 
     One row of panels for each site that has features on one side, one colour for each feature.
     """
+    from matplotlib.lines import Line2D
+
     n = model.config.n_features
     matrices, rows = importance_matrices(model, decomposition, n), {}
     for name in ("linear1.weight", "linear2.weight"):
@@ -55,7 +57,9 @@ def vector_figure(model: Any, decomposition: Decomposition) -> "Figure":
             ax.axvline(0.0, color="0.85", linewidth=0.6, zorder=0)
             ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
         row[0].set_ylabel(name)
-    _legend(figure, n)
+    style = {"marker": "o", "markersize": 3.5}
+    handles = [Line2D([], [], color=f"C{j % 10}", label=f"feature {j}", **style) for j in range(n)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=n, frameon=False)
     return figure
 
 
@@ -106,14 +110,6 @@ def neuron_figure(model: Any, decomposition: Decomposition, n_features: int = 10
     assert dots is not None
     figure.colorbar(dots, ax=list(axes[:, 0]), label="neuron")
     return figure
-
-
-def _legend(figure: Any, n: int) -> None:
-    from matplotlib.lines import Line2D
-
-    style = {"marker": "o", "markersize": 3.5}
-    handles = [Line2D([], [], color=f"C{j % 10}", label=f"feature {j}", **style) for j in range(n)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=n, frameon=False)
 
 
 # --- L3D --------------------------------------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ def next_token_table(columns: Mapping[str, NextTokens]) -> "Table":
 def score_table(title: str, before: Mapping[str, float], after: Mapping[str, float]) -> "Table":
     """Means of scores, one column for each way of running the model."""
     table = plain_table(title, "mean over prompts", "model", "patched")
-    for name, value in after.items():
-        table.add_row(name, _score(name, before.get(name)), _score(name, value))
+    for name in after:
+        values = [side.get(name, math.nan) for side in (before, after)]
+        table.add_row(name, *("" if math.isnan(v) else f"{v:.1%}" if name in SHARES else f"{v:.4f}" for v in values))
     return table
 
 
@@ -75,9 +76,3 @@ def _figures(result: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif isinstance(value, int | float) and key not in ("seed", "target_seed"):
             rows[name] = value
     return rows
-
-
-def _score(name: str, value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return ""
-    return f"{value:.1%}" if name in SHARES else f"{value:.4f}"
