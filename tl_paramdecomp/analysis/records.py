@@ -175,6 +175,6 @@ def shown(value: float | int | None, places: int = 4) -> str:
     return "" if value is None else f"{value:.{places}f}"
 
 
-def form(name: str, total: bool = True, /, **keys: Any) -> Any:
+def form(name: str, all_needed: bool = True, /, **keys: Any) -> Any:
     """The form of a row: values of these types under these keys, perhaps among others."""
-    return TypedDict(name, keys, total=total)  # type: ignore[misc]
+    return TypedDict(name, keys, total=all_needed)  # type: ignore[misc]

@@ -85,38 +85,21 @@ class JsonLines:
         self.write({"step": info.step, **info.figures})
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line, all of it or nothing.
-
-        Raises:
-            DecompositionFileError, DiskSpaceError: The file is no regular file or cannot be written to, or there is no room.
-        """
+        """Append a line, all of it or nothing; DecompositionFileError or DiskSpaceError where that cannot be."""
         try:
             append_text(self.path, json.dumps(line) + "\n")
         except OSError as error:
-            raise failure(
-                f"Could not write to {self.path}", error,
-                "Free some space or choose another run_dir; the checkpoints stay.",
-            ) from error  # fmt: skip
+            advice = "Free some space or choose another run_dir; the checkpoints stay."
+            raise failure(f"Could not write to {self.path}", error, advice) from error
 
     def cut(self, step: int) -> None:
-        """Keep the lines of the first `step` steps: what came after is done again. Torn lines, as a kill leaves them, go.
-
-        Raises:
-            DecompositionFileError, DiskSpaceError: There is no log in the file's place, a line is none, or there is no room.
-        """
-        self.check()
-        kept = [line for line in self._lines() if line["step"] <= step] if step else []
+        """Keep the lines of the first `step` steps: what came after is done again. Torn lines, as a kill leaves them, go."""
+        content = self.content()
+        kept = [line for line in self._lines(content) if line["step"] <= step] if step else []
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), alone=True)
 
-    def check(self) -> None:
-        """See that the file is a log, or not there, before a run begins.
-
-        Raises:
-            DecompositionFileError: It is something else.
-        """
-        self._content()
-
-    def _content(self) -> bytes:
+    def content(self) -> bytes:
+        """What the file holds, or nothing where it is not there; DecompositionFileError where it is no log."""
         if not os.path.lexists(self.path):
             return b""
         content = read_bytes(self.path, LARGEST, follow=False)
@@ -127,13 +110,11 @@ class JsonLines:
             )
         return content
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        for number, text in enumerate(self._content().split(b"\n"), 1):
+    def _lines(self, content: bytes) -> Iterator[dict[str, Any]]:
+        for number, text in enumerate(content.split(b"\n"), 1):
             where = f"{self.path}, line {number}"
             if len(text) > LONGEST:
-                raise DecompositionFileError(
-                    f"{where} has {len(text)} bytes, and a line of a log has at most {LONGEST}."
-                )
+                raise DecompositionFileError(f"{where} has {len(text)} bytes; a line of a log has at most {LONGEST}.")
             try:
                 line = parse_json(where, text.decode("utf-8", errors="replace"), finite=False)
             except DecompositionFileError as error:

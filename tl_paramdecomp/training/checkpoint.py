@@ -20,23 +20,8 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor
 
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.components.disk import (
-    LARGEST,
-    digest_of,
-    failure,
-    in_short,
-    not_own,
-    open_regular,
-    parse_json,
-    read_json,
-    read_tensors,
-    read_text,
-    remove_own,
-    replace_text,
-    sync_folder,
-    write_tensors,
-    write_text,
-)
+from tl_paramdecomp.components import disk
+from tl_paramdecomp.components.disk import write_tensors
 from tl_paramdecomp.components.files import OWN as OWN_OF_DECOMPOSITION
 from tl_paramdecomp.errors import (
     DecompositionFileError,
@@ -57,17 +42,9 @@ SCRATCH, ASIDE = ".writing", ".discarded-"
 OWN = rf"checkpoint\.json|(optimiser|memory|random)\.safetensors|{DECOMPOSITION}|{OWN_OF_DECOMPOSITION}"
 """Names of what a checkpoint holds; nothing else is deleted."""
 FIELDS = {
-    "format": int,
-    "step": int,
-    "device": str,
-    "on_host": list[str],
-    "files": dict[str, str],
-    "guards": dict[str, int],
-    "warned": list[str],
-    "settings": dict[str, Any],
-    "data": dict[str, Any],
-    "background": dict[str, Any] | None,
-}
+    "format": int, "step": int, "device": str, "on_host": list[str], "files": dict[str, str], "guards": dict[str, int],
+    "warned": list[str], "settings": dict[str, Any], "data": dict[str, Any], "background": dict[str, Any] | None,
+}  # fmt: skip
 """What `checkpoint.json` says, besides numbers of processes and pieces."""
 UNFIT = (LookupError, ValueError, RuntimeError, TypeError, ArithmeticError, AttributeError)
 """What goes wrong where tensors are of another run, or none that a run leaves."""
@@ -104,20 +81,8 @@ class Checkpoints:
         """Known to be broken; deleted once there is a newer good one."""
 
     # --- reading ------------------------------------------------------------------------------------------------------
-    def check(self) -> None:
-        """See that what tells the best checkpoint is that, or not there.
-
-        Raises:
-            DecompositionFileError: It is something else.
-        """
-        self._known_best()
-
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose checksums hold; None where there is no checkpoint at all.
-
-        Raises:
-            DecompositionFileError: There are checkpoints, and every one is broken.
-        """
+        """The newest checkpoint whose checksums hold; None where there is no checkpoint at all; else DecompositionFileError."""
         reasons = []
         for folder in reversed(self._folders()):
             try:
@@ -137,52 +102,57 @@ class Checkpoints:
         return None
 
     def _folders(self) -> list[Path]:
-        """Oldest first; a folder that holds only what others put there is none of them."""
+        """Oldest first; a folder that holds only what others put there is none of them, and an empty one is."""
         found = [p for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]+", p.name) and p.is_dir()]
-        return sorted((p for p in found if p.is_symlink() or _holds_own(p)), key=_step_of)
+        own = {p: [re.fullmatch(OWN, name) for name in os.listdir(p)] for p in found if not p.is_symlink()}
+        return sorted((p for p in found if not own.get(p) or any(own[p])), key=_step_of)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     # --- writing ------------------------------------------------------------------------------------------------------
     def save(self, state: SavedState, values: Mapping[str, Any], figures: Mapping[str, float] | None = None) -> Path:
         """Write the state after its last step; every checkpoint before stays until this one is complete.
 
         `values` are what `checkpoint.json` says besides; `figures` of the step tell the best checkpoint, where they are known.
-
-        Raises:
-            DiskSpaceError, DecompositionFileError: There is no room, or something could not be written.
+        DiskSpaceError or DecompositionFileError where it cannot be written.
         """
-        scratch, final = self.folder / SCRATCH, self.folder / f"step-{state.done:08d}"
-        try:
+        scratch, final = self.folder / SCRATCH, self._place(state.done)
+        with self._saving(state.done):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clear()
-            self._check_space(state)
+            free = shutil.disk_usage(self.folder).free
+        if (needed := size_of(state)) > free:
+            raise DiskSpaceError(
+                f"The checkpoint of step {state.done} takes {_mega(needed)}, but the disk of {self.folder} has {_mega(free)} "
+                f"free. {self.told_last()} Free some space, keep fewer checkpoints (keep_checkpoints={self.keep} now), or move "
+                "the run's folder to another disk, and the same call goes on from there."
+            )
+        with self._saving(state.done):
             scratch.mkdir()
-        except DiskSpaceError:
-            raise
-        except OSError as error:
-            raise self._failure(state.done, error) from error
-        try:
             written = self._write(scratch, state, values)
             if os.path.lexists(final):  # one of this step that is broken
-                others = _not_own(final)
-                if others is not None:
+                if others := _not_own(final):
                     raise OSError(f"{others} is nothing that a run wrote, and is in the way; move it away")
                 _put_aside(final)
             os.rename(scratch, final)
-            sync_folder(self.folder)
-        except (OSError, TypeError, ValueError) as error:
-            remove_own([scratch], OWN)
-            raise self._failure(state.done, error) from error
+            disk.sync_folder(self.folder)
         self.last = Checkpoint(final, state.done, written)
         self._broken.discard(final)
         self._note_best(state.done, figures)
         self._prune()
         return final
 
-    def _failure(self, step: int, error: Exception) -> DecompositionFileError:
-        advice = "Free some space or mend the folder, and the same call goes on from there."
-        return failure(
-            f"Could not write the checkpoint of step {step} into {self.folder}", error, f"{self.told_last()} {advice}"
-        )
+    @contextlib.contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        """Leave nothing half written, and say what there is to go on from."""
+        try:
+            yield
+        except (OSError, TypeError, ValueError) as error:
+            disk.remove_own([self.folder / SCRATCH], OWN)
+            what = f"Could not write the checkpoint of step {step} into {self.folder}"
+            advice = f"{self.told_last()} Free some space or mend the folder, and the same call goes on from there."
+            raise disk.failure(what, error, advice) from error
 
     def _write(self, scratch: Path, state: SavedState, values: Mapping[str, Any]) -> dict[str, Any]:
         state.decomposition.save(scratch / DECOMPOSITION)
@@ -199,19 +169,10 @@ class Checkpoints:
             "files": {p.relative_to(scratch).as_posix(): _digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()},
         }
         written = json.loads(json.dumps(written))
-        write_text(scratch / METADATA, json.dumps({**written, "checksum": _checksum(written)}, indent=1))
+        disk.write_text(scratch / METADATA, json.dumps({**written, "checksum": _checksum(written)}, indent=1))
         for folder in (*(p for p in scratch.rglob("*") if p.is_dir()), scratch):
-            sync_folder(folder)
+            disk.sync_folder(folder)
         return written
-
-    def _check_space(self, state: SavedState) -> None:
-        needed, free = size_of(state), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise DiskSpaceError(
-                f"The checkpoint of step {state.done} takes {_mega(needed)}, but the disk of {self.folder} has {_mega(free)} "
-                f"free. {self.told_last()} Free some space, keep fewer checkpoints (keep_checkpoints={self.keep} now), or move "
-                "the run's folder to another disk, and the same call goes on from there."
-            )
 
     def told_last(self) -> str:
         """A sentence on what is there to go on from."""
@@ -223,13 +184,11 @@ class Checkpoints:
     def set_aside(self) -> None:
         """A run begins anew here: checkpoints of another are forgotten, and deleted once this one has one.
 
-        Raises:
-            DecompositionFileError, OSError: One is a link, holds files that no run wrote, or cannot be moved.
+        DecompositionFileError or OSError where one is a link, holds files that no run wrote, or cannot be moved.
         """
         folders = self._folders()
         for folder in folders:
-            others = _not_own(folder)
-            if others is not None:
+            if others := _not_own(folder):
                 raise DecompositionFileError(
                     f"A run that begins anew deletes the checkpoints of before, and {others} is nothing that a run wrote; move "
                     "it away, or choose another run_dir."
@@ -238,23 +197,19 @@ class Checkpoints:
             _put_aside(folder)
         (self.folder / BEST).unlink(missing_ok=True)
 
-    def best_folder(self) -> Path | None:
-        """The best checkpoint, where it is there."""
-        known = self._known_best()
-        return None if known is None else self.folder / f"step-{known['step']:08d}"
-
-    def _known_best(self) -> dict[str, Any] | None:
+    def known_best(self) -> dict[str, Any] | None:
+        """What tells the best checkpoint, where both are there; DecompositionFileError where something else is."""
         path = self.folder / BEST
         if not os.path.lexists(path):
             return None
         try:
-            known = as_declared(read_json(path), Best)
+            known = as_declared(disk.read_json(path), Best)
         except (DecompositionFileError, TypeError) as error:
             raise DecompositionFileError(
-                f"{path} does not tell which checkpoint is the best ({in_short(error)}); move it away, and the best of before "
-                "is forgotten."
+                f"{path} does not tell which checkpoint is the best ({disk.in_short(error)}); move it away, and the best of "
+                "before is forgotten."
             ) from error
-        folder = self.folder / f"step-{known['step']:08d}"
+        folder = self._place(known["step"])
         is_best = folder.is_dir() and folder not in self._broken and known["figure"] == self.best
         return known if is_best and math.isfinite(known["value"]) else None
 
@@ -262,17 +217,17 @@ class Checkpoints:
         value = None if figures is None or self.best is None else figures.get(self.best)
         if value is None or not math.isfinite(value):
             return
-        known = self._known_best()
+        known = self.known_best()
         if known is None or value < known["value"]:
-            replace_text(
-                self.folder / BEST, json.dumps({"step": step, "figure": self.best, "value": value}), alone=True
-            )
+            told = {"step": step, "figure": self.best, "value": value}
+            disk.replace_text(self.folder / BEST, json.dumps(told), alone=True)
 
     def _prune(self) -> None:
         """Leave the newest that are good, and the best."""
         folders = self._folders()
         good = [folder for folder in folders if folder not in self._broken]
-        kept = {*good[-self.keep :], self.best_folder()} - self._broken
+        best = self.known_best()
+        kept = {*good[-self.keep :], None if best is None else self._place(best["step"])}
         with contextlib.suppress(OSError):  # what cannot be deleted does no harm
             for folder in folders:
                 if folder not in kept and not folder.is_symlink():
@@ -281,24 +236,21 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete what an interrupted save or deletion left; what was set aside only where there is a good checkpoint."""
-        remove_own([self.folder / SCRATCH], OWN)
+        disk.remove_own([self.folder / SCRATCH], OWN)
         if self.last is not None:
             for folder in self.folder.glob(f"{ASIDE}step-*"):
                 _delete(folder)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, its files compared with their checksums.
-
-    Raises:
-        DecompositionFileError: Something is missing, damaged, or of a newer format.
-    """
+    """A checkpoint, its files compared with their checksums; DecompositionFileError where something is missing, damaged, or of
+    a newer format."""
     path = folder / METADATA
     try:
         for inner in (folder, folder / DECOMPOSITION):
             if inner.is_symlink():
                 raise ValueError(f"{inner} is a link, which is not followed")
-        values = parse_json(path, read_text(path, LARGEST, follow=False), finite=False)
+        values = disk.parse_json(path, disk.read_text(path, disk.LARGEST, follow=False), finite=False)
         claimed = values.pop("checksum")
         if claimed != _checksum(values):
             raise ValueError(f"{METADATA} is not as it was written")
@@ -317,12 +269,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
-    """Put a checkpoint's state into that of a run before its first step.
-
-    Raises:
-        DecompositionFileError, TargetMismatchError, SettingError, DataError: It does not fit the run, or is of a model with
-            other weights, of a device of another kind, or of other data.
-    """
+    """Put a checkpoint's state into that of a run before its first step. DecompositionFileError, TargetMismatchError,
+    SettingError or DataError where it does not fit the run, or is of other weights, of a device of another kind, or of other
+    data."""
     folder, values = checkpoint.folder, checkpoint.values
     if values["device"] != state.device.type:
         raise SettingError(
@@ -330,29 +279,36 @@ def restore(checkpoint: Checkpoint, state: TrainingState) -> None:
             f"others; move the model to {values['device']}, or pass resume=False to begin anew."
         )
     saved = type(state.decomposition).load(folder / DECOMPOSITION)
-    _check_target(folder, saved.fingerprints, state.decomposition.fingerprints)
-    with _fitting(folder):
+    for name, known in saved.fingerprints.items():
+        found = state.decomposition.fingerprints.get(name)
+        if found is not None and (difference := differs(known, found)):
+            raise TargetMismatchError(
+                f"The checkpoint {folder} is of a model with other weights ({name}: {difference}); choose another run_dir, or "
+                "pass resume=False to begin anew there."
+            )
+    try:
+        optimiser, memory, random = (  # copies, as the files will be deleted that they are mapped from
+            {key: tensor.clone() for key, tensor in disk.read_tensors(folder / name, follow=False).items()}
+            for name in (OPTIMISER, MEMORY, RANDOM)
+        )
         load_whole(state.decomposition, saved.state_dict())
-        state.load_optimiser_tensors(_own_tensors(folder / OPTIMISER))
-        on_host = set(values["on_host"])
-        state.memory = {
-            key: t if key in on_host else t.to(state.device) for key, t in _own_tensors(folder / MEMORY).items()
-        }
+        state.load_optimiser_tensors(optimiser)
+        state.memory = {key: t if key in values["on_host"] else t.to(state.device) for key, t in memory.items()}
         for key in [key for key in state.memory if state.processes.world > 1 and state.goes_over_rows(key)]:
             state.memory[key] = _own_rows(state.memory[key], state, folder)
         state.source.restore(values["data"])
         if state.background is not None:
             state.background.restore(values["background"] or {})
-        division = {"processes": state.processes.world, "accumulate": state.accumulate}
-        as_before = all(values[key] == n for key, n in division.items())
+        as_before = all(values[key] == n for key, n in state.division.items())
         # last, as all that comes before may draw
-        set_random(_own_tensors(folder / RANDOM), state.numbers, state.processes, checkpoint.step, as_before)
+        set_random(random, state.numbers, state.processes, checkpoint.step, as_before)
+    except TLParamDecompError:
+        raise
+    except UNFIT as error:
+        raise DecompositionFileError(
+            f"The checkpoint {folder} does not fit this run ({disk.in_short(error)}); pass resume=False to begin anew."
+        ) from error
     state.done = checkpoint.step
-
-
-def _own_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file that will be deleted while they are in use: read, and not mapped from it."""
-    return {key: tensor.clone() for key, tensor in read_tensors(path, follow=False).items()}
 
 
 def size_of(state: SavedState) -> int:
@@ -377,16 +333,6 @@ def readable(name: str) -> str:
     return name.removeprefix("_components.").replace("/", ".")
 
 
-def _check_target(folder: Path, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for name, fingerprint in known.items():
-        difference = None if name not in found else differs(fingerprint, found[name])
-        if difference:
-            raise TargetMismatchError(
-                f"The checkpoint {folder} is of a model with other weights ({name}: {difference}); choose another run_dir, or "
-                "pass resume=False to begin anew there."
-            )
-
-
 def _own_rows(tensor: Tensor, state: TrainingState, folder: Path) -> Tensor:
     """Of what has an entry for each row of the batch, those of this process."""
     rows, rest = divmod(len(tensor), state.processes.world)
@@ -398,43 +344,24 @@ def _own_rows(tensor: Tensor, state: TrainingState, folder: Path) -> Tensor:
     return tensor[state.processes.rank * rows : (state.processes.rank + 1) * rows].clone()
 
 
-@contextlib.contextmanager
-def _fitting(folder: Path) -> Iterator[None]:
-    """Say so where a checkpoint does not fit a run."""
-    try:
-        yield
-    except TLParamDecompError:
-        raise
-    except UNFIT as error:
-        raise DecompositionFileError(
-            f"The checkpoint {folder} does not fit this run ({in_short(error)}); pass resume=False to begin anew."
-        ) from error
-
-
 def _not_own(folder: Path) -> Path | None:
     """Something in a checkpoint's place that no run wrote there."""
-    return folder if folder.is_symlink() or not folder.is_dir() else not_own(folder, OWN)
+    return folder if folder.is_symlink() or not folder.is_dir() else disk.not_own(folder, OWN)
 
 
 def _put_aside(folder: Path) -> None:
     """Rename a checkpoint, so that it stops being one at once."""
     aside = folder.parent / f"{ASIDE}{folder.name}"
-    remove_own([aside], OWN)
+    disk.remove_own([aside], OWN)
     os.rename(folder, aside)
 
 
 def _delete(aside: Path) -> None:
     """Delete what was put aside; what others put into it goes back to where they put it, or stays."""
-    remove_own([aside], OWN)
+    disk.remove_own([aside], OWN)
     back = aside.with_name(aside.name.removeprefix(ASIDE))
     if aside.is_dir() and not aside.is_symlink() and not os.path.lexists(back):
         os.rename(aside, back)
-
-
-def _holds_own(folder: Path) -> bool:
-    """Whether a folder holds something of a checkpoint's, or nothing at all."""
-    names = os.listdir(folder)
-    return not names or any(re.fullmatch(OWN, name) for name in names)
 
 
 def _step_of(folder: Path) -> int:
@@ -446,8 +373,8 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return digest_of(file)
+    with os.fdopen(disk.open_regular(path), "rb") as file:
+        return disk.digest_of(file)
 
 
 def _mega(size: int) -> str:

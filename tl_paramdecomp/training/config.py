@@ -57,11 +57,8 @@ class RunConfig(Settings):
             raise SettingError("resume=True, but without run_dir there is no checkpoint; give the run_dir of the run.")
 
     def steps_of(self, method: Method[Any], data: Any) -> int:
-        """Steps to take: none where there is nothing to train, however many are given.
-
-        Raises:
-            SettingError, DataError: The method trains, and steps or data are missing.
-        """
+        """Steps to take: none where there is nothing to train, however many are given; SettingError or DataError where the
+        method trains, and steps or data are missing."""
         name, hint = type(method).__name__, method.without_steps
         if not method.trains:
             return 0

@@ -61,11 +61,7 @@ def own_device(name: str) -> str:
 
 @contextlib.contextmanager
 def answering(processes: ProcessGroup, where: Callable[[], str]) -> Iterator[None]:
-    """Turns what torch says of a process that is gone into an error that names it as such.
-
-    Raises:
-        PeerLostError: Another process died, or did not answer in time.
-    """
+    """Turns what torch says of a process that died, or did not answer in time, into PeerLostError."""
     try:
         yield
     except RuntimeError as error:
@@ -124,11 +120,8 @@ class _Touch(torch.autograd.Function):
 
 
 def shard(decomposition: Saved, processes: ProcessGroup, device: torch.device) -> None:
-    """Keep a decomposition's parameters in shards, one of each on every process.
-
-    Raises:
-        SettingError: It cannot be kept so: subnetworks, tied sites, sites on several devices, or one process alone.
-    """
+    """Keep a decomposition's parameters in shards, one of each on every process; SettingError where it cannot be kept so:
+    subnetworks, tied sites, sites on several devices, or one process alone."""
     parts = decomposition.sharded_parts()
     if len({p.device for p in decomposition.parameters()}) > 1:
         raise SettingError(
@@ -171,11 +164,7 @@ def like(kept: Tensor, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put whole tensors into a module whose parameters may be kept in shards.
-
-    Raises:
-        RuntimeError: They are not those of the module.
-    """
+    """Put whole tensors into a module whose parameters may be kept in shards; RuntimeError where they are not those of it."""
     kept = module.state_dict()
     if not any(is_shard(t) for t in kept.values()):
         module.load_state_dict(tensors)
@@ -191,8 +180,7 @@ def brought_together(decomposition: Any) -> Any:
     kept = decomposition.state_dict()
     if not any(is_shard(t) for t in kept.values()):
         return decomposition
-    tensors = {name: whole(t).cpu() for name, t in kept.items()}
-    return decomposition.with_tensors(tensors)
+    return decomposition.with_tensors({name: whole(t).cpu() for name, t in kept.items()})
 
 
 @torch.no_grad()

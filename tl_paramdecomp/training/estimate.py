@@ -5,17 +5,19 @@
 2. Otherwise the run is really begun (`trial`): its start, then a few steps with two and three rows (times the smallest number
    that the method takes), optimiser and all.
 3. Memory and time are continued to the batch's rows. What is live after each operation of a step is affine in the rows, so that
-   the peak is found even where it is another operation's with more rows (`memory.LiveBytes`); what the process holds beside
+   the peak is found even where it is another operation's with more rows (`trial.LiveBytes`); what the process holds beside
    tensors is what it held in the trial.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
-from tl_paramdecomp.adapters import ModelAdapter, adapt
-from tl_paramdecomp.analysis.records import Record, Row, plain_table
+from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.analysis.records import Record, Row, form, plain_table
 from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import Method
@@ -27,71 +29,23 @@ from tl_paramdecomp.training.trial import Trial, available, held, outline, peak_
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-class RunRow(TypedDict):
-    """What is run."""
-
-    method: str
-    importance: str | None
-    steps: int
-    rows: int
-    shape: list[int]
-    device: str
-
-
-class SiteRow(TypedDict):
-    """One site, or norm."""
-
-    site: str
-    d_in: int | None
-    d_out: int | None
-    components: int
-    parameters: int
-
-
-class CountRow(TypedDict):
-    """How many of each."""
-
-    components: int
-    parameters: int
-    importance: int
-    trained: int
-    optimiser: int
-
-
-class MemoryRow(TypedDict):
-    """Bytes."""
-
-    process: int
-    model: int
-    components: int
-    importance: int
-    gradients: int
-    optimiser: int
-    copy: int
-    step: int | None
-    row: int | None
-    start: int | None
-    peak: int | None
-    in_use: int
-    available: int | None
-
-
-class SecondsRow(TypedDict):
-    """Seconds."""
-
-    start: float | None
-    step: float | None
-    run: float | None
-
-
-class DiskRow(TypedDict):
-    """Bytes, and how many checkpoints."""
-
-    checkpoint: int
-    kept: int
-    result: int
-    total: int
+HELD = {
+    "process": "process: libraries, rows, and what is loaded",
+    "model": "target model",
+    "components": "components",
+    "importance": "importance function",
+    "gradients": "gradients",
+    "optimiser": "Adam's two averages",
+    "copy": "copy to take a step back to",
+}
+"""What is held throughout, in words."""
+MOMENTS = ("step", "row", "start", "peak", "available")
+RunRow = form("RunRow", method=str, importance=str | None, steps=int, rows=int, shape=list[int], device=str)
+SiteRow = form("SiteRow", site=str, d_in=int | None, d_out=int | None, components=int, parameters=int)
+CountRow = form("CountRow", components=int, parameters=int, importance=int, trained=int, optimiser=int)
+MemoryRow = form("MemoryRow", in_use=int, **dict.fromkeys(HELD, int), **dict.fromkeys(MOMENTS, int | None))
+SecondsRow = form("SecondsRow", start=float | None, step=float | None, run=float | None)
+DiskRow = form("DiskRow", checkpoint=int, kept=int, result=int, total=int)
 
 
 @dataclass(frozen=True)
@@ -161,19 +115,9 @@ def estimate_run(
     process; `tl-paramdecomp decompose ... --dry-run` has one of its own.
 
     Args:
-        model: The target, on any host.
-        sites: Which weights.
-        method: The method.
-        data: As for `decompose`; its first batch is read.
-        steps: Optimiser steps.
-        batch_size: Rows per step.
-        seed: Of the run.
-        background: As for `decompose`.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many are kept.
-        keep_best: Whether the best is kept as well.
-        on_nonfinite: As for `decompose`.
-        accumulate: Micro-batches of a step.
+        model, sites, method, data, steps, batch_size, seed, background, checkpoint_every, keep_checkpoints, on_nonfinite,
+            accumulate: As for `decompose`; the first batch of the data is read.
+        keep_best: Whether the best checkpoint is kept as well.
         trial: Begin the run to measure; False: count only.
 
     Raises:
@@ -195,82 +139,83 @@ def estimate_run(
     for used in (source, other):
         if used is not None:
             used.check()
-    now = _Now.of(adapter)
-    devices = [adapter.device] if adapter.device.type == "cuda" else []
+    in_use, cuda = held(adapter.device), adapter.device.type == "cuda"
+    size = size_of([*adapter.root.parameters(), *adapter.root.buffers()])
+    now = _Now(in_use, in_use if cuda else peak_resident(), size, available(adapter.device))
+    devices = [adapter.device] if cuda else []
     with frozen(adapter), torch.random.fork_rng(devices):
         made = outline(adapter, chosen, method)
-        refused = None if made is None else _too_large(_throughout(made, method, steps, on_nonfinite), now)
-        taken = Trial(adapter, chosen, method, source, other, steps, seed, accumulate, on_nonfinite)
+        refused = None if made is None else _too_large(_kept(made, method, steps, on_nonfinite), now.available)
+        taken = Trial(adapter, chosen, method, source, other, config, steps)
         if trial and refused is None:
             made = taken.run().made
-        if made is None:
-            raise SettingError(
-                f"What {type(method).__name__} starts from here depends on the weights; leave trial=True to count it."
-            )
-        held_throughout = _throughout(made, method, steps, on_nonfinite)
-    kept = _checkpoints(steps, checkpoint_every, keep_checkpoints, keep_best)
+    if made is None:
+        raise SettingError(
+            f"What {type(method).__name__} starts from here depends on the weights; leave trial=True to count it."
+        )
+    kept, function = _kept(made, method, steps, on_nonfinite), getattr(made, "importance", None)
+    parameters, importance, trained = _sums(made, method, steps, Tensor.numel)
+    result = kept["components"] + kept["importance"]
+    checkpoint = result + kept["optimiser"] + taken.remembered(taken.rows)
+    step = None if taken.few is None else taken.step_seconds(taken.rows)
+    stay = min(keep_checkpoints + keep_best, -(-steps // checkpoint_every))
     return Estimate(
-        run=_run(method, made, adapter, steps, batch_size, taken),
+        run={
+            "method": type(method).__name__, "importance": None if function is None else function.config.kind,
+            "steps": steps, "rows": taken.rows or batch_size, "shape": list(taken.shape), "device": str(adapter.device),
+        },
         sites=_rows_of_sites(made),
-        counts=_counts(made, method, steps),
-        memory=_memory_of(held_throughout, now, taken),
-        seconds=_seconds(taken),
-        disk=_disk(made, held_throughout, taken, kept),
+        counts={
+            "components": sum(made.n_components.values()) if hasattr(made, "n_components") else made.n_subnetworks,
+            "parameters": parameters, "importance": importance, "trained": trained, "optimiser": 2 * trained,
+        },
+        memory=_memory_of(kept, now, taken),
+        seconds=dict.fromkeys(("start", "step", "run")) if taken.made is None else {
+            "start": taken.start_seconds, "step": step, "run": taken.start_seconds + steps * (step or 0.0),
+        },
+        disk={"checkpoint": checkpoint, "kept": stay, "result": result, "total": stay * checkpoint + result},
         refused=refused,
-    )
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Now:
-    """What is held before a trial."""
+class _Now(NamedTuple):
+    """What is held before a trial, in bytes."""
 
     in_use: int
     peak: int
     model: int
     available: int | None
 
-    @classmethod
-    def of(cls, adapter: ModelAdapter) -> "_Now":
-        tensors = [*adapter.root.parameters(), *adapter.root.buffers()]
-        in_use = held(adapter.device)
-        peak = in_use if adapter.device.type == "cuda" else peak_resident()
-        return cls(in_use, peak, size_of(tensors), available(adapter.device))
+
+def _sums(made: Any, method: Method[Any], steps: int, of: Callable[[Tensor], int]) -> tuple[int, int, int]:
+    """Numbers or bytes of components, of the importance function, and of all that is trained; also on the meta device, where
+    storages cannot be told apart."""
+    network, groups = getattr(made, "importance", None), method.parameter_groups(made) if steps else []
+    every, importance, trained = (
+        sum(map(of, {id(p): p for p in some}.values()))
+        for some in (
+            made.parameters(), () if network is None else network.parameters(), (p for g in groups for p in g.parameters),
+        )
+    )  # fmt: skip
+    return every - importance, importance, trained
 
 
-def _trained(made: Any, method: Method[Any], steps: int) -> list[torch.Tensor]:
-    return [p for group in method.parameter_groups(made) for p in group.parameters] if steps else []
-
-
-def _importance(made: Any) -> list[torch.Tensor]:
-    network = getattr(made, "importance", None)
-    return [] if network is None else list(network.parameters())
-
-
-def _bytes_of(tensors: list[torch.Tensor]) -> int:
-    """Also of tensors on the meta device, whose storages cannot be told apart."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
-
-
-def _throughout(made: Any, method: Method[Any], steps: int, on_nonfinite: OnNonfinite) -> Row:
+def _kept(made: Any, method: Method[Any], steps: int, on_nonfinite: OnNonfinite) -> Row:
     """Bytes held throughout, besides the process and the model."""
-    trained, importance = _bytes_of(_trained(made, method, steps)), _bytes_of(_importance(made))
-    every = _bytes_of(list(made.parameters()))
+    components, importance, trained = _sums(made, method, steps, lambda t: t.numel() * t.element_size())
+    copy = components + importance + 2 * trained if on_nonfinite == "skip" and steps else 0
     return {
-        "components": every - importance,
-        "importance": importance,
-        "gradients": trained,
-        "optimiser": 2 * trained,
-        "copy": every + 2 * trained if on_nonfinite == "skip" and steps else 0,
-    }
+        "components": components, "importance": importance, "gradients": trained, "optimiser": 2 * trained, "copy": copy,
+    }  # fmt: skip
 
 
-def _too_large(throughout: Row, now: _Now) -> str | None:
-    needed = sum(throughout.values())
-    if now.available is None or needed <= now.available:
+def _too_large(kept: Row, left: int | None) -> str | None:
+    needed = sum(kept.values())
+    if left is None or needed <= left:
         return None
     return (
-        f"No trial: {in_bytes(needed)} are held throughout, and {in_bytes(now.available)} are free. Take fewer sites or "
-        "components, or a machine with more memory."
+        f"No trial: {in_bytes(needed)} are held throughout, and {in_bytes(left)} are free. Take fewer sites or components, or "
+        "a machine with more memory."
     )
 
 
@@ -289,61 +234,17 @@ def _rows_of_sites(made: Any) -> list[Row]:
     return rows
 
 
-def _counts(made: Any, method: Method[Any], steps: int) -> Row:
-    importance, trained = (sum(p.numel() for p in some) for some in (_importance(made), _trained(made, method, steps)))
-    every = sum(p.numel() for p in made.parameters())
-    components = sum(made.n_components.values()) if hasattr(made, "n_components") else made.n_subnetworks
-    return {
-        "components": components,
-        "parameters": every - importance,
-        "importance": importance,
-        "trained": trained,
-        "optimiser": 2 * trained,
-    }
-
-
-def _run(method: Method[Any], made: Any, adapter: ModelAdapter, steps: int, batch_size: int, taken: Trial) -> Row:
-    function = getattr(made, "importance", None)
-    return {
-        "method": type(method).__name__,
-        "importance": None if function is None else function.config.kind,
-        "steps": steps,
-        "rows": taken.rows or batch_size,
-        "shape": list(taken.shape),
-        "device": str(adapter.device),
-    }
-
-
-def _memory_of(throughout: Row, now: _Now, taken: Trial) -> Row:
-    fixed = {"process": max(0, now.in_use - now.model), "model": now.model, **throughout}
-    start = step = peak = None
-    if taken.made is not None:
-        start = max(now.peak, taken.start_peak)
-        step = taken.step_peak(taken.rows) if taken.few is not None else None
-        peak = max(start, step or 0)
-    added = None if step is None else max(0, step - sum(fixed.values()))
-    row = None if step is None or taken.rows < 2 else step - taken.step_peak(taken.rows - 1)
-    return {
-        **fixed, "step": added, "row": row, "start": start, "peak": peak, "in_use": now.in_use, "available": now.available,
-    }  # fmt: skip
-
-
-def _seconds(taken: Trial) -> Row:
+def _memory_of(kept: Row, now: _Now, taken: Trial) -> Row:
+    fixed = {"process": max(0, now.in_use - now.model), "model": now.model, **kept}
+    found: Row = {**fixed, **dict.fromkeys(MOMENTS), "in_use": now.in_use, "available": now.available}
     if taken.made is None:
-        return {"start": None, "step": None, "run": None}
-    step = None if taken.few is None else taken.step_seconds(taken.rows)
-    return {"start": taken.start_seconds, "step": step, "run": taken.start_seconds + taken.steps * (step or 0.0)}
-
-
-def _checkpoints(steps: int, every: int, keep: int, best: bool) -> int:
-    """Checkpoints that stay on the disk."""
-    return min(keep + best, -(-steps // every))
-
-
-def _disk(made: Any, throughout: Row, taken: Trial, kept: int) -> Row:
-    result = throughout["components"] + throughout["importance"]
-    checkpoint = result + throughout["optimiser"] + taken.remembered(taken.rows)
-    return {"checkpoint": checkpoint, "kept": kept, "result": result, "total": kept * checkpoint + result}
+        return found
+    found["start"] = found["peak"] = max(now.peak, taken.start_peak)
+    if taken.few is not None:
+        step = taken.step_peak(taken.rows)
+        found |= {"step": max(0, step - sum(fixed.values())), "peak": max(found["start"], step)}
+        found["row"] = None if taken.rows < 2 else step - taken.step_peak(taken.rows - 1)
+    return found
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -354,10 +255,11 @@ def _sites(found: Estimate) -> "Table":
         table.add_row(row["site"], *(_number(row[key]) for key in ("d_in", "d_out", "components", "parameters")))
     table.add_section()
     table.add_row("all", "", "", _number(counts["components"]), _number(counts["parameters"]))
+    words = {"trained": "trained", "optimiser": "numbers the optimiser keeps"}
     if run["importance"] is not None:
-        table.add_row(f"importance function ({run['importance']})", "", "", "", _number(counts["importance"]))
-    table.add_row("trained", "", "", "", _number(counts["trained"]))
-    table.add_row("numbers the optimiser keeps", "", "", "", _number(counts["optimiser"]))
+        words = {"importance": f"importance function ({run['importance']})", **words}
+    for key, text in words.items():
+        table.add_row(text, "", "", "", _number(counts[key]))
     return table
 
 
@@ -365,20 +267,11 @@ def _memory(found: Estimate) -> "Table":
     memory, run = found.memory, found.run
     kind = "resident memory" if run["device"] == "cpu" else f"allocated on {run['device']}"
     table = plain_table(f"Memory ({kind})", "what", "bytes")
-    words = {
-        "process": "process: libraries, rows, and what is loaded",
-        "model": "target model",
-        "components": "components",
-        "importance": "importance function",
-        "gradients": "gradients",
-        "optimiser": "Adam's two averages",
-        "copy": "copy to take a step back to",
-    }
-    for key, text in words.items():
+    for key, text in HELD.items():
         if memory[key] or key != "copy":
             table.add_row(text, in_bytes(memory[key]))
     table.add_section()
-    table.add_row("held throughout", in_bytes(sum(memory[key] for key in words)))
+    table.add_row("held throughout", in_bytes(sum(memory[key] for key in HELD)))
     if memory["step"] is not None:
         rows = " x ".join(str(n) for n in [run["rows"], *run["shape"]])
         table.add_row(f"added by a step of {rows}", in_bytes(memory["step"]))

@@ -121,9 +121,7 @@ def decompose(
     chosen = adapter.select(sites)
     for name in chosen:
         if not bool(adapter.weight(name).isfinite().all()):
-            raise UnsupportedSiteError(
-                f"{name} has weights that are NaN or infinite; load the model again, or leave it out."
-            )
+            raise UnsupportedSiteError(f"{name} has weights that are NaN or infinite; load it again, or leave it out.")
     if steps:
         method.check(adapter)
     source, looked_at = (

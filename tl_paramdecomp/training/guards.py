@@ -49,11 +49,8 @@ class FiniteGuard:
             self._before = Snapshot(state)
 
     def after_step(self, report: LossReport, norms: Mapping[str, Tensor], state: TrainingState, kept: str) -> bool:
-        """Whether the step stands; otherwise the state is as before it. `kept` tells of the last good checkpoint.
-
-        Raises:
-            DivergedError: Something is not finite, and steps are not taken back, or too many were, or it was so before.
-        """
+        """Whether the step stands; otherwise the state is as before it. `kept` tells of the last good checkpoint. DivergedError
+        where something is not finite, and steps are not taken back, or too many were, or it was so before."""
         before, self._before = self._before, None
         if not state.processes.any_of(not bool(finite(report, norms, state)))[0]:
             self.in_a_row = 0
@@ -106,9 +103,9 @@ class Snapshot:
         """Make the state what it was."""
         for name, tensor in state.decomposition.state_dict().items():
             tensor.copy_(self.decomposition[name])
-        for kept, before in ((state.optimiser.state, self.optimiser), (state.memory, self.memory)):
-            kept.clear()
-            kept.update(before)
+        state.optimiser.state.clear()
+        state.optimiser.state.update(self.optimiser)
+        state.memory = self.memory
 
 
 def _copies(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,9 +121,6 @@ class EvaluateEvery:
         if fit(steps, Whole, "steps") < 1:
             raise SettingError(f"EvaluateEvery needs at least one step between evaluations; given {steps}.")
         self.steps, self.data, self.protocol = steps, data, QUICK if protocol is None else protocol
-        self._model: Any = None
-        self._file: JsonLines | None = None
-        self._last = 0
 
     def begin(self, run: RunInfo) -> None:
         """Forget evaluations of steps that are done again.
@@ -136,9 +133,9 @@ class EvaluateEvery:
                 f"EvaluateEvery needs a decomposition with importances; {run.settings['method']['type']} makes none. "
                 "Leave it out, and evaluate the result."
             )
-        self._model, self._last, self._file = run.model, run.first, None
-        if run.run_dir is not None:
-            self._file = JsonLines(run.run_dir / EVALUATIONS)
+        self._model, self._last = run.model, run.first
+        self._file = None if run.run_dir is None else JsonLines(run.run_dir / EVALUATIONS)
+        if self._file is not None:
             self._file.cut(run.first)
 
     def __call__(self, info: StepInfo) -> None:
@@ -146,20 +143,15 @@ class EvaluateEvery:
             return
         self._last = info.step
         found = evaluate(self._model, info.decomposition, self.data, protocol=self.protocol, progress=False)
-        figures = figures_of(found)
-        info.figures.update(figures)
+        info.figures.update(figures := figures_of(found))
         if self._file is not None:
             self._file.write({"step": info.step, **figures, "evaluation": asdict(found)})
 
 
 def figures_of(found: Evaluation) -> dict[str, float]:
     """An evaluation in a few numbers: its headline, and KL with all components whole and under stochastic masks."""
-    figures = {
-        **found.headline,
-        "unmasked": found.distance("unmasked"),
-        "stochastic": found.distance("stochastic", "masked"),
-    }
-    return {f"evaluation_{name}": value for name, value in figures.items()}
+    distances = {"unmasked": found.distance("unmasked"), "stochastic": found.distance("stochastic", "masked")}
+    return {f"evaluation_{name}": value for name, value in {**found.headline, **distances}.items()}
 
 
 def _run_id(run: RunInfo) -> str:

@@ -65,16 +65,13 @@ class Run:
         config, processes, device = self.config, self.processes, self.adapter.device
         if config.shard:
             shard_over(made, processes, device)
-        divided = processes.world * config.accumulate > 1
-        numbers = RandomNumbers(
-            config.seed, device, processes.rank, divided or config.random_numbers == "global", config.random_numbers
-        )
+        apart = processes.world * config.accumulate > 1 or config.random_numbers == "global"
+        numbers = RandomNumbers(config.seed, device, processes.rank, apart, config.random_numbers)
         self.state = start_state(self.method, made, numbers, source, background, processes, config.accumulate)
         counts = made.n_components if getattr(made, "importance", None) is not None else None
         self.finite = FiniteGuard(config.on_nonfinite, config.max_skips)
-        self.watch = CollapseWatch(
-            self.state.groups, counts and sum(counts.values()), self.settings["method"], self.steps
-        )
+        components = counts and sum(counts.values())
+        self.watch = CollapseWatch(self.state.groups, components, self.settings["method"], self.steps)
         if begun is not None:
             restore(begun, self.state)
             self.finite.restore(begun.values["guards"])
@@ -93,6 +90,8 @@ class Run:
             try:
                 while state.done < self.steps and not stopped:
                     figures = self.step(begun)
+                    if figures is None:
+                        self.note_skip()
                     bar.update()
                     stopped = self.log(figures, bar, interrupts)
                     if self.due(self.config.checkpoint_every):
@@ -125,12 +124,13 @@ class Run:
         stands = self.finite.after_step(report, norms, state, self.told_last())
         state.done, state.settled = done + 1, True
         if not stands:
-            self.note_skip()
             return None
         if not self.due(config.log_every) and not (config.keep_best and self.due(config.checkpoint_every)):
             return {}
-        skipped = {"skipped": float(self.finite.skipped)} if config.on_nonfinite == "skip" else {}
-        return {**figures_of(report, norms, state), **skipped, "seconds": watch.now() - begun}
+        figures = figures_of(report, norms, state)
+        if config.on_nonfinite == "skip":
+            figures["skipped"] = float(self.finite.skipped)
+        return {**figures, "seconds": watch.now() - begun}
 
     def due(self, every: int) -> bool:
         """Whether it is time for what is done every so many steps, and after the last."""

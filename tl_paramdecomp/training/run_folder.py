@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from tl_paramdecomp.components.disk import failure, open_regular, read_json, replace_text
 from tl_paramdecomp.components.files import refuse_other_things
@@ -38,13 +38,9 @@ class RunFolder:
     """A run's directory, while this process alone writes to it; only a checkpoint of the same `settings` is gone on with."""
 
     def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        keep_checkpoints: int = 2,
-        keep_best: str | None = None,
+        self, path: Path, settings: Mapping[str, Any], keep_checkpoints: int = 2, keep_best: str | None = None,
         writes: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.path, self.writes = path, writes
         self.settings = json.loads(json.dumps(settings))
         self.log = JsonLines(path / LOG)
@@ -52,23 +48,18 @@ class RunFolder:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["RunFolder"]:
-        """Hold the directory.
-
-        Raises:
-            RunInUseError: Another process has it.
-            DecompositionFileError: It cannot be made or written to, or holds another's files, or links, where the run's belong.
-        """
-        if not self.writes:
-            yield self
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DecompositionFileError(
-                f"The run's folder {self.path} cannot be made ({error}); choose another run_dir."
-            ) from error
-        with held(self.path / LOCK):
-            self._check_places()
+        """Hold the directory; RunInUseError where another process has it, DecompositionFileError where it cannot be made or
+        written to, or holds another's files, or links, where the run's belong."""
+        with contextlib.ExitStack() as stack:
+            if self.writes:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise DecompositionFileError(
+                        f"The run's folder {self.path} cannot be made ({error}); choose another run_dir."
+                    ) from error
+                stack.enter_context(held(self.path / LOCK))
+                self._check_places()
             yield self
 
     def _check_places(self) -> None:
@@ -84,38 +75,30 @@ class RunFolder:
         refuse_other_things(self.path / RESULT)
         if os.path.lexists(self.path / SETTINGS):
             read_json(self.path / SETTINGS, "settings", "versions", "target")
-        self.log.check()
-        self.checkpoints.check()
+        self.log.content()
+        self.checkpoints.known_best()
 
     def begin(self, resume: Literal["auto"] | bool) -> Checkpoint | None:
         """The checkpoint to go on from, the log cut to its step; None where the run begins anew.
 
-        Raises:
-            SettingError: The newest checkpoint is of other settings, or `resume` is True and there is none.
-            DecompositionFileError: There are checkpoints, and every one is broken; or the folder cannot be written to.
+        SettingError where the newest is of other settings, or `resume` is True and there is none; DecompositionFileError where
+        every one is broken, or the folder cannot be written to.
         """
         found = self.checkpoints.newest() if resume else None
-        if found is None:
-            if resume is True:
-                raise SettingError(
-                    f"resume=True, but {self.path} holds no checkpoint; use resume='auto' to begin anew."
-                )
+        if found is None and resume is True:
+            raise SettingError(f"resume=True, but {self.path} holds no checkpoint; use resume='auto' to begin anew.")
+        known = self.settings if found is None else found.values["settings"]
+        differing = [key for key, value in self.settings.items() if known.get(key) != value]
+        if differing:
+            raise SettingError(
+                f"{self.path} holds a checkpoint of a run with other {', '.join(differing)}; choose another run_dir, or pass "
+                "resume=False to begin anew there."
+            )
+        if self.writes:
             try:
-                if self.writes:
-                    self.checkpoints.set_aside()
+                self.checkpoints.set_aside() if found is None else self.checkpoints.clear()
             except OSError as error:
                 raise DecompositionFileError(f"{self.path} cannot be written to ({error}).") from error
-        else:
-            known = found.values.get("settings", {})
-            differing = [key for key, value in self.settings.items() if known.get(key) != value]
-            if differing:
-                raise SettingError(
-                    f"{self.path} holds a checkpoint of a run with other {', '.join(differing)}; choose another run_dir, or "
-                    "pass resume=False to begin anew there."
-                )
-        if self.writes:
-            if found is not None:
-                self.checkpoints.clear()
             self.log.cut(0 if found is None else found.step)
         return found
 
@@ -131,20 +114,13 @@ class RunFolder:
 
     # --- the result -------------------------------------------------------------------------------------------------
     def save_result(self, decomposition: Any) -> Path:
-        """Write the decomposition, whole or not at all; one of before stays until it is complete.
-
-        Raises:
-            DecompositionFileError: It cannot be written.
-            DiskSpaceError: There is no room.
-        """
+        """Write the decomposition, whole or not at all; one of before stays until it is complete; DecompositionFileError or
+        DiskSpaceError where it cannot be written."""
         try:
             return decomposition.save(self.path / RESULT)
         except DecompositionFileError as error:
-            raise failure(
-                f"Could not write the result into {self.path}",
-                error,
-                f"{self.checkpoints.told_last()} Free some space or mend the folder, and the same call writes it.",
-            ) from error
+            advice = f"{self.checkpoints.told_last()} Free some space or mend the folder, and the same call writes it."
+            raise failure(f"Could not write the result into {self.path}", error, advice) from error
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -152,30 +128,20 @@ class RunFolder:
 def held(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however it ends; the file says who holds it, and stays.
 
-    Raises:
-        RunInUseError: Another process holds the lock, or another call of this one.
-        DecompositionFileError: The file cannot be made, is a link or no regular file, or is another's.
+    RunInUseError where another process holds it, or another call of this one; DecompositionFileError where the file cannot be
+    made, is a link or no regular file, or is another's.
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
-        _check_lock(path)
-        _take(lock, path)
+        with os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "rb") as file:
+            content = file.read(LARGEST_LOCK + 1)
+        # it will be emptied, and must be nobody else's; zeros are what a power cut may leave
+        if len(content) > LARGEST_LOCK or not (content.strip(b"\0") == b"" or HELD.startswith(content[: len(HELD)])):
+            raise OSError(f"{path} is no lock of a run, and holds something else; move it away")
     except OSError as error:
-        if isinstance(error, RunInUseError):
-            raise
         raise DecompositionFileError(
             f"{path.parent} cannot be written to ({error}); choose another run_dir."
         ) from error
-    try:
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        _say_who(path, json.dumps(holder) + "\n")
-        yield
-    finally:
-        _say_who(path, "")
-        lock.release()
-
-
-def _take(lock: BaseFileLock, path: Path) -> None:
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -184,17 +150,15 @@ def _take(lock: BaseFileLock, path: Path) -> None:
         ) from None
     except OSError as error:
         warnings.warn(
-            f"The file system of {path} has no locks ({error}); see that no two runs write there.", stacklevel=4
+            f"The file system of {path} has no locks ({error}); see that no two runs write there.", stacklevel=3
         )
-
-
-def _check_lock(path: Path) -> None:
-    """See that the file is nobody else's, as it will be emptied."""
-    with os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "rb") as file:
-        content = file.read(LARGEST_LOCK + 1)
-    # zeros are what a power cut may leave
-    if len(content) > LARGEST_LOCK or not (content.strip(b"\0") == b"" or HELD.startswith(content[: len(HELD)])):
-        raise OSError(f"{path} is no lock of a run, and holds something else; move it away")
+    try:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        _say_who(path, json.dumps(holder) + "\n")
+        yield
+    finally:
+        _say_who(path, "")
+        lock.release()
 
 
 def _say_who(path: Path, holder: str) -> None:

@@ -45,6 +45,11 @@ class TrainingState:
         """Where the parameters are."""
         return next(self.decomposition.parameters()).device
 
+    @property
+    def division(self) -> dict[str, int]:
+        """Among how many a batch is divided: processes, and micro-batches of each."""
+        return {"processes": self.processes.world, "accumulate": self.accumulate}
+
     def optimiser_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state as `{number of the parameter}.{name}`; what is kept in shards is brought together."""
         state = self.optimiser.state_dict()["state"]
@@ -64,17 +69,14 @@ class TrainingState:
         memory = {
             key: torch.cat(self.processes.every(t)) if self.goes_over_rows(key) else t for key, t in self.memory.items()
         }
+        places = {
+            "data": self.source.state(),
+            "background": None if self.background is None else self.background.state(),
+        }
         return SavedState(
-            self.done,
-            self.device,
-            brought_together(self.decomposition),
-            self.optimiser_tensors(),
-            memory,
-            random_tensors(self.numbers, self.processes),
-            {"data": self.source.state(), "background": None if self.background is None else self.background.state()},
-            {"processes": self.processes.world, "accumulate": self.accumulate},
-            [group.parameters for group in self.groups],
-        )
+            self.done, self.device, brought_together(self.decomposition), self.optimiser_tensors(), memory,
+            random_tensors(self.numbers, self.processes), places, self.division, [g.parameters for g in self.groups],
+        )  # fmt: skip
 
 
 class SavedState(NamedTuple):
@@ -107,17 +109,12 @@ def start_state(
     groups = method.parameter_groups(decomposition)
     for parameter in (p for group in groups for p in group.parameters):
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(
-        [{"params": g.parameters, "lr": g.lr} for g in groups], weight_decay=0.0, fused=_can_fuse(groups)
-    )
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g.parameters)
+    optimiser = torch.optim.AdamW([{"params": g.parameters, "lr": g.lr} for g in groups], weight_decay=0.0, fused=fused)
     return TrainingState(
         decomposition, groups, optimiser, numbers, source, background,
         processes=processes, accumulate=accumulate, goes_over_rows=method.goes_over_rows,
     )  # fmt: skip
-
-
-def _can_fuse(groups: Sequence[ParameterGroup]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g.parameters)
 
 
 def optimise(groups: Sequence[ParameterGroup], optimiser: torch.optim.Optimizer, factor: float) -> dict[str, Tensor]:
@@ -138,15 +135,10 @@ def optimise(groups: Sequence[ParameterGroup], optimiser: torch.optim.Optimizer,
 
 def figures_of(report: LossReport, norms: Mapping[str, Tensor], state: TrainingState) -> dict[str, float]:
     """What is worth logging of a step."""
-    named = {
-        "loss": report.total,
-        **report.terms,
-        **report.figures(),
-        **{f"grad_norm_{n}": v for n, v in norms.items()},
-    }
-    rates = {
-        f"lr_{g.name}": settings["lr"] for g, settings in zip(state.groups, state.optimiser.param_groups, strict=True)
-    }
+    norms = {f"grad_norm_{name}": norm for name, norm in norms.items()}
+    named = {"loss": report.total, **report.terms, **report.figures(), **norms}
+    groups = zip(state.groups, state.optimiser.param_groups, strict=True)
+    rates = {f"lr_{group.name}": settings["lr"] for group, settings in groups}
     return {name: float(value.detach()) for name, value in named.items()} | rates
 
 
@@ -175,10 +167,7 @@ def set_random(
     tensors: Mapping[str, Tensor], numbers: RandomNumbers, processes: ProcessGroup, step: int, as_before: bool = True
 ) -> None:
     """Put every source where `random_tensors` found it; the masks begin anew where batches are not divided as they were.
-
-    Raises:
-        KeyError, RuntimeError: Something is missing, or is of a device of another kind.
-    """
+    KeyError or RuntimeError where something is missing, or is of a device of another kind."""
     if as_before:
         own = f"masks.{processes.rank}."
         state = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}

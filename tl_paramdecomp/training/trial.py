@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +20,12 @@ from torch.utils._pytree import tree_iter
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.base import Captured
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.data.sources import BatchSource
-from tl_paramdecomp.methods.method import Method, TrainingStep
-from tl_paramdecomp.methods.random_streams import RandomNumbers
+from tl_paramdecomp.data.sources import BatchSource, MadeSource
+from tl_paramdecomp.methods.method import Method
+from tl_paramdecomp.parallel import ALONE
 from tl_paramdecomp.sites import Fingerprint, WeightSite
-from tl_paramdecomp.training.config import OnNonfinite
-from tl_paramdecomp.training.guards import FiniteGuard
-from tl_paramdecomp.training.state import TrainingState, figures_of, optimise, start_state
+from tl_paramdecomp.training.config import RunConfig
+from tl_paramdecomp.training.loop import Run
 
 META = torch.device("meta")
 TURNS = 3
@@ -72,12 +71,9 @@ class _Outline:
         return Fingerprint((0, 0), "float32", 0.0, 0.0, (), (0.0, 0.0))
 
     def capture(self, tokens: Tensor, names: list[str], *rest: Any, **changes: Any) -> Captured:
-        sites = {name: self.real.site(name) for name in names}
-        indices = torch.empty(1, 1, dtype=torch.int64, device=META)
-        inputs = {
-            name: indices if s.kind == "embedding" else torch.empty(1, 1, s.d_in, device=META)
-            for name, s in sites.items()
-        }
+        indices, inputs = torch.empty(1, 1, dtype=torch.int64, device=META), {}
+        for site in map(self.real.site, names):
+            inputs[site.name] = indices if site.kind == "embedding" else torch.empty(1, 1, site.d_in, device=META)
         return Captured(torch.empty(1, 1, 1, device=META), inputs)
 
 
@@ -93,7 +89,7 @@ class Steps(NamedTuple):
     """What steps with so many rows took."""
 
     rows: int
-    live: list[int]
+    live: Sequence[int]
     """Bytes of the tensors that a step had made, after each of its operations."""
     peak: int
     """The most that the device held in a step."""
@@ -111,12 +107,9 @@ class Trial:
     method: Method[Any]
     source: BatchSource | None
     background: BatchSource | None
+    config: RunConfig
     steps: int
     """Of the whole run; 0: its start is all there is."""
-    seed: int
-    accumulate: int = 1
-    """Micro-batches of a step."""
-    on_nonfinite: OnNonfinite = "stop"
     made: Any = None
     start_seconds: float = 0.0
     start_peak: int = 0
@@ -131,10 +124,10 @@ class Trial:
 
     def run(self) -> "Trial":
         """Take the start and the steps. The target must be frozen."""
-        device, peak, begun, phases = self.adapter.device, Peak(self.adapter.device), time.perf_counter(), _Phases()
-        first = None if self.source is None else self.source.batch(0)
-        batches = None if self.source is None or first is None else _kept(self.source, first)
-        generator = torch.Generator().manual_seed(self.seed)
+        source, peak, begun, phases = self.source, Peak(self.adapter.device), time.perf_counter(), _Phases()
+        first = None if source is None else source.batch(0)
+        batches = None if source is None or first is None else lambda i: source.batch(i) if i else first
+        generator = torch.Generator().manual_seed(self.config.seed)
         self.made = self.method.initialise(self.adapter, self.sites, generator, phases, batches)
         self.made.requires_grad_(False)
         self.start_seconds, self.start_peak = time.perf_counter() - begun + phases.left, peak.bytes()
@@ -142,11 +135,11 @@ class Trial:
             return self
         self._batches = first, None if self.background is None else self.background.batch(0)
         self.rows, self.shape = len(first.tokens), tuple(first.tokens.shape[1:])
-        unit = unit_of(self.method) * self.accumulate
+        unit = unit_of(self.method) * self.config.accumulate
         rows = [n * unit for n in FEW] if self.rows > FEW[1] * unit else [self.rows]
         with torch.enable_grad():
-            self.few, self.more = (self._take(n, device) for n in (rows[0], rows[-1]))
-            self.timed = self._timed_with_more(unit, device)
+            self.few, self.more = (self._take(n) for n in (rows[0], rows[-1]))
+            self.timed = self._timed_with_more(self.more, unit)
         return self
 
     def step_peak(self, rows: int) -> int:
@@ -165,71 +158,47 @@ class Trial:
         """Time of a step of so many rows."""
         assert self.few is not None and self.timed is not None
         few, more = self.few, self.timed
-        if more.rows in (rows, few.rows):
-            return more.seconds
-        slope = max(0.0, more.seconds - few.seconds) / (more.rows - few.rows)
+        slope = max(0.0, more.seconds - few.seconds) / max(1, more.rows - few.rows)
         return more.seconds + (rows - more.rows) * slope
 
     def remembered(self, rows: int) -> int:
         """Bytes of what the method keeps between steps of so many rows."""
         if self.few is None or self.more is None:
             return 0
-        if self.few.rows == self.more.rows:
-            return self.more.remembered
-        both = self.few.rows, self.more.rows
-        return continued([self.few.remembered], [self.more.remembered], both, rows)
+        return continued([self.few.remembered], [self.more.remembered], (self.few.rows, self.more.rows), rows)
 
-    def _timed_with_more(self, unit: int, device: torch.device) -> Steps:
+    def _timed_with_more(self, more: Steps, unit: int) -> Steps:
         """Steps of as many rows as time and memory allow, up to the whole batch."""
-        assert self.more is not None
-        more, left = self.more, available(device)
+        left = available(self.adapter.device)
         rows = min(self.rows, int(more.rows * AFFORDABLE / max(more.seconds, 1e-9)))
         while rows > more.rows and left is not None and self.step_peak(rows) - more.peak > 0.8 * left:
             rows //= 2
         rows -= rows % unit
-        return self._take(rows, device, traced=False) if rows > more.rows else more
+        return self._take(rows, traced=False) if rows > more.rows else more
 
-    def _take(self, rows: int, device: torch.device, traced: bool = True) -> Steps:
-        assert self.source is not None
-        numbers = RandomNumbers(self.seed, device, 0, self.accumulate > 1, "per_rank")
-        state = start_state(self.method, self.made, numbers, self.source, self.background, accumulate=self.accumulate)
+    def _take(self, rows: int, traced: bool = True) -> Steps:
+        """Steps as the loop takes them."""
+        device = self.adapter.device
+        few = [None if b is None else b.rows(slice(0, rows)) for b in self._batches]
+        source, background = (None if b is None else MadeSource(lambda _, b=b: b) for b in few)
+        assert source is not None
+        config = replace(self.config, log_every=1, max_skips=self.steps)
+        run = Run(self.adapter, self.method, {"method": {}}, config, self.steps, (), ALONE, None)
+        run.prepare(self.made, source, background, None)
         live, peak, seconds = [0], Peak(device), []
         for number in range(1 + traced + TIMED):
-            state.optimiser.zero_grad()
+            run.state.optimiser.zero_grad()
             if traced and number == 1 and device.type != "cuda":
                 with LiveBytes(device) as counted:
-                    self._step(state, rows, number)
+                    run.step(0.0)
                 live = counted.trace
                 continue
-            peak, begun = (Peak(device), time.perf_counter()) if number < 1 + traced else (peak, time.perf_counter())
-            self._step(state, rows, number)
+            peak, begun = peak if number > traced else Peak(device), time.perf_counter()
+            run.step(0.0)
             seconds.append(time.perf_counter() - begun)
-        state.optimiser.zero_grad()
+        run.state.optimiser.zero_grad()
         self.made.requires_grad_(False)
-        return Steps(rows, live, peak.bytes(), size_of(state.memory.values()), min(seconds[1:]))
-
-    def _step(self, state: TrainingState, rows: int, number: int) -> None:
-        """One step as the loop takes it."""
-        batch, other = (None if b is None else b.rows(slice(0, rows)) for b in self._batches)
-        assert batch is not None
-        guard = FiniteGuard(self.on_nonfinite, max_skips=self.steps)
-        guard.before_step(state)
-        state.optimiser.zero_grad()
-        now = TrainingStep(
-            self.adapter, self.made, batch, state.numbers, number / max(1, self.steps - 1), state.memory, other,
-            accumulate=self.accumulate, number=number,
-        )  # fmt: skip
-        report = self.method.gradients(now)
-        norms = optimise(state.groups, state.optimiser, self.method.learning_rate_factor(number, self.steps))
-        self.method.after_step(now)
-        guard.after_step(report, norms, state, "")
-        state.done = number + 1
-        figures_of(report, norms, state)
-
-
-def _kept(source: BatchSource, first: Batch) -> Callable[[int], Batch]:
-    """Batches by number, of which the first was read."""
-    return lambda i: first if i == 0 else source.batch(i)
+        return Steps(rows, live, peak.bytes(), size_of(run.state.memory.values()), min(seconds[1:]))
 
 
 class _Phases:
@@ -252,7 +221,7 @@ def unit_of(method: Method[Any]) -> int:
     return math.lcm(method.rows_together, *shared)
 
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, MEMINFO, CLEAR = Path("/proc/self/status"), Path("/proc/meminfo"), Path("/proc/self/clear_refs")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -265,7 +234,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.live, self.trace = device, 0, [0]
-        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
@@ -279,13 +248,12 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._seen[storage] = size
-        self.live += size
-        weakref.finalize(storage, self._gone, size)
+        self._seen.add(storage)
+        self._count(storage.nbytes())
+        weakref.finalize(storage, self._count, -storage.nbytes())
 
-    def _gone(self, size: int) -> None:
-        self.live -= size
+    def _count(self, size: int) -> None:
+        self.live += size
 
 
 def continued(few: Sequence[int], more: Sequence[int], rows: tuple[int, int], wanted: int) -> int:
@@ -293,7 +261,7 @@ def continued(few: Sequence[int], more: Sequence[int], rows: tuple[int, int], wa
 
     Where the two steps did not do the same operations, their largest values are continued instead.
     """
-    share = (wanted - rows[0]) / (rows[1] - rows[0])
+    share = (wanted - rows[0]) / max(1, rows[1] - rows[0])
     if len(few) != len(more):
         few, more = [max(few)], [max(more)]
     return max(round(a + share * (b - a)) for a, b in zip(few, more, strict=True))
@@ -319,12 +287,12 @@ class Peak:
 
 def held(device: torch.device) -> int:
     """Bytes in use now: allocated on a CUDA device, resident memory of this process for the CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS") or peak_resident()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _said(STATUS, "VmRSS") or peak_resident()
 
 
 def peak_resident() -> int:
     """The most resident memory that this process has had, since `Peak` was last made where that can be told."""
-    found = _status("VmHWM")
+    found = _said(STATUS, "VmHWM")
     if found is not None:
         return found
     import resource
@@ -337,8 +305,14 @@ def available(device: torch.device) -> int | None:
     """Bytes that can still be had; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [n for n in (_meminfo(), _cgroup_left()) if n is not None]
-    return min(found) if found else None
+    left, folder = _said(MEMINFO, "MemAvailable"), Path("/sys/fs/cgroup")
+    if left is None:
+        with contextlib.suppress(ValueError, OSError, AttributeError):
+            left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # what a container's limit leaves
+        limited = int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        return limited if left is None else min(left, limited)
+    return left
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -346,27 +320,10 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _status(key: str) -> int | None:
+def _said(path: Path, key: str) -> int | None:
+    """Bytes that a file of the kernel's says under a key."""
     with contextlib.suppress(OSError):
-        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith(f"{key}:"):
                 return 1024 * int(line.split()[1])
-    return None
-
-
-def _meminfo() -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def _cgroup_left() -> int | None:
-    """What a container's limit leaves."""
-    folder = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
     return None

@@ -33,9 +33,7 @@ class Shown:
 
     def steps(self, total: int, first: int) -> "tqdm[Any]":
         """The bar of the steps; use it as a context."""
-        return tqdm(
-            total=total, initial=first, desc="decompose", disable=self.hidden, unit="step", mininterval=0.5
-        )  # fmt: skip
+        return tqdm(total=total, initial=first, desc="decompose", disable=self.hidden, unit="step", mininterval=0.5)
 
 
 def say(text: str) -> None:
