@@ -61,8 +61,7 @@ class ProcessGroup:
         if self.world == 1:
             return tensors
         found: dict[str, Tensor] = {}
-        kinds = dict.fromkeys((t.dtype, t.device) for t in tensors.values())
-        for dtype, device in kinds:
+        for dtype, device in {(t.dtype, t.device): None for t in tensors.values()}:
             some = {name: t for name, t in tensors.items() if (t.dtype, t.device) == (dtype, device)}
             flat = torch.cat([t.reshape(-1) for t in some.values()]).to(self.device)
             dist.all_reduce(flat, group=self.group)
@@ -98,16 +97,11 @@ ALONE = ProcessGroup()
 
 
 def windows(rows: int, processes: ProcessGroup, accumulate: int, together: int = 1) -> list[Window]:
-    """Rows of this process's microbatches, of a batch of so many rows; those that belong together stay together.
-
-    Raises:
-        DataError: The batch cannot be divided evenly.
-    """
+    """Rows of this process's microbatches, of a batch of so many rows, else DataError; those that belong together stay so."""
     parts = processes.world * accumulate
     if rows % (parts * together):
         among = f"{processes.world} processes x " * (processes.world > 1) + f"{accumulate} micro-batches"
         pairs = f", {together} rows together" if together > 1 else ""
         raise DataError(f"A batch of {rows} rows cannot be divided among {among}{pairs}; choose another batch_size.")
-    each = rows // parts
-    first = processes.rank * accumulate * each
-    return [Window(first + i * each, each, rows) for i in range(accumulate)]
+    each, first = rows // parts, processes.rank * accumulate
+    return [Window(i * each, each, rows) for i in range(first, first + accumulate)]

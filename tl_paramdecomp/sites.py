@@ -181,15 +181,13 @@ class _NoMatch(NamedTuple):
 
 
 def _matching(sites: Mapping[str, AnySite], pattern: str | Iterable[str], nothing: _NoMatch) -> dict[str, AnySite]:
-    globs, chosen = [pattern] if isinstance(pattern, str) else list(pattern), set()
+    globs = [pattern] if isinstance(pattern, str) else list(pattern)
     if not globs:
         raise NoMatchingSiteError(f"An empty list of globs selects no {nothing.kind}. {_examples(sites)}")
     for glob in globs:
-        matched = {name for name, site in sites.items() if matches(glob, site)}
-        if not matched:
+        if not any(matches(glob, site) for site in sites.values()):
             raise nothing.error(glob)
-        chosen |= matched
-    return {name: site for name, site in sites.items() if name in chosen}
+    return {name: site for name, site in sites.items() if any(matches(glob, site) for glob in globs)}
 
 
 def _examples(sites: Mapping[str, Any]) -> str:
@@ -198,13 +196,9 @@ def _examples(sites: Mapping[str, Any]) -> str:
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 def check_rows(tokens: object, attention_mask: object = None) -> None:
-    """Refuse what cannot be a batch of token rows (or of other inputs, for a model that is no language model).
-
-    Raises:
-        DtypeError: Tokens or mask are no tensors, or the mask is not of whole numbers.
-        ShapeError: Token ids are not [batch, pos], or the mask has another shape.
-        DataError: They have no values to look at, or the mask holds something else than 0 and 1.
-    """
+    """Refuse what cannot be a batch of token rows (or of other inputs, for a model that is no language model): DtypeError where
+    they are no tensors or the mask is not of whole numbers, ShapeError, and DataError where there are no values to look at, or
+    the mask holds something else than 0 and 1."""
     if not isinstance(tokens, Tensor):
         raise DtypeError(f"Tokens must be a tensor [batch, pos]; given {type(tokens).__name__}. Tokenise text first.")
     check_dense(tokens, "The tensor of rows")

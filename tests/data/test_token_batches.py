@@ -85,6 +85,9 @@ def test_one_long_line_of_tokens():
     source = tlpd.token_batches(line, tokenizer(), length=8, shuffle=0, bos=True).source(71)
     tokens = source.batch(0).tokens
     assert (tokens[:, 0] == BOS).all() and tokens[:, 1:].flatten().tolist() == line[: 71 * 7].tolist()
+    line[14] = BOS  # where the third row is cut
+    third = tlpd.token_batches(line, tokenizer(), length=8, shuffle=0, bos=True).first_rows(3).tokens[2]
+    assert third.tolist() == [BOS, *line[14:21].tolist()]
 
 
 def test_rows_of_tokens_are_rows_already():

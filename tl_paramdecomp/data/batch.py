@@ -28,11 +28,8 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, item: Any) -> "Batch":
-        """Rows of a tensor or array, a pair of them and their attention mask, or a dict such as tokenizers give.
-
-        Raises:
-            DataError: It holds no such rows, or a mask of another shape.
-        """
+        """Rows of a tensor or array, a pair of them and their attention mask, or a dict such as tokenizers give; DataError
+        where it holds no such rows, or a mask of another shape."""
         found, column = _parsed(item)
         if found.tokens.ndim < 2:
             told = "" if column is None else f" as {column!r}"
@@ -57,11 +54,7 @@ class Row(NamedTuple):
 
 
 def row_or_batch(item: Any) -> "Row | Batch":
-    """An item of data as the row or the batch that it is.
-
-    Raises:
-        DataError: It is neither.
-    """
+    """An item of data as the row or the batch that it is, else DataError."""
     found, _ = _parsed(item)
     if not found.tokens.ndim:
         raise DataError(f"A batch of token rows is [batch, pos]; given {list(found.tokens.shape)}.")
@@ -93,12 +86,9 @@ def _parsed(item: Any) -> tuple[Batch, str | None]:
 
 def stack_rows(rows: Iterable[Row]) -> Batch:
     """One batch from rows; rows of unequal length are padded on the right, and the padding does not count."""
-    tokens, masks = [], []
-    for row in rows:
-        tokens.append(row.tokens)
-        mask = row.attention_mask
-        masks.append(torch.ones(len(row.tokens), dtype=torch.long) if mask is None else mask)
-    padded, mask = (pad_sequence(part, batch_first=True) for part in (tokens, masks))
+    rows = list(rows)
+    masks = [torch.ones(len(t), dtype=torch.long) if mask is None else mask for t, mask in rows]
+    padded, mask = (pad_sequence(part, batch_first=True) for part in ([row.tokens for row in rows], masks))
     return Batch(padded, None if bool(mask.all()) else mask)
 
 
@@ -112,11 +102,8 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def as_tensor(values: Any, what: str) -> Tensor:
-    """Numbers of any form as a tensor; integers that no embedding takes become 64-bit ones.
-
-    Raises:
-        DataError: They are no numbers, or their rows differ in length.
-    """
+    """Numbers of any form as a tensor; integers that no embedding takes become 64-bit ones; DataError where they are no
+    numbers, or their rows differ in length."""
     try:
         found = torch.as_tensor(values)
         check_dense(found, what)

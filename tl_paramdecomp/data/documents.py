@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters.limits import Limits
 from tl_paramdecomp.data import files
-from tl_paramdecomp.data.batch import TOKEN_COLUMNS
+from tl_paramdecomp.data.batch import TOKEN_COLUMNS, Row
 from tl_paramdecomp.data.files import Piece
 from tl_paramdecomp.data.streams import Items, Place, items_of
 from tl_paramdecomp.data.tokenizer import RowTokenizer, row_tokenizer
@@ -32,16 +32,7 @@ class JoinedRows(Items):
     def __init__(self, documents: Items, encode: "Encoder", length: int) -> None:
         """`encode` gives the tokens of a document and what ends it; a row has `length` tokens, the first included."""
         self.documents, self.encode, self.length = documents, encode, length
-
-    @property
-    def replayed(self) -> bool:  # type: ignore[override]
-        """As the documents are."""
-        return self.documents.replayed
-
-    @property
-    def strays(self) -> bool:  # type: ignore[override]
-        """As the documents do."""
-        return self.documents.strays
+        self.replayed, self.strays = documents.replayed, documents.strays
 
     def read(self, place: Mapping[str, Any] | None = None, reread: bool = False) -> Iterator[tuple[Any, Place]]:
         before, used = (place["documents"], place["used"]) if place else (None, 0)
@@ -74,7 +65,6 @@ class JoinedRows(Items):
         return sum(len(self.encode(piece)) for piece, _ in self._pieces(None, False))
 
     def describe(self) -> dict[str, Any]:
-        """What the documents are."""
         return self.documents.describe()
 
 
@@ -140,11 +130,33 @@ class Encoder:
         value = self.value(item) if piece is None else piece.text
         if value is None:
             return []
-        tokens = self._written(value) if isinstance(value, str) else self._given(value)
+        if isinstance(value, str):
+            tokens = self.rules.tokens(value, f" of {self.source}") if value else []
+        else:
+            given = given_tokens(value, self.source)
+            Limits(self.rules.n_vocab).refuse(given.unsqueeze(0), f"A document of {self.source}")
+            tokens = given.tolist()
         ends = bool(tokens)
         if piece is not None and not (piece.begins and piece.ends):
             ends = piece.ends  # a long document may end with a piece of nothing
         return [*tokens, self.rules.eos] if ends and self.rules.eos is not None else tokens
+
+    def row(self, length: int | None, cut: bool, item: Any) -> Row:
+        """So many tokens (None: all) of a record of ids, or of the ids themselves, with its attention mask, where it has one;
+        they may begin with the row's first token, unless they are `cut` out of more."""
+        tokens = given_tokens(self.value(item), self.source)
+        begins = not cut and len(tokens) > 0 and self.rules.start == (int(tokens[0]),)
+        start = () if begins else self.rules.start
+        row = torch.cat([torch.tensor(start, dtype=torch.long), tokens])
+        if len(row) < (length or 1):
+            raise DataError(
+                f"{self.source} has a row of {len(row)} tokens, and {length=} are needed; give a smaller length, or "
+                "join=True to join rows and cut them anew."
+            )
+        mask = item.get("attention_mask") if isinstance(item, Mapping) and self.column in TOKEN_COLUMNS else None
+        if mask is not None:
+            mask = torch.cat([torch.ones(len(start), dtype=torch.long), torch.as_tensor(mask).long()])[:length]
+        return Row(row[:length], mask)
 
     def value(self, item: Any) -> Any:
         """The text or tokens of a document."""
@@ -155,23 +167,9 @@ class Encoder:
             raise unknown_column(column, list(item), self.source)
         return item[column]
 
-    def _written(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return self.rules.tokens(text, f" of {self.source}")
-
-    def _given(self, tokens: Any) -> list[int]:
-        found = given_tokens(tokens, self.source)
-        Limits(self.rules.n_vocab).refuse(found.unsqueeze(0), f"A document of {self.source}")
-        return found.tolist()
-
 
 def given_tokens(tokens: Any, source: str) -> Int[Tensor, " pos"]:
-    """Token ids that a record holds.
-
-    Raises:
-        DataError: They are no integers in a row.
-    """
+    """Token ids that a record holds; DataError where they are no integers in a row."""
     if not hasattr(tokens, "__len__"):
         raise DataError(
             f"{source} holds {type(tokens).__name__} ({str(tokens)[:40]}) where text should be, or a list of token ids."
@@ -190,19 +188,13 @@ def given_tokens(tokens: Any, source: str) -> Int[Tensor, " pos"]:
 
 
 def text_column(columns: Sequence[str], source: str) -> str:
-    """The column to read: tokens where there are, else text.
-
-    Raises:
-        DataError: None has such a name.
-    """
-    found = next((c for c in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if c in columns), None)
-    if found is None and len(columns) == 1:
-        return columns[0]
+    """The column to read: tokens where there are, else text; DataError where none has such a name."""
+    usual = (*TOKEN_COLUMNS, *TEXT_COLUMNS)
+    found = next((c for c in usual if c in columns), columns[0] if len(columns) == 1 else None)
     if found is None:
-        usual = ", ".join((*TOKEN_COLUMNS, *TEXT_COLUMNS))
         raise DataError(
-            f"{source} has columns {', '.join(columns) or 'of no name'}; none is called {usual}. Say which holds the text: "
-            "column=..."
+            f"{source} has columns {', '.join(columns) or 'of no name'}; none is called {', '.join(usual)}. Say which holds "
+            "the text: column=..."
         )
     return found
 

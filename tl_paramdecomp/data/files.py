@@ -31,11 +31,7 @@ class Piece(NamedTuple):
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths and globs name, globs in alphabetical order.
-
-    Raises:
-        DataError: One names no file.
-    """
+    """The files that paths and globs name, globs in alphabetical order; DataError where one names no file, or all are empty."""
     found: list[Path] = []
     for path in paths:
         if Path(path).is_file():
@@ -49,26 +45,14 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
                 "themselves are read from records: [{'text': ...}]."
             )
         found += [Path(p) for p in files]
+    if not any(file.stat().st_size for file in found):
+        names = ", ".join(map(str, found[:3])) + (" ..." if len(found) > 3 else "")
+        raise DataError(f"{names} is empty; give files with text in them.")
     return found
 
 
-def refuse_empty(files: Sequence[Path]) -> None:
-    """See that there is something to read.
-
-    Raises:
-        DataError: There is no file, or every one is empty.
-    """
-    if not any(file.stat().st_size for file in files):
-        names = ", ".join(map(str, files[:3])) + (" ..." if len(files) > 3 else "")
-        raise DataError(f"{names or 'The list of files'} is empty; give files with text in them.")
-
-
 def refuse_bad_bytes(files: Sequence[Path]) -> None:
-    """See that files are UTF-8, up to `CHECKED` bytes of all together.
-
-    Raises:
-        DataError: One is not, or cannot be read.
-    """
+    """DataError where a file is not UTF-8, up to `CHECKED` bytes of all together, or cannot be read."""
     passed = 0
     for piece, _ in TextFiles(files).read():
         passed += len(piece.text)
@@ -117,7 +101,6 @@ class TextFiles(Items):
                 within = not ends
 
     def describe(self) -> dict[str, Any]:
-        """Names and sizes of the files, and what parts their documents."""
         return {"kind": "text", **names_and_sizes(self.files), "separator": self.separator}
 
 
@@ -140,7 +123,6 @@ class JsonLineFiles(Items):
             byte = 0
 
     def describe(self) -> dict[str, Any]:
-        """Names and sizes of the files."""
         return {"kind": "json lines", **names_and_sizes(self.files)}
 
 

@@ -11,17 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_paramdecomp.components.disk import in_short
+from tl_paramdecomp.data import files as local
 from tl_paramdecomp.data.batch import TOKEN_COLUMNS, digest_of_rows
 from tl_paramdecomp.data.documents import text_column, unknown_column
-from tl_paramdecomp.data.files import (
-    JsonLineFiles,
-    TextFiles,
-    find_files,
-    names_and_sizes,
-    refuse_bad_bytes,
-    refuse_empty,
-)
-from tl_paramdecomp.data.streams import Items, items_of, told_in_one_line
+from tl_paramdecomp.data.streams import Items, items_of
 from tl_paramdecomp.data.tables import Table, as_known
 from tl_paramdecomp.errors import DataError
 
@@ -65,14 +59,14 @@ class Opened:
 def opened(
     data: Any, name: str | None, split: str, streaming: bool, separator: str | None, column: str | None
 ) -> Opened:
-    """Data of any form that `token_batches` takes; its arguments are explained there.
-
-    Raises:
-        DataError: There is no such data, or nothing in it that can be read.
-    """
+    """Data of any form that `token_batches` takes, whose arguments these are; DataError where nothing in it can be read."""
     data = as_known(data)
     if isinstance(data, Tensor):
-        return _tokens(data)
+        if data.ndim not in (1, 2) or data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
+            raise DataError(f"Token ids are integers [rows, pos] or [tokens]; given {data.dtype} {list(data.shape)}.")
+        if not data.numel():
+            raise DataError(f"The tensor of token ids is empty: {list(data.shape)}.")
+        return Opened("the tensor of token ids", data, is_text=False)
     if isinstance(data, Mapping) and not hasattr(data, "column_names"):
         data = Table(type(data).__name__, data) if set(TOKEN_COLUMNS) & set(data) else data
     if isinstance(data, Table):
@@ -80,7 +74,7 @@ def opened(
     if hasattr(data, "column_names"):
         return _dataset(data, f"the {type(data).__name__}", column)
     if isinstance(data, list | tuple) and data and all(_is_text(part) for part in data):
-        return _records(items_of(data), f"the {type(data).__name__} of texts", column, None, {})
+        return _records(data, f"the {type(data).__name__} of texts", column)
     data = [data] if isinstance(data, str | Path) else data
     if isinstance(data, list | tuple) and data and all(isinstance(path, str | Path) for path in data):
         if len(data) == 1 and not _is_local(str(data[0])):
@@ -96,16 +90,7 @@ def opened(
             f"Expected the name of a dataset, files, a dataset, token ids or texts that can be iterated over; given "
             f"{type(data).__name__}."
         )
-    items = items_of(data)
-    return _records(items, f"the {type(data).__name__}", column, None, {})
-
-
-def _tokens(tokens: Tensor) -> Opened:
-    if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise DataError(f"Token ids are integers [rows, pos] or [tokens]; given {tokens.dtype} {list(tokens.shape)}.")
-    if not tokens.numel():
-        raise DataError(f"The tensor of token ids is empty: {list(tokens.shape)}.")
-    return Opened("the tensor of token ids", tokens, is_text=False)
+    return _records(data, f"the {type(data).__name__}", column)
 
 
 def _dataset(data: Any, name: str, column: str | None, origin: Mapping[str, Any] | None = None) -> Opened:
@@ -118,13 +103,15 @@ def _dataset(data: Any, name: str, column: str | None, origin: Mapping[str, Any]
         if not len(data):
             raise DataError(f"{name} is empty: it has no rows.")
         ends = {"digest": digest_of_rows(data, every=isinstance(data, Table)), "columns": list(data.column_names)}
-        return _records(items_of(data), name, column, data, {**ends, **(origin or {})})
-    return _records(items_of(data), name, column, None, origin or {})
+        return _records(data, name, column, data, {**ends, **(origin or {})})
+    return _records(data, name, column, None, origin)
 
 
-def _records(items: Items, name: str, column: str | None, by_number: Any, origin: Mapping[str, Any]) -> Opened:
+def _records(
+    data: Any, name: str, column: str | None, by_number: Any = None, origin: Mapping[str, Any] | None = None
+) -> Opened:
     """Items of which one has to be looked at to know what they are."""
-    empty = True
+    items, empty = items_of(data), True
     for item in islice(items, LOOKED_AT):
         empty, found = False, None
         if isinstance(item, Mapping):
@@ -132,12 +119,10 @@ def _records(items: Items, name: str, column: str | None, by_number: Any, origin
             if found not in item:
                 raise unknown_column(found, list(item), name)
         elif column is not None:
-            raise DataError(
-                f"{name} holds {type(item).__name__}, no records with columns; leave out column={column!r}."
-            )
+            raise DataError(f"{name} holds {type(item).__name__}, no records with columns; leave out {column=}.")
         value = item if found is None else item[found]
         if hasattr(value, "__len__") and len(value):
-            return Opened(name, items, isinstance(value, str), found, by_number, origin)
+            return Opened(name, items, isinstance(value, str), found, by_number, origin or {})
         if value is not None and not hasattr(value, "__len__"):
             raise DataError(f"{name} holds {type(value).__name__} where text or a list of token ids should be.")
     what = "it has no records" if empty else f"its first {LOOKED_AT} records hold nothing"
@@ -165,31 +150,37 @@ def _is_local(path: str) -> bool:
 
 
 def _files(paths: Sequence[Path], separator: str | None, column: str | None) -> Opened:
-    files = find_files(paths)
+    files = local.find_files(paths)
     name = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    refuse_empty(files)
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise DataError(f"Files of one kind can be read together; given {', '.join(sorted(kinds))} ({name}).")
     kind = kinds.pop()
     if separator is not None and kind != "text":
         raise DataError(
-            f"A separator parts the documents of text files; {name} is {kind}, where each record is a document."
+            f"A separator parts documents of text files; {name} is {kind}, where each record is a document."
         )
     if kind == "packed":
         raise DataError(f"{name} is packed; unpack it first.")
     for file in files if kind == "JSON array" else ():
         _check_array(file)
     if kind in ("parquet", "JSON array"):
-        return _by_datasets("parquet" if kind == "parquet" else "json", files, name, column)
-    refuse_bad_bytes(files)
+        from datasets import load_dataset
+
+        builder, local_paths = kind.split()[0].lower(), [glob.escape(str(file.resolve())) for file in files]
+        try:
+            stream = load_dataset(builder, data_files=local_paths, split="train", streaming=True)
+        except Exception as error:
+            raise DataError(f"{name} cannot be read as {builder} ({in_short(error)}).") from error
+        return _dataset(stream, name, column, {"kind": builder, **local.names_and_sizes(files)})
+    local.refuse_bad_bytes(files)
     if kind == "JSON lines":
-        return _records(JsonLineFiles(files), name, column, None, {})
+        return _records(local.JsonLineFiles(files), name, column)
     if column is not None:
         raise DataError(
             f"{name} is plain text and has no columns; leave out column={column!r}, or give .jsonl or .parquet."
         )
-    return Opened(name, TextFiles(files, separator), is_text=True)
+    return Opened(name, local.TextFiles(files, separator), is_text=True)
 
 
 def _kind(file: Path) -> str:
@@ -212,22 +203,11 @@ def _check_array(file: Path) -> None:
     try:
         records = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read as json ({told_in_one_line(error)}).") from error
+        raise DataError(f"{file} cannot be read as json ({in_short(error)}).") from error
     kinds = {type(record) for record in records}
     if kinds not in ({dict}, {str}):
         told = " and ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
         raise DataError(f'{file} holds a list of {told}; expected objects, such as {{"text": "..."}}, or texts.')
-
-
-def _by_datasets(builder: str, files: Sequence[Path], name: str, column: str | None) -> Opened:
-    from datasets import load_dataset
-
-    paths = [glob.escape(str(file.resolve())) for file in files]
-    try:
-        stream = load_dataset(builder, data_files=paths, split="train", streaming=True)
-    except Exception as error:
-        raise DataError(f"{name} cannot be read as {builder} ({told_in_one_line(error)}).") from error
-    return _dataset(stream, name, column, {"kind": builder, **names_and_sizes(files)})
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------
@@ -245,13 +225,12 @@ def _hub(path: str, name: str | None, split: str, streaming: bool, column: str |
             data = load_dataset(path, name, split=split, streaming=streaming)
     except Exception as error:
         raise DataError(_why_not(path, name, split, error)) from error
-    origin = {"dataset": path, "name": name, "split": split}
-    return _dataset(data, told, column, origin)
+    return _dataset(data, told, column, {"dataset": path, "name": name, "split": split})
 
 
 def _why_not(path: str, name: str | None, split: str, error: Exception) -> str:
     """What stood in the way of a dataset, and what to try."""
-    begun = f"The dataset {path!r} cannot be opened: {told_in_one_line(error).rstrip('.')}."
+    begun = f"The dataset {path!r} cannot be opened: {in_short(error).rstrip('.')}."
     words = f"{type(error).__name__} {error}".lower()
     if "split" in words and "notfound" not in words:
         return f"{begun} Asked for split={split!r}."

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from tl_paramdecomp.data.batch import TOKEN_COLUMNS, Batch, joined
 from tl_paramdecomp.data.documents import TEXT_COLUMNS, TextRows
-from tl_paramdecomp.data.sources import BatchMaker, BatchSource, MadeSource, RowSource, StreamSource
+from tl_paramdecomp.data.sources import BatchSource, MadeSource, RowSource, StreamSource
 from tl_paramdecomp.data.streams import items_of
 from tl_paramdecomp.data.tables import Table, as_known
+from tl_paramdecomp.data.token_batches import TokenBatches
 from tl_paramdecomp.data.tokenizer import limits_of, row_tokenizer
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.sites import check_rows
@@ -51,7 +52,7 @@ def batch_source(
         raise DataError(f"batch_size must be at least 1; given {batch_size}.")
     if isinstance(data, BatchSource):
         return data
-    if isinstance(data, BatchMaker):
+    if isinstance(data, TokenBatches):
         return data.source(batch_size, seed, model, tokenizer, together, decomposition, shuffled)
     limits, data = limits_of(model), as_known(data)
 
@@ -102,12 +103,7 @@ def batches_of(
     data: Any, size: int, attention_mask: Any = None, *, model: Any = None, decomposition: Any = None
 ) -> Iterator[Batch]:
     """Rows in any of the forms of `batch_source`, read once and in their order, `size` at a time where they are no batches; an
-    attention mask belongs to one tensor of rows.
-
-    Raises:
-        SettingError: An attention mask beside batches or a second one, or the size is below 1.
-        DataError: As `batch_source`.
-    """
+    attention mask belongs to one tensor of rows, else SettingError; other errors as of `batch_source`."""
     if size < 1:
         raise SettingError(f"rows_at_once is at least 1; given {size}.")
     if isinstance(data, Mapping):
@@ -127,11 +123,8 @@ def batches_of(
 def rows_to_measure(
     data: Any, attention_mask: Any = None, rows: int = 64, *, model: Any = None, decomposition: Any = None
 ) -> Batch:
-    """All rows of one tensor or dict, or the first `rows` of data of other forms, padded to the longest.
-
-    Raises:
-        SettingError, DataError: As `batches_of`.
-    """
+    """All rows of one tensor or dict, or the first `rows` of data of other forms, padded to the longest; errors as of
+    `batches_of`."""
     if rows < 1:
         raise SettingError(f"rows must be at least 1; given {rows}.")
     if isinstance(data, Tensor):
@@ -155,13 +148,9 @@ def _is_pair_with_mask(data: Any) -> bool:
     if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(one, Tensor) for one in data)):
         return False
     rows, mask = data
-    return (
-        rows.ndim == 2
-        and rows.shape == mask.shape
-        and mask.layout == torch.strided
-        and not mask.is_meta
-        and (mask.dtype == torch.bool or (not mask.is_floating_point() and bool(((mask == 0) | (mask == 1)).all())))
-    )
+    if rows.ndim != 2 or rows.shape != mask.shape or mask.layout != torch.strided or mask.is_meta:
+        return False
+    return mask.dtype == torch.bool or (not mask.is_floating_point() and bool(((mask == 0) | (mask == 1)).all()))
 
 
 def _column_of(data: Any) -> str:

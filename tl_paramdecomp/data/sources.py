@@ -29,31 +29,24 @@ class BatchSource(ABC):
     """Of who reads the rows; what does not keep to them is refused."""
     writer: RowTokenizer | None = None
     """What wrote the rows, where they were text."""
+    _info: dict[str, Any] | None = None
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
         """The batch of a step, of all processes together; steps are asked for in order."""
 
     def one_pass(self) -> Iterator[Batch]:
-        """Batches of the data read once, from the beginning; the last may be smaller.
-
-        Raises:
-            DataError: It has no end.
-        """
+        """Batches of the data read once, from the beginning; the last may be smaller; DataError where it has no end."""
         raise DataError(f"Data that is a {self.info['form']} has no end; give rows, or batches of them.")
 
     @property
     def info(self) -> dict[str, Any]:
         """What tells this data from other data, as values that JSON can hold; the same in every process."""
-        return {"form": type(self).__name__}
+        return {"form": type(self).__name__} if self._info is None else self._info
 
     def check(self) -> Batch | None:
-        """See that there is a first batch and that the model can read it, and stand as before; the batch, or all rows, where
-        they can be looked at beforehand.
-
-        Raises:
-            DataError: There is none, or it cannot.
-        """
+        """See that there is a first batch and that the model can read it, else DataError, and stand as before; the batch, or
+        all rows, where they can be looked at beforehand."""
         return None
 
     def state(self) -> dict[str, Any]:
@@ -61,31 +54,13 @@ class BatchSource(ABC):
         return {"data": self.info}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where another source of the same data stood, so that the next batch is bit for bit what it would have given.
-
-        Raises:
-            DataError: It was of other data.
-        """
+        """Stand where another source of the same data stood, so that the next batch is bit for bit what it would have given;
+        DataError where it was of other data."""
         known, own = state.get("data", self.info), self.info
         differing = [key for key in {**known, **own} if known.get(key) != own.get(key)]
         if differing:
-            told = "; ".join(
-                f"{key:.40} was {known.get(key)!r:.80} and is {own.get(key)!r:.80}" for key in differing[:5]
-            )
+            told = "; ".join(f"{k:.40} was {known.get(k)!r:.80} and is {own.get(k)!r:.80}" for k in differing[:5])
             raise DataError(f"The run was begun with other data ({told}); give the same, or begin a new run.")
-
-
-class BatchMaker(ABC):
-    """Data that makes its own sources, as `token_batches` gives it."""
-
-    @abstractmethod
-    def source(
-        self, batch_size: int | None = None, seed: int = 0, model: Any = None, tokenizer: Any = None, together: int = 1,
-        decomposition: Any = None, shuffled: bool = True,
-    ) -> BatchSource:  # fmt: skip
-        """A new source that stands at the beginning; arguments as `batch_source`'s. Where the data was made for no model, this
-        one and the decomposition say how rows begin; its own seed goes first.
-        """
 
 
 def permutation(seed: int, n: int, together: int) -> list[int]:
@@ -100,16 +75,21 @@ class RowSource(BatchSource):
     def __init__(
         self, rows: Any, batch_size: int, seed: int, attention_mask: Tensor | None = None, together: int = 1,
         shuffled: bool = True, limits: Limits = UNLIMITED, info: Mapping[str, Any] | None = None, first: int = 0,
+        read: Callable[[Any], Row | Batch] | None = None,
     ) -> None:  # fmt: skip
-        if len(rows) == 0:
+        """Rows from the `first` one on; `read` makes rows of what is no tensor of them."""
+        self.n_rows = len(rows) - first
+        if self.n_rows == 0:
             raise DataError("The data has no rows.")
-        if len(rows) % together or batch_size % together:
+        if self.n_rows % together or batch_size % together:
             raise DataError(
-                f"Rows belong together by {together}; given {len(rows)} rows and a batch size of {batch_size}, which must both "
-                "be multiples of that."
+                f"Rows belong together by {together}; given {self.n_rows} rows and a batch size of {batch_size}, which must "
+                "both be multiples of that."
             )
         self.together, self.shuffled, self.limits, self.first = together, shuffled, limits, first
         self.rows, self.batch_size, self.seed, self.attention_mask = rows, batch_size, seed, attention_mask
+        self._tensor = rows if isinstance(rows, Tensor) and read is None else None
+        self._read = row_or_batch if read is None else read
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._info = None if info is None else dict(info)
 
@@ -117,23 +97,22 @@ class RowSource(BatchSource):
         return self._picked(range(step * self.batch_size, (step + 1) * self.batch_size))
 
     def one_pass(self) -> Iterator[Batch]:
-        for begin in range(0, len(self.rows), self.batch_size):
-            yield self._picked(range(begin, min(begin + self.batch_size, len(self.rows))))
+        for begin in range(0, self.n_rows, self.batch_size):
+            yield self._picked(range(begin, min(begin + self.batch_size, self.n_rows)))
 
     def _picked(self, places: Iterable[int]) -> Batch:
         picked = [self._row(place) for place in places]
-        if isinstance(self.rows, Tensor):
-            index = torch.tensor(picked, device=self.rows.device)
-            return Batch(self.rows[index], None if self.attention_mask is None else self.attention_mask[index])
-        return stack_rows(self._readable(picked))
+        if self._tensor is None:
+            return stack_rows(map(self._readable, picked))
+        index = torch.tensor(picked, device=self._tensor.device)
+        return Batch(self._tensor[index], None if self.attention_mask is None else self.attention_mask[index])
 
-    def _readable(self, numbers: Iterable[int]) -> Iterator[Row]:
-        """Rows that are no tensor, seen to be such as the model can read; each is known by its number in the data."""
-        for number in numbers:
-            row = row_or_batch(self.rows[number])
-            one = stack_rows([Row(*row)])
-            self.limits.refuse(one.tokens, "The data", one.attention_mask, self.first + number)
-            yield Row(*row)
+    def _readable(self, number: int) -> Row:
+        """A row that is in no tensor, seen to be such as the model can read."""
+        row = Row(*self._read(self.rows[self.first + number]))
+        one = stack_rows([row])
+        self.limits.refuse(one.tokens, "The data", one.attention_mask, self.first + number)
+        return row
 
     @property
     def info(self) -> dict[str, Any]:
@@ -145,22 +124,21 @@ class RowSource(BatchSource):
         return self._info
 
     def check(self) -> Batch:
-        if isinstance(self.rows, Tensor):
-            self.limits.refuse(self.rows, "The tensor of token rows", self.attention_mask)
-            return Batch(self.rows, self.attention_mask)
-        if isinstance(getattr(self.rows, "items", self.rows), Table):  # in memory: all of it is looked at
-            for _ in self._readable(range(len(self.rows))):
-                pass
+        if self._tensor is not None:
+            self.limits.refuse(self._tensor, "The tensor of token rows", self.attention_mask)
+            return Batch(self._tensor, self.attention_mask)
+        for number in range(self.n_rows) if isinstance(self.rows, Table) else ():  # in memory: all of it is looked at
+            self._readable(number)
         return self.batch(0)
 
     def _row(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.rows))
+        epoch, offset = divmod(place, self.n_rows)
         if not self.shuffled:
             return offset
         if self._epoch[0] != epoch:
             number = self.seed * 1_000_003 + epoch  # of a clock's nanoseconds, more than torch takes
             number = number if abs(number) < 1 << 63 else number % (1 << 63)
-            self._epoch = (epoch, permutation(number, len(self.rows), self.together))
+            self._epoch = (epoch, permutation(number, self.n_rows, self.together))
         return self._epoch[1][offset]
 
 
@@ -168,16 +146,12 @@ class MadeSource(BatchSource):
     """Batches made by a function of the step's number, which is asked for each step once."""
 
     def __init__(self, make: Callable[[int], Any], limits: Limits = UNLIMITED) -> None:
-        self.make, self.limits = make, limits
+        self.make, self.limits, self._info = make, limits, {"form": "function of the step"}
 
     def batch(self, step: int) -> Batch:
         batch = Batch.of(self.make(step))
         self.limits.refuse(batch.tokens, f"The batch made for step {step}", batch.attention_mask)
         return batch
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return {"form": "function of the step"}
 
 
 @dataclass
@@ -212,33 +186,26 @@ class StreamSource(BatchSource):
     def __init__(
         self, rows: Items, batch_size: int, seed: int = 0, window: int = 1, shuffled: bool = False, skip: int = 0,
         together: int = 1, info: Mapping[str, Any] | None = None, limits: Limits = UNLIMITED,
-        writer: RowTokenizer | None = None,
+        writer: RowTokenizer | None = None, read: Callable[[Any], Row | Batch] | None = None,
     ) -> None:  # fmt: skip
-        """`rows` are rows or batches in any form that `row_or_batch` knows; windows have `window` rows, but at least those of a
+        """`read` makes rows or batches of the items (None: they are some); windows have `window` rows, but at least those of a
         batch; the first `skip` rows of every pass are left out; `info` tells this data from other data (None: its kind alone).
         """
         if batch_size % together:
-            raise DataError(
-                f"Rows belong together by {together}; given a batch size of {batch_size}, no multiple of that."
-            )
+            raise DataError(f"Rows belong together by {together}; a batch size of {batch_size} is no multiple of that.")
         self.rows, self.batch_size, self.seed, self.shuffled, self.skip = rows, batch_size, seed, shuffled, skip
-        self.limits, self.writer, self.together = limits, writer, together
+        self.limits, self.writer, self.together, self._read = limits, writer, together, read or row_or_batch
         self.size = -(-max(window, batch_size) // self.together) * self.together
-        self._info = (
-            {"form": "stream", "batch_size": batch_size, "items": rows.describe()} if info is None else dict(info)
-        )
         self._replayed = rows.replayed and info is None
         """Whether each pass may be another, so that a resumed run reads every one again."""
         self._compared = rows.strays or info is not None
         """Whether what is read at a place is compared with what was there."""
+        plain = {"form": "stream", "batch_size": batch_size}
+        self._info = {**plain, "items": rows.describe()} if info is None else dict(info)
         self._pass, self._next_step = 0, 0
         self._reading: Iterator[tuple[Any, Place]] | None = None
         self._place: Place | None = None
         self._window: _Window | None = None
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return self._info
 
     def batch(self, step: int) -> Batch:
         if step < self._next_step:
@@ -251,25 +218,17 @@ class StreamSource(BatchSource):
 
     def one_pass(self) -> Iterator[Batch]:
         self._window, self._reading, self._pass = None, None, 0
-        kept: list[Row] = []
-        while (window := self._next_window(begin_anew=False)) is not None:
-            for row in self._deal(len(window.rows)):
-                if isinstance(row, Batch):
-                    yield self._readable(row, "A batch")
-                    continue
-                kept.append(row)
-                if len(kept) == self.batch_size:
-                    yield self._readable(stack_rows(kept), "A batch")
-                    kept = []
-        if kept:
-            yield self._readable(stack_rows(kept), "The last batch")
+        while (batch := self._take(begin_anew=False)) is not None:
+            yield self._readable(batch, "A batch")
 
     def check(self) -> Batch | None:
         if self._next_step:
             return None
-        first = self._readable(self._take(), "The first batch")
+        first = self._take()
+        assert first is not None
+        self._readable(first, "The first batch")
         self._rewind()
-        data = self.rows.items if isinstance(self.rows, ListItems) else None
+        data = self.rows.items if isinstance(self.rows, ListItems) and self._read is row_or_batch else None
         if isinstance(data, list | tuple):  # in memory: all of it is looked at
             for i, item in enumerate(data):
                 found = row_or_batch(item)
@@ -278,17 +237,15 @@ class StreamSource(BatchSource):
         return first
 
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"data": self.info, "step": self._next_step, "pass": self._pass}
+        state = {"data": self.info, "step": self._next_step, "pass": self._pass}
         window = self._window
         if window is None or (self._pass, window.number, window.dealt) == (0, 0, 0):
             return state
+        known = {"number": window.number + 1, "place": self._place, "dealt": 0, "digest": None}
         if self._compared or window.dealt < len(window.rows):
             digest = window.digest() if self._compared else None
             known = {"number": window.number, "place": window.place, "dealt": window.dealt, "digest": digest}
-        else:
-            known = {"number": window.number + 1, "place": self._place, "dealt": 0, "digest": None}
-        state["window"] = known
-        return state
+        return {**state, "window": known}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
@@ -346,25 +303,22 @@ class StreamSource(BatchSource):
             self._window, self._reading = None, None
         self._pass, self._next_step = 0, 0
 
-    def _take(self) -> Batch:
-        """The next batch."""
+    def _take(self, begin_anew: bool = True) -> Batch | None:
+        """The next batch; None, or a smaller one, at the end of a pass after which the data does not begin anew."""
         rows: list[Row] = []
         while len(rows) < self.batch_size:
             window = self._window
             if window is None or window.dealt == len(window.rows):
-                self._next_window()
-            for row in self._deal(self.batch_size - len(rows)):
+                window = self._next_window(begin_anew)
+            if window is None:
+                break
+            picked = window.order[window.dealt : window.dealt + self.batch_size - len(rows)]
+            window.dealt += len(picked)
+            for row in (window.rows[i] for i in picked):
                 if isinstance(row, Batch):
                     return row
                 rows.append(row)
-        return stack_rows(rows)
-
-    def _deal(self, most: int) -> list[Row | Batch]:
-        window = self._window
-        assert window is not None
-        picked = window.order[window.dealt : window.dealt + most]
-        window.dealt += len(picked)
-        return [window.rows[i] for i in picked]
+        return stack_rows(rows) if rows else None
 
     def _next_window(self, begin_anew: bool = True) -> _Window | None:
         """The window behind the current one becomes the current one; None at the end of the pass, unless it begins anew."""
@@ -375,7 +329,7 @@ class StreamSource(BatchSource):
             found = self._read_window(0)
         if found is not None:
             self._window = found
-        elif begin_anew or (not number and "items" not in self._info):  # who asks for one pass says what it is to be
+        elif begin_anew or (not number and "items" not in self.info):  # who asks for one pass says what it is to be
             raise self._nothing()
         return found
 
@@ -387,7 +341,7 @@ class StreamSource(BatchSource):
                 self._place = next(self._reading, (None, self._place))[1]
         place, rows = self._place, []
         for item, after in self._reading:
-            rows.append(row_or_batch(item))
+            rows.append(self._read(item))
             self._place = after
             if len(rows) == self.size or isinstance(rows[-1], Batch):
                 break
@@ -406,10 +360,7 @@ class StreamSource(BatchSource):
                 "The data ran out before the steps did, and it cannot be read again: it is a one-time iterator. Give a list, "
                 "a tensor, a file, a dataset, or an object whose __iter__ begins anew."
             )
-        skipped = f" behind the first {self.skip} rows" if self.skip else ""
-        found = (
-            f"; it has {self.rows.n_tokens()} tokens in all"
-            if isinstance(self.rows, JoinedRows) and not self.rows.replayed
-            else ""
-        )
-        return DataError(f"The data fills no row{skipped}{found}. Give more of it, or shorter rows (length=...).")
+        skipped, counted = f" behind the first {self.skip} rows" if self.skip else "", ""
+        if isinstance(self.rows, JoinedRows) and not self.rows.replayed:
+            counted = f"; it has {self.rows.n_tokens()} tokens in all"
+        return DataError(f"The data fills no row{skipped}{counted}. Give more of it, or shorter rows (length=...).")

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tl_paramdecomp.components.disk import in_short
 from tl_paramdecomp.errors import DataError
 
 Place = dict[str, Any]
@@ -56,7 +57,6 @@ class ListItems(Items):
             yield self.items[i], {"read": i + 1}
 
     def describe(self) -> dict[str, Any]:
-        """Kind and number."""
         return {"kind": type(self.items).__name__, "items": len(self.items)}
 
 
@@ -85,7 +85,7 @@ class StreamedItems(Items):
                 return
             except Exception as error:
                 raise DataError(
-                    f"Reading {self.name} failed after {done} items ({told_in_one_line(error)}). If the network broke down, "
+                    f"Reading {self.name} failed after {done} items ({in_short(error)}). If the network broke down, "
                     "try again later: a run with a run_dir goes on from its checkpoint."
                 ) from error
             done += 1
@@ -97,11 +97,13 @@ class StreamedItems(Items):
             return None
         state = copy.state_dict()
         if self._keeps_place is None:
-            self._keeps_place = _survives_json(state)
+            try:
+                self._keeps_place = json.loads(json.dumps(state)) == state
+            except (TypeError, ValueError):
+                self._keeps_place = False
         return state if self._keeps_place else None
 
     def describe(self) -> dict[str, Any]:
-        """Kind and columns."""
         return {"kind": type(self.dataset).__name__, "columns": getattr(self.dataset, "column_names", None)}
 
 
@@ -124,8 +126,7 @@ class PlainItems(Items):
             if done > (place["read"] if place else 0):
                 yield item, {"read": done}
 
-    def describe(self) -> dict[str, Any]:
-        """Kind alone: nothing else is known before they are read."""
+    def describe(self) -> dict[str, Any]:  # nothing else is known before they are read
         return {"kind": type(self.items).__name__}
 
 
@@ -163,16 +164,3 @@ def _exact(examples: Any) -> bool:
     if hasattr(examples, "buffer_size") or hasattr(examples, "ex_iterables"):
         return False
     return not hasattr(examples, "ex_iterable") or _exact(examples.ex_iterable)
-
-
-def _survives_json(value: Any) -> bool:
-    try:
-        return json.loads(json.dumps(value)) == value
-    except (TypeError, ValueError):
-        return False
-
-
-def told_in_one_line(error: BaseException) -> str:
-    """Kind and first line of an error, for the message of another."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

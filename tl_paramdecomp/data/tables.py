@@ -20,25 +20,13 @@ class Table(Sequence[Any]):
     """Records with columns, in memory; to be read as a `datasets` Dataset is."""
 
     def __init__(self, kind: str, columns: Mapping[Any, Any]) -> None:
-        """
-        Args:
-            kind: What it was, for messages.
-            columns: By name, an array of any library, or a list.
-
-        Raises:
-            DataError: Columns differ in length.
-        """
+        """Columns by name, each an array of any library or a list, of one length; `kind` says in messages what it was."""
         self.kind = kind
         self._columns = {str(name): _values(column) for name, column in columns.items()}
         lengths = {name: len(column) for name, column in self._columns.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"The {kind} has columns of unequal length: {lengths}.")
-        self._rows = next(iter(lengths.values()), 0)
-
-    @property
-    def column_names(self) -> list[str]:
-        """Names of the columns."""
-        return list(self._columns)
+        self._rows, self.column_names = next(iter(lengths.values()), 0), list(lengths)
 
     def __len__(self) -> int:
         return self._rows
@@ -49,25 +37,21 @@ class Table(Sequence[Any]):
         return {name: self._cell(name, i) for name in self._columns}
 
     def whole(self, column: str) -> Batch | None:
-        """All rows of a column of tokens, with their attention mask; None where they differ in length.
-
-        Raises:
-            DataError: A row holds no numbers, or a mask of another length.
-        """
+        """All rows of a column of tokens, with their attention mask; None where they differ in length; DataError where one
+        holds no numbers, or a mask of another length."""
         rows = self._arrays(column)
         masks = self._arrays("attention_mask") if "attention_mask" in self._columns else None
         for i, (row, mask) in enumerate(zip(rows, masks or (), strict=False)):
             if row.shape != mask.shape:
-                raise DataError(
-                    f"Row {i} of the {self.kind} has {len(row)} tokens, and an attention mask of {mask.size}."
-                )
+                raise DataError(f"Row {i} of the {self.kind} has {len(row)} tokens, and a mask of {mask.size}.")
         if len({len(row) for row in rows}) != 1:
             return None
         tokens = torch.from_numpy(np.stack(rows))
-        mask = None if masks is None else torch.from_numpy(np.stack(masks)).long()
-        if mask is not None:
-            check_mask_values(mask)
-        return Batch(tokens, None if mask is None or bool(mask.all()) else mask)
+        if masks is None:
+            return Batch(tokens, None)
+        mask = torch.from_numpy(np.stack(masks)).long()
+        check_mask_values(mask)
+        return Batch(tokens, None if bool(mask.all()) else mask)
 
     def _cell(self, name: str, i: int) -> Any:
         cell = self._columns[name][i]
@@ -82,19 +66,18 @@ class Table(Sequence[Any]):
             except (TypeError, ValueError):
                 row = np.asarray(None)
             if row.ndim != 1 or row.dtype.kind not in "iufb":
+                told = f"text ({cell[:40]!r})" if isinstance(cell, str) else f"{type(cell).__name__} ({str(cell)[:40]})"
+                told = "nothing" if _missing(cell) else told
                 raise DataError(
-                    f"Column {name!r} of the {self.kind} has in row {i} {_told(cell)}; expected a list of token ids."
+                    f"Column {name!r} of the {self.kind} has in row {i} {told}; expected a list of token ids."
                 )
             found.append(row.astype(np.int64) if row.dtype.kind in "iu" else row)
         return found
 
 
 def as_known(data: Any) -> Any:
-    """Tables and arrays of other libraries as a `Table` or a tensor; everything else as it is.
-
-    Raises:
-        DataError: An array holds neither numbers, nor lists of them, nor texts.
-    """
+    """Tables and arrays of other libraries as a `Table` or a tensor; everything else as it is; DataError where an array holds
+    neither numbers, nor lists of them, nor texts."""
     kind, pandas, arrow = type(data).__name__, sys.modules.get("pandas"), sys.modules.get("pyarrow")
     if isinstance(data, Tensor):
         return as_tensor(data, "The tensor")
@@ -113,29 +96,22 @@ def as_known(data: Any) -> Any:
     if arrow is not None and isinstance(data, arrow.Array | arrow.ChunkedArray):
         return _one_column(data, kind)
     if hasattr(data, "__arrow_c_stream__") and not hasattr(data, "column_names"):  # polars, duckdb and others
-        return _exported(data, kind)
+        import pyarrow
+
+        try:
+            table = pyarrow.table(data)
+        except (TypeError, ValueError):  # a column is no table
+            return _one_column(pyarrow.chunked_array(data), kind)
+        return Table(kind, dict(zip(table.column_names, table.columns, strict=True)))
     return data
-
-
-def _exported(data: Any, kind: str) -> Table:
-    """What gives itself away as Arrow data: a table, or one column."""
-    import pyarrow
-
-    try:
-        table = pyarrow.table(data)
-    except (TypeError, ValueError):  # a column is no table
-        return _one_column(pyarrow.chunked_array(data), kind)
-    return Table(kind, dict(zip(table.column_names, table.columns, strict=True)))
 
 
 def _dict(data: Mapping[str, Any], kind: str) -> Any:
     """A dict of columns as a table, where it is no batch of equally long rows already."""
     column = next((c for c in TOKEN_COLUMNS if c in data), None)
     if column is None:
-        lists = data and all(
-            isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes) for v in data.values()
-        )
-        return Table(kind, data) if lists else data
+        lists = [isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes) for v in data.values()]
+        return Table(kind, data) if lists and all(lists) else data
     if isinstance(data[column], Tensor):
         return data
     try:
@@ -172,11 +148,3 @@ def _values(column: Any) -> Any:
     if type(column).__module__.startswith("pyarrow"):
         return column.to_numpy(zero_copy_only=False)
     return column.to_numpy() if hasattr(column, "to_numpy") else column
-
-
-def _told(cell: Any) -> str:
-    if _missing(cell):
-        return "nothing"
-    if isinstance(cell, str):
-        return f"text ({cell[:40]!r})"
-    return f"{type(cell).__name__} ({str(cell)[:40]})"

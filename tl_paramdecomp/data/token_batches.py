@@ -9,20 +9,20 @@ What can be wrong is found before a run begins: here, or by the source's `check`
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from tl_paramdecomp.adapters.limits import Limits
-from tl_paramdecomp.data.batch import TOKEN_COLUMNS, Batch, Row
-from tl_paramdecomp.data.documents import Encoder, JoinedRows, given_tokens, no_tokenizer
+from tl_paramdecomp.data.batch import Batch
+from tl_paramdecomp.data.documents import Encoder, JoinedRows, no_tokenizer
 from tl_paramdecomp.data.open_data import Opened, opened
-from tl_paramdecomp.data.sources import BatchMaker, BatchSource, RowSource, StreamSource
-from tl_paramdecomp.data.streams import Items, ListItems, Place
+from tl_paramdecomp.data.sources import BatchSource, RowSource, StreamSource
+from tl_paramdecomp.data.streams import ListItems
 from tl_paramdecomp.data.tokenizer import RowTokenizer, refuse_other_tokenizer, row_tokenizer
 from tl_paramdecomp.errors import DataError, SettingError
 
@@ -103,7 +103,7 @@ UNSHUFFLED = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenBatches(BatchMaker):
+class TokenBatches:
     """Rows of tokens that can be read any number of times; `token_batches` makes them."""
 
     data: Opened
@@ -123,7 +123,8 @@ class TokenBatches(BatchMaker):
         self, batch_size: int | None = None, seed: int = 0, model: Any = None, tokenizer: Any = None, together: int = 1,
         decomposition: Any = None, shuffled: bool = True,
     ) -> BatchSource:  # fmt: skip
-        """A new source that stands at the beginning; see `BatchMaker.source`.
+        """A new source that stands at the beginning; arguments as `batch_source`'s. Where the data was made for no model, this
+        one and the decomposition say how rows begin; its own seed goes first.
 
         Raises:
             DataError, SettingError: As `token_batches`, where only the model could tell.
@@ -142,11 +143,7 @@ class TokenBatches(BatchMaker):
         return self._own.batch(step)
 
     def first_rows(self, n: int) -> Batch:
-        """The first rows in the order of the data, which `skip=n` leaves out.
-
-        Raises:
-            DataError: There are fewer.
-        """
+        """The first rows in the order of the data, which `skip=n` leaves out; DataError where there are fewer."""
         found = next(self._source(self._rules_for(), n, 0, 0, 0, 1).one_pass())
         if len(found.tokens) < n:
             raise DataError(
@@ -156,11 +153,7 @@ class TokenBatches(BatchMaker):
         return found
 
     def check(self) -> None:
-        """See that there is a first batch and that the model can read it.
-
-        Raises:
-            DataError: There is none, or it cannot.
-        """
+        """See that there is a first batch and that the model can read it, else DataError."""
         self._own.check()
 
     def state(self) -> dict[str, Any]:
@@ -168,11 +161,7 @@ class TokenBatches(BatchMaker):
         return self._own.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Let `batch` go on where another's stood.
-
-        Raises:
-            DataError: It was of other data.
-        """
+        """Let `batch` go on where another's stood; DataError where it was of other data."""
         self._own.restore(state)
 
     @property
@@ -196,14 +185,12 @@ class TokenBatches(BatchMaker):
         if model is None:
             return self.rules
         reader = row_tokenizer(model, self.rules.tokenizer, False, self.vocab_size)
-        n_vocab = self.rules.n_vocab if reader.n_vocab is None else reader.n_vocab
-        rules = dataclasses.replace(
-            self.rules,
-            n_ctx=self.rules.n_ctx if reader.n_ctx is None else reader.n_ctx,
-            limits=dataclasses.replace(reader.limits, vocabulary=n_vocab),
+        n_vocab, n_ctx = (
+            mine if its is None else its
+            for mine, its in ((self.rules.n_vocab, reader.n_vocab), (self.rules.n_ctx, reader.n_ctx))
         )
-        refuse_other_tokenizer(rules)
-        return rules
+        limits = dataclasses.replace(reader.limits, vocabulary=n_vocab)
+        return refuse_other_tokenizer(dataclasses.replace(self.rules, n_ctx=n_ctx, limits=limits))
 
     def _source(
         self, rules: RowTokenizer, batch_size: int, seed: int, shuffle: int, skip: int, together: int
@@ -224,83 +211,28 @@ class TokenBatches(BatchMaker):
         records = data.items
         if isinstance(records, Tensor):
             Limits(rules.n_vocab).refuse(records if records.ndim == 2 else records.unsqueeze(0), data.name)
-        if data.is_vector and isinstance(records, Tensor):
-            records, joined = self._cut(records, rules, length or 0), False
-        read = RowReader(rules, None if data.is_vector else data.column, length, data.name)
+        if data.is_vector and isinstance(records, Tensor):  # one long line, of which rows can be picked by number
+            body, joined = (length or 0) - len(rules.start), False
+            if len(records) < body:
+                raise DataError(
+                    f"{data.name} has {len(records)} tokens, and a row takes {body}; give more, or a smaller length."
+                )
+            records = records[: len(records) // body * body].view(-1, body)
+        encode = Encoder(rules, None if data.is_vector else data.column, data.name)
+        read = functools.partial(encode.row, length, data.is_vector)
         numbered = records if isinstance(records, Tensor) else data.by_number
         if not joined and numbered is not None:
             if skip >= len(numbered):
                 raise DataError(f"{data.name} has {len(numbered)} rows, and skip={skip} leaves none of them.")
             if isinstance(records, Tensor):
                 read(records[0])
-            rows = NumberedRows(numbered, read, skip)
-            return RowSource(rows, batch_size, seed, None, together, shuffle > 0, rules.limits, info, skip)
+            return RowSource(
+                numbered, batch_size, seed, None, together, shuffle > 0, rules.limits, info, skip, read
+            )  # fmt: skip
         items = ListItems(records) if isinstance(records, Tensor) else records
-        writer = rules if joined else None
-        stream = (
-            JoinedRows(items, Encoder(rules, data.column, data.name), length or 0) if joined else ReadRows(items, read)
-        )
-        window = shuffle or UNSHUFFLED
-        return StreamSource(stream, batch_size, seed, window, shuffle > 0, skip, together, info, rules.limits, writer)
-
-    def _cut(self, tokens: Tensor, rules: RowTokenizer, length: int) -> Tensor:
-        """Rows of one long line of tokens."""
-        body = length - len(rules.start)
-        if len(tokens) < body:
-            raise DataError(
-                f"{self.data.name} has {len(tokens)} tokens, and a row takes {body}; give more, or a smaller length."
-            )
-        return tokens[: len(tokens) // body * body].view(-1, body)
-
-
-@dataclass(frozen=True)
-class RowReader:
-    """From a record of token ids, or the ids themselves, to a row."""
-
-    rules: RowTokenizer
-    column: str | None
-    length: int | None
-    """Tokens of a row; None: as many as there are."""
-    source: str
-    """What the records are, for messages."""
-
-    def __call__(self, item: Any) -> Row:
-        """The row, with the record's attention mask, where it has one."""
-        tokens = given_tokens(Encoder(self.rules, self.column, self.source).value(item), self.source)
-        start = () if len(tokens) and self.rules.start == (int(tokens[0]),) else self.rules.start
-        row = torch.cat([torch.tensor(start, dtype=torch.long), tokens])
-        if len(row) < (self.length or 1):
-            raise DataError(
-                f"{self.source} has a row of {len(row)} tokens, and length={self.length} are needed; give a smaller length, or "
-                "join=True to join rows and cut them anew."
-            )
-        mask = item.get("attention_mask") if isinstance(item, Mapping) and self.column in TOKEN_COLUMNS else None
-        if mask is not None:
-            mask = torch.cat([torch.ones(len(start), dtype=torch.long), torch.as_tensor(mask).long()])[: self.length]
-        return Row(row[: self.length], mask)
-
-
-@dataclass(frozen=True)
-class NumberedRows:
-    """Rows of records that can be picked by number, from one of them on."""
-
-    items: Any
-    read: RowReader
-    first: int
-
-    def __len__(self) -> int:
-        return len(self.items) - self.first
-
-    def __getitem__(self, i: int) -> Row:
-        return self.read(self.items[self.first + i])
-
-
-@dataclass(frozen=True)
-class ReadRows(Items):
-    """Rows of records that come one after another."""
-
-    records: Items
-    row_of: RowReader
-
-    def read(self, place: Mapping[str, Any] | None = None, reread: bool = False) -> Iterator[tuple[Row, Place]]:
-        return ((self.row_of(item), after) for item, after in self.records.read(place, reread))
+        if joined:
+            items = JoinedRows(items, encode, length or 0)
+        return StreamSource(
+            items, batch_size, seed, shuffle or UNSHUFFLED, shuffle > 0, skip, together, info, rules.limits,
+            rules if joined else None, None if joined else read,
+        )  # fmt: skip

@@ -65,11 +65,8 @@ class RowTokenizer:
         return self.limits.vocabulary
 
     def length(self, asked: int | None) -> int:
-        """Tokens of a row, the first included: as asked, or as many as model and tokenizer take, at most 1024.
-
-        Raises:
-            SettingError: No row can have so many.
-        """
+        """Tokens of a row, the first included: as asked, or as many as model and tokenizer take, at most 1024; SettingError
+        where no row can have so many."""
         limits = [self.n_ctx, getattr(self.tokenizer, "model_max_length", None), LONGEST]
         length = int(min(limit for limit in limits if limit is not None)) if asked is None else asked
         if length < 1 + len(self.start):
@@ -84,11 +81,8 @@ class RowTokenizer:
 
     # --- writing ----------------------------------------------------------------------------------------------------
     def tokens(self, text: str, whose: str = "", error: type[Exception] = DataError) -> list[int]:
-        """Token ids of a text, nothing in front; `whose` (" of ...") says in messages where it is from.
-
-        Raises:
-            DataError, or what `error` is: There is no tokenizer, or it has no token for some of the text.
-        """
+        """Token ids of a text, nothing in front; an `error` where there is no tokenizer, or it has no token for some of the
+        text; `whose` (" of ...") says in messages where it is from."""
         told = f"{text[:60]!r}{whose}"
         if self.tokenizer is None:
             raise error(
@@ -110,11 +104,7 @@ class RowTokenizer:
         return ids
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt or part of one, nothing in front.
-
-        Raises:
-            TokenizerTaskError: There is no tokenizer, or it has no token for some of the text.
-        """
+        """Token ids of a prompt or part of one, nothing in front; TokenizerTaskError as in `tokens`."""
         ids = tuple(self.tokens(text, error=TokenizerTaskError))
         if self.tokenizer.unk_token_id in ids:
             raise TokenizerTaskError(
@@ -138,10 +128,7 @@ class RowTokenizer:
 
     def can_write(self, text: str) -> bool:
         """Whether every part of a text has a token."""
-        try:
-            return len(self.encode(text)) > 0
-        except TokenizerTaskError:
-            return False
+        return bool(self.added("", text))
 
     def plain_ids(self) -> list[int]:
         """Every token that is not special, in order."""
@@ -176,9 +163,7 @@ def row_tokenizer(
         SettingError: `bos` is none of these, or the tokenizer has no such token.
         DataError: The tokenizer is one of another model, or none at all.
     """
-    made = _made(model, tokenizer, bos, n_vocab, decomposition)
-    refuse_other_tokenizer(made)
-    return made
+    return refuse_other_tokenizer(_made(model, tokenizer, bos, n_vocab, decomposition))
 
 
 def _made(model: Any, tokenizer: Any, bos: bool | str | None, n_vocab: int | None, decomposition: Any) -> RowTokenizer:
@@ -186,7 +171,13 @@ def _made(model: Any, tokenizer: Any, bos: bool | str | None, n_vocab: int | Non
         raise SettingError(f"bos must be True, False or 'auto'; given {bos!r}.")
     if tokenizer is None and _is_tokenizer(model):
         model, tokenizer = None, model
-    adapter = None if model is None else _adapter_of(model)
+    try:
+        adapter = model if model is None or isinstance(model, ModelAdapter) else adapt(model)
+    except UnsupportedModelError as error:
+        raise DataError(
+            f"Expected a model or a tokenizer, given {type(model).__name__} ({error}). Wrap a tokenizers.Tokenizer as "
+            "PreTrainedTokenizerFast(tokenizer_object=...)."
+        ) from error
     tokenizer = tokenizer_of(adapter) if tokenizer is None else tokenizer
     if tokenizer is not None and not _is_tokenizer(tokenizer):
         raise DataError(
@@ -204,11 +195,8 @@ def _made(model: Any, tokenizer: Any, bos: bool | str | None, n_vocab: int | Non
 
 
 def prompt_tokenizer(source: Any, prepend_bos: bool | None = None, decomposition: Any = None) -> RowTokenizer:
-    """What writes the prompts for a tokenizer, a model, "micro-gpt2" or a vocabulary size.
-
-    Raises:
-        SettingError: This is none of them, or there is no such token to put in front.
-    """
+    """What writes the prompts for a tokenizer, a model, "micro-gpt2" or a vocabulary size; SettingError where it is none of
+    them, or there is no such token to put in front."""
     if isinstance(source, str):
         if source != MICRO_GPT2:
             raise SettingError(f"Expected a tokenizer, a model or 'micro-gpt2'; given {source!r}. Load it first.")
@@ -227,9 +215,9 @@ def prompt_tokenizer(source: Any, prepend_bos: bool | None = None, decomposition
         ) from error
     if made.tokenizer is None and made.n_vocab is None:
         raise SettingError(f"This {type(source).__name__} embeds no tokens, so there is nothing to write prompts for.")
-    lacks = [name for name in ("get_vocab", "all_special_ids", "decode") if not hasattr(made.tokenizer, name)]
-    if made.tokenizer is not None and lacks:
-        raise SettingError(f"Prompts need a tokenizer of transformers; {_name_of(made.tokenizer)} has no {lacks[0]}.")
+    for name in () if made.tokenizer is None else ("get_vocab", "all_special_ids", "decode"):
+        if not hasattr(made.tokenizer, name):
+            raise SettingError(f"Prompts need a tokenizer of transformers; {_name_of(made.tokenizer)} has no {name}.")
     return dataclasses.replace(made, n_ctx=grammar.N_CTX) if made.is_micro_gpt2 and made.n_ctx is None else made
 
 
@@ -249,14 +237,9 @@ def limits_of(model: Any) -> Limits:
 
 def context_of(root: Any) -> int | None:
     """Positions that a host's torch module reads at most; None where its configuration does not say."""
-    own = getattr(root, "original_model", root)
-    for config, name in (
-        (getattr(root, "cfg", None), "n_ctx"),
-        (getattr(own, "config", None), "max_position_embeddings"),
-    ):
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    return None
+    own = getattr(getattr(root, "original_model", root), "config", None)
+    found = getattr(getattr(root, "cfg", None), "n_ctx", None), getattr(own, "max_position_embeddings", None)
+    return next((n for n in found if isinstance(n, int)), None)
 
 
 def tokenizer_of(adapter: ModelAdapter | None) -> Any:
@@ -269,25 +252,26 @@ def tokenizer_of(adapter: ModelAdapter | None) -> Any:
     return held
 
 
-def refuse_other_tokenizer(rules: RowTokenizer) -> None:
-    """See that a tokenizer gives no tokens which the model has not.
+def refuse_other_tokenizer(rules: RowTokenizer) -> RowTokenizer:
+    """The same, where neither its own vocabulary nor what begins and ends documents goes beyond the embedding; else DataError.
 
     Tokens that were added to a tokenizer, for padding or chat, may lie beyond the embedding: plain text never gives them, and
     one that turns up all the same is refused where it does.
-
-    Raises:
-        DataError: Its own vocabulary, or what begins and ends documents, goes beyond the embedding.
     """
     if rules.n_vocab is None or rules.tokenizer is None:
-        return
-    few = hasattr(rules.tokenizer, "__len__") and len(rules.tokenizer) <= rules.n_vocab
-    largest = None if few else _largest_plain_id(rules.tokenizer)
+        return rules
+    largest = None
+    if not (hasattr(rules.tokenizer, "__len__") and len(rules.tokenizer) <= rules.n_vocab):
+        added = getattr(rules.tokenizer, "added_tokens_decoder", {})  # a property that is made anew each time
+        known = rules.tokenizer.get_vocab().values() if hasattr(rules.tokenizer, "get_vocab") else ()
+        largest = max((token for token in known if token not in added), default=None)
     for what, token in (("tokens up to", largest), ("an end token", rules.eos), ("a beginning token", rules.bos)):
         if token is not None and token >= rules.n_vocab:
             raise DataError(
                 f"The tokenizer ({_name_of(rules.tokenizer)}) has {what} {token}, and the model embeds {rules.n_vocab} tokens, "
                 f"0 to {rules.n_vocab - 1}: they do not belong together. Give the tokenizer that the model was trained with."
             )
+    return rules
 
 
 # --- how rows begin -------------------------------------------------------------------------------------------------
@@ -299,13 +283,7 @@ def row_start(
 ) -> dict[str, Any] | None:
     """What a decomposition records of the rows it is made on, as values that JSON can hold: the `token`, and whether rows
     begin with it, `begins`, which is None where only some do. None where no such token is known, or these are no token rows.
-
-    Args:
-        adapter: The model's.
-        tokens: Rows to look at.
-        attention_mask: 0 at padding.
-        writer: What wrote the rows, where they were text.
-    """
+    `writer` wrote the rows, where they were text."""
     tokenizer = tokenizer_of(adapter) if writer is None else writer.tokenizer
     token = getattr(tokenizer, "bos_token_id", getattr(getattr(adapter.root, "config", None), "bos_token_id", None))
     if not isinstance(token, int) or token >= (adapter.vocabulary_size or 0):
@@ -322,12 +300,8 @@ def warn_of_other_start(
     Warns:
         RowStartWarning: All of those began with the beginning-of-sequence token and none of these does, or the reverse.
     """
-    known = _recorded(decomposition)
-    if (
-        known is None
-        or known["token"] is None
-        or _begins(known["token"], tokens, attention_mask) is not (not known["begins"])
-    ):
+    known = _recorded(decomposition) or {"token": None}
+    if known["token"] is None or _begins(known["token"], tokens, attention_mask) is not (not known["begins"]):
         return
     here, there = ("without", "with") if known["begins"] else ("with", "without")
     warnings.warn(
@@ -390,18 +364,6 @@ def _start(
     return (token, "the tokenizer puts it in front") if adds else (None, "the tokenizer puts none in front")
 
 
-def _adapter_of(model: Any) -> ModelAdapter:
-    if isinstance(model, ModelAdapter):
-        return model
-    try:
-        return adapt(model)
-    except UnsupportedModelError as error:
-        raise DataError(
-            f"Expected a model or a tokenizer, given {type(model).__name__} ({error}). Wrap a tokenizers.Tokenizer as "
-            "PreTrainedTokenizerFast(tokenizer_object=...)."
-        ) from error
-
-
 def _is_tokenizer(thing: Any) -> bool:
     """Whether texts can be handed to it; models are callable too, but have no such tokens."""
     return callable(thing) and hasattr(thing, "bos_token_id") and not hasattr(thing, "parameters")
@@ -409,13 +371,6 @@ def _is_tokenizer(thing: Any) -> bool:
 
 def _speaks_micro_gpt2(tokenizer: Any) -> bool:
     return hasattr(tokenizer, "get_vocab") and grammar.TOKEN_IDS.items() <= tokenizer.get_vocab().items()
-
-
-def _largest_plain_id(tokenizer: Any) -> int | None:
-    if not hasattr(tokenizer, "get_vocab"):
-        return None
-    added = getattr(tokenizer, "added_tokens_decoder", {})  # a property that is made anew each time it is asked for
-    return max((token for token in tokenizer.get_vocab().values() if token not in added), default=None)
 
 
 def _name_of(tokenizer: Any) -> str | None:
