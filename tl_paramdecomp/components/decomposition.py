@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tl_paramdecomp.components.factors import Components, TiedComponents, check_ties
+from tl_paramdecomp.components.files import COMPONENTS, Saved
 from tl_paramdecomp.components.importance import ImportanceConfig, ImportanceFunction, module_key
 from tl_paramdecomp.components.masks import Masks
-from tl_paramdecomp.components.saved import Saved, check_keys, fingerprints_of, named_sites
 from tl_paramdecomp.components.sigmoids import Importance
 from tl_paramdecomp.errors import NoImportanceError, SettingError, ShapeError
 from tl_paramdecomp.settings import as_declared
@@ -40,7 +40,8 @@ class Decomposition(Saved, Mapping[str, Components]):
     # Mapping compares by content and so cannot be hashed; a module must be
     __hash__ = nn.Module.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
-    holds = "components"
+    holds = COMPONENTS
+    says = {"importance"}, {"tied"}  # files from before there were ties have none
 
     def __init__(
         self,
@@ -159,22 +160,15 @@ class Decomposition(Saved, Mapping[str, Components]):
         tensors = {f"{name}.{letter}": getattr(c, letter) for name, c in own.items() for letter in ("V", "U")}
         if self.importance is not None:
             tensors |= {f"{IMPORTANCE}{key}": value for key, value in self.importance.state_dict().items()}
-        return tensors, {
-            "sites": [asdict(site) for site in self.sites.values()],
-            "tied": self.tied,
-            "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
-            "importance": None if self.importance is None else asdict(self.importance.config),
-            "info": self.info,
-        }
+        config = None if self.importance is None else asdict(self.importance.config)
+        return tensors, {"tied": self.tied, "importance": config}
 
     @classmethod
-    def _assembled(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "Decomposition":
-        check_keys(metadata, {"sites", "fingerprints", "importance", "info"}, {"tied"})
-        sites = named_sites(WeightSite, metadata["sites"])
-        fingerprints = fingerprints_of(sites, metadata["fingerprints"])
-        tied = as_declared(metadata.get("tied", {}), dict[str, str])  # files from before there were ties have none
-        config = as_declared(metadata["importance"], ImportanceConfig | None)
-        info = as_declared(metadata["info"], dict[str, Any])
+    def _assembled(
+        cls, tensors: dict[str, Tensor], values: dict[str, Any], *, sites: Any, norms: Any, **origin: Any
+    ) -> "Decomposition":
+        tied = as_declared(values.get("tied", {}), dict[str, str])
+        config = as_declared(values["importance"], ImportanceConfig | None)
         own = [name for name in sites if name not in tied]
         state = {f"_components.{module_key(n)}.{key}": tensors[f"{n}.{key}"] for n in own for key in ("V", "U")}
         network = {k.removeprefix(IMPORTANCE): t for k, t in tensors.items() if k.startswith(IMPORTANCE)}
@@ -185,28 +179,22 @@ class Decomposition(Saved, Mapping[str, Components]):
         if config is not None and config.kind == "global_transformer" and config.layers > len(network):
             raise ValueError(f"{config.layers} layers cannot be of {len(network)} tensors")
         state |= {f"importance.{key}": tensor for key, tensor in network.items()}
-        return cls._of_state(state, sites, fingerprints, config, info, tied)
+        return cls._of_state(state, sites, importance=config, tied=tied, **origin)
 
     @classmethod
     def _of_state(
-        cls,
-        state: Mapping[str, Tensor],
-        sites: Mapping[str, WeightSite],
-        fingerprints: Mapping[str, Fingerprint],
-        importance: ImportanceConfig | None,
-        info: Mapping[str, Any],
-        tied: Mapping[str, str],
+        cls, state: Mapping[str, Tensor], sites: Mapping[str, WeightSite], tied: Mapping[str, str], **origin: Any
     ) -> "Decomposition":
         """Of these very tensors; made without numbers first, so that nothing is as large as a wrong setting says."""
         with torch.device("meta"):
             keys = {name: f"_components.{module_key(name)}." for name in sites if name not in tied}
             factors = {name: (state[f"{key}V"].to("meta"), state[f"{key}U"].to("meta")) for name, key in keys.items()}
-            made = cls(factors, sites, fingerprints, importance, info, tied=tied)
+            made = cls(factors, sites, tied=tied, **origin)
         made.load_state_dict(state, assign=True)
         return made
 
     def with_tensors(self, state: Mapping[str, Tensor]) -> "Decomposition":
         """The same with other tensors, those of a `state_dict`; without gradients."""
         config = None if self.importance is None else self.importance.config
-        made = self._of_state(state, self.sites, self.fingerprints, config, self.info, self.tied)
-        return made.requires_grad_(False)
+        origin = {"fingerprints": self.fingerprints, "info": self.info, "importance": config}
+        return self._of_state(state, self.sites, self.tied, **origin).requires_grad_(False)

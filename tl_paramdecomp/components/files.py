@@ -1,6 +1,6 @@
 """A JSON file with tensors beside it as safetensors, written whole or not at all; decompositions are kept so, in a folder.
 
-A decomposition's folder holds `components.safetensors` and `decomposition.json`. Format 2, which `save_parts` writes:
+A decomposition's folder holds `components.safetensors` and `decomposition.json`. Format 2, which `Saved.save` writes:
 
 - The JSON holds the sha256 of the tensors' file, and as its last entry `checksum`, the sha256 of its own bytes before that
   entry. No other bytes are accepted, so that a change of any byte of the two files is noticed.
@@ -16,18 +16,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_paramdecomp.components.disk import (
     LARGEST,
     check_replaceable,
     digest_of,
     distinct,
+    in_short,
     left_scratch,
     made_folder,
     open_regular,
@@ -42,10 +45,17 @@ from tl_paramdecomp.components.disk import (
     write_text,
     writing,
 )
-from tl_paramdecomp.errors import DecompositionFileError, DeviceError
+from tl_paramdecomp.errors import DecompositionFileError, DeviceError, SettingError
+from tl_paramdecomp.settings import as_declared
+from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
+
+Made = TypeVar("Made", bound="Saved")
+Site = TypeVar("Site", bound=WeightSite | NormSite)
 
 FORMAT = 2
 TENSORS, METADATA = "components.safetensors", "decomposition.json"
+COMPONENTS = "components"
+"""What a decomposition is made of whose file does not say."""
 BESIDE = "components-{}.safetensors"
 """Name, by their digest, of tensors that the JSON describes already and that are not in their place yet."""
 HEX = "[0-9a-f]"
@@ -194,43 +204,113 @@ def _digest(path: Path) -> str:
 
 
 # --- a decomposition's folder -------------------------------------------------------------------------------------------
-def save_parts(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write a decomposition's tensors and JSON values into a folder; what it held before stays until all is written.
+class Saved(nn.Module):
+    """What every method makes of a model's weights: it knows where it came from, is saved and loaded, and holds no model."""
 
-    Raises:
-        DecompositionFileError, DiskSpaceError: There is something else, or it cannot be written; the folder is then as it was.
-    """
-    with writing(f"Could not save into {folder}"):
-        refuse_other_things(folder)
-        check_numbers(tensors)
-        with made_folder(folder):
-            pair = Pair(folder / METADATA, folder / TENSORS)
-            write_pair(pair, tensors, lambda digest, _: _as_text({"format": FORMAT, **metadata, "sha256": digest}))
-    return folder
+    holds: ClassVar[str]
+    """What it is made of, in words; `kind` in its file, where components say nothing."""
+    says: ClassVar[tuple[set[str], set[str]]]
+    """What its file says beside sites, fingerprints and info: what it must, and what it may."""
+    sites: Any
+    """The sites by name, in execution order."""
+    info: dict[str, Any]
+    """Where it came from: host, method, versions; anything JSON can hold."""
+    fingerprints: dict[str, Fingerprint]
+    """Of the weights it belongs to, by site."""
 
+    @property
+    def gives_importances(self) -> bool:
+        """Whether every token has importances of its components."""
+        return False
 
-def load_parts(folder: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and JSON values that were given to `save_parts`.
+    def device_of(self, site: str) -> torch.device:
+        """Where what belongs to a site is."""
+        return next(self.parameters()).device
 
-    Raises:
-        DecompositionFileError: Something is missing, broken, foreign or newer than this version knows.
-        DeviceError: There is no such device.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise DeviceError(f"Cannot load onto {device}: {error}") from error
+    def sharded_parts(self) -> list[nn.Module]:
+        """Modules whose parameters may be kept in shards, each brought together where it is read.
 
-    def read() -> Described:
-        metadata = read_metadata(folder)
-        return Described(metadata, metadata.get("sha256"))
+        Raises:
+            SettingError: It cannot be kept so.
+        """
+        raise SettingError(f"shard=True is for components; {self.holds} (L3D) are held by every process. Leave it out.")
 
-    metadata, tensors = read_pair(Pair(folder / METADATA, folder / TENSORS), read)
-    with reading(folder / TENSORS, "cannot be used"):
-        check_numbers(tensors)
-    values = {key: value for key, value in metadata.items() if key not in ("format", "sha256")}
-    # a copy, since what is read is the file itself as long as nobody writes to it
-    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, values
+    @abstractmethod
+    def _as_saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Its tensors, and what JSON holds beside sites, fingerprints and info."""
+
+    @classmethod
+    @abstractmethod
+    def _assembled(cls: type[Made], tensors: dict[str, Tensor], values: dict[str, Any], **origin: Any) -> Made:
+        """Of what `_as_saved` gave, `sites`, `norms`, `fingerprints` and `info`; anything may be wrong, and raise anything."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `components.safetensors` and `decomposition.json` into a folder; whenever that ends, the folder holds what
+        it held before or what is saved now.
+
+        Raises:
+            DecompositionFileError: The folder cannot be written, or holds something else; a number is NaN or infinite, or
+                `info` is nothing that JSON has.
+        """
+        folder, (tensors, values) = Path(folder), self._as_saved()
+        values = {
+            "format": FORMAT,
+            **({} if self.holds == COMPONENTS else {"kind": self.holds}),
+            "sites": [asdict(site) for site in self.sites.values()],
+            **values,
+            "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
+            "info": self.info,
+        }
+        with writing(f"Could not save into {folder}"):
+            refuse_other_things(folder)
+            check_numbers(tensors)
+            with made_folder(folder):
+                pair = Pair(folder / METADATA, folder / TENSORS)
+                write_pair(pair, tensors, lambda digest, _: _as_text({**values, "sha256": digest}))
+        return folder
+
+    @classmethod
+    def load(cls: type[Made], folder: str | Path, device: torch.device | str = "cpu") -> Made:
+        """Read what `save` wrote.
+
+        Raises:
+            DecompositionFileError: The folder or a file is missing, broken, foreign or of a newer format.
+            DeviceError: There is no such device.
+        """
+        folder = Path(folder)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise DeviceError(f"Cannot load onto {device}: {error}") from error
+
+        def read() -> Described:
+            values = read_metadata(folder)
+            return Described(values, values.get("sha256"))
+
+        values, mapped = read_pair(Pair(folder / METADATA, folder / TENSORS), read)
+        with reading(folder / TENSORS, "cannot be used"):
+            check_numbers(mapped)
+        # a copy, since what is read is the file itself as long as nobody writes to it
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in mapped.items()}
+        found = values.get("kind") or COMPONENTS
+        if found != cls.holds:
+            opener = "Decomposition" if found == COMPONENTS else "SubnetworkDecomposition"
+            raise DecompositionFileError(f"{folder} holds {found}, not {cls.holds}; open it with {opener}.load.")
+        try:
+            must, may = cls.says
+            must = must | {"format", "sha256", "sites", "fingerprints", "info"}
+            for wrong, what in ((must - values.keys(), "lacks"), (values.keys() - must - may, "also has")):
+                if wrong:
+                    raise KeyError(f"the JSON {what} {', '.join(sorted(wrong))}")
+            sites, norms = _named_sites(WeightSite, values["sites"]), _named_sites(NormSite, values.get("norms", []))
+            fingerprints = _fingerprints_of([*sites, *norms], values["fingerprints"])
+            info = as_declared(values["info"], dict[str, Any])
+            return cls._assembled(tensors, values, sites=sites, norms=norms, fingerprints=fingerprints, info=info)
+        except Exception as error:  # a damaged file may go wrong anywhere
+            raise DecompositionFileError(
+                f"{folder} holds {found} whose files do not agree with each other ({in_short(error)}); it is damaged or was "
+                "edited. Copy it again from where it was saved."
+            ) from error
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -290,3 +370,34 @@ def _as_text(values: Mapping[str, Any]) -> str:
         raise ValueError(f"{METADATA} would have {len(text)} bytes, and no more than {LARGEST} are read again")
     json.loads(text, object_pairs_hook=distinct)  # {1: 0, "1": 0} gives JSON that would be refused
     return text
+
+
+def _named_sites(kind: type[Site], saved: Any) -> dict[str, Site]:
+    """Sites or norms by name; TypeError or ValueError where they are none that a model can have."""
+    found: dict[str, Site] = {}
+    sites: list[Site] = as_declared(saved, list[kind])
+    for site in sites:
+        if site.name in found:
+            raise ValueError(f"{site.name} is there twice")
+        widths = (site.d_in, site.d_out) if isinstance(site, WeightSite) else (site.width,)
+        if min(widths) < 1:
+            raise ValueError(f"{site.name} is {list(widths)} wide")
+        if isinstance(site, WeightSite):
+            heads, side = site.n_heads, site.head_side
+            width = site.d_in if side == "in" else site.d_out
+            if (heads is None) != (side is None) or (heads is not None and (heads < 1 or width % heads)):
+                raise ValueError(f"{site.name} divides {width} dimensions among {heads} heads on side {side}")
+        found[site.name] = site
+    return found
+
+
+def _fingerprints_of(names: Collection[str], saved: Any) -> dict[str, Fingerprint]:
+    """A fingerprint for each of these sites and norms; TypeError or ValueError where they are none, or of others."""
+    found = as_declared(saved, dict[str, Fingerprint])
+    if found.keys() != set(names):
+        raise ValueError(f"there are fingerprints of {', '.join(found)}, and the sites are {', '.join(names)}")
+    for name, values in found.items():
+        dtype = getattr(torch, values.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{name} was of {values.dtype!r}, which is no floating-point dtype")
+    return found

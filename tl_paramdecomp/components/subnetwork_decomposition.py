@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.components.saved import Saved, check_keys, fingerprints_of, named_sites
+from tl_paramdecomp.components.files import Saved
 from tl_paramdecomp.components.subnetworks import GainSubnetworks, Part, SiteSubnetworks, Subnetworks
 from tl_paramdecomp.errors import ComponentIndexError
-from tl_paramdecomp.settings import as_declared
 from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
 
 SIDES = ("encoder", "decoder")
@@ -48,6 +47,7 @@ class SubnetworkDecomposition(Saved):
 
     threshold: Float[Tensor, ""]
     holds = "subnetworks"
+    says = {"kind"}, {"norms"}
 
     def __init__(
         self,
@@ -115,19 +115,12 @@ class SubnetworkDecomposition(Saved):
         for side in SIDES:
             for name, part in getattr(self, side).items():
                 tensors |= {f"{side}:{name}.{key}": tensor for key, tensor in part.named_parameters()}
-        return tensors, {
-            "kind": self.holds,
-            "sites": [asdict(site) for site in self.sites.values()],
-            **({"norms": [asdict(norm) for norm in self.norms.values()]} if self.norms else {}),
-            "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
-            "info": self.info,
-        }
+        return tensors, {"norms": [asdict(norm) for norm in self.norms.values()]} if self.norms else {}
 
     @classmethod
-    def _assembled(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "SubnetworkDecomposition":
-        check_keys(metadata, {"kind", "sites", "fingerprints", "info"}, {"norms"})
-        sites, norms = named_sites(WeightSite, metadata["sites"]), named_sites(NormSite, metadata.get("norms", []))
-        fingerprints = fingerprints_of([*sites, *norms], metadata["fingerprints"])
+    def _assembled(
+        cls, tensors: dict[str, Tensor], values: dict[str, Any], *, sites: Any, norms: Any, **origin: Any
+    ) -> "SubnetworkDecomposition":
         if len({tensor.dtype for tensor in tensors.values()}) > 1 or not all(t.numel() for t in tensors.values()):
             raise ValueError("a tensor is empty, or they are of several dtypes")
         left, sides = dict(tensors), []
@@ -146,5 +139,4 @@ class SubnetworkDecomposition(Saved):
         shapes = [{name: tensor.shape for name, tensor in side.state_dict().items()} for side in sides]
         if shapes[0] != shapes[1]:
             raise ValueError("encoder and decoder are of different shapes")
-        info = as_declared(metadata["info"], dict[str, Any])
-        return cls(sides[0], sides[1], sites, fingerprints, float(threshold), info, norms)
+        return cls(sides[0], sides[1], sites, threshold=float(threshold), norms=norms, **origin)

@@ -11,8 +11,8 @@ these are the same numbers. At a norm, which writes y = xhat * w + b, subnetwork
 gradients are sum_t g_t * xhat_t and sum_t g_t, and nothing is factored.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,19 +38,18 @@ class SampleGradient(NamedTuple):
     g: Float[Tensor, "n pos d_out"]
     """Gradient of each scalar with respect to what the weight wrote."""
 
-    def squared_norm(self, bias: bool) -> Float[Tensor, " n"]:
-        """Squared norm of each gradient of W, and of b where it counts."""
+    @property
+    def bias(self) -> Float[Tensor, "n d_out"]:
+        """Gradients of the bias."""
+        return self.g.sum(1)
+
+    def squared_norm(self) -> Float[Tensor, " n"]:
+        """Squared norm of each gradient of W."""
         if self.x.is_floating_point():
             reads = self.x @ self.x.transpose(1, 2)
         else:
             reads = (self.x.unsqueeze(2) == self.x.unsqueeze(1)).to(self.g.dtype)
-        norm = (reads * (self.g @ self.g.transpose(1, 2))).sum((1, 2))
-        return norm + self.g.sum(1).square().sum(-1) if bias else norm
-
-    def select(self, rows: Tensor | slice) -> "SampleGradient":
-        """Gradients of some of the scalars."""
-        rows = rows.to(self.g.device) if isinstance(rows, Tensor) else rows
-        return SampleGradient(self.x[rows], self.g[rows])
+        return (reads * (self.g @ self.g.transpose(1, 2))).sum((1, 2))
 
     def dense(self, rows: slice, d_in: int) -> Float[Tensor, "some d_in d_out"]:
         """Gradients of W for some of the scalars."""
@@ -66,19 +65,25 @@ class GainGradient(NamedTuple):
     gain: Float[Tensor, "n width"]
     bias: Float[Tensor, "n width"]
 
-    def squared_norm(self, bias: bool) -> Float[Tensor, " n"]:
-        """Squared norm of each gradient of the gain, and of the bias where it counts."""
-        found = self.gain.square().sum(-1)
-        return found + self.bias.square().sum(-1) if bias else found
+    def squared_norm(self) -> Float[Tensor, " n"]:
+        """Squared norm of each gradient of the gain."""
+        return self.gain.square().sum(-1)
 
-    def select(self, rows: Tensor | slice) -> "GainGradient":
-        """Gradients of some of the scalars."""
-        rows = rows.to(self.gain.device) if isinstance(rows, Tensor) else rows
-        return GainGradient(self.gain[rows], self.bias[rows])
+
+Gradients = Mapping[str, SampleGradient | GainGradient]
+"""Of the same N scalars, by site and norm."""
+
+
+def select(gradients: Gradients, rows: Tensor | slice) -> dict[str, SampleGradient | GainGradient]:
+    """Gradients of some of the scalars."""
+    return {
+        name: type(of)(*(t[rows.to(t.device) if isinstance(rows, Tensor) else rows] for t in of))
+        for name, of in gradients.items()
+    }
 
 
 class Part(nn.Module):
-    """What K subnetworks are at one site or norm.
+    """What K subnetworks are at one site or norm: changes of its weight or gain, and of its bias where that takes part.
 
     Raises:
         ShapeError: The tensors do not fit the site or each other.
@@ -103,29 +108,31 @@ class Part(nn.Module):
         """K, the number of subnetworks."""
         return len(next(self.parameters()))
 
-    @abstractmethod
     def inner(self, gradient: Any, backend: Backend = "auto") -> Float[Tensor, "n K"]:
         """<G_n, subnetwork k> here, of gradients of this kind."""
+        return self._with_bias(self._inner(gradient, backend), lambda bias: gradient.bias @ bias.T)
 
-    @abstractmethod
+    def squared_norm(self, gradient: Any) -> Float[Tensor, " n"]:
+        """Squared norm of each gradient over the tensors that take part."""
+        return self._with_bias(gradient.squared_norm(), lambda _: gradient.bias.square().sum(-1))
+
     def gram(self) -> Float[Tensor, "K K"]:
         """Inner products of all pairs of subnetworks here."""
+        return self._with_bias(self._gram(), lambda bias: bias @ bias.T)
 
-    @abstractmethod
     def squared_norms(self) -> Float[Tensor, " K"]:
         """Squared norm of each subnetwork here."""
+        return self._with_bias(self._squares(), lambda bias: bias.square().sum(-1))
 
-    @abstractmethod
-    def direction(self, k: int) -> Tensor:
-        """What subnetwork k adds to the weight or gain."""
-
-    @abstractmethod
     def tensor_norms(self) -> list[Float[Tensor, " K"]]:
         """Norms of each subnetwork's change of the weight or gain, and of the bias."""
+        return [self._squares().sqrt(), *([] if self.bias is None else [self.bias.norm(dim=-1)])]
 
-    @abstractmethod
+    @torch.no_grad()
     def rescale(self, factors: Float[Tensor, " K"]) -> None:
         """Multiply each subnetwork, in place."""
+        for name, tensor in self.named_parameters():  # a matrix is a product of two
+            tensor.mul_(factors.sqrt()[:, None, None] if name in ("A", "B") else factors[:, None])
 
     def change(self, x: Tensor, deltas: Mapping[int, float | Tensor]) -> Float[Tensor, "..."]:
         """What is written more at x where the model is moved so far along these subnetworks; gradients reach the deltas."""
@@ -133,11 +140,16 @@ class Part(nn.Module):
         scale = torch.stack([torch.as_tensor(d, dtype=like.dtype, device=like.device) for d in deltas.values()])
         return self._with_bias(self._change(x, ks, scale), lambda bias: scale @ bias[ks])
 
-    @abstractmethod
-    def _change(self, x: Tensor, ks: list[int], scale: Float[Tensor, " k"]) -> Tensor: ...
-
     def _with_bias(self, found: Tensor, of_bias: Callable[[Tensor], Tensor]) -> Tensor:
         return found if self.bias is None else found + of_bias(self.bias)
+
+    # what a kind of part says of its weight or gain alone
+    direction: Callable[[int], Tensor]
+    """What subnetwork k adds to the weight or gain."""
+    _inner: Callable[[Any, Backend], Tensor]
+    _gram: Callable[[], Tensor]
+    _squares: Callable[[], Tensor]
+    _change: Callable[[Tensor, list[int], Tensor], Tensor]
 
 
 class GainSubnetworks(Part):
@@ -155,19 +167,14 @@ class GainSubnetworks(Part):
     def tensor_norms(self) -> list[Float[Tensor, " K"]]:
         return [tensor.norm(dim=-1) for tensor in self.parameters()]
 
-    @torch.no_grad()
-    def rescale(self, factors: Float[Tensor, " K"]) -> None:
-        for tensor in self.parameters():
-            tensor.mul_(factors[:, None])
+    def _inner(self, gradient: GainGradient, backend: Backend) -> Float[Tensor, "n K"]:
+        return gradient.gain @ self.gain.T
 
-    def inner(self, gradient: GainGradient, backend: Backend = "auto") -> Float[Tensor, "n K"]:
-        return self._with_bias(gradient.gain @ self.gain.T, lambda bias: gradient.bias @ bias.T)
+    def _gram(self) -> Float[Tensor, "K K"]:
+        return self.gain @ self.gain.T
 
-    def gram(self) -> Float[Tensor, "K K"]:
-        return self._with_bias(self.gain @ self.gain.T, lambda bias: bias @ bias.T)
-
-    def squared_norms(self) -> Float[Tensor, " K"]:
-        return self._with_bias(self.gain.square().sum(-1), lambda bias: bias.square().sum(-1))
+    def _squares(self) -> Float[Tensor, " K"]:
+        return self.gain.square().sum(-1)
 
     def _change(self, x: Tensor, ks: list[int], scale: Tensor) -> Tensor:
         return x.to(self.gain.dtype) * (scale @ self.gain[ks])
@@ -193,47 +200,26 @@ class SiteSubnetworks(Part):
         """A_k B_k^T."""
         return self.A[k] @ self.B[k].T
 
-    def direction(self, k: int) -> Float[Tensor, "d_in d_out"]:
-        return self.matrix(k)
+    direction = matrix
 
-    def reads(self, x: Shaped[Tensor, "*rows"]) -> Float[Tensor, "*out K r"]:
-        """x A_k of every subnetwork."""
-        if not x.is_floating_point():
-            return self.A.permute(1, 0, 2)[x]
-        return (x @ self.A.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
-
-    def tensor_norms(self) -> list[Float[Tensor, " K"]]:
-        found = [self._squared_matrix_norms().sqrt()]
-        return found if self.bias is None else [*found, self.bias.norm(dim=-1)]
-
-    @torch.no_grad()
-    def rescale(self, factors: Float[Tensor, " K"]) -> None:
-        root = factors.sqrt()[:, None, None]
-        self.A.mul_(root)
-        self.B.mul_(root)
-        if self.bias is not None:
-            self.bias.mul_(factors[:, None])
-
-    def inner(self, gradient: SampleGradient, backend: Backend = "auto") -> Float[Tensor, "n K"]:
-        inner = self._inner_dense if self._dense(gradient, backend) else self._inner_factored
-        return self._with_bias(inner(gradient), lambda bias: gradient.g.sum(1) @ bias.T)
-
-    def _dense(self, gradient: SampleGradient, backend: Backend) -> bool:
-        if backend != "auto":
-            return backend == "dense"
-        if not gradient.x.is_floating_point():
-            return False
+    def _inner(self, gradient: SampleGradient, backend: Backend) -> Float[Tensor, "n K"]:
         (K, d_in, r), d_out, pos = self.A.shape, self.site.d_out, gradient.g.shape[1]
-        return pos * K * r * (d_in + d_out) > (pos + K) * d_in * d_out
+        if backend == "auto":
+            few = gradient.x.is_floating_point() and pos * K * r * (d_in + d_out) > (pos + K) * d_in * d_out
+            backend = "dense" if few else "factored"
+        return self._inner_dense(gradient) if backend == "dense" else self._inner_factored(gradient)
 
     def _inner_factored(self, gradient: SampleGradient) -> Float[Tensor, "n K"]:
         n, pos, _ = gradient.g.shape
         # a causal model's scalar has no gradient at positions after its own, about half of all
         kept = (gradient.g != 0).any(-1).flatten().nonzero().flatten()
         x, g = gradient.x.flatten(0, 1)[kept], gradient.g.flatten(0, 1)[kept]
-        writes = (g @ self.B.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
-        products = (self.reads(x) * writes).sum(-1)
+        reads = self._along(x, self.A) if x.is_floating_point() else self.A.permute(1, 0, 2)[x]
+        products = (reads * self._along(g, self.B)).sum(-1)
         return products.new_zeros(n, products.shape[1]).index_add(0, kept // pos, products)
+
+    def _along(self, rows: Float[Tensor, "m width"], factor: Float[Tensor, "K width r"]) -> Float[Tensor, "m K r"]:
+        return (rows @ factor.permute(1, 0, 2).flatten(1)).unflatten(-1, (-1, self.rank))
 
     def _inner_dense(self, gradient: SampleGradient) -> Float[Tensor, "n K"]:
         matrices = (self.A @ self.B.transpose(1, 2)).flatten(1)
@@ -245,17 +231,13 @@ class SiteSubnetworks(Part):
         ]
         return torch.cat(parts)
 
-    def gram(self) -> Float[Tensor, "K K"]:
+    def _gram(self) -> Float[Tensor, "K K"]:
         reads, writes = (f.transpose(1, 2).flatten(0, 1) for f in (self.A, self.B))
         product = (reads @ reads.T) * (writes @ writes.T)
         K, r = len(self.A), self.rank
-        found = product if r == 1 else product.view(K, r, K, r).sum((1, 3))
-        return self._with_bias(found, lambda bias: bias @ bias.T)
+        return product if r == 1 else product.view(K, r, K, r).sum((1, 3))
 
-    def squared_norms(self) -> Float[Tensor, " K"]:
-        return self._with_bias(self._squared_matrix_norms(), lambda bias: bias.square().sum(-1))
-
-    def _squared_matrix_norms(self) -> Float[Tensor, " K"]:
+    def _squares(self) -> Float[Tensor, " K"]:
         return ((self.A.transpose(1, 2) @ self.A) * (self.B.transpose(1, 2) @ self.B)).sum((1, 2)).clamp(min=0.0)
 
     def _change(self, x: Tensor, ks: list[int], scale: Tensor) -> Tensor:
@@ -275,10 +257,6 @@ class _DenseInner(torch.autograd.Function):
         return grad.T @ ctx.gradient.dense(ctx.rows, ctx.d_in).flatten(1), None, None, None
 
 
-Gradients = Mapping[str, SampleGradient | GainGradient]
-"""Of the same N scalars, by site and norm."""
-
-
 class Subnetworks(nn.Module, Mapping[str, Any]):
     """K subnetworks over several sites and norms; a Mapping from name to what they are there (`Part`), sites first."""
 
@@ -292,6 +270,11 @@ class Subnetworks(nn.Module, Mapping[str, Any]):
             raise ShapeError(f"Subnetworks need at least one site, and as many at each; given {sorted(sizes)}.")
         self.parts = nn.ModuleDict({module_key(name): part for name, part in parts.items()})
         self.K = sizes.pop()
+
+    @property
+    def device(self) -> torch.device:
+        """The first part's; parts live where their site does."""
+        return next(self.parameters()).device
 
     def __getitem__(self, site: str) -> Any:
         return self.parts[module_key(site)]
@@ -308,7 +291,7 @@ class Subnetworks(nn.Module, Mapping[str, Any]):
 
     def squared_norm(self, gradients: Gradients) -> Float[Tensor, " n"]:
         """Squared norm of each gradient over the tensors that the subnetworks reach."""
-        return self._summed(gradients[n].squared_norm(p.bias is not None) for n, p in self.items())
+        return self._summed(part.squared_norm(gradients[name]) for name, part in self.items())
 
     def gram(self) -> Float[Tensor, "K K"]:
         """Inner products of all pairs."""
@@ -319,11 +302,9 @@ class Subnetworks(nn.Module, Mapping[str, Any]):
         return self._summed(part.squared_norms() for part in self.values()).sqrt()
 
     def _summed(self, values: Iterable[Tensor]) -> Tensor:
-        """The sum over parts, on the first one's device; parts live where their site does."""
-        device = next(self.parameters()).device
-        return torch.stack([value.to(device) for value in values]).sum(0)
+        """The sum over parts, on the first one's device."""
+        return torch.stack([value.to(self.device) for value in values]).sum(0)
 
-    @torch.no_grad()
     def rescale(self, factors: Float[Tensor, " K"]) -> None:
         """Multiply each subnetwork, in place."""
         for part in self.values():
@@ -338,34 +319,25 @@ class Subnetworks(nn.Module, Mapping[str, Any]):
                 the tensors' norms of 1, each divided by the square root of that sum.
         """
         if kind == "l2":
-            self.rescale(1.0 / self.norms().clamp(min=1e-30))
-            return
-        total = torch.zeros(self.K, dtype=next(self.parameters()).dtype, device=next(self.parameters()).device)
-        for part in self.values():
-            for norms in part.tensor_norms():
-                total += norms.to(total.device)
-        self.rescale(1.0 / total.sqrt().clamp(min=1e-30))
+            size = self.norms()
+        else:
+            lengths = [norms.to(self.device) for part in self.values() for norms in part.tensor_norms()]
+            size = functools.reduce(torch.add, lengths).sqrt()
+        self.rescale(1.0 / size.clamp(min=1e-30))
 
 
 def random_subnetworks(
     sites: Mapping[str, WeightSite],
     ranks: Mapping[str, int],
     K: int,
-    biases: frozenset[str],
+    biases: Collection[str],
     dtype: torch.dtype,
     generator: torch.Generator,
-    norms: Mapping[str, NormSite] | None = None,
+    norms: Mapping[str, NormSite],
 ) -> Subnetworks:
-    """K subnetworks with normal factors (and gains), scaled to norm 1.
+    """K subnetworks with normal factors (and gains), drawn on the CPU and scaled to norm 1.
 
-    Args:
-        sites: Where.
-        ranks: r at each site.
-        K: How many.
-        biases: Sites and norms whose bias takes part.
-        dtype: Of the factors.
-        generator: Draws them, on the CPU.
-        norms: Norms whose gains take part.
+    `ranks` are r of each site, `biases` the sites and norms whose bias takes part, `norms` those whose gain does.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -375,9 +347,8 @@ def random_subnetworks(
     for name, site in sites.items():
         A, B = normal(K, site.d_in, ranks[name]), normal(K, site.d_out, ranks[name])
         parts[name] = SiteSubnetworks(site, A, B, normal(K, site.d_out) if name in biases else None)
-    for name, norm in (norms or {}).items():
-        gain = normal(K, norm.width)
-        parts[name] = GainSubnetworks(norm, gain, normal(K, norm.width) if name in biases else None)
+    for name, norm in norms.items():
+        parts[name] = GainSubnetworks(norm, normal(K, norm.width), normal(K, norm.width) if name in biases else None)
     made = Subnetworks(parts)
     made.normalise()
     return made
@@ -385,9 +356,6 @@ def random_subnetworks(
 
 def pairwise_gains(gradients: Sequence[GainGradient], bias: bool) -> Float[Tensor, "n n"]:
     """Inner products of all pairs of gradients at one norm, in float64 on the CPU."""
-    gains = torch.cat([gradient.gain for gradient in gradients]).double()
-    found = gains @ gains.T
-    if bias:
-        biases = torch.cat([gradient.bias for gradient in gradients]).double()
-        found = found + biases @ biases.T
-    return found.cpu()
+    kinds = ("gain", "bias") if bias else ("gain",)
+    wholes = (torch.cat([getattr(gradient, kind) for gradient in gradients]).double() for kind in kinds)
+    return torch.stack([whole @ whole.T for whole in wholes]).sum(0).cpu()

@@ -12,6 +12,7 @@ Everything is worked out from what sites read and the gradients of what they wri
 What is decomposed is the local loss landscape, not the weights: subnetworks do not sum to W.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -28,12 +29,7 @@ from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.from_factors import origin_of
 from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.random_streams import RandomStreams
-from tl_paramdecomp.methods.sample_gradients import (
-    Positions,
-    Reference,
-    SampleDivergence,
-    batch_gradients,
-)
+from tl_paramdecomp.methods.sample_gradients import Positions, Reference, SampleDivergence, batch_gradients
 from tl_paramdecomp.methods.starts import by_site
 from tl_paramdecomp.methods.step import KL_NEEDS
 from tl_paramdecomp.parallel import ALONE, ProcessGroup
@@ -87,10 +83,8 @@ class L3D(Method[SubnetworkDecomposition]):
     def paper_code(cls, **changes: Any) -> "L3D":
         """The published code for toys: p (p - r) for the mean square, references that may be the sample itself, its own norm,
         and no warm start."""
-        published = L3D(
-            divergence="paper_code", reference="paper_code", norm="paper_code", warm_start=0.0, threshold_memory=0.99
-        )
-        return replace(published, **changes)
+        kinds = dict.fromkeys(("divergence", "reference", "norm"), "paper_code")
+        return replace(L3D(**kinds, warm_start=0.0), **changes)  # type: ignore[arg-type]
 
     def with_components(self, n: int) -> "L3D":
         """The same method with so many subnetworks."""
@@ -134,23 +128,20 @@ class L3D(Method[SubnetworkDecomposition]):
         batches: Callable[[int], Batch] | None = None,
     ) -> SubnetworkDecomposition:
         norms = self.norms(adapter)
-        biases = frozenset(name for name in sites if self.biases and adapter.bias(name) is not None)
-        biases |= {name for name, norm in norms.items() if self.biases and norm.has_bias}
+        biases = {name for name in sites if adapter.bias(name) is not None}
+        biases |= {name for name, norm in norms.items() if norm.has_bias}
         weight = adapter.weight(next(iter(sites)))
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        decoder, encoder = (
-            random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator, norms)
-            for _ in range(2)
-        )
-        encoder.load_state_dict(decoder.state_dict())
+        biases = biases if self.biases else set()
+        decoder = random_subnetworks(sites, self.ranks(sites), self.n_subnetworks, biases, dtype, generator, norms)
         fingerprints = {name: adapter.fingerprint(name) for name in (*sites, *norms)}
-        made = SubnetworkDecomposition(encoder, decoder, sites, fingerprints, info=origin_of(adapter), norms=norms)
+        made = SubnetworkDecomposition(
+            copy.deepcopy(decoder), decoder, sites, fingerprints, info=origin_of(adapter), norms=norms
+        )
         made.to(adapter.device)
         for side in (made.encoder, made.decoder):
-            for name in sites:
-                side[name].to(adapter.weight(name).device)
-            for name in norms:
-                side[name].to(adapter.gain(name).device)
+            for name, part in side.items():
+                part.to((adapter.gain(name) if name in norms else adapter.weight(name)).device)
         return made
 
     def parameter_groups(self, decomposition: SubnetworkDecomposition) -> list[ParameterGroup]:
@@ -178,8 +169,7 @@ class L3D(Method[SubnetworkDecomposition]):
         return LossReport(sums["loss"], {"reconstruction": sums["loss"]}, lambda: figures)
 
     def after_step(self, step: TrainingStep) -> None:
-        made: SubnetworkDecomposition = step.decomposition
-        made.decoder.normalise(self.norm)
+        step.decomposition.decoder.normalise(self.norm)
 
     def _count(
         self, step: TrainingStep, found: "Reconstruction", active: Int[Tensor, " K"], random: RandomStreams
@@ -220,15 +210,10 @@ def reconstruction(
     backend: Backend = "auto",
     processes: ProcessGroup = ALONE,
 ) -> Reconstruction:
-    """Coefficients of samples, and how well they reconstruct.
+    """Coefficients of samples, in any number of groups, and how well they reconstruct.
 
-    Args:
-        made: The subnetworks.
-        groups: Gradients of the samples, in any number of groups.
-        active: Share of the coefficients to keep, the largest over all samples together; None: those that reach the learned
-            threshold.
-        backend: How inner products are taken.
-        processes: That have other samples of the batch: the largest are those of all of them, and losses add up to the batch's.
+    `active` is the share of the coefficients to keep, the largest over the samples of all processes; None: those that reach the
+    learned threshold. Losses of the processes add up to the batch's.
     """
     a = torch.cat([made.encoder.inner(group, backend) for group in groups])
     c = torch.cat([made.decoder.inner(group, backend) for group in groups])
@@ -265,25 +250,23 @@ def revive(
         return
     residuals = processes.every(found.residuals)
     weights = torch.cat(residuals).clamp(min=0.0)
-    if not bool(weights.sum() > 0):
+    if not weights.sum() > 0:
         return
     first = sum(len(t) for t in residuals[: processes.rank])
     drawn = torch.multinomial(weights.float(), len(places), replacement=True, generator=generator)
     samples = [(group, i) for group in found.groups for i in range(len(next(iter(group.values()))[1]))]
-    for side in (made.decoder, made.encoder):
-        for parameter in side.parameters():
-            parameter[places] = 0.0
+    parameters = [*made.decoder.parameters(), *made.encoder.parameters()]
+    for parameter in parameters:
+        parameter[places] = 0.0
     for k, n in zip(places.tolist(), (drawn - first).tolist(), strict=True):
         if 0 <= n < len(samples):  # else another process has that sample
             group, i = samples[n]
             for name, part in made.decoder.items():
                 _begin_anew([part, made.encoder[name]], k, group[name], i)
     if processes.world > 1:
-        for side in (made.decoder, made.encoder):
-            for parameter in side.parameters():
-                parameter[places] = processes.total({"": parameter[places]})[""]
-    norms = made.decoder.norms().clamp(min=1e-30)
-    factors = torch.where(dead, 1.0 / norms, torch.ones_like(norms))
+        for parameter in parameters:
+            parameter[places] = processes.total({"": parameter[places]})[""]
+    factors = torch.where(dead, 1.0 / made.decoder.norms().clamp(min=1e-30), 1.0)
     for side in (made.decoder, made.encoder):
         side.rescale(factors)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.components.saved import Saved
+from tl_paramdecomp.components.files import Saved
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.random_streams import RandomNumbers, RandomStreams, as_streams

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.components.subnetworks import GainGradient, Gradients, SampleGradient
+from tl_paramdecomp.components.subnetworks import GainGradient, Gradients, SampleGradient, select
 from tl_paramdecomp.errors import DataError, SettingError, UnsupportedSiteError
 from tl_paramdecomp.methods.divergence import wide
 from tl_paramdecomp.methods.method import Microbatch
@@ -45,12 +45,8 @@ class Outputs:
             self.scored = attention_mask.bool().to(output.device)
 
     def places(self, positions: Positions, generator: AnyGenerator, every: bool = False) -> list[Int[Tensor, " n"]]:
-        """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`.
-
-        Args:
-            positions: Which.
-            generator: Draws them.
-            every: For `all`, also positions that no row has, as other microbatches may.
+        """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`, where `every` asks
+        for positions too that no row has, as other microbatches may.
 
         Raises:
             SettingError: The output has no positions, or not so many.
@@ -97,14 +93,9 @@ class GradientPass(Outputs):
     def __init__(
         self, adapter: ModelAdapter, sites: Sequence[str], tokens: Tensor, attention_mask: Tensor | None = None
     ) -> None:
-        # HookedTransformer calls a norm such as `ln1` three times
-        self.norms: dict[str, Calls] = {name: [] for name in sites if adapter.is_norm(name)}
-        self.sites: dict[str, Calls] = {name: [] for name in sites if name not in self.norms}
-        fns = {
-            name: functools.partial(opened, calls[name], name, tokens)
-            for opened, calls in ((_opened, self.sites), (_opened_norm, self.norms))
-            for name in calls
-        }
+        self.calls: dict[str, Calls] = {name: [] for name in sites}
+        self.norms = frozenset(name for name in sites if adapter.is_norm(name))
+        fns = {n: functools.partial(_opened, calls, n, tokens, n in self.norms) for n, calls in self.calls.items()}
         with torch.enable_grad(), adapter.intercept(fns):
             output = adapter.forward(tokens, attention_mask)
         super().__init__(output, attention_mask)
@@ -124,17 +115,14 @@ class GradientPass(Outputs):
             rows: The rows that these are; None: all of them.
             keep: Whether further gradients will be asked for.
         """
-        calls = [call for kind in (self.sites, self.norms) for of_name in kind.values() for call in of_name]
-        leaves = [leaf for _, leaf in calls]
+        leaves = [leaf for calls in self.calls.values() for _, leaf in calls]
         found = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), retain_graph=keep, allow_unused=True)
         given = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)])
         made: dict[str, SampleGradient | GainGradient] = {}
-        for name, x in ((name, x) for name, of_site in self.sites.items() for x, _ in of_site):
-            g = next(given)
-            made[name] = SampleGradient(wide(_by_position(x, g)), wide(_rows(g)))
-        for name, of_norm in self.norms.items():
-            made[name] = _gain_gradient([(x, next(given)) for x, _ in of_norm], len(self.output))
-        return made if rows is None else {name: gradient.select(rows) for name, gradient in made.items()}
+        for name, calls in self.calls.items():
+            pairs = [(x, next(given)) for x, _ in calls]
+            made[name] = _gain_gradient(pairs, len(self.output)) if name in self.norms else _site_gradient(*pairs[0])
+        return made if rows is None else select(made, rows)
 
 
 def output_gradient(
@@ -155,14 +143,8 @@ def references(
     generator: AnyGenerator,
     among: "Among | None" = None,
 ) -> Float[Tensor, "n width"]:
-    """What each row's output is compared with, detached; probabilities for `kl`.
-
-    Args:
-        output: Of the rows.
-        kind: Which.
-        divergence: Of which divergence.
-        generator: Draws other samples.
-        among: Where the rows stand among the samples of the whole batch; None: these are all.
+    """What each row's output is compared with, detached; probabilities for `kl`. `among` says where the rows stand among the
+    samples of the whole batch; None: these are all.
 
     Raises:
         SettingError: Uniform outputs where outputs are no distribution.
@@ -233,8 +215,8 @@ class _Samples:
             cotangent = output_gradient(wide(output.detach()), against[i], divergence)
             some = self.rows[i] if run.by_position and bool((place < 0).any()) else None
             found = run.gradients(output, cotangent, some, keep=i + 1 < len(self.places))
-            samples = slice(None, None, 2 if reference == "pairs" else 1)  # of pairs the other rows are references
-            yield {name: gradient.select(samples) for name, gradient in found.items()}
+            # of pairs the other rows are references
+            yield select(found, slice(None, None, 2)) if reference == "pairs" else found
 
 
 def _compared(samples: Sequence[_Samples], processes: ProcessGroup = ALONE) -> None:
@@ -300,27 +282,19 @@ def batch_gradients(
     return groups
 
 
-def _opened(calls: Calls, name: str, tokens: Tensor, call: SiteCall) -> Tensor:
-    """A site's function that leaves its output, and keeps its input and a leaf."""
-    if calls:
+def _opened(calls: Calls, name: str, tokens: Tensor, is_norm: bool, call: SiteCall) -> Tensor:
+    """A function that leaves the output, and keeps what was read (of a norm: what its gain multiplies) and a leaf."""
+    if calls and not is_norm:  # HookedTransformer calls a norm such as `ln1` three times
         raise UnsupportedSiteError(
             f"{name} is called more than once in a forward pass, so that its gradient is not that of one product."
         )
     x, y, n = call.x.detach(), call.y, len(tokens)
-    leaf = torch.zeros_like(y).expand(n, *y.shape[1:]).clone().requires_grad_(True)
-    calls.append((x.expand(n, *x.shape[1:]), leaf))
-    return y + leaf
-
-
-def _opened_norm(calls: Calls, name: str, tokens: Tensor, call: SiteCall) -> Tensor:
-    """A norm's function that leaves its output, and keeps what its gain multiplies and a leaf, for each call."""
-    x, y, n = call.x.detach(), call.y, len(tokens)
-    # rows, positions and heads may be one dimension
-    flattened = y.ndim == 2 and not tokens.is_floating_point() and len(y) % tokens.numel() == 0
+    # of a norm, rows, positions and heads may be one dimension
+    flattened = is_norm and y.ndim == 2 and not tokens.is_floating_point() and len(y) % tokens.numel() == 0
     if len(y) not in (1, n) and not flattened:
         raise UnsupportedSiteError(
-            f"{name} normalises rows of shape {list(y.shape)} in a pass over {n} rows, so that it is not known which belong to "
-            "which; leave it out of `gains`."
+            f"{name} gives rows of shape {list(y.shape)} in a pass over {n} rows, so that it is not known which belong to "
+            f"which; leave it out{' of `gains`' if is_norm else ''}."
         )
     if len(y) == 1 < n:
         x, y = x.expand(n, *x.shape[1:]), y.expand(n, *y.shape[1:])
@@ -337,12 +311,8 @@ def _gain_gradient(calls: Calls, n: int) -> GainGradient:
     return GainGradient(torch.stack(gains).sum(0), torch.stack(biases).sum(0))
 
 
-def _rows(g: Tensor) -> Float[Tensor, "n pos d_out"]:
-    return g.unsqueeze(1) if g.ndim == 2 else g.flatten(1, -2)
-
-
-def _by_position(x: Tensor, g: Tensor) -> Tensor:
-    """x as [n, pos, d_in], or [n, pos] indices."""
-    if not x.is_floating_point():
-        return x.unsqueeze(1) if g.ndim == 2 else x.flatten(1)
-    return _rows(x)
+def _site_gradient(x: Tensor, g: Tensor) -> SampleGradient:
+    """x as [n, pos, d_in], or [n, pos] indices; g as [n, pos, d_out]."""
+    if g.ndim == 2:
+        x, g = x.unsqueeze(1), g.unsqueeze(1)
+    return SampleGradient(wide(x.flatten(1, -2 if x.is_floating_point() else -1)), wide(g.flatten(1, -2)))

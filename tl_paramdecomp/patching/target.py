@@ -8,7 +8,7 @@ from tl_paramdecomp.adapters import ModelAdapter, adapt
 from tl_paramdecomp.adapters.fingerprint import centring_differs, differs
 from tl_paramdecomp.adapters.identity import behind, is_identity
 from tl_paramdecomp.adapters.wiring import read_parameter
-from tl_paramdecomp.components.saved import Saved
+from tl_paramdecomp.components.files import Saved
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DeviceError, TargetMismatchError
 from tl_paramdecomp.patching.claims import edited_sites

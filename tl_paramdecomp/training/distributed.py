@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tl_paramdecomp.components.saved import Saved
+from tl_paramdecomp.components.files import Saved
 from tl_paramdecomp.errors import PeerLostError, SettingError
 from tl_paramdecomp.methods.method import LossReport, Method, TrainingStep
 from tl_paramdecomp.parallel import ALONE, ProcessGroup
