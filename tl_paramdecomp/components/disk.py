@@ -78,11 +78,8 @@ def reading(path: Path | str, what: str = "cannot be read") -> Iterator[None]:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 def open_regular(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> int:
-    """A handle of a regular file, which is a link only where `follow` allows it; a pipe or device is not waited for.
-
-    Raises:
-        OSError, ValueError: It is something else, or cannot be opened.
-    """
+    """A handle of a regular file, else OSError or ValueError; it is a link only where `follow` allows it, and a pipe or device
+    is not waited for."""
     flags |= AT_ONCE
     if not follow:
         flags |= getattr(os, "O_NOFOLLOW", 0)
@@ -189,12 +186,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, content: bytes, alone: bool = False) -> None:
-    """Write a file, whole or not at all, and see it on the disk before returning.
+    """Write a file, whole or not at all, and see it on the disk before returning; errors as of `writing`.
 
     Where no other process writes (`alone`), what a killed one left beside the file is taken away.
-
-    Raises:
-        DecompositionFileError, DiskSpaceError: It cannot be written, or what is there is no regular file.
     """
     with writing(f"Could not write {path}"):
         check_replaceable(path)
@@ -209,8 +203,7 @@ def replace_bytes(path: Path, content: bytes, alone: bool = False) -> None:
 def replace_text(path: Path, text: str, alone: bool = False) -> None:
     """`replace_bytes` with text, line ends as they are."""
     with writing(f"Could not write {path}"):
-        content = text.encode("utf-8")
-    replace_bytes(path, content, alone)
+        replace_bytes(path, text.encode("utf-8"), alone)
 
 
 def append_text(path: Path, text: str) -> None:
@@ -255,15 +248,13 @@ def left_scratch(folder: Path) -> list[Path]:
 
 
 def remove_own(folders: Collection[Path], own: str) -> None:
-    """Delete files and folders inside these whose whole name fits the pattern, and each that is then empty.
-
-    Other names, links and the folders they are in stay; what cannot be deleted does no harm, and nothing is raised.
-    """
+    """Delete files and folders inside these whose whole name fits the pattern, and each that is then empty; other names, links
+    and the folders they are in stay. What cannot be deleted does no harm, and nothing is raised."""
     for folder in folders:
         with contextlib.suppress(OSError):
             if folder.is_symlink():
                 continue
-            for entry in _entries(folder):
+            for entry in list(os.scandir(folder)):
                 if not re.fullmatch(own, entry.name):
                     continue
                 if entry.is_dir(follow_symlinks=False):
@@ -276,7 +267,7 @@ def remove_own(folders: Collection[Path], own: str) -> None:
 
 def not_own(folder: Path, own: str) -> Path | None:
     """Something inside a folder that `remove_own` would leave; None where there is nothing."""
-    for entry in _entries(folder):
+    for entry in list(os.scandir(folder)):
         fits = re.fullmatch(own, entry.name)
         if fits and entry.is_dir(follow_symlinks=False):
             inner = not_own(Path(entry.path), own)
@@ -285,11 +276,6 @@ def not_own(folder: Path, own: str) -> Path | None:
         elif not fits or entry.is_symlink():
             return Path(entry.path)
     return None
-
-
-def _entries(folder: Path) -> list[Any]:
-    with os.scandir(folder) as found:
-        return list(found)
 
 
 @contextlib.contextmanager
@@ -311,13 +297,12 @@ def made_folder(folder: Path) -> Iterator[None]:
 def sync_folder(folder: Path) -> None:
     """See what was made, renamed or removed in a folder on the disk; Windows has no such call."""
     if os.name != "nt":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(folder)
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -99,14 +99,10 @@ class TiedComponents(Components):
 
     They hold no parameter of their own; gradients at V and U arrive at the source's. Component c is then the transpose of
     the source's component c.
-
-    Raises:
-        ShapeError: The site's weight has not the shape of the source's transposed.
     """
 
     def __init__(self, site: WeightSite, source: Components) -> None:
         nn.Module.__init__(self)
-        check_transposes(site, source.site)
         self.site = site
         self._source = (source,)  # in a tuple, so that torch does not take the source for a part of this module
 
@@ -147,15 +143,6 @@ def check_factors(site: WeightSite, V: Any, U: Any) -> None:
         raise DeviceError(f"V and U of {site.name} must be on one device; given {V.device} and {U.device}.")
 
 
-def check_transposes(site: WeightSite, source: WeightSite) -> None:
-    """Raise ShapeError unless the shape of one site is the other's, transposed."""
-    if (site.d_in, site.d_out) != (source.d_out, source.d_in):
-        raise ShapeError(
-            f"{site.name} [{site.d_in}, {site.d_out}] cannot be tied to {source.name} [{source.d_in}, {source.d_out}]: it "
-            f"must have the shape of the other transposed, [{source.d_out}, {source.d_in}]."
-        )
-
-
 def check_ties(tied: Mapping[str, str], sites: Mapping[str, WeightSite], given: Collection[str]) -> None:
     """Refuse ties that cannot be, of a site to the one whose components it takes; some of the sites are given factors.
 
@@ -184,4 +171,9 @@ def check_ties(tied: Mapping[str, str], sites: Mapping[str, WeightSite], given: 
                 f"{what}, and both look rows up by index. An embedding can be tied to a linear map, such as embed.W_E to "
                 "unembed.W_U."
             )
-        check_transposes(sites[name], sites[source])
+        shape, other = ([sites[side].d_in, sites[side].d_out] for side in (name, source))
+        if shape != other[::-1]:
+            raise ShapeError(
+                f"{name} {shape} cannot be tied to {source} {other}: it must have the shape of the other transposed, "
+                f"{other[::-1]}."
+            )

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance_networks import GLOBAL_KINDS, SITE_KINDS
-from tl_paramdecomp.components.sigmoids import SIGMOIDS, Importance, clamped, leaky
+from tl_paramdecomp.components.sigmoids import SIGMOIDS, Importance
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.settings import Count, Kind, Whole
-
-__all__ = ["Importance", "ImportanceConfig", "ImportanceFunction", "clamped", "leaky", "module_key"]
 
 
 @dataclass(frozen=True)
@@ -114,16 +112,13 @@ class ImportanceFunction(nn.Module):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         if config.is_global:
             width = config.width(max((c.site.d_in for c in components.values() if c.site.kind == "linear"), default=0))
-            of_transformer = {"layers": config.layers, "heads": config.heads, "d_mlp": config.d_mlp}
-            more = of_transformer if config.kind == "global_transformer" else {}
-            network = GLOBAL_KINDS[config.kind](components, width, config.normalise, generator, **more)
+            network = GLOBAL_KINDS[config.kind](components, width, config, generator)
             first = next(iter(components.values()))
             self.network = network.to(first.V.device, first.V.dtype)
             return
         self.networks = nn.ModuleDict()
         for name, comps in components.items():
-            width = config.width(comps.site.d_in)
-            network = SITE_KINDS[config.kind](comps, width, config.normalise, generator)
+            network = SITE_KINDS[config.kind](comps, config.width(comps.site.d_in), config, generator)
             self.networks[module_key(name)] = network.to(comps.V.device, comps.V.dtype)
 
     def forward(
@@ -132,12 +127,9 @@ class ImportanceFunction(nn.Module):
         components: Mapping[str, Components],
         attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     ) -> dict[str, Importance]:
-        """Importances [..., C] of every site in `inputs`.
+        """Importances [..., C] of every site in `inputs`, which are x of each in a clean forward pass: [..., d_in], or indices.
 
-        Args:
-            inputs: x of each site in a clean forward pass: [..., d_in], or indices [...].
-            components: The decomposition's components.
-            attention_mask: 0 at padded positions, which a transformer then does not see.
+        A transformer does not see positions where the attention mask is 0.
 
         Raises:
             SettingError: A global kind lacks the input of some site.
@@ -156,7 +148,7 @@ class ImportanceFunction(nn.Module):
 
     def _raw(self, name: str, x: Tensor, components: Components) -> Tensor:
         network: Any = self.networks[module_key(name)]
-        return network(components(type(components).acts, x) if network.reads == "acts" else x)
+        return network(components(type(components).acts, x) if network.reads_acts else x)
 
     def parts(self) -> list[nn.Module]:
         """The networks, each of which reads its parameters together."""

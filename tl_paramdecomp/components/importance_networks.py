@@ -15,7 +15,7 @@ that feed a GELU or begin a transformer, 1 / sqrt(fan-in) in the others, 1 in le
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -32,8 +32,6 @@ CPU_PIECE = 1 << 19
 DEVICE_PIECE = 1 << 27
 """The same elsewhere, where memory is what limits it."""
 
-Group: TypeAlias = Mapping[str, Components]
-
 
 def rms_normed(x: Float[Tensor, "... d"], normalise: bool = True) -> Float[Tensor, "... d"]:
     """x over its root mean square, without a weight; x itself unless `normalise`."""
@@ -43,9 +41,9 @@ def rms_normed(x: Float[Tensor, "... d"], normalise: bool = True) -> Float[Tenso
 class ComponentMLP(nn.Module):
     """One network 1 -> hidden -> 1 for each component, reading its activation h_c."""
 
-    reads: ClassVar[Literal["acts", "input"]] = "acts"
+    reads_acts = True
 
-    def __init__(self, components: Components, hidden: int, normalise: bool, generator: torch.Generator) -> None:
+    def __init__(self, components: Components, hidden: int, config: Any, generator: torch.Generator) -> None:
         super().__init__()
         C = components.n_components
         self.w_in = _normal((C, hidden), math.sqrt(2.0), generator)
@@ -62,13 +60,12 @@ class ComponentMLP(nn.Module):
 class SharedMLP(nn.Module):
     """One network d_in -> hidden -> C, reading the site's input."""
 
-    reads: ClassVar[Literal["acts", "input"]] = "input"
-    per_component: ClassVar[bool] = False
+    reads_acts = per_component = False
 
-    def __init__(self, components: Components, hidden: int, normalise: bool, generator: torch.Generator) -> None:
+    def __init__(self, components: Components, hidden: int, config: Any, generator: torch.Generator) -> None:
         super().__init__()
         d_in, C = components.site.d_in, components.n_components
-        self.is_embedding, self.normalise = components.site.kind == "embedding", normalise
+        self.is_embedding, self.normalise = components.site.kind == "embedding", config.normalise
         width, last = (C * hidden, (C, hidden)) if self.per_component else (hidden, (hidden, C))
         self.w_in = _normal((d_in, width), 1.0 if self.is_embedding else math.sqrt(2.0 / d_in), generator)
         self.b_in = nn.Parameter(torch.zeros(width))
@@ -92,18 +89,20 @@ class VectorMLP(SharedMLP):
     per_component = True
 
 
-class _Global(nn.Module):
-    """First and last layer of a network that reads the inputs of all sites side by side.
+class GlobalMLP(nn.Module):
+    """One network that reads the inputs of all sites side by side, position by position.
 
     Sites that read the same tensor (W_Q, W_K and W_V; W_in and W_gate) each bring it, as in the published code: the first
     layer is two to three times as large as it need be.
     """
 
-    def __init__(self, components: Group, width: int, normalise: bool, generator: torch.Generator) -> None:
+    def __init__(
+        self, components: Mapping[str, Components], width: int, config: Any, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.sizes = {name: c.n_components for name, c in components.items()}
         self.tables = {name: str(i) for i, (name, c) in enumerate(components.items()) if c.site.kind == "embedding"}
-        self.normalise = normalise
+        self.normalise = config.normalise
         d_in = sum(c.site.d_in for name, c in components.items() if name not in self.tables)
         self.w_in = _normal((d_in, width), math.sqrt(2.0 / max(1, d_in)), generator)
         self.rows = nn.ParameterDict(
@@ -155,40 +154,22 @@ class _Global(nn.Module):
     def middle(
         self, x: Float[Tensor, "... width"], attention_mask: Shaped[Tensor, "..."] | None
     ) -> Float[Tensor, "... width"]:
-        """What lies between the first and the last layer."""
-        raise NotImplementedError
-
-
-class GlobalMLP(_Global):
-    """One network for all sites, position by position."""
-
-    def middle(
-        self, x: Float[Tensor, "... width"], attention_mask: Shaped[Tensor, "..."] | None
-    ) -> Float[Tensor, "... width"]:
-        """GELU."""
+        """What lies between the first and the last layer: a GELU."""
         return gelu(x)
 
 
-class GlobalTransformer(_Global):
-    """One transformer for all sites; every position sees all others that are not padding, on both sides.
+class GlobalTransformer(GlobalMLP):
+    """The same with a transformer in the middle; every position sees all others that are not padding, on both sides.
 
     Inputs [batch, d] have no positions: each row stands alone.
     """
 
     def __init__(
-        self,
-        components: Group,
-        width: int,
-        normalise: bool,
-        generator: torch.Generator,
-        layers: int = 2,
-        heads: int = 4,
-        d_mlp: int | None = None,
+        self, components: Mapping[str, Components], width: int, config: Any, generator: torch.Generator
     ) -> None:
-        super().__init__(components, width, normalise, generator)
-        self.blocks = nn.ModuleList(
-            _Block(width, heads, 4 * width if d_mlp is None else d_mlp, generator) for _ in range(layers)
-        )
+        super().__init__(components, width, config, generator)
+        d_mlp = 4 * width if config.d_mlp is None else config.d_mlp
+        self.blocks = nn.ModuleList(_Block(width, config.heads, d_mlp, generator) for _ in range(config.layers))
 
     def middle(
         self, x: Float[Tensor, "... width"], attention_mask: Shaped[Tensor, "..."] | None
@@ -265,7 +246,7 @@ class _ScalarMLPs(torch.autograd.Function):
             lines = torch.stack([h.t(), torch.ones_like(h.t())], 1)  # C 2 n
             out = h.new_empty(h.shape[1], 1, len(h))
             for some in _few_components(h, w_in):
-                hidden = _affine_lines(w_in[some], b_in[some], lines[some])
+                hidden = torch.bmm(torch.stack([w_in[some], b_in[some]], -1), lines[some])
                 torch.ops.aten.gelu.out(hidden, out=hidden)
                 torch.bmm(w_out[some].unsqueeze(1), hidden, out=out[some])
             ctx.save_for_backward(lines, w_in, b_in, w_out)
@@ -283,7 +264,7 @@ class _ScalarMLPs(torch.autograd.Function):
             to_lines, to_out = w_in.new_empty(len(w_in), 2, w_in.shape[1]), torch.empty_like(w_out)
             one = grad.new_ones(())
             for some in _few_components(grad, w_in):
-                t = _affine_lines(w_in[some], b_in[some], lines[some])
+                t = torch.bmm(torch.stack([w_in[some], b_in[some]], -1), lines[some])
                 slope = torch.ops.aten.gelu_backward(one.expand_as(t), t)
                 torch.bmm(through[some].unsqueeze(1), slope, out=to_h[some])
                 torch.bmm(weighted[some], slope.transpose(1, 2), out=to_lines[some])
@@ -298,10 +279,6 @@ def _few_components(rows: Float[Tensor, "n C"], w: Float[Tensor, "C hidden"]) ->
     piece = CPU_PIECE if rows.device.type == "cpu" else DEVICE_PIECE
     few = max(1, piece // max(1, len(rows) * w.shape[1]))
     return [slice(first, first + few) for first in range(0, len(w), few)]
-
-
-def _affine_lines(w: Tensor, b: Tensor, lines: Tensor) -> Float[Tensor, "C hidden n"]:
-    return torch.bmm(torch.stack([w, b], -1), lines)
 
 
 def _affine(x: Float[Tensor, "... d"], w: Float[Tensor, "d out"], b: Float[Tensor, " out"]) -> Float[Tensor, "... out"]:

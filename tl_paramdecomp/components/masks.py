@@ -9,6 +9,7 @@ Positions are columns of the token row as it was handed to the model, padding in
 cache while decoding. Negative ones count from the end of the prompt and never reach decoded tokens.
 """
 
+import contextlib
 import functools
 import math
 import numbers
@@ -166,8 +167,7 @@ class SiteMask(SiteChange):
         """Masks for the columns `span` of one forward pass, of rows [batch, pos], or [batch] where there is no position.
 
         Raises:
-            ShapeError: A given tensor does not broadcast to the rows.
-            PositionIndexError: An edit names a position the row does not have.
+            ShapeError, PositionIndexError: A given tensor does not broadcast to the rows, or an edit names none of them.
         """
         plain_m = not isinstance(self.m, Tensor) or (self.m.ndim == 1 and not self.m.requires_grad)
         constant = plain_m and not self.by_position and not isinstance(self.d, Tensor)
@@ -305,25 +305,22 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
             SettingError: m or delta is a number that is not finite.
         """
         old = self._of(site)
-        m = real_values(m, f"Component masks of {old.site.name}")
-        delta = real_values(delta, f"Delta masks of {old.site.name}")
-        if isinstance(delta, Tensor) and delta.ndim > 2:
-            raise ShapeError(f"Delta masks of {old.site.name} must broadcast to [batch, pos], not {list(delta.shape)}.")
+        name, C = old.site.name, old.n_components
+        m, delta = real_values(m, f"Component masks of {name}"), real_values(delta, f"Delta masks of {name}")
+        of_delta = list(delta.shape) if isinstance(delta, Tensor) else []
+        if len(of_delta) > 2:
+            raise ShapeError(f"Delta masks of {name} must broadcast to [batch, pos], not {of_delta}.")
         if isinstance(m, Tensor):
             m = m.expand(1) if m.ndim == 0 else m
-            if m.ndim > 3 or m.shape[-1] not in (1, old.n_components):
+            of_m = list(m.shape)
+            if m.ndim > 3 or of_m[-1] not in (1, C):
+                raise ShapeError(f"Component masks of {name} must broadcast to [batch, pos, C={C}]; given {of_m}.")
+            if any(1 not in sizes and sizes[0] != sizes[1] for sizes in zip(of_m[-2::-1], of_delta[::-1])):
                 raise ShapeError(
-                    f"Component masks of {old.site.name} must broadcast to [batch, pos, C={old.n_components}]; "
-                    f"given {list(m.shape)}."
+                    f"Component masks {of_m} and delta masks {of_delta} of {name} have no rows [batch, pos] in common."
                 )
-            of_delta = list(delta.shape) if isinstance(delta, Tensor) else []
-            if any(1 not in sizes and sizes[0] != sizes[1] for sizes in zip(m.shape[-2::-1], of_delta[::-1])):
-                raise ShapeError(
-                    f"Component masks {list(m.shape)} and delta masks {of_delta} of {old.site.name} have no rows "
-                    "[batch, pos] in common."
-                )
-            m = m.expand(*m.shape[:-1], old.n_components).contiguous()
-        return self._with({old.site.name: SiteMask(old.site, old.n_components, m, delta)})
+            m = m.expand(*of_m[:-1], C).contiguous()
+        return self._with({name: SiteMask(old.site, C, m, delta)})
 
     def replaced(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> "Masks":
         """Masks given site by site as (m, d) without copies or checks, for code that makes them itself."""
@@ -375,7 +372,7 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
         return iter(self._sites)
 
     def __contains__(self, site: object) -> bool:
-        return site in self._sites or any(site in known.aliases for known in self._sites.values())
+        return any(site == known.name or site in known.aliases for known in self._sites.values())
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -406,27 +403,19 @@ def real_values(values: Any, what: str) -> Tensor | float:
 
 
 def finite_number(value: Any, what: str) -> float:
-    """A finite number as a Python float.
-
-    Raises:
-        DtypeError: It is no real number, or a tensor whose gradient would be lost.
-        SettingError: It is not finite, also in float32.
-    """
+    """A finite number as a Python float; DtypeError where it is none or its gradient would be lost, SettingError where it is
+    not finite, also in float32."""
     if getattr(value, "requires_grad", False):
         raise DtypeError(
             f"{what} are constants here, and this tensor requires a gradient; with_values(...) lets gradients "
             "through, and value.item() gives the number."
         )
-    try:
+    plain, number = value, math.inf
+    with contextlib.suppress(ValueError, RuntimeError, OverflowError):  # more than one entry; too large
         plain = value.item() if hasattr(value, "item") else value
-    except (ValueError, RuntimeError):  # more than one entry
-        plain = None
+        number = float(plain) if isinstance(plain, numbers.Real) else number
     if not isinstance(plain, numbers.Real):
         raise DtypeError(f"{what} must be one real number here; given {value!r}.")
-    try:
-        number = float(plain)
-    except OverflowError:
-        number = math.inf
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise SettingError(f"{what} must be finite, also in float32; given {number}.")
     return number

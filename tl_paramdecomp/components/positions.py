@@ -23,12 +23,7 @@ class Positions:
     given: tuple[int, ...] | slice | Tensor
 
     def columns(self, rows: Sequence[int], span: Span, name: str) -> Bool[Tensor, "*batch pos"]:
-        """Which of a forward pass's columns are meant: [pos] or [batch, pos].
-
-        Args:
-            rows: [batch, pos] of the pass.
-            span: Where its columns stand in the rows.
-            name: Site, for messages.
+        """Which of a forward pass's columns are meant, [pos] or [batch, pos], of rows [batch, pos] at a site of this name.
 
         Raises:
             PositionIndexError: The row has no such position, or nothing tells where its prompt ends.
@@ -103,9 +98,6 @@ def at_columns(
         given: [pos, ...] or [batch, pos, ...]; or without a position axis, for all columns.
         axis: The position axis; negative: there is none.
         rows: Shape of the site's output without its last axis.
-        span: Which columns these are.
-        name: Site, for messages.
-        what: What is given, for messages.
 
     Raises:
         ShapeError: They do not broadcast to the rows, or are of another number of positions than the prompt.
@@ -130,10 +122,10 @@ def at_columns(
             "one with as many tokens, aligned with this one."
         )
     inside = given.narrow(axis, min(start, covered), max(0, min(end, covered) - start))
-    beyond = list(inside.shape)
-    beyond[axis] = rows[-1] - inside.shape[axis]
-    if beyond[axis]:
-        inside = torch.cat([inside, inside.new_ones(beyond)], axis)
+    beyond = rows[-1] - inside.shape[axis]
+    if beyond:
+        ones = inside.new_ones(*inside.shape[:axis], beyond, *inside.shape[axis + 1 :])
+        inside = torch.cat([inside, ones], axis)
     there = torch.arange(start, end, device=given.device) < prompt if end > prompt else None
     return _spread_over_rows(inside, axis, rows), there
 

@@ -128,9 +128,7 @@ class _Group:
                 acts = self._edited(edit, acts, live, at)
         written = write(self.site, acts - h, self.U, by_head)
         taken: dict[int, Tensor] = {}
-        for redirect in reversed(
-            [r for r in self.made.writes if r.component in self.place]
-        ):  # the last one given holds
+        for redirect in reversed([r for r in self.made.writes if r.component in self.place]):  # the last one holds
             i = self.place[redirect.component]
             columns = _columns(redirect.positions, None, self.call, self.site).to(acts.device)
             left = columns & ~taken[i] if i in taken else columns

@@ -7,7 +7,7 @@ site and its delta component from another prompt is activation patching of the s
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -65,8 +65,7 @@ class ActPatches(SiteChanges[SiteEdits]):
             SettingError: The value of a W_O component is set as a whole and for one of its heads.
             PositionIndexError, ShapeError: From the forward pass, where positions or values do not fit its rows.
         """
-        old, at = self._at(site, components)
-        return self._edited(old, at, "set", _values(value, old.site.name, len(at)), positions, head)
+        return self._edited(site, components, "set", value, positions, head)
 
     def zero(
         self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: SupportsIndex | None = None
@@ -83,8 +82,7 @@ class ActPatches(SiteChanges[SiteEdits]):
         head: SupportsIndex | None = None,
     ) -> "ActPatches":
         """Multiply activations: 0 ablates, 1 leaves, 2 doubles. Arguments and errors as in `set`."""
-        old, at = self._at(site, components)
-        return self._edited(old, at, "scale", _values(factor, old.site.name, len(at)), positions, head)
+        return self._edited(site, components, "scale", factor, positions, head)
 
     def from_acts(
         self,
@@ -105,8 +103,7 @@ class ActPatches(SiteChanges[SiteEdits]):
             ShapeError: They do not end in C; or, from the forward pass, are of a prompt of another length.
             As `set`, whose other arguments these are.
         """
-        old, at = self._at(site, components)
-        return self._edited(old, at, "set", _acts_of(old, at, acts, head), positions, head)
+        return self._edited(site, components, "set", _acts_of(*self._at(site, components), acts, head), positions, head)
 
     def mean(
         self,
@@ -135,7 +132,7 @@ class ActPatches(SiteChanges[SiteEdits]):
             DataError: From a forward pass over a single row.
             As `set`, whose other arguments these are.
         """
-        return self._edited(*self._at(site, components), "resample", fit(seed, Seed, "seed"), positions, head)
+        return self._edited(site, components, "resample", fit(seed, Seed, "seed"), positions, head)
 
     # --- directions ---------------------------------------------------------------------------------------------------
     def read(
@@ -147,9 +144,7 @@ class ActPatches(SiteChanges[SiteEdits]):
             ShapeError: The vector is not [d_in].
             NoMatchingSiteError, ComponentIndexError, DtypeError, PositionIndexError: As in `set`.
         """
-        old = self._of(site)
-        redirect = _redirect(old, component, vector, old.site.d_in, "reads", positions)
-        return self._with({old.site.name: replace(old, reads=(*old.reads, redirect))})
+        return self._redirected(site, component, vector, "reads", positions)
 
     def write(
         self, site: str, component: SupportsIndex, vector: Float[Tensor, " d_out"], positions: PositionsLike = None
@@ -160,9 +155,7 @@ class ActPatches(SiteChanges[SiteEdits]):
             ShapeError: The vector is not [d_out].
             NoMatchingSiteError, ComponentIndexError, DtypeError, PositionIndexError: As in `set`.
         """
-        old = self._of(site)
-        redirect = _redirect(old, component, vector, old.site.d_out, "writes", positions)
-        return self._with({old.site.name: replace(old, writes=(*old.writes, redirect))})
+        return self._redirected(site, component, vector, "writes", positions)
 
     def delta(self, site: str, value: ActsLike | Number, positions: PositionsLike = None) -> "ActPatches":
         """Change what the delta component W - V U writes.
@@ -177,10 +170,7 @@ class ActPatches(SiteChanges[SiteEdits]):
         """
         old = self._of(site)
         name = old.site.name
-        if isinstance(value, Mapping):
-            if name not in value:
-                raise NoMatchingSiteError(f"There are no delta writes of {name} among those of {', '.join(value)}.")
-            value = value[name]
+        value = _of_site(value, name, "delta writes")
         if isinstance(value, Tensor) and (value.ndim == 0 or value.shape[-1] != old.site.d_out):
             raise ShapeError(
                 f"What the delta component of {name} writes is [..., d_out={old.site.d_out}]; given {list(value.shape)}."
@@ -193,12 +183,45 @@ class ActPatches(SiteChanges[SiteEdits]):
         old = self._of(site)
         return old, component_indices(components, old.n_components, old.site.name)
 
-    def _edited(
-        self, old: SiteEdits, at: list[int], kind: Any, value: Any, positions: PositionsLike, head: SupportsIndex | None
+    def _redirected(
+        self,
+        site: str,
+        component: SupportsIndex,
+        vector: Any,
+        verb: Literal["reads", "writes"],
+        positions: PositionsLike,
     ) -> "ActPatches":
+        old, at = self._at(site, component)
+        name, width = old.site.name, old.site.d_in if verb == "reads" else old.site.d_out
+        if len(at) != 1:
+            raise ComponentIndexError(f"One component of {name} {verb} along one vector; given {len(at)} components.")
+        if not isinstance(vector, Tensor) or vector.is_complex():
+            raise DtypeError(f"What a component of {name} {verb} is a tensor [{width}]; given {type(vector).__name__}.")
+        if vector.shape != (width,):
+            raise ShapeError(f"What a component of {name} {verb} is a vector [{width}]; given {list(vector.shape)}.")
+        redirect = Redirect(at[0], vector.clone(), parse_positions(positions))
+        return self._with({name: replace(old, **{verb: (*getattr(old, verb), redirect)})})
+
+    def _edited(
+        self,
+        site: str,
+        components: ComponentsLike,
+        kind: Literal["set", "scale", "resample"],
+        value: Any,
+        positions: PositionsLike,
+        head: SupportsIndex | None,
+    ) -> "ActPatches":
+        old, at = self._at(site, components)
+        value = value if kind == "resample" else _values(value, old.site.name, len(at))
         edit = ActEdit(kind, value, tuple(at), parse_positions(positions), checked_head(old.site, head))
         new = replace(old, edits=(*old.edits, edit))
-        _refuse_part_and_whole(new)
+        for each in new.edits if old.site.head_side == "in" else ():
+            both = new.by_head & set(each.components)
+            if each.head is None and each.kind == "set" and both:  # what the other heads' parts are is not said
+                raise SettingError(
+                    f"Component {min(both)} of {old.site.name} is set as a whole and for one head; heads share its "
+                    "activation as a sum, so that the other heads' parts would be unknown. Set every head, or the whole."
+                )
         return self._with({old.site.name: new})
 
 
@@ -243,10 +266,7 @@ def _values(value: Any, name: str, n: int) -> Tensor:
 def _acts_of(old: SiteEdits, at: list[int], acts: Any, head: SupportsIndex | None) -> Tensor:
     """A site's activations [..., n] of some components among those given; of one head where W_O's are divided."""
     site, n = old.site, old.n_components
-    if isinstance(acts, Mapping):
-        if site.name not in acts:
-            raise NoMatchingSiteError(f"There are no activations of {site.name} among those of {', '.join(acts)}.")
-        acts = acts[site.name]
+    acts = _of_site(acts, site.name, "activations")
     if not isinstance(acts, Tensor):
         raise DtypeError(f"Activations of {site.name} must be a tensor [..., C]; given {type(acts).__name__}.")
     chosen = checked_head(site, head)
@@ -255,30 +275,11 @@ def _acts_of(old: SiteEdits, at: list[int], acts: Any, head: SupportsIndex | Non
         split = f"heads={site.n_heads}, " if by_head else ""
         hint = ", which decomposition[site].head_acts(x) gives" if split else ""
         raise ShapeError(f"Activations of {site.name} are [..., {split}C={n}]{hint}; given {list(acts.shape)}.")
-    return _values((acts[..., chosen, :] if by_head else acts)[..., at], site.name, len(at))
+    return (acts[..., chosen, :] if by_head else acts)[..., at]
 
 
-def _redirect(
-    old: SiteEdits, component: SupportsIndex, vector: Any, width: int, verb: str, positions: PositionsLike
-) -> Redirect:
-    at, name = component_indices(component, old.n_components, old.site.name), old.site.name
-    if len(at) != 1:
-        raise ComponentIndexError(f"One component of {name} {verb} along one vector; given {len(at)} components.")
-    if not isinstance(vector, Tensor) or vector.is_complex():
-        raise DtypeError(f"What a component of {name} {verb} is a tensor [{width}]; given {type(vector).__name__}.")
-    if vector.shape != (width,):
-        raise ShapeError(f"What a component of {name} {verb} is a vector [{width}]; given {list(vector.shape)}.")
-    return Redirect(at[0], vector.clone(), parse_positions(positions))
-
-
-def _refuse_part_and_whole(made: SiteEdits) -> None:
-    """Refuse to set a sum that heads share, and one head's part of it: what the others' parts are is not said."""
-    if made.site.head_side != "in":
-        return
-    for edit in made.edits:
-        both = made.by_head & set(edit.components)
-        if edit.head is None and edit.kind == "set" and both:
-            raise SettingError(
-                f"Component {min(both)} of {made.site.name} is set as a whole and for one head; heads share its activation "
-                "as a sum, so that the other heads' parts would be unknown. Set every head, or the whole."
-            )
+def _of_site(values: Any, name: str, what: str) -> Any:
+    """Those of one site, where there are those of several."""
+    if isinstance(values, Mapping) and name not in values:
+        raise NoMatchingSiteError(f"There are no {what} of {name} among those of {', '.join(values)}.")
+    return values[name] if isinstance(values, Mapping) else values

@@ -41,41 +41,38 @@ class Claim:
         return not mine & others
 
 
-def _reads_of_another(name: str, claim: Claim, other: Mapping[str, Claim]) -> bool:
-    """Whether another context patches the identity before a site, or the site behind an identity; weights may change."""
-    partner = behind(name) if is_identity(name) else f"{name}{SUFFIX}"
-    return partner in other and not (claim.in_weights or other[partner].in_weights)
-
-
 @contextlib.contextmanager
 def claimed(root: Any, claims: Mapping[str, Claim]) -> Iterator[None]:
     """Note what happens to which sites of a model, or raise PatchConflictError: another thread uses it, or two patches of one
     site have no common meaning."""
+    own = dict(claims)
     with one_thread(root):
-        yield from _claimed(root, dict(claims))
-
-
-def _claimed(root: Any, own: dict[str, Claim]) -> Iterator[None]:
-    with _LOCK:
-        stack = _ACTIVE.setdefault(root, [])
-        for name, claim in own.items():
-            if not all(claim.joins(other[name]) for other in stack if name in other):
-                raise PatchConflictError(
-                    f"{name} is already patched on this model. Patches of one site combine when each leaves the delta "
-                    "mask at 1 and they change different components; these do not. Leave the other context first, or "
-                    "put both into one set of masks."
-                )
-            if any(_reads_of_another(name, claim, other) for other in stack):
-                raise PatchConflictError(
-                    f"{behind(name)} and the identity before it are patched by two contexts, neither of which knows the "
-                    "input that the other leaves. Leave the other context first, or put both into one set of masks."
-                )
-        stack.append(own)
-    try:
-        yield
-    finally:
         with _LOCK:
-            stack[:] = [other for other in stack if other is not own]
+            stack = _ACTIVE.setdefault(root, [])
+            for other in stack:
+                _refuse_conflicts(own, other)
+            stack.append(own)
+        try:
+            yield
+        finally:
+            with _LOCK:
+                stack[:] = [other for other in stack if other is not own]
+
+
+def _refuse_conflicts(own: Mapping[str, Claim], other: Mapping[str, Claim]) -> None:
+    for name, claim in own.items():
+        if name in other and not claim.joins(other[name]):
+            raise PatchConflictError(
+                f"{name} is already patched on this model. Patches of one site combine when each leaves the delta "
+                "mask at 1 and they change different components; these do not. Leave the other context first, or "
+                "put both into one set of masks."
+            )
+        partner = behind(name) if is_identity(name) else f"{name}{SUFFIX}"
+        if partner in other and not (claim.in_weights or other[partner].in_weights):
+            raise PatchConflictError(
+                f"{behind(name)} and the identity before it are patched by two contexts, neither of which knows the "
+                "input that the other leaves. Leave the other context first, or put both into one set of masks."
+            )
 
 
 def edited_sites(root: Any) -> frozenset[str]:

@@ -148,11 +148,6 @@ def claims_of(decomposition: Decomposition, changes: Mapping[str, SiteChange]) -
     return {n: Claim(decomposition[n], change.touched, additive=change.keeps_delta) for n, change in changes.items()}
 
 
-@contextlib.contextmanager
-def intercepted(adapter: Any, fns: Mapping[str, SiteFn]) -> Iterator[None]:
+def intercepted(adapter: Any, fns: Mapping[str, SiteFn]) -> contextlib.AbstractContextManager[None]:
     """`adapter.intercept`, or nothing at all where there is nothing to run."""
-    if not fns:
-        yield
-        return
-    with adapter.intercept(fns):
-        yield
+    return adapter.intercept(fns) if fns else contextlib.nullcontext()

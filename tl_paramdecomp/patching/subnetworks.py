@@ -4,7 +4,7 @@ From "Local Loss Landscape Decomposition" (arXiv 2504.00194, section 3.3).
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,11 +63,8 @@ def perturbed(
         name: Claim(part, frozenset(moved), additive=not in_weights, in_weights=in_weights)
         for name, part in parts.items()
     }
-    with claimed(adapter.core, claims), contextlib.ExitStack() as stack:
-        if in_weights:
-            stack.enter_context(_replaced(adapter, parts, moved))
-        else:
-            stack.enter_context(intercepted(adapter, {name: moved_part(part, moved) for name, part in parts.items()}))
+    fns = {name: moved_part(part, moved) for name, part in parts.items()}
+    with claimed(adapter.core, claims), _replaced(adapter, parts, moved) if in_weights else intercepted(adapter, fns):
         yield model
 
 
@@ -90,16 +87,19 @@ def _selected(decomposition: SubnetworkDecomposition, pattern: SitePattern) -> l
 def _replaced(adapter: ModelAdapter, parts: Mapping[str, Part], deltas: Mapping[int, float | Tensor]) -> Iterator[None]:
     """Within this context the moved weights, gains and biases stand in the model itself."""
     weights, biases, gains = {}, {}, {}
+
+    def along(tensor_of: Callable[[int], Tensor]) -> Tensor:
+        return torch.stack([float(delta) * tensor_of(k) for k, delta in deltas.items()]).sum(0)
+
     with torch.no_grad():
         for name, part in parts.items():
-            moved = torch.stack([float(delta) * part.direction(k) for k, delta in deltas.items()]).sum(0)
+            moved = along(part.direction)
             if adapter.is_norm(name):
                 gains[name], bias = adapter.gain(name) + moved, adapter.gain_bias(name)
             else:
                 weights[name], bias = adapter.weight(name) + moved, adapter.bias(name)
             if part.bias is not None and bias is not None:
-                moved = torch.stack([float(delta) * part.bias[k] for k, delta in deltas.items()]).sum(0)
-                biases[name] = bias + moved
+                biases[name] = bias + along(part.bias.__getitem__)
         weights = folded(weights, adapter.weight)
     with adapter.replaced_weights(weights | gains), adapter.replaced_weights(biases, biases=True):
         yield
