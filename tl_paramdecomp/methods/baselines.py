@@ -14,6 +14,7 @@ As in "Interpreting Language Model Parameters" (VPD, 2026) and the singular-vect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -23,19 +24,15 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods import starts
 from tl_paramdecomp.methods.from_factors import describe
 from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.spd import SPD
-from tl_paramdecomp.methods.starts import (
-    Factors,
-    head_factors,
-    neuron_factors,
-    random_factors,
-    svd_factors,
-    whitened_factors,
-)
+from tl_paramdecomp.methods.starts import Factors
 from tl_paramdecomp.settings import Count, Positive
 from tl_paramdecomp.sites import WeightSite
+
+Matrix: TypeAlias = Float[Tensor, "d_in d_out"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,7 @@ class ExactBasis(Method[Decomposition]):
     no effect. None: no importance function."""
 
     @abstractmethod
-    def factors(
-        self,
-        site: WeightSite,
-        weight: Float[Tensor, "d_in d_out"],
-        moments: Tensor | None,
-        generator: torch.Generator,
-    ) -> Factors:
+    def factors(self, site: WeightSite, weight: Matrix, moments: Tensor | None, generator: torch.Generator) -> Factors:
         """V and U of one site, from its W, and from second moments of its inputs where `moment_batches` asks for them."""
 
     @property
@@ -137,10 +128,8 @@ class ExactBasis(Method[Decomposition]):
 class SVD(ExactBasis):
     """Singular directions of W. `SVD()` also trains an importance function for them; `SVD(training=None)` does not."""
 
-    def factors(
-        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
-    ) -> Factors:
-        return svd_factors(weight)
+    def factors(self, site: WeightSite, weight: Matrix, moments: Tensor | None, generator: torch.Generator) -> Factors:
+        return starts.svd_factors(weight)
 
 
 @dataclass(frozen=True)
@@ -157,11 +146,9 @@ class WhitenedSVD(ExactBasis):
     def moment_batches(self) -> int:
         return self.batches
 
-    def factors(
-        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
-    ) -> Factors:
+    def factors(self, site: WeightSite, weight: Matrix, moments: Tensor | None, generator: torch.Generator) -> Factors:
         assert moments is not None
-        return whitened_factors(weight, moments, self.ridge)
+        return starts.whitened_factors(weight, moments, self.ridge)
 
 
 @dataclass(frozen=True)
@@ -169,10 +156,8 @@ class NeuronBasis(ExactBasis):
     """One component per neuron (per row or column of W, whichever are more); for attention singular directions of each head.
     `NeuronBasis(training=None)`: without importances, data and steps."""
 
-    def factors(
-        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
-    ) -> Factors:
-        return neuron_factors(weight) if site.n_heads is None else head_factors(site, weight)
+    def factors(self, site: WeightSite, weight: Matrix, moments: Tensor | None, generator: torch.Generator) -> Factors:
+        return starts.neuron_factors(weight) if site.n_heads is None else starts.head_factors(site, weight)
 
 
 @dataclass(frozen=True)
@@ -180,10 +165,8 @@ class RandomBasis(ExactBasis):
     """Random orthogonal directions on the smaller side of W: the null. `RandomBasis(training=None)`: without importances, data
     and steps."""
 
-    def factors(
-        self, site: WeightSite, weight: Float[Tensor, "d_in d_out"], moments: Tensor | None, generator: torch.Generator
-    ) -> Factors:
-        return random_factors(weight, generator)
+    def factors(self, site: WeightSite, weight: Matrix, moments: Tensor | None, generator: torch.Generator) -> Factors:
+        return starts.random_factors(weight, generator)
 
 
 def second_moments(

@@ -1,5 +1,6 @@
 """Decompositions from factors that are already there."""
 
+import contextlib
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -68,10 +69,8 @@ def versions() -> dict[str, str]:
     """Versions of the libraries that matter to a result; those not installed are left out."""
     found = {}
     for package in ("tl-paramdecomp", "torch", "transformer-lens", "nnsight", "transformers"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -86,12 +85,8 @@ def resolved_ties(
 ) -> dict[str, str]:
     """Ties by canonical names, after seeing that the target's own weights are each other's transpose.
 
-    Args:
-        adapter: The target's.
-        sites: The sites to decompose, by canonical names.
-        tied: Each tied site and the site whose components it takes; exact names or aliases.
-        counts: C of each site, where it is chosen site by site.
-        given: Sites that have factors already; None: all that are not tied will get some.
+    `sites` are those to decompose and `counts` C of each, where it is chosen site by site; `given` are sites that have factors
+    already (None: all that are not tied will get some).
 
     Raises:
         NoMatchingSiteError: An unknown name.

@@ -25,17 +25,12 @@ Start = Literal["auto", "neurons", "svd", "random", "random_fan_out"]
 def initial_factors(
     site: WeightSite, weight: Float[Tensor, "d_in d_out"], n_components: int, start: Start, generator: torch.Generator
 ) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
-    """V and U to start from.
+    """V and U to start from, with C = n_components.
 
-    Args:
-        site: The site.
-        weight: Its W.
-        n_components: C.
-        start: `neurons`: one component per neuron (column or row of W on its larger side), with |V_c| = |U_c|; V U = W.
-            `svd`: singular directions; V U = W from the rank on. Spare components read at random and write nothing.
-            `random`: standard normal over sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out),
-            as the published code has it. `auto`: neurons for MLP matrices where C allows it, else svd.
-        generator: Draws what is random.
+    `neurons`: one component per neuron (column or row of W on its larger side), with |V_c| = |U_c|; V U = W. `svd`: singular
+    directions; V U = W from the rank on. Spare components read at random and write nothing. `random`: standard normal over
+    sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out), as the published code has it. `auto`: neurons
+    for MLP matrices where C allows it, else svd.
 
     Raises:
         SettingError: C is too small for one component per neuron.
@@ -168,27 +163,17 @@ def whitened_factors(
     moments: Float[Tensor, "d_in d_in"] | Float[Tensor, " d_in"],
     ridge: float = 1e-6,
 ) -> Factors:
-    """Singular directions of S^(1/2) W, unwhitened: the first k of them keep most of the output x W of any k.
+    """Singular directions of S^(1/2) W, unwhitened: the first k of them keep most of the output x W of any k; V U = W.
 
-    Args:
-        weight: W.
-        moments: Second moments S = E[x x^T] of the inputs; of an embedding, how often each row is looked up.
-        ridge: Share of the mean moment that is added to all of them, so that directions without data stay defined.
-            V U = W whatever it is.
+    `moments` are second moments S = E[x x^T] of the inputs; of an embedding, how often each row is looked up. `ridge`, a share
+    of the mean moment, is added to all of them, so that directions without data stay defined.
     """
     S = moments.to(torch.float64)
     S = S / S.sum().clamp(min=TINY) if S.ndim == 1 else S / S.trace().clamp(min=TINY)
-    floor = ridge / len(S)
-    if S.ndim == 1:
-        root = (S + floor).sqrt().unsqueeze(-1)
-        left, U = svd_factors(root * weight.to(S))
-        V = left / root
-    else:
-        values, axes = torch.linalg.eigh(S)
-        root = (values.clamp(min=0.0) + floor).sqrt().unsqueeze(-1)
-        left, U = svd_factors(root * (axes.T @ weight.to(S)))
-        V = axes @ (left / root)
-    V, U = balanced(V, U)
+    values, axes = (S, None) if S.ndim == 1 else torch.linalg.eigh(S)
+    root = (values.clamp(min=0.0) + ridge / len(S)).sqrt().unsqueeze(-1)
+    left, U = svd_factors(root * (weight.to(S) if axes is None else axes.T @ weight.to(S)))
+    V, U = balanced(left / root if axes is None else axes @ (left / root), U)
     return V.to(weight.dtype), U.to(weight.dtype)
 
 

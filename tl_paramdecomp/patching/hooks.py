@@ -64,11 +64,7 @@ def fwd_hooks(model: Any, decomposition: Decomposition, masks: Masks) -> list[Ho
         UnsupportedSiteError: A site has no hook points at its input and output.
         TargetMismatchError, DeviceError: As `patched`.
     """
-    adapter = checked_adapter(model, decomposition)
-    if not isinstance(adapter, LensAdapter):
-        raise UnsupportedModelError(
-            f"fwd_hooks is for TransformerLens models; for this {adapter.host} model use tl_paramdecomp.patched(...)."
-        )
+    adapter = _of_lens(model, decomposition, "fwd_hooks", "use tl_paramdecomp.patched(...)")
     pairs: list[HookPair] = []
     changed = changes_of(decomposition, masks)
     for site in dict.fromkeys(map(behind, changed)):  # a site and the identity before it are one pair
@@ -99,12 +95,8 @@ def attached(model: Any, decomposition: Decomposition, use_error_term: bool = Tr
         UnsupportedModelError: The model is not of TransformerLens, or already has such hook points.
         TargetMismatchError, DeviceError, PatchConflictError: As `patched`.
     """
-    adapter = checked_adapter(model, decomposition)
-    if not isinstance(adapter, LensAdapter):
-        raise UnsupportedModelError(
-            f"attached is for TransformerLens models; on this {adapter.host} model read activations with "
-            "tl_paramdecomp.component_acts(...) and patch with tl_paramdecomp.patched(...)."
-        )
+    advice = "read activations with tl_paramdecomp.component_acts(...) and patch with tl_paramdecomp.patched(...)"
+    adapter = _of_lens(model, decomposition, "attached", advice)
     names = {name: f"{name}.{HOOK_NAME}" for name in decomposition}
     with (
         claimed(adapter.core, {n: Claim(decomposition[n], additive=use_error_term) for n in names}),
@@ -112,6 +104,13 @@ def attached(model: Any, decomposition: Decomposition, use_error_term: bool = Tr
         adapter.intercept({n: _through(decomposition[n], points[names[n]], use_error_term) for n in names}),
     ):
         yield model
+
+
+def _of_lens(model: Any, decomposition: Decomposition, what: str, advice: str) -> LensAdapter:
+    adapter = checked_adapter(model, decomposition)
+    if not isinstance(adapter, LensAdapter):
+        raise UnsupportedModelError(f"{what} is for TransformerLens models; on this {adapter.host} model {advice}.")
+    return adapter
 
 
 def _through(components: Components, point: Any, use_error_term: bool) -> SiteFn:

@@ -1,10 +1,9 @@
 """Masks made from causal importances: the ways in which a decomposition is used and tried."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
@@ -62,29 +61,24 @@ def importance_masks(
     check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     generator = torch.Generator(device=tokens.device).manual_seed(seed)
-    masks = decomposition.masks()
+    given: dict[str, tuple[Tensor, Tensor | float]] = {}
     if kind in ("zero", "unmasked", "random"):
-        return masks.replaced({
-            name: (_without_importances(kind, (*tokens.shape, c.n_components), c.V.detach(), generator), 0.0)
-            for name, c in decomposition.items()
-        })  # fmt: skip
+        for name, c in decomposition.items():
+            same = c.V.new_full((c.n_components,), float(kind == "unmasked"))
+            shape = (*tokens.shape, c.n_components)
+            drawn = kind == "random"
+            m = torch.rand(shape, generator=generator, device=same.device, dtype=same.dtype) if drawn else same
+            given[name] = (m, 0.0)
+        return decomposition.masks().replaced(given)
     with torch.no_grad():
         step = LossStep.of(adapter, decomposition, tokens, attention_mask, generator, measure=measure_of(adapter))
-        if kind == "importance":
-            return masks.replaced({name: (g.lower, 0.0) for name, g in step.importances.items()})
-        if kind == "rounded":
-            lower = {name: g.lower for name, g in step.importances.items()}
-            return masks.replaced({name: ((g > threshold).to(g), 0.0) for name, g in lower.items()})
-        if kind == "stochastic":
-            made = stochastic_masks(step)
+        if kind in ("importance", "rounded"):
+            for name, g in step.importances.items():
+                given[name] = (g.lower if kind == "importance" else (g.lower > threshold).to(g.lower), 0.0)
         else:
-            made = source_masks(step, worst_sources(step, start_sources(step), steps, step_size))
-        return masks.replaced({name: (mask.m, mask.d) for name, mask in made.items()})
-
-
-def _without_importances(
-    kind: str, shape: Sequence[int], like: Tensor, random: torch.Generator
-) -> Float[Tensor, "..."]:
-    if kind == "random":
-        return torch.rand(shape, generator=random, device=like.device, dtype=like.dtype)
-    return like.new_full(shape[-1:], 1.0 if kind == "unmasked" else 0.0)
+            if kind == "stochastic":
+                made = stochastic_masks(step)
+            else:
+                made = source_masks(step, worst_sources(step, start_sources(step), steps, step_size))
+            given = {name: (mask.m, mask.d) for name, mask in made.items()}
+    return decomposition.masks().replaced(given)

@@ -47,7 +47,11 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
     fns, standing = composed(site_fns(decomposition, changes), adapter.weight), adapter.standing()
     in_order = [name for name in adapter.wirings if name in fns]
     for name in in_order:
-        _refuse_passed(name, standing, f"{adapter.envoy(adapter.wirings[name].owner).path}.input")
+        if standing.is_past(f"{adapter.envoy(adapter.wirings[name].owner).path}.input"):  # a trace does not go back
+            raise SiteNotFiredError(
+                f"patch_trace comes too late for {name}: this trace has read something that the model computes after it. Call "
+                "patch_trace first, and read afterwards."
+            )
     columns = _columns(model, standing) if any(change.by_position for change in changes.values()) else None
     with claimed(adapter.core, claims_of(decomposition, changes)):
         pass  # a context around the trace may patch the same sites
@@ -58,10 +62,8 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
             wiring = adapter.wirings[name]
             rows = matching_rows(x, y, wiring)
             _refuse_shared_rows(name, rows.y)
-            if wiring.patches is not None:
-                span = patch_span(rows.y)
-            else:
-                span = Span() if columns is None else columns.ending_with(rows.y)
+            span = Span() if columns is None else columns.ending_with(rows.y)
+            span = span if wiring.patches is None else patch_span(rows.y)
             new = fns[name](SiteCall(rows.x, rows.y, adapter.bias(name), span))
             y = host_output(new, y, wiring)
         envoy.output = y
@@ -117,15 +119,6 @@ def _cached_before(kwargs: Mapping[str, Any], length: int) -> int:
         "This trace is amid a forward pass with a key/value cache, and neither an attention mask [batch, columns] nor "
         "position_ids say which positions it computes. Call patch_trace before reading anything else in this trace or step."
     )
-
-
-def _refuse_passed(name: str, standing: Standing, location: str) -> None:
-    """Raise SiteNotFiredError at a site that the forward pass has gone by: a trace does not go back."""
-    if standing.is_past(location):
-        raise SiteNotFiredError(
-            f"patch_trace comes too late for {name}: this trace has read something that the model computes after it. Call "
-            "patch_trace first, and read afterwards."
-        )
 
 
 def _refuse_shared_rows(name: str, y: Tensor) -> None:
