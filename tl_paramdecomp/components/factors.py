@@ -144,12 +144,8 @@ def check_factors(site: WeightSite, V: Any, U: Any) -> None:
 
 
 def check_ties(tied: Mapping[str, str], sites: Mapping[str, WeightSite], given: Collection[str]) -> None:
-    """Refuse ties that cannot be, of a site to the one whose components it takes; some of the sites are given factors.
-
-    Raises:
-        SettingError: A site is missing, tied to itself or to a tied one, has factors as well, or both are look-up tables.
-        ShapeError: The shape of one is not that of the other transposed.
-    """
+    """Refuse ties that cannot be, of a site to the one whose components it takes, by a SettingError, or a ShapeError where the
+    shape of one is not that of the other transposed; some of the sites are `given` factors."""
     for name, source in tied.items():
         what = f"{name} is tied to {source}"
         for side in (name, source):

@@ -84,15 +84,9 @@ class Pair(NamedTuple):
 
 
 def write_pair(pair: Pair, tensors: Mapping[str, Tensor], text_with: Callable[[str, int], str]) -> None:
-    """Put a pair in place of the one before, which stays until all is written.
+    """Put a pair in place of the one before, which stays until all is written; nothing is left beside where it fails.
 
-    Args:
-        pair: Where; the folder is there.
-        tensors: What the second file holds.
-        text_with: The first file's text, from the digest and size of the second one.
-
-    Raises:
-        OSError, ValueError: The disk fails, or the text cannot be made; nothing is left beside then.
+    The folder is there already. The JSON's text is made of the digest and size of the tensors' file.
     """
     for path in pair:
         check_replaceable(path)
@@ -121,11 +115,8 @@ def write_pair(pair: Pair, tensors: Mapping[str, Tensor], text_with: Callable[[s
 
 
 def read_pair(pair: Pair, read: Callable[[], "Described"]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Values, by `read` of the JSON, and tensors, mapped from the file; read anew where a save came in between.
-
-    Raises:
-        DecompositionFileError: They are missing, broken, or not of each other.
-    """
+    """Values, by `read` of the JSON, and tensors, mapped from the file; read anew where a save came in between. Raises
+    DecompositionFileError where they are missing, broken, or not of each other."""
     found = _stamp(pair.json)
     described = read()
     try:
@@ -314,11 +305,8 @@ class Saved(nn.Module):
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The JSON half of a saved decomposition, without its checksum.
-
-    Raises:
-        DecompositionFileError: It is missing, broken, foreign or newer than this version knows.
-    """
+    """The JSON half of a saved decomposition, without its checksum; DecompositionFileError where it is missing, broken,
+    foreign or newer than this version knows."""
     path = folder / METADATA
     try:
         found = "" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"

@@ -129,11 +129,8 @@ class ImportanceFunction(nn.Module):
     ) -> dict[str, Importance]:
         """Importances [..., C] of every site in `inputs`, which are x of each in a clean forward pass: [..., d_in], or indices.
 
-        A transformer does not see positions where the attention mask is 0.
-
-        Raises:
-            SettingError: A global kind lacks the input of some site.
-            ShapeError: The attention mask does not have the shape of the inputs' rows.
+        A transformer does not see positions where the attention mask is 0. SettingError where a global kind lacks the input of
+        some site, ShapeError where the mask does not have the shape of the inputs' rows.
         """
         if self.config.is_global:
             found = self.network(inputs, attention_mask)

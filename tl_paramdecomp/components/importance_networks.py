@@ -116,12 +116,8 @@ class GlobalMLP(nn.Module):
     def forward(
         self, inputs: Mapping[str, Tensor], attention_mask: Shaped[Tensor, "..."] | None = None
     ) -> dict[str, Float[Tensor, "... C"]]:
-        """Raw importances of every site, from x of every site: [..., d_in], or indices [...].
-
-        Raises:
-            SettingError: The input of a site is missing.
-            ShapeError: Sites have different numbers of positions, as convolutions do.
-        """
+        """Raw importances of every site, from x of every site: [..., d_in], or indices [...]. SettingError where one is
+        missing, ShapeError where sites have different numbers of positions, as convolutions do."""
         missing = [name for name in self.sizes if name not in inputs]
         if missing:
             raise SettingError(
@@ -174,11 +170,7 @@ class GlobalTransformer(GlobalMLP):
     def middle(
         self, x: Float[Tensor, "... width"], attention_mask: Shaped[Tensor, "..."] | None
     ) -> Float[Tensor, "... width"]:
-        """The blocks, on x as [batch, position, width].
-
-        Raises:
-            ShapeError: The attention mask is not [batch, position].
-        """
+        """The blocks, on x as [batch, position, width]; ShapeError where the attention mask is not [batch, position]."""
         leading = x.shape[:-1]
         positions = leading[-1] if len(leading) > 1 else 1
         visible = None

@@ -78,17 +78,12 @@ def masked_output(
     y: Float[Tensor, "*rows d_out"],
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*masked_rows d_out"]:
-    """Output of a site under masks.
+    """Output [..., d_out] of a site under masks, in y's dtype, computed in the wider of the dtypes of y and V.
 
     Args:
-        components: V and U of the site.
-        mask: m [..., C] (or [..., head, C] where heads differ) and d [...], broadcast over the rows.
-        x: The site's input [..., d_in], or indices [...] for an embedding.
-        y: The model's own output [..., d_out], bias included.
-        bias: The bias in y, or None.
-
-    Returns:
-        y' in y's dtype, computed in the wider of the dtypes of y and V; broadcast to the masks' batch if that is more.
+        components: V and U of the site. mask: m [..., C] (or [..., head, C] where heads differ) and d [...]; where they
+        have more rows than y, so has the output. x: The site's input [..., d_in], or indices [...] for an embedding. y: The
+        model's own output [..., d_out], bias included. bias: The bias in y, or None.
     """
     site, V, U = components.site, components.V, components.U
     if mask.only is not None:  # few components change: the others' columns need not be read
@@ -100,14 +95,9 @@ def masked_output(
 def corrected(
     components: Components, y: Tensor, bias: Tensor | None, d: Tensor | float, *changes: Tensor
 ) -> Float[Tensor, "*masked_rows d_out"]:
-    """b + d (y - b) and what components write more than y holds of them, in y's dtype.
+    """b + d (y - b) and what components write more than y holds of them, the changes [..., d_out], in y's dtype.
 
-    Args:
-        components: Of the site; the wider of the dtypes of y and V is computed in.
-        y: The model's own output [..., d_out], bias included.
-        bias: The bias in y, or None.
-        d: The delta mask, which broadcasts to y's rows; where it is the number 1, y stays itself bit for bit.
-        changes: What is added, [..., d_out].
+    It is computed in the wider of the dtypes of y and V. Where the delta mask d is the number 1, y stays itself bit for bit.
     """
     wide = torch.promote_types(y.dtype, components.V.dtype)
     new = y.to(wide)

@@ -25,9 +25,8 @@ class Positions:
     def columns(self, rows: Sequence[int], span: Span, name: str) -> Bool[Tensor, "*batch pos"]:
         """Which of a forward pass's columns are meant, [pos] or [batch, pos], of rows [batch, pos] at a site of this name.
 
-        Raises:
-            PositionIndexError: The row has no such position, or nothing tells where its prompt ends.
-            ShapeError: There is no position axis, or a boolean mask has another length than the prompt.
+        PositionIndexError where the row has no such position or nothing tells where its prompt ends, ShapeError where there
+        is no position axis or a boolean mask has another length than the prompt.
         """
         if len(rows) < 2:
             raise ShapeError(
@@ -94,14 +93,9 @@ def at_columns(
 ) -> tuple[Tensor, Bool[Tensor, " pos"] | None]:
     """Values given for the prompt at the columns of one pass, and which of these they are for (None: all).
 
-    Args:
-        given: [pos, ...] or [batch, pos, ...]; or without a position axis, for all columns.
-        axis: The position axis; negative: there is none.
-        rows: Shape of the site's output without its last axis.
-
-    Raises:
-        ShapeError: They do not broadcast to the rows, or are of another number of positions than the prompt.
-        PositionIndexError: Nothing tells where the prompt ends.
+    They are [pos, ...] or [batch, pos, ...], with the position axis `axis`; where that is negative there is none, and they are
+    for all columns. `rows` is the shape of the site's output without its last axis. ShapeError where they do not broadcast to
+    the rows or are of another number of positions than the prompt, PositionIndexError where nothing tells where that ends.
     """
     shape = f"The shape of the {what} {name} is {list(given.shape)}"
     if axis >= len(rows) or (axis == 1 and 1 not in (given.shape[0], rows[0]) and given.shape[0] != rows[0]):

@@ -83,11 +83,8 @@ def select(gradients: Gradients, rows: Tensor | slice) -> dict[str, SampleGradie
 
 
 class Part(nn.Module):
-    """What K subnetworks are at one site or norm: changes of its weight or gain, and of its bias where that takes part.
-
-    Raises:
-        ShapeError: The tensors do not fit the site or each other.
-    """
+    """What K subnetworks are at one site or norm: changes of its weight or gain, and of its bias where that takes part;
+    ShapeError where the tensors do not fit the site or each other."""
 
     site: Any
     bias: Float[Tensor, "K width"] | None
@@ -314,9 +311,8 @@ class Subnetworks(nn.Module, Mapping[str, Any]):
     def normalise(self, kind: Literal["l2", "paper_code"] = "l2") -> None:
         """Bring every subnetwork to norm 1, in place.
 
-        Args:
-            kind: `l2`: the norm over all tensors together, at once. `paper_code`: the published code's step towards a sum of
-                the tensors' norms of 1, each divided by the square root of that sum.
+        `l2` is the norm over all tensors together, at once; `paper_code` the published code's step towards a sum of the
+        tensors' norms of 1, each divided by the square root of that sum.
         """
         if kind == "l2":
             size = self.norms()

@@ -85,14 +85,9 @@ def resolved_ties(
 ) -> dict[str, str]:
     """Ties by canonical names, after seeing that the target's own weights are each other's transpose.
 
-    `sites` are those to decompose and `counts` C of each, where it is chosen site by site; `given` are sites that have factors
-    already (None: all that are not tied will get some).
-
-    Raises:
-        NoMatchingSiteError: An unknown name.
-        SettingError: A site that is not to be decomposed or tied twice, ties that form a chain, C that differ, weights that
-            are not each other's transpose.
-        ShapeError: The shape of one is not that of the other transposed.
+    `sites` are those to decompose and `counts` C of each, where it is chosen site by site; `given` are sites that have
+    factors already (None: all that are not tied will get some). NoMatchingSiteError of an unknown name, else SettingError
+    or ShapeError.
     """
     found: dict[str, str] = {}
     for names in tied.items():

@@ -96,12 +96,9 @@ class L3D(Method[SubnetworkDecomposition]):
         return {name: min(ranks[name], site.d_in, site.d_out) for name, site in sites.items()}
 
     def norms(self, adapter: ModelAdapter) -> dict[str, NormSite]:
-        """Norms whose gains take part.
-
-        Raises:
-            NoMatchingSiteError: A glob of `gains` matches none, or the model has none, perhaps because LayerNorm was folded.
-            UnsupportedSiteError: A glob matches only norms whose gains cannot be moved exactly.
-        """
+        """Norms whose gains take part; NoMatchingSiteError where a glob of `gains` matches none, or the model has none
+        (perhaps because LayerNorm was folded), UnsupportedSiteError where one matches only norms whose gains cannot be
+        moved exactly."""
         if self.gains is False:
             return {}
         hint = ""

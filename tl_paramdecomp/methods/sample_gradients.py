@@ -45,13 +45,9 @@ class Outputs:
             self.scored = attention_mask.bool().to(output.device)
 
     def places(self, positions: Positions, generator: AnyGenerator, every: bool = False) -> list[Int[Tensor, " n"]]:
-        """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`, where `every` asks
-        for positions too that no row has, as other microbatches may.
-
-        Raises:
-            SettingError: The output has no positions, or not so many.
-            DataError: A row has no position that counts, or the given one does not.
-        """
+        """Positions of the loss, one for each row, or -1 where a row has none; several times over for `all`, where `every`
+        asks for positions too that no row has, as other microbatches may. SettingError where the output has no such
+        position, DataError where a row has no position that counts, or the given one does not."""
         (n, length), device = self.scored.shape, self.output.device
         if not self.by_position or length == 1:
             return [torch.zeros(n, dtype=torch.int64, device=device)]
@@ -107,14 +103,9 @@ class GradientPass(Outputs):
         rows: Int[Tensor, " n"] | None = None,
         keep: bool = False,
     ) -> Gradients:
-        """Gradients by site and norm of n scalars, in float32 at least.
-
-        Args:
-            output: From `at`.
-            cotangent: Gradient of each scalar with respect to its output.
-            rows: The rows that these are; None: all of them.
-            keep: Whether further gradients will be asked for.
-        """
+        """Gradients by site and norm of n scalars, in float32 at least, from outputs of `at` and the gradient of each
+        scalar with respect to its own; `rows` says which rows these are (None: all), `keep` that further gradients will be
+        asked for."""
         leaves = [leaf for calls in self.calls.values() for _, leaf in calls]
         found = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), retain_graph=keep, allow_unused=True)
         given = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)])
@@ -143,13 +134,9 @@ def references(
     generator: AnyGenerator,
     among: "Among | None" = None,
 ) -> Float[Tensor, "n width"]:
-    """What each row's output is compared with, detached; probabilities for `kl`. `among` says where the rows stand among the
-    samples of the whole batch; None: these are all.
-
-    Raises:
-        SettingError: Uniform outputs where outputs are no distribution.
-        DataError: Fewer than two rows, or an odd number of them for `pairs`.
-    """
+    """What each row's output is compared with, detached; probabilities for `kl`. `among` says where the rows stand among
+    the samples of the whole batch (None: these are all). SettingError for uniform outputs where outputs are no
+    distribution, DataError for fewer than two rows, or an odd number of them for `pairs`."""
     values = _values(output, divergence)
     if kind == "uniform":
         if divergence != "kl":

@@ -27,13 +27,10 @@ def initial_factors(
 ) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
     """V and U to start from, with C = n_components.
 
-    `neurons`: one component per neuron (column or row of W on its larger side), with |V_c| = |U_c|; V U = W. `svd`: singular
-    directions; V U = W from the rank on. Spare components read at random and write nothing. `random`: standard normal over
-    sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out), as the published code has it. `auto`: neurons
-    for MLP matrices where C allows it, else svd.
-
-    Raises:
-        SettingError: C is too small for one component per neuron.
+    `neurons`: one component per neuron (column or row of W on its larger side), with |V_c| = |U_c|; V U = W; SettingError
+    where C is too small. `svd`: singular directions; V U = W from the rank on. Spare components read at random and write
+    nothing. `random`: standard normal over sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out),
+    as the published code has it. `auto`: neurons for MLP matrices where C allows it, else svd.
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if start == "auto":
@@ -100,11 +97,8 @@ def warm_up(
 
 
 def by_site(numbers: Mapping[str, int], sites: Mapping[str, WeightSite], what: str) -> dict[str, int]:
-    """The number of each site, from numbers by glob, the first match counting.
-
-    Raises:
-        NoMatchingSiteError: A glob matches no site, or a site matches none.
-    """
+    """The number of each site, from numbers by glob, the first match counting; NoMatchingSiteError where a glob matches no
+    site, or a site none."""
     for glob in numbers:
         if not fnmatch.filter(sites, glob):
             raise NoMatchingSiteError(f"{what} names {glob!r}, which matches none of {', '.join(sites)}.")

@@ -12,10 +12,7 @@ from tl_paramdecomp.adapters.boundary import evaluating
 @contextlib.contextmanager
 def frozen(studied: ModelAdapter | nn.Module) -> Iterator[None]:
     """A target, or a decomposition, without gradients and in evaluation mode; afterwards every flag is as it was.
-
-    Raises:
-        PatchConflictError: Another thread uses it.
-    """
+    PatchConflictError where another thread uses it."""
     target = isinstance(studied, ModelAdapter)
     with studied.evaluating() if target else evaluating(studied):
         learning = [p for p in (studied.root if target else studied).parameters() if p.requires_grad]

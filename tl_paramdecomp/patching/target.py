@@ -27,14 +27,11 @@ def check_target(model: Any, decomposition: Saved) -> None:
 def checked_adapter(
     model: Any, decomposition: Saved, tokens: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> ModelAdapter:
-    """The adapter of the decomposition's own target, its weights compared by remembered fingerprints.
+    """The adapter of the decomposition's own target, its weights compared by remembered fingerprints (else
+    TargetMismatchError), the components on the same devices (else DeviceError).
 
     Sites that `edited_weights` edits at present are not compared. Where token rows are given, it warns if they begin otherwise
     than those that the decomposition was made on.
-
-    Raises:
-        TargetMismatchError: The model holds other weights.
-        DeviceError: The components are on another device.
     """
     adapter = adapt(model)
     _compare(adapter, decomposition, fresh=False, skip=edited_sites(adapter.core))
