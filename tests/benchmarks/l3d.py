@@ -15,7 +15,7 @@ from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 
 SITES, ROWS, LENGTH = "blocks.*.mlp.*", 8, 8
 

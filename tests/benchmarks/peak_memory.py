@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.test_training_step import Ours, Plain, gpt2, method_of
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 
 
 def resident():

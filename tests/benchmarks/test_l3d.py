@@ -9,7 +9,7 @@ import torch
 
 from tests.benchmarks.l3d import Step, target
 from tests.benchmarks.timing import ratio
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 
 pytestmark = pytest.mark.benchmark
 

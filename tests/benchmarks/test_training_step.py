@@ -20,7 +20,7 @@ from tl_paramdecomp.methods.losses import Faithfulness, ImportanceMinimality
 from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.spd import SPD
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 from tl_paramdecomp.training.state import optimise
 
 pytestmark = pytest.mark.benchmark

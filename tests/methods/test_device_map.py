@@ -16,7 +16,7 @@ from tl_paramdecomp.adapters import adapt, weights, wiring
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.methods.method import TrainingStep
 from tl_paramdecomp.methods.random_streams import Generators, RandomNumbers
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 
 FAR = torch.device("meta")
 SITES = ["blocks.0.mlp.W_in", "blocks.1.attn.W_Q", "blocks.1.mlp.W_out"]

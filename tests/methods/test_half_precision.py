@@ -8,7 +8,7 @@ from tests.support.divided import LOSSES, batches, methods
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.methods.method import TrainingStep
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 
 SITES = ["blocks.0.mlp.W_in", "blocks.1.mlp.W_out"]
 HALVES = [torch.bfloat16, torch.float16]

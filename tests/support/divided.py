@@ -17,7 +17,7 @@ from tl_paramdecomp.methods.reconstruction import (
     UnmaskedReconstruction,
 )
 from tl_paramdecomp.parallel import ALONE
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 
 from .models import VOCAB, gpt2
 

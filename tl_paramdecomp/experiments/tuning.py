@@ -17,9 +17,8 @@ from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecompo
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import DataError, DivergedError, SettingError
-from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import Count, Positive, Seed, fit
 from tl_paramdecomp.sites import check_rows
 

@@ -15,9 +15,8 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masked_output import masked_weight
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import PatchConflictError
-from tl_paramdecomp.patching.claims import Claim, claimed, is_patched
 from tl_paramdecomp.patching.hooks import changes_of
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import Claim, checked_adapter, claimed, is_patched
 
 
 @entered_once

@@ -15,8 +15,7 @@ from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.masked_output import corrected
 from tl_paramdecomp.components.masks import Masks, SiteChange, SiteChanges
 from tl_paramdecomp.errors import NoMatchingSiteError, UnsupportedModelError
-from tl_paramdecomp.patching.claims import Claim, claimed
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import Claim, checked_adapter, claimed
 from tl_paramdecomp.sites import SiteCall, SiteFn
 
 HOOK_NAME = "hook_component_acts"

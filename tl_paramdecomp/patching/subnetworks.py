@@ -16,9 +16,8 @@ from tl_paramdecomp.adapters.identity import folded
 from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import Part
 from tl_paramdecomp.errors import SettingError, ShapeError
-from tl_paramdecomp.patching.claims import Claim, claimed
 from tl_paramdecomp.patching.hooks import intercepted
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import Claim, checked_adapter, claimed
 from tl_paramdecomp.sites import SiteFn, SitePattern, matches, select_sites
 
 

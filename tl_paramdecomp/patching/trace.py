@@ -17,9 +17,8 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.masks import Masks
 from tl_paramdecomp.errors import SiteNotFiredError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.patching.act_patches import ActPatches
-from tl_paramdecomp.patching.claims import claimed
 from tl_paramdecomp.patching.hooks import changes_of, claims_of, site_fns
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import checked_adapter, claimed
 from tl_paramdecomp.sites import SiteCall, Span
 
 

@@ -21,7 +21,7 @@ from tl_paramdecomp.analysis.records import Record, Row, form, plain_table
 from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import Method
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training.config import OnNonfinite, RunConfig
 from tl_paramdecomp.training.trial import Trial, available, held, outline, peak_resident, size_of

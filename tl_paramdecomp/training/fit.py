@@ -19,7 +19,7 @@ from tl_paramdecomp.data.tokenizer import ROW_START, row_start
 from tl_paramdecomp.errors import SettingError, UnsupportedSiteError
 from tl_paramdecomp.methods.method import Made, Method
 from tl_paramdecomp.methods.random_streams import RandomScope
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 from tl_paramdecomp.settings import from_settings, hints_of, to_settings
 from tl_paramdecomp.sites import SitePattern
 from tl_paramdecomp.training import watch

@@ -23,7 +23,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.adversary import ascended
-from tl_paramdecomp.patching.frozen import frozen
+from tl_paramdecomp.patching.target import frozen
 from tl_paramdecomp.sites import SiteCall, SiteFn
 
 Value = Literal["zero", "mean", "corrupt"]

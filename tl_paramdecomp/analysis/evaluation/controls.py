@@ -12,7 +12,7 @@ import torch
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.errors import PatchConflictError
-from tl_paramdecomp.patching.claims import is_patched
+from tl_paramdecomp.patching.target import is_patched
 
 
 @contextlib.contextmanager

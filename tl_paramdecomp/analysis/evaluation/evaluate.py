@@ -41,8 +41,7 @@ from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
-from tl_paramdecomp.patching.frozen import frozen
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import Count, NotNegative, Seed, Settings, Whole, fit
 from tl_paramdecomp.sites import check_rows
 

@@ -33,9 +33,8 @@ from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
 from tl_paramdecomp.methods.step import KL_NEEDS
-from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import moved_part
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import TYPE, Count, Seed, Whole, fit, from_settings, kinds_of
 from tl_paramdecomp.sites import check_rows
 

@@ -19,9 +19,8 @@ from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecompo
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.divergence import kl, log_probabilities, mean_square
 from tl_paramdecomp.methods.sample_gradients import SampleDivergence
-from tl_paramdecomp.patching.frozen import frozen
 from tl_paramdecomp.patching.subnetworks import perturbed
-from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import Count, Positive, Seed, fit
 from tl_paramdecomp.sites import check_rows
 
