@@ -9,8 +9,7 @@ import copy
 import torch
 
 from tl_paramdecomp.adapters import ModelAdapter
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import random_subnetworks
+from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition, random_subnetworks
 from tl_paramdecomp.errors import SettingError
 
 

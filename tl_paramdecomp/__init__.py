@@ -61,7 +61,7 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.components.decomposition import Decomposition
     from tl_paramdecomp.components.importance import ImportanceConfig
     from tl_paramdecomp.components.masks import Masks
-    from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+    from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
     from tl_paramdecomp.data.documents import TextRows
     from tl_paramdecomp.data.token_batches import token_batches
     from tl_paramdecomp.experiments.compare import ComparisonProtocol, compare

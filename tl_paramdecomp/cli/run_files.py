@@ -21,7 +21,7 @@ from tl_paramdecomp.cli.rows import Rows, open_rows
 from tl_paramdecomp.cli.run_settings import DataSettings, RunSettings, resolve
 from tl_paramdecomp.cli.settings_paths import SUFFIXES, parse_change, read_tree, write_tree
 from tl_paramdecomp.components.disk import replace_text
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, TargetMismatchError
 from tl_paramdecomp.methods.from_factors import versions
 from tl_paramdecomp.report.quality import measure_quality, quality_tables, write_quality

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import site_weight
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
 from tl_paramdecomp.experiments.l3d_scores import products
 from tl_paramdecomp.experiments.scores import TOLERANCE, importance_matrices, lined_up, neuron_contributions
 from tl_paramdecomp.patching.subnetworks import perturbed

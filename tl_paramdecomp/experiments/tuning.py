@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.data.rows import batch_source
 from tl_paramdecomp.errors import DataError, DivergedError, SettingError

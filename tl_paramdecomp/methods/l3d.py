@@ -23,8 +23,14 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import Backend, GainGradient, Gradients, SampleGradient, random_subnetworks
+from tl_paramdecomp.components.subnetworks import (
+    Backend,
+    GainGradient,
+    Gradients,
+    SampleGradient,
+    SubnetworkDecomposition,
+    random_subnetworks,
+)
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.methods.from_factors import origin_of
 from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep

@@ -13,8 +13,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.adapters.identity import folded
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
-from tl_paramdecomp.components.subnetworks import Part
+from tl_paramdecomp.components.subnetworks import Part, SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.patching.hooks import intercepted
 from tl_paramdecomp.patching.target import Claim, checked_adapter, claimed

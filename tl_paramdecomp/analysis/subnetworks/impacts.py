@@ -20,12 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
 from tl_paramdecomp.components.subnetworks import (
     CHUNK,
     GainGradient,
     Gradients,
     SampleGradient,
+    SubnetworkDecomposition,
     Subnetworks,
     pairwise_gains,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.subnetworks.impacts import impacts, method_of, output_derivative, scored_of
-from tl_paramdecomp.components.subnetwork_decomposition import SubnetworkDecomposition
+from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.divergence import kl, log_probabilities, mean_square
 from tl_paramdecomp.methods.sample_gradients import SampleDivergence
