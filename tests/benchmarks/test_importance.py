@@ -6,7 +6,7 @@ from torch.nn.functional import gelu
 
 from tests.benchmarks.timing import ratio
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.importance_networks import ComponentMLP, VectorMLP
+from tl_paramdecomp.components.importance import ComponentMLP, ImportanceConfig, VectorMLP
 from tl_paramdecomp.components.sigmoids import SIGMOID_LEAK, clamped
 from tl_paramdecomp.sites import WeightSite
 
@@ -55,7 +55,7 @@ def test_both_sigmoids(report, name):
 def test_component_networks(report, name):
     rows, C = SHAPES[name]
     components = Components(WeightSite("w", 4, 4), normal(4, C), normal(C, 4))
-    network = ComponentMLP(components, 16, True, torch.Generator().manual_seed(0))
+    network = ComponentMLP(components, 16, ImportanceConfig(), torch.Generator().manual_seed(0))
     h, upstream = normal(rows, C).requires_grad_(True), normal(rows, C, seed=1)
     wanted = [h, *network.parameters()]
 
@@ -74,7 +74,7 @@ def test_component_networks(report, name):
 def test_vector_networks(report):
     rows, d_in, C, hidden = 512, 64, 172, 12
     components = Components(WeightSite("w", d_in, 4), normal(d_in, C), normal(C, 4))
-    network = VectorMLP(components, hidden, False, torch.Generator().manual_seed(0))
+    network = VectorMLP(components, hidden, ImportanceConfig(normalise=False), torch.Generator().manual_seed(0))
     x, upstream = normal(rows, d_in), normal(rows, C, seed=1)
     wanted = list(network.parameters())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from tl_paramdecomp import Decomposition
-from tl_paramdecomp.components import importance_networks
+from tl_paramdecomp.components import importance
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.components.sigmoids import Importance, binomial_lower, clamped, leaky
 from tl_paramdecomp.errors import SettingError, ShapeError
@@ -179,7 +179,7 @@ def test_values_and_gradients_of_every_kind(kind: str, normalise: bool, rows: tu
 def test_component_networks_do_not_depend_on_how_they_are_cut(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config("component_mlp")
     made, inputs = make(settings), make_inputs(2, 5)
-    monkeypatch.setattr(importance_networks, "CPU_PIECE", piece)
+    monkeypatch.setattr(importance, "CPU_PIECE", piece)
     p = parameters_of(made)
     expected = textbook(settings, made, p, inputs)
     found = made.importances(inputs)
