@@ -306,15 +306,10 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
         """
         old = self._of(site)
         name, C = old.site.name, old.n_components
-        m, delta = real_values(m, f"Component masks of {name}"), real_values(delta, f"Delta masks of {name}")
-        of_delta = list(delta.shape) if isinstance(delta, Tensor) else []
-        if len(of_delta) > 2:
-            raise ShapeError(f"Delta masks of {name} must broadcast to [batch, pos], not {of_delta}.")
+        m, delta = real_values(m, f"Component masks of {name}", C), real_values(delta, f"Delta masks of {name}")
         if isinstance(m, Tensor):
             m = m.expand(1) if m.ndim == 0 else m
-            of_m = list(m.shape)
-            if m.ndim > 3 or of_m[-1] not in (1, C):
-                raise ShapeError(f"Component masks of {name} must broadcast to [batch, pos, C={C}]; given {of_m}.")
+            of_m, of_delta = list(m.shape), list(delta.shape) if isinstance(delta, Tensor) else []
             if any(1 not in sizes and sizes[0] != sizes[1] for sizes in zip(of_m[-2::-1], of_delta[::-1])):
                 raise ShapeError(
                     f"Component masks {of_m} and delta masks {of_delta} of {name} have no rows [batch, pos] in common."
@@ -387,8 +382,9 @@ class MaskPair(NamedTuple):
     """Delta masks that broadcast to [batch, pos]."""
 
 
-def real_values(values: Any, what: str) -> Tensor | float:
-    """A finite number, or a copy of a tensor that later changes in place do not reach; else DtypeError or SettingError."""
+def real_values(values: Any, what: str, *width: int) -> Tensor | float:
+    """A finite number, or a copy, which later changes in place do not reach, of a tensor that broadcasts to [batch, pos,
+    *width]; else DtypeError, SettingError or ShapeError."""
     if isinstance(values, numbers.Real):
         return finite_number(values, what)
     try:
@@ -399,6 +395,9 @@ def real_values(values: Any, what: str) -> Tensor | float:
         raise DtypeError(f"{what} must be real numbers or booleans, not {tensor.dtype}.")
     if not tensor.requires_grad and not bool(tensor.isfinite().all()):
         raise SettingError(f"{what} must be finite; the tensor has NaN or infinities.")
+    if tensor.ndim > 2 + len(width) or (tensor.ndim and width and tensor.shape[-1] not in (1, *width)):
+        rows = ", ".join(("batch", "pos", *map(str, width)))
+        raise ShapeError(f"{what} must broadcast to [{rows}]; given {list(tensor.shape)}.")
     return tensor.clone()
 
 

@@ -255,12 +255,10 @@ def patched_acts(model: Any, decomposition: Decomposition, patches: ActPatches) 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 def _values(value: Any, name: str, n: int) -> Tensor:
-    """A tensor that broadcasts to [batch, pos, n], or ShapeError, DtypeError or SettingError; gradients still flow."""
-    given = real_values(value, f"Values for {name}")
-    tensor = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
-    if tensor.ndim > 3 or (tensor.ndim > 0 and tensor.shape[-1] not in (1, n)):
-        raise ShapeError(f"Values for {name} must broadcast to [batch, pos, {n}]; given {list(tensor.shape)}.")
-    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+    """A tensor that broadcasts to [batch, pos, n]; errors as of `real_values`, and gradients still flow."""
+    given = real_values(value, f"Values for {name}", n)
+    is_exact = isinstance(given, Tensor) and given.is_floating_point()
+    return given if is_exact else torch.as_tensor(given, dtype=torch.float64)
 
 
 def _acts_of(old: SiteEdits, at: list[int], acts: Any, head: SupportsIndex | None) -> Tensor:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +51,8 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
                 f"patch_trace comes too late for {name}: this trace has read something that the model computes after it. Call "
                 "patch_trace first, and read afterwards."
             )
-    columns = _columns(model, standing) if any(change.by_position for change in changes.values()) else None
+    by_position = any(change.by_position for change in changes.values())
+    columns, length = _columns(model, standing) if by_position else (Span(), None)
     with claimed(adapter.core, claims_of(decomposition, changes)):
         pass  # a context around the trace may patch the same sites
     for owner, names in itertools.groupby(in_order, key=lambda name: adapter.wirings[name].owner):
@@ -61,28 +62,17 @@ def patch_trace(model: Any, decomposition: Decomposition, masks: Masks | ActPatc
             wiring = adapter.wirings[name]
             rows = matching_rows(x, y, wiring)
             _refuse_shared_rows(name, rows.y)
-            span = Span() if columns is None else columns.ending_with(rows.y)
-            span = span if wiring.patches is None else patch_span(rows.y)
+            span = columns if wiring.patches is None else patch_span(rows.y)
+            # an unembedding may see the last ones alone
+            if wiring.patches is None and length is not None and rows.y.ndim > 2:
+                span = replace(span, start=span.start + length - rows.y.shape[-2])
             new = fns[name](SiteCall(rows.x, rows.y, adapter.bias(name), span))
             y = host_output(new, y, wiring)
         envoy.output = y
 
 
-class _Columns(NamedTuple):
-    """Columns that the present step of a trace computes."""
-
-    span: Span
-    length: int | None
-
-    def ending_with(self, y: Tensor) -> Span:
-        """Columns of one site's output: an unembedding may see the last ones alone."""
-        if self.length is None or y.ndim < 3:
-            return self.span
-        return replace(self.span, start=self.span.start + self.length - y.shape[-2])
-
-
-def _columns(model: Any, standing: Standing) -> _Columns:
-    """Where the present step of a trace stands in its rows, from what the model is called with."""
+def _columns(model: Any, standing: Standing) -> tuple[Span, int | None]:
+    """Columns that the present step of a trace computes, and how many, from what the model is called with."""
     step = standing.step
     args, kwargs = model.inputs if standing.call is None else standing.call
     tokens = input_rows(args, kwargs)
@@ -92,9 +82,9 @@ def _columns(model: Any, standing: Standing) -> _Columns:
     generate = generate_call(adapt(model).root)
     if generate is not None:
         prompt = prompt_columns(*generate)
-        return _Columns(Span(start, prompt, generating=True, prompt_known=prompt is not None), length)
+        return Span(start, prompt, generating=True, prompt_known=prompt is not None), length
     prompt = end - step if step or not start else start  # a cache in the first step is of an earlier call
-    return _Columns(Span(start, prompt, generating="use_cache" in kwargs or prompt < end), length)
+    return Span(start, prompt, generating="use_cache" in kwargs or prompt < end), length
 
 
 def _cached_before(kwargs: Mapping[str, Any], length: int) -> int:
