@@ -81,8 +81,7 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
     from tl_paramdecomp.patching.edit import edited_model, edited_weights
     from tl_paramdecomp.patching.hooks import attached, fwd_hooks, patched
-    from tl_paramdecomp.patching.interventions import importance_masks
-    from tl_paramdecomp.patching.means import activation_means, delta_writes
+    from tl_paramdecomp.patching.interventions import activation_means, delta_writes, importance_masks
     from tl_paramdecomp.patching.subnetworks import perturbed
     from tl_paramdecomp.patching.target import check_target
     from tl_paramdecomp.patching.trace import patch_trace

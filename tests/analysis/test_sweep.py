@@ -23,7 +23,7 @@ from tl_paramdecomp.errors import (
     ShapeError,
 )
 from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
-from tl_paramdecomp.patching.means import activation_means
+from tl_paramdecomp.patching.interventions import activation_means
 
 from ..support.models import (
     BUILDERS,

@@ -23,7 +23,7 @@ from tl_paramdecomp.errors import (
 )
 from tl_paramdecomp.patching.act_edits import derangement
 from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
-from tl_paramdecomp.patching.means import activation_means, delta_writes
+from tl_paramdecomp.patching.interventions import activation_means, delta_writes
 from tl_paramdecomp.sites import SiteCall
 
 from ..support.exactness import no_hooks_left

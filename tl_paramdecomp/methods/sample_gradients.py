@@ -89,9 +89,9 @@ class GradientPass(Outputs):
     def __init__(
         self, adapter: ModelAdapter, sites: Sequence[str], tokens: Tensor, attention_mask: Tensor | None = None
     ) -> None:
-        self.calls: dict[str, Calls] = {name: [] for name in sites}
+        self.sites: dict[str, Calls] = {name: [] for name in sites}
         self.norms = frozenset(name for name in sites if adapter.is_norm(name))
-        fns = {n: functools.partial(_opened, calls, n, tokens, n in self.norms) for n, calls in self.calls.items()}
+        fns = {n: functools.partial(_opened, calls, n, tokens, n in self.norms) for n, calls in self.sites.items()}
         with torch.enable_grad(), adapter.intercept(fns):
             output = adapter.forward(tokens, attention_mask)
         super().__init__(output, attention_mask)
@@ -106,11 +106,11 @@ class GradientPass(Outputs):
         """Gradients by site and norm of n scalars, in float32 at least, from outputs of `at` and the gradient of each
         scalar with respect to its own; `rows` says which rows these are (None: all), `keep` that further gradients will be
         asked for."""
-        leaves = [leaf for calls in self.calls.values() for _, leaf in calls]
+        leaves = [leaf for calls in self.sites.values() for _, leaf in calls]
         found = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), retain_graph=keep, allow_unused=True)
         given = iter([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)])
         made: dict[str, SampleGradient | GainGradient] = {}
-        for name, calls in self.calls.items():
+        for name, calls in self.sites.items():
             pairs = [(x, next(given)) for x, _ in calls]
             made[name] = _gain_gradient(pairs, len(self.output)) if name in self.norms else _site_gradient(*pairs[0])
         return made if rows is None else select(made, rows)
