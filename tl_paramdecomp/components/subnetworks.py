@@ -434,14 +434,10 @@ class SubnetworkDecomposition(Saved):
         Raises:
             ComponentIndexError: There is no such subnetwork.
         """
-        k = self.index(k)
-        found: dict[str, Direction | GainDirection] = {}
+        k, found = self.index(k), {}
         for name, part in self.decoder.items():
             bias = None if part.bias is None else part.bias[k].detach()
-            if name in self.norms:
-                found[name] = GainDirection(part.direction(k).detach(), bias)
-            else:
-                found[name] = Direction(part.direction(k).detach(), bias)
+            found[name] = (GainDirection if name in self.norms else Direction)(part.direction(k).detach(), bias)
         return found
 
     def index(self, k: int) -> int:
@@ -471,12 +467,10 @@ class SubnetworkDecomposition(Saved):
         left, sides = dict(tensors), []
         for side in SIDES:
             parts: dict[str, Part] = {}
-            for name, site in sites.items():
-                A, B = (left.pop(f"{side}:{name}.{letter}") for letter in ("A", "B"))
-                parts[name] = SiteSubnetworks(site, A, B, left.pop(f"{side}:{name}.bias", None))
-            for name, norm in norms.items():
-                key = f"{side}:{name}"
-                parts[name] = GainSubnetworks(norm, left.pop(f"{key}.gain"), left.pop(f"{key}.bias", None))
+            for name, site in {**sites, **norms}.items():
+                kind, keys = (GainSubnetworks, ("gain",)) if name in norms else (SiteSubnetworks, ("A", "B"))
+                factors = [left.pop(f"{side}:{name}.{key}") for key in keys]
+                parts[name] = kind(site, *factors, left.pop(f"{side}:{name}.bias", None))
             sides.append(Subnetworks(parts))
         threshold = left.pop("threshold")
         if left or threshold.ndim or list(sides[0]) != [*sites, *norms]:

@@ -17,7 +17,7 @@ from tl_paramdecomp.components.subnetworks import Part, SubnetworkDecomposition
 from tl_paramdecomp.errors import SettingError, ShapeError
 from tl_paramdecomp.patching.hooks import intercepted
 from tl_paramdecomp.patching.target import Claim, checked_adapter, claimed
-from tl_paramdecomp.sites import SiteFn, SitePattern, matches, select_sites
+from tl_paramdecomp.sites import SiteFn, SitePattern, select_sites
 
 
 @entered_once
@@ -49,7 +49,8 @@ def perturbed(
         TargetMismatchError, DeviceError, PatchConflictError: As `patched`.
     """
     adapter = checked_adapter(model, decomposition)
-    chosen = list(decomposition.decoder) if sites is None else _selected(decomposition, sites)
+    known: Any = decomposition.sites if callable(sites) else {**decomposition.sites, **decomposition.norms}
+    chosen = known if sites is None else select_sites(known, sites)
     moved = {decomposition.index(k): delta for k, delta in deltas.items()}
     if len(moved) < len(deltas):
         raise SettingError(f"A subnetwork may stand once; given {', '.join(map(str, deltas))}.")
@@ -64,21 +65,6 @@ def perturbed(
     fns = {name: moved_part(part, moved) for name, part in parts.items()}
     with claimed(adapter.core, claims), _replaced(adapter, parts, moved) if in_weights else intercepted(adapter, fns):
         yield model
-
-
-def _selected(decomposition: SubnetworkDecomposition, pattern: SitePattern) -> list[str]:
-    """Names of the sites and norms that a pattern selects."""
-    if callable(pattern):
-        return list(select_sites(decomposition.sites, pattern))
-    globs, chosen, left = [pattern] if isinstance(pattern, str) else list(pattern), set(), []
-    for glob in globs:
-        norms = {name for name, norm in decomposition.norms.items() if matches(glob, norm)}
-        chosen |= norms
-        if not norms or any(matches(glob, site) for site in decomposition.sites.values()):
-            left.append(glob)  # a glob that matches norms alone is no mistake
-    if left or not globs:
-        chosen |= select_sites(decomposition.sites, left).keys()
-    return [name for name in decomposition.decoder if name in chosen]
 
 
 @contextlib.contextmanager
