@@ -121,11 +121,7 @@ class Decomposition(Saved, Mapping[str, Components]):
         return self.importance_source()(inputs, self, attention_mask)
 
     def importance_source(self) -> ImportanceFunction:
-        """The importance function.
-
-        Raises:
-            NoImportanceError: There is none.
-        """
+        """The importance function, or NoImportanceError."""
         if self.importance is None:
             raise NoImportanceError(
                 "This decomposition has no causal-importance function (it was made from factors, or by a method "
@@ -134,20 +130,13 @@ class Decomposition(Saved, Mapping[str, Components]):
         return self.importance
 
     def device_of(self, site: str) -> torch.device:
-        """Where a site's components are."""
         return self[site].V.device
 
     @property
     def gives_importances(self) -> bool:
-        """Whether every token has importances of its components."""
         return self.importance is not None
 
     def sharded_parts(self) -> list[nn.Module]:
-        """The components of every site, and the importance function's networks.
-
-        Raises:
-            SettingError: There are tied sites.
-        """
         if self.tied:
             raise SettingError(
                 f"shard=True does not go with tied sites ({', '.join(self.tied)}): they share parameters. Leave one out."

@@ -17,13 +17,7 @@ R = TypeVar("R")
 
 
 class Components(nn.Module):
-    """A trainable sum of rank-one components of one linear map.
-
-    Raises:
-        ShapeError: V and U do not fit the site or each other.
-        DtypeError: V or U is not floating point, or they differ.
-        DeviceError: V and U are on different devices.
-    """
+    """A trainable sum of rank-one components of one linear map; errors as of `check_factors`."""
 
     def __init__(self, site: WeightSite, V: Tensor, U: Tensor) -> None:
         super().__init__()
@@ -118,7 +112,6 @@ class TiedComponents(Components):
 
     @property
     def parameter_pair(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The source's parameters."""
         return self._source[0].parameter_pair
 
     def extra_repr(self) -> str:

@@ -219,11 +219,7 @@ class Saved(nn.Module):
         return next(self.parameters()).device
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Modules whose parameters may be kept in shards, each brought together where it is read.
-
-        Raises:
-            SettingError: It cannot be kept so.
-        """
+        """Modules whose parameters may be kept in shards, each brought together where it is read; or SettingError."""
         raise SettingError(f"shard=True is for components; {self.holds} (L3D) are held by every process. Leave it out.")
 
     @abstractmethod

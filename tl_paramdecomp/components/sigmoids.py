@@ -40,12 +40,12 @@ class Importance(NamedTuple):
 
 def clamped(raw: Float[Tensor, "... C"]) -> Importance:
     """The authors' later pair: values in [0, 1]; below 0 lower's gradient leaks (0.01) where the loss wants it up."""
-    return Importance(*_Pair.apply(raw, True), raw)
+    return Importance(*_Pair.apply(raw, True), raw=raw)
 
 
 def leaky(raw: Float[Tensor, "... C"]) -> Importance:
     """The paper's pair: lower really goes negative (0.01 x below 0), upper is 1 + 0.01 (x - 1) above 1."""
-    return Importance(*_Pair.apply(raw, False), raw)
+    return Importance(*_Pair.apply(raw, False), raw=raw)
 
 
 SIGMOIDS = {"clamped": clamped, "leaky": leaky}

@@ -200,7 +200,8 @@ class SiteSubnetworks(Part):
         """A_k B_k^T."""
         return self.A[k] @ self.B[k].T
 
-    direction = matrix
+    def direction(self, k: int) -> Float[Tensor, "d_in d_out"]:
+        return self.matrix(k)
 
     def _inner(self, gradient: SampleGradient, backend: Backend) -> Float[Tensor, "n K"]:
         (K, d_in, r), d_out, pos = self.A.shape, self.site.d_out, gradient.g.shape[1]
@@ -414,7 +415,6 @@ class SubnetworkDecomposition(Saved):
         self.register_buffer("threshold", torch.tensor(threshold, dtype=parameter.dtype, device=parameter.device))
 
     def device_of(self, site: str) -> torch.device:
-        """Where a site's subnetworks are."""
         return next(self.decoder[site].parameters()).device
 
     def __iter__(self):
@@ -441,11 +441,7 @@ class SubnetworkDecomposition(Saved):
         return found
 
     def index(self, k: int) -> int:
-        """A subnetwork's number, counted from the start; negatives count from the end.
-
-        Raises:
-            ComponentIndexError: There is no such subnetwork.
-        """
+        """A subnetwork's number, counted from the start, or ComponentIndexError; negatives count from the end."""
         if not -self.n_subnetworks <= k < self.n_subnetworks:
             raise ComponentIndexError(f"There is no subnetwork {k}; there are {self.n_subnetworks}, numbered from 0.")
         return k % self.n_subnetworks

@@ -95,15 +95,12 @@ class ExactBasis(Method[Decomposition]):
         return f" It trains importances; {type(self).__name__}(training=None) is the plain basis, and takes no steps."
 
     def untrained(self) -> "ExactBasis":
-        """The same basis without an importance function."""
         return replace(self, training=None)
 
     def pressed(self, coefficient: float) -> "ExactBasis":
-        """The same basis, its importances trained with another coefficient of importance minimality."""
         return replace(self, training=self._trainer().pressed(coefficient))
 
     def sparser(self, factor: float) -> "ExactBasis":
-        """The same basis, its importances pressed so many times as hard."""
         return replace(self, training=self._trainer().sparser(factor))
 
     def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:

@@ -93,7 +93,6 @@ class L3D(Method[SubnetworkDecomposition]):
         return replace(L3D(**kinds, warm_start=0.0), **changes)  # type: ignore[arg-type]
 
     def with_components(self, n: int) -> "L3D":
-        """The same method with so many subnetworks."""
         return replace(self, n_subnetworks=n)
 
     def ranks(self, sites: Mapping[str, WeightSite]) -> dict[str, int]:

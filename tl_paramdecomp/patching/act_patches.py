@@ -5,7 +5,8 @@ Masks say how much of each component takes part; patches say what its activation
 site and its delta component from another prompt is activation patching of the site's output.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, SupportsIndex
 
@@ -13,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_paramdecomp.adapters.boundary import entered_once
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
 from tl_paramdecomp.components.masks import SiteChanges, real_values
@@ -230,9 +230,8 @@ def act_patches(decomposition: Decomposition) -> ActPatches:
     return ActPatches(decomposition.sites, decomposition.n_components)
 
 
-@entered_once
-def patched_acts(model: Any, decomposition: Decomposition, patches: ActPatches) -> Iterator[Any]:
-    """Within this context the model runs with its component activations patched, however it is called.
+def patched_acts(model: Any, decomposition: Decomposition, patches: ActPatches) -> AbstractContextManager[Any]:
+    """Within this context, which gives the model, it runs with its component activations patched, however it is called.
 
     `run_with_cache`, `run_with_hooks`, `generate` and nnsight traces work inside, as in `patched`. Contexts nest, with
     `patched` too: patches of one site combine while they are about different components and leave the delta component.
@@ -242,23 +241,20 @@ def patched_acts(model: Any, decomposition: Decomposition, patches: ActPatches) 
         decomposition: Made from this model's weights.
         patches: From `act_patches(decomposition)`.
 
-    Yields:
-        The model.
-
     Raises:
         NoMatchingSiteError: The patches belong to another decomposition.
         TargetMismatchError, DeviceError, PatchConflictError, SiteNotFiredError: As `patched`.
     """
-    with patched(model, decomposition, patches):
-        yield model
+    return patched(model, decomposition, patches)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 def _values(value: Any, name: str, n: int) -> Tensor:
     """A tensor that broadcasts to [batch, pos, n]; errors as of `real_values`, and gradients still flow."""
     given = real_values(value, f"Values for {name}", n)
-    is_exact = isinstance(given, Tensor) and given.is_floating_point()
-    return given if is_exact else torch.as_tensor(given, dtype=torch.float64)
+    if isinstance(given, Tensor) and given.is_floating_point():
+        return given
+    return torch.as_tensor(given, dtype=torch.float64)
 
 
 def _acts_of(old: SiteEdits, at: list[int], acts: Any, head: SupportsIndex | None) -> Tensor:

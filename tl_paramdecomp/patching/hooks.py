@@ -23,7 +23,7 @@ HOOK_NAME = "hook_component_acts"
 
 @entered_once
 def patched(model: Any, decomposition: Decomposition, masks: SiteChanges[Any]) -> Iterator[Any]:
-    """Within this context the model runs with its components masked, however it is called.
+    """Within this context, which gives the model, it runs with its components masked, however it is called.
 
     `run_with_cache`, `run_with_hooks` (the user's functions see the patched values), `generate`, `stop_at_layer`,
     `reset_hooks`, autocast and nnsight traces work inside. Contexts nest; patches of one site combine while all of them
@@ -33,9 +33,6 @@ def patched(model: Any, decomposition: Decomposition, masks: SiteChanges[Any]) -
         model: The target model, on any host.
         decomposition: Made from this model's weights.
         masks: From `decomposition.masks()` or `importance_masks`.
-
-    Yields:
-        The model.
 
     Raises:
         TargetMismatchError: The model holds other weights.
@@ -75,10 +72,11 @@ def fwd_hooks(model: Any, decomposition: Decomposition, masks: Masks) -> list[Ho
 
 @entered_once
 def attached(model: Any, decomposition: Decomposition, use_error_term: bool = True) -> Iterator[Any]:
-    """Within this context component activations are hook points of a TransformerLens model.
+    """Within this context, which gives the model, component activations are hook points of a TransformerLens model.
 
-    Through `<site>.hook_component_acts` passes h = x V, and the site writes y' = y + (a - h) U with a what the user's hooks
-    leave of h: without an edit the model is itself, bit for bit. Without the error term it writes b + a U alone.
+    Through `<site>.hook_component_acts` passes h = x V [batch, pos, C], and the site writes y' = y + (a - h) U with a what
+    the user's hooks leave of h: without an edit the model is itself, bit for bit. Without the error term it writes b + a U
+    alone.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
@@ -86,9 +84,6 @@ def attached(model: Any, decomposition: Decomposition, use_error_term: bool = Tr
         use_error_term: Keep the delta component, computed on the current input with all its gradients (an autoencoder's
             error term in SAELens is a detached constant of the clean run instead). Without it a site writes the sum of
             its components alone.
-
-    Yields:
-        The model. `<site>.hook_component_acts` is [batch, pos, C].
 
     Raises:
         UnsupportedModelError: The model is not of TransformerLens, or already has such hook points.

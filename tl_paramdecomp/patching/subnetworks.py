@@ -29,7 +29,7 @@ def perturbed(
     sites: SitePattern | None = None,
     in_weights: bool = False,
 ) -> Iterator[Any]:
-    """Within this context the model runs with its weights moved along subnetworks, however it is called.
+    """Within this context, which gives the model, it runs with its weights moved along subnetworks, however it is called.
 
     Args:
         model: The target, on any host.
@@ -39,9 +39,6 @@ def perturbed(
         sites: Only there; None: at all sites of the decomposition. Globs select its norms too, predicates its sites alone.
         in_weights: Change the weights themselves and restore them, instead of correcting what sites write. The same model to
             rounding.
-
-    Yields:
-        The model.
 
     Raises:
         ComponentIndexError: There is no such subnetwork.
