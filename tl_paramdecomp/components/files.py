@@ -25,26 +25,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tl_paramdecomp.components.disk import (
-    LARGEST,
-    check_replaceable,
-    digest_of,
-    distinct,
-    in_short,
-    left_scratch,
-    made_folder,
-    open_regular,
-    parse_json,
-    read_tensors,
-    read_text,
-    reading,
-    remove_own,
-    scratch,
-    sync_folder,
-    write_tensors,
-    write_text,
-    writing,
-)
+from tl_paramdecomp.components import disk
+from tl_paramdecomp.components.disk import LARGEST, write_tensors
 from tl_paramdecomp.errors import DecompositionFileError, DeviceError, SettingError
 from tl_paramdecomp.settings import as_declared
 from tl_paramdecomp.sites import Fingerprint, NormSite, WeightSite
@@ -89,29 +71,29 @@ def write_pair(pair: Pair, tensors: Mapping[str, Tensor], text_with: Callable[[s
     The folder is there already. The JSON's text is made of the digest and size of the tensors' file.
     """
     for path in pair:
-        check_replaceable(path)
-    folder, left, left_folders = pair.json.parent, pair.left_beside(), left_scratch(pair.json.parent)
-    with scratch(folder) as new:
+        disk.check_replaceable(path)
+    folder, left, left_folders = pair.json.parent, pair.left_beside(), disk.left_scratch(pair.json.parent)
+    with disk.scratch(folder) as new:
         made = Pair(new / pair.json.name, new / pair.tensors.name)
         write_tensors(made.tensors, tensors)
         digest = _digest(made.tensors)
-        write_text(made.json, text_with(digest, made.tensors.stat().st_size))
+        disk.write_text(made.json, text_with(digest, made.tensors.stat().st_size))
         beside, described = pair.beside(digest), False
         try:
             os.replace(made.tensors, beside)
-            sync_folder(folder)
+            disk.sync_folder(folder)
             os.replace(made.json, pair.json)
             described = True
-            sync_folder(folder)
+            disk.sync_folder(folder)
             os.replace(beside, pair.tensors)
-            sync_folder(folder)
+            disk.sync_folder(folder)
         except OSError:
             if not described and beside not in left:
                 beside.unlink(missing_ok=True)
             raise
     for path in left:
         path.unlink(missing_ok=True)
-    remove_own(left_folders, "|".join((re.escape(pair.json.name), re.escape(pair.tensors.name), r"\.tmp.*")))
+    disk.remove_own(left_folders, "|".join((re.escape(pair.json.name), re.escape(pair.tensors.name), r"\.tmp.*")))
 
 
 def read_pair(pair: Pair, read: Callable[[], "Described"]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -176,11 +158,11 @@ def _described_tensors(pair: Pair, described: Described) -> dict[str, Tensor]:
 
 
 def _tensors_of(path: Path, described: Described, described_by: str) -> dict[str, Tensor]:
-    with reading(path, "cannot be used"), os.fdopen(open_regular(path, follow=True), "rb") as file:
+    with disk.reading(path, "cannot be used"), os.fdopen(disk.open_regular(path, follow=True), "rb") as file:
         found = os.fstat(file.fileno())
         same = described.size in (None, found.st_size)
-        tensors = read_tensors(path) if same else {}
-        same = same and digest_of(file) == described.digest and os.path.samestat(found, path.stat())
+        tensors = disk.read_tensors(path) if same else {}
+        same = same and disk.digest_of(file) == described.digest and os.path.samestat(found, path.stat())
     if not same:
         raise DecompositionFileError(
             f"{path} is not the file that {described_by} describes: it is damaged, or one of the two was replaced. Copy both "
@@ -190,8 +172,8 @@ def _tensors_of(path: Path, described: Described, described_by: str) -> dict[str
 
 
 def _digest(path: Path) -> str:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return digest_of(file)
+    with os.fdopen(disk.open_regular(path), "rb") as file:
+        return disk.digest_of(file)
 
 
 # --- a decomposition's folder -------------------------------------------------------------------------------------------
@@ -248,10 +230,10 @@ class Saved(nn.Module):
             "fingerprints": {name: asdict(found) for name, found in self.fingerprints.items()},
             "info": self.info,
         }
-        with writing(f"Could not save into {folder}"):
+        with disk.writing(f"Could not save into {folder}"):
             refuse_other_things(folder)
             check_numbers(tensors)
-            with made_folder(folder):
+            with disk.made_folder(folder):
                 pair = Pair(folder / METADATA, folder / TENSORS)
                 write_pair(pair, tensors, lambda digest, _: _as_text({**values, "sha256": digest}))
         return folder
@@ -275,7 +257,7 @@ class Saved(nn.Module):
             return Described(values, values.get("sha256"))
 
         values, mapped = read_pair(Pair(folder / METADATA, folder / TENSORS), read)
-        with reading(folder / TENSORS, "cannot be used"):
+        with disk.reading(folder / TENSORS, "cannot be used"):
             check_numbers(mapped)
         # a copy, since what is read is the file itself as long as nobody writes to it
         tensors = {name: tensor.to(device, copy=True) for name, tensor in mapped.items()}
@@ -295,7 +277,7 @@ class Saved(nn.Module):
             return cls._assembled(tensors, values, sites=sites, norms=norms, fingerprints=fingerprints, info=info)
         except Exception as error:  # a damaged file may go wrong anywhere
             raise DecompositionFileError(
-                f"{folder} holds {found} whose files do not agree with each other ({in_short(error)}); it is damaged or was "
+                f"{folder} holds {found} whose files do not agree with each other ({disk.in_short(error)}); it is damaged or was "
                 "edited. Copy it again from where it was saved."
             ) from error
 
@@ -313,8 +295,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise DecompositionFileError(f"{folder} {found}; give the folder that Decomposition.save wrote.")
     if not is_saved:
         raise DecompositionFileError(f"{folder} holds no {METADATA}; it is not a saved decomposition.")
-    text = read_text(path, LARGEST)
-    metadata = parse_json(path, text)
+    text = disk.read_text(path, LARGEST)
+    metadata = disk.parse_json(path, text)
     version = metadata.get("format") if isinstance(metadata, dict) else None
     if type(version) is not int or version not in (1, FORMAT):
         raise DecompositionFileError(
@@ -352,7 +334,7 @@ def _as_text(values: Mapping[str, Any]) -> str:
     text = sealed(json.dumps(values, indent=1, allow_nan=False).removesuffix("\n}"))
     if len(text) > LARGEST:
         raise ValueError(f"{METADATA} would have {len(text)} bytes, and no more than {LARGEST} are read again")
-    json.loads(text, object_pairs_hook=distinct)  # {1: 0, "1": 0} gives JSON that would be refused
+    json.loads(text, object_pairs_hook=disk.distinct)  # {1: 0, "1": 0} gives JSON that would be refused
     return text
 
 
