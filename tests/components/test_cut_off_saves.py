@@ -110,7 +110,7 @@ def left_by_a_kill(folder: Path, old: Any, kind: str) -> None:
     other = contents(folder)
     old.save(folder)
     (digest,) = [v for k, v in files.read_metadata(folder).items() if k == "sha256"]
-    (folder / TENSORS).rename(folder / files.BESIDE.format(digest))
+    (folder / TENSORS).rename(folder / f"components-{digest}.safetensors")
     (folder / TENSORS).write_bytes(other[TENSORS])
     put(folder / ".saving-abc", {TENSORS: other[TENSORS][:50]})
 

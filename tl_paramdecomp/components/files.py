@@ -38,8 +38,6 @@ FORMAT = 2
 TENSORS, METADATA = "components.safetensors", "decomposition.json"
 COMPONENTS = "components"
 """What a decomposition is made of whose file does not say."""
-BESIDE = "components-{}.safetensors"
-"""Name, by their digest, of tensors that the JSON describes already and that are not in their place yet."""
 HEX = "[0-9a-f]"
 OWN = rf"components(-{HEX}{{64}})?\.safetensors|decomposition\.json|\.saving-.*|\.tmp.*"
 """Names of what a save writes into its folder; safetensors begins its own with `.tmp`."""
@@ -277,8 +275,8 @@ class Saved(nn.Module):
             return cls._assembled(tensors, values, sites=sites, norms=norms, fingerprints=fingerprints, info=info)
         except Exception as error:  # a damaged file may go wrong anywhere
             raise DecompositionFileError(
-                f"{folder} holds {found} whose files do not agree with each other ({disk.in_short(error)}); it is damaged or was "
-                "edited. Copy it again from where it was saved."
+                f"{folder} holds {found} whose files do not agree with each other ({disk.in_short(error)}); it is damaged or "
+                "was edited. Copy it again from where it was saved."
             ) from error
 
 
