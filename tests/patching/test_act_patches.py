@@ -21,8 +21,7 @@ from tl_paramdecomp.errors import (
     ShapeError,
     TargetMismatchError,
 )
-from tl_paramdecomp.patching.act_edits import derangement
-from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, patched_acts
+from tl_paramdecomp.patching.act_patches import ActPatches, act_patches, derangement, patched_acts
 from tl_paramdecomp.patching.interventions import activation_means, delta_writes
 from tl_paramdecomp.sites import SiteCall
 

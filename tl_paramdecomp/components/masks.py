@@ -38,9 +38,9 @@ class SiteChange(ABC):
     n_components: int
 
     @property
-    @abstractmethod
     def is_identity(self) -> bool:
         """Whether this is the model itself, by construction and not by the values of a tensor."""
+        return self.keeps_delta and not self.touched
 
     @property
     @abstractmethod

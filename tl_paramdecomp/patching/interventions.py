@@ -123,7 +123,12 @@ def activation_means(
         with torch.no_grad():
             inputs = adapter.capture(rows, list(decomposition), mask).inputs
             for name, x in inputs.items():
-                total, count = _totals(decomposition[name].acts(x).double(), mask, by_position, name)
+                acts = decomposition[name].acts(x).double()
+                if by_position and acts.ndim != 3:
+                    raise ShapeError(f"{name} has no position axis ({list(acts.shape)}); leave by_position out.")
+                weight = acts.new_ones(acts.shape[:-1]) if mask is None or acts.ndim != 3 else mask.to(acts)
+                axes = 0 if by_position else tuple(range(acts.ndim - 1))
+                total, count = (acts * weight.unsqueeze(-1)).sum(axes), weight.sum(axes).unsqueeze(-1)
                 if name in sums and sums[name].shape != total.shape:
                     raise ShapeError(
                         f"Means by position need rows of one length; some have {len(sums[name])}, others {len(total)}."
@@ -162,14 +167,3 @@ def delta_writes(
             is_lookup = components.site.kind == "embedding"
             found[name] = nn.functional.embedding(x, rest) if is_lookup else x.to(wide) @ rest
     return found
-
-
-def _totals(
-    acts: Float[Tensor, "batch ... C"], mask: Tensor | None, by_position: bool, name: str
-) -> tuple[Float[Tensor, "*pos C"], Tensor]:
-    """Sums over what counts, and how much counts."""
-    if by_position and acts.ndim != 3:
-        raise ShapeError(f"{name} has no position axis ({list(acts.shape)}); leave by_position out.")
-    weight = acts.new_ones(acts.shape[:-1]) if mask is None or acts.ndim != 3 else mask.to(acts)
-    total, axes = acts * weight.unsqueeze(-1), 0 if by_position else tuple(range(acts.ndim - 1))
-    return total.sum(axes), weight.sum(axes).unsqueeze(-1)

@@ -26,7 +26,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.positions import Positions, PositionsLike, parse_positions
 from tl_paramdecomp.errors import DataError, HeadIndexError, NoMatchingSiteError, SettingError, ShapeError
-from tl_paramdecomp.patching.act_edits import derangement
+from tl_paramdecomp.patching.act_patches import derangement
 from tl_paramdecomp.patching.target import Claim, checked_adapter, claimed
 from tl_paramdecomp.settings import Count, Seed, fit, from_plain
 from tl_paramdecomp.sites import SitePattern, Span, select_sites
