@@ -9,6 +9,8 @@ from tl_paramdecomp.sites import WeightSite
 
 ComponentsLike: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | slice
 """An index, several (a list, a tensor, an array), a slice, or a boolean mask [C]."""
+Head: TypeAlias = SupportsIndex | None
+"""A head of a site, or None for all."""
 
 
 def component_indices(components: Any, n_components: int, name: str) -> list[int]:
@@ -60,7 +62,7 @@ def plain_slice(given: slice) -> slice | None:
     return None if any((a is None) != (b is None) for a, b in zip(parts, plain)) else slice(*plain)
 
 
-def checked_head(site: WeightSite, head: SupportsIndex | None) -> int | None:
+def checked_head(site: WeightSite, head: Head) -> int | None:
     """A head of a site as a Python int, or None for all; HeadIndexError where the site has no such head."""
     if head is None:
         return None

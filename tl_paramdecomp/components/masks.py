@@ -16,14 +16,14 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, NamedTuple, SupportsFloat, SupportsIndex, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, SupportsFloat, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_paramdecomp.components.factors import Components
-from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
+from tl_paramdecomp.components.indices import ComponentsLike, Head, checked_head, component_indices
 from tl_paramdecomp.components.masked_output import ResolvedMask, masked_output
 from tl_paramdecomp.components.positions import Positions, PositionsLike, at_columns, parse_positions
 from tl_paramdecomp.errors import DtypeError, MaskNotConstantError, SettingError, ShapeError
@@ -234,7 +234,7 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
 
     # --- making masks -------------------------------------------------------------------------------------------------
     def ablate(
-        self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: SupportsIndex | None = None
+        self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: Head = None
     ) -> "Masks":
         """Subtract components.
 
@@ -256,7 +256,7 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
         components: ComponentsLike,
         factor: SupportsFloat,
         positions: PositionsLike = None,
-        head: SupportsIndex | None = None,
+        head: Head = None,
     ) -> "Masks":
         """Multiply components' masks by a factor: 0 ablates, 1 leaves, 2 doubles. Arguments and errors as in `ablate`.
 
@@ -280,7 +280,7 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
         factors: tuple[float, float],
         delta: float | None,
         positions: PositionsLike,
-        head: SupportsIndex | None,
+        head: Head,
     ) -> "Masks":
         """With a factor for all other components and one for these."""
         old = self._of(site)

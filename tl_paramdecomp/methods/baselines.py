@@ -167,11 +167,7 @@ class RandomBasis(ExactBasis):
 
 
 def second_moments(
-    adapter: ModelAdapter,
-    sites: Mapping[str, WeightSite],
-    batches: Callable[[int], Batch],
-    n: int,
-    progress: Progress,
+    adapter: ModelAdapter, sites: Mapping[str, WeightSite], batches: Callable[[int], Batch], n: int, progress: Progress
 ) -> dict[str, Float[Tensor, "..."]]:
     """Sums of x x^T over the scored positions of n batches, by site; of an embedding, how often each row is read."""
     sums: dict[str, Tensor] = {}

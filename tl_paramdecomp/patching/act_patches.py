@@ -12,7 +12,7 @@ and writes meanwhile. Nothing else is computed, so that what no edit names stays
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components, read, write
-from tl_paramdecomp.components.indices import ComponentsLike, checked_head, component_indices
+from tl_paramdecomp.components.indices import ComponentsLike, Head, checked_head, component_indices
 from tl_paramdecomp.components.masked_output import corrected
 from tl_paramdecomp.components.masks import SiteChange, SiteChanges, real_values
 from tl_paramdecomp.components.positions import Positions, PositionsLike, at_columns, parse_positions
@@ -38,7 +38,8 @@ from tl_paramdecomp.sites import SiteCall, WeightSite
 
 SHARED_ROWS = ("pos_embed.W_pos",)
 """Sites that hosts look up once for all rows, so that no row differs from another."""
-Number = float | int
+Number: TypeAlias = float | int
+Value: TypeAlias = Tensor | Number
 ActsLike = Tensor | Mapping[str, Tensor]
 """Activations [..., C] of a site, or of several sites by name as `component_acts` gives them."""
 
@@ -227,12 +228,7 @@ class ActPatches(SiteChanges[SiteEdits]):
 
     # --- values -------------------------------------------------------------------------------------------------------
     def set(
-        self,
-        site: str,
-        components: ComponentsLike,
-        value: Tensor | Number,
-        positions: PositionsLike = None,
-        head: SupportsIndex | None = None,
+        self, site: str, components: ComponentsLike, value: Value, positions: PositionsLike = None, head: Head = None
     ) -> "ActPatches":
         """Put values in.
 
@@ -253,29 +249,19 @@ class ActPatches(SiteChanges[SiteEdits]):
         return self._edited(site, components, "set", value, positions, head)
 
     def zero(
-        self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: SupportsIndex | None = None
+        self, site: str, components: ComponentsLike, positions: PositionsLike = None, head: Head = None
     ) -> "ActPatches":
         """Ablate components: their activations are 0. Arguments and errors as in `set`."""
         return self.set(site, components, 0.0, positions, head)
 
     def scale(
-        self,
-        site: str,
-        components: ComponentsLike,
-        factor: Tensor | Number,
-        positions: PositionsLike = None,
-        head: SupportsIndex | None = None,
+        self, site: str, components: ComponentsLike, factor: Value, positions: PositionsLike = None, head: Head = None
     ) -> "ActPatches":
         """Multiply activations: 0 ablates, 1 leaves, 2 doubles. Arguments and errors as in `set`."""
         return self._edited(site, components, "scale", factor, positions, head)
 
     def from_acts(
-        self,
-        site: str,
-        components: ComponentsLike,
-        acts: ActsLike,
-        positions: PositionsLike = None,
-        head: SupportsIndex | None = None,
+        self, site: str, components: ComponentsLike, acts: ActsLike, positions: PositionsLike = None, head: Head = None
     ) -> "ActPatches":
         """Put in another prompt's activations, position by position (activation patching, one component at a time).
 
@@ -291,23 +277,13 @@ class ActPatches(SiteChanges[SiteEdits]):
         return self._edited(site, components, "set", _acts_of(*self._at(site, components), acts, head), positions, head)
 
     def mean(
-        self,
-        site: str,
-        components: ComponentsLike,
-        means: ActsLike,
-        positions: PositionsLike = None,
-        head: SupportsIndex | None = None,
+        self, site: str, components: ComponentsLike, means: ActsLike, positions: PositionsLike = None, head: Head = None
     ) -> "ActPatches":
         """Put in mean activations [C] or [pos, C] of `activation_means`. Arguments and errors as in `from_acts`."""
         return self.from_acts(site, components, means, positions, head)
 
     def resample(
-        self,
-        site: str,
-        components: ComponentsLike,
-        seed: int = 0,
-        positions: PositionsLike = None,
-        head: SupportsIndex | None = None,
+        self, site: str, components: ComponentsLike, seed: int = 0, positions: PositionsLike = None, head: Head = None
     ) -> "ActPatches":
         """Put in what another row of the batch has at the same position, in the very pass.
 
@@ -394,7 +370,7 @@ class ActPatches(SiteChanges[SiteEdits]):
         kind: Literal["set", "scale", "resample"],
         value: Any,
         positions: PositionsLike,
-        head: SupportsIndex | None,
+        head: Head,
     ) -> "ActPatches":
         old, at = self._at(site, components)
         value = value if kind == "resample" else _values(value, old.site.name, len(at))
@@ -442,7 +418,7 @@ def _values(value: Any, name: str, n: int) -> Tensor:
     return torch.as_tensor(given, dtype=torch.float64)
 
 
-def _acts_of(old: SiteEdits, at: list[int], acts: Any, head: SupportsIndex | None) -> Tensor:
+def _acts_of(old: SiteEdits, at: list[int], acts: Any, head: Head) -> Tensor:
     """A site's activations [..., n] of some components among those given; of one head where W_O's are divided."""
     site, n = old.site, old.n_components
     acts = _of_site(acts, site.name, "activations")
