@@ -345,12 +345,7 @@ class ActPatches(SiteChanges[SiteEdits]):
         return old, component_indices(components, old.n_components, old.site.name)
 
     def _redirected(
-        self,
-        site: str,
-        component: SupportsIndex,
-        vector: Any,
-        verb: Literal["reads", "writes"],
-        positions: PositionsLike,
+        self, site: str, component: SupportsIndex, vector: Any, verb: str, positions: PositionsLike
     ) -> "ActPatches":
         old, at = self._at(site, component)
         name, width = old.site.name, old.site.d_in if verb == "reads" else old.site.d_out
@@ -364,13 +359,7 @@ class ActPatches(SiteChanges[SiteEdits]):
         return self._with({name: replace(old, **{verb: (*getattr(old, verb), redirect)})})
 
     def _edited(
-        self,
-        site: str,
-        components: ComponentsLike,
-        kind: Literal["set", "scale", "resample"],
-        value: Any,
-        positions: PositionsLike,
-        head: Head,
+        self, site: str, components: ComponentsLike, kind: Any, value: Any, positions: PositionsLike, head: Head
     ) -> "ActPatches":
         old, at = self._at(site, components)
         value = value if kind == "resample" else _values(value, old.site.name, len(at))
