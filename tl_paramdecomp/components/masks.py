@@ -306,7 +306,10 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
         """
         old = self._of(site)
         name, C = old.site.name, old.n_components
-        m, delta = real_values(m, f"Component masks of {name}", C), real_values(delta, f"Delta masks of {name}")
+        m, delta = (
+            real_values(m, f"Component masks of {name}", C, letter="C="),
+            real_values(delta, f"Delta masks of {name}"),
+        )
         if isinstance(m, Tensor):
             m = m.expand(1) if m.ndim == 0 else m
             of_m, of_delta = list(m.shape), list(delta.shape) if isinstance(delta, Tensor) else []
@@ -382,7 +385,7 @@ class MaskPair(NamedTuple):
     """Delta masks that broadcast to [batch, pos]."""
 
 
-def real_values(values: Any, what: str, *width: int) -> Tensor | float:
+def real_values(values: Any, what: str, *width: int, letter: str = "") -> Tensor | float:
     """A finite number, or a copy, which later changes in place do not reach, of a tensor that broadcasts to [batch, pos,
     *width]; else DtypeError, SettingError or ShapeError."""
     if isinstance(values, numbers.Real):
@@ -396,7 +399,7 @@ def real_values(values: Any, what: str, *width: int) -> Tensor | float:
     if not tensor.requires_grad and not bool(tensor.isfinite().all()):
         raise SettingError(f"{what} must be finite; the tensor has NaN or infinities.")
     if tensor.ndim > 2 + len(width) or (tensor.ndim and width and tensor.shape[-1] not in (1, *width)):
-        rows = ", ".join(("batch", "pos", *map(str, width)))
+        rows = ", ".join(("batch", "pos", *(f"{letter}{n}" for n in width)))
         raise ShapeError(f"{what} must broadcast to [{rows}]; given {list(tensor.shape)}.")
     return tensor.clone()
 
