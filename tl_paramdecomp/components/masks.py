@@ -306,10 +306,8 @@ class Masks(SiteChanges[SiteMask], Mapping[str, Any]):
         """
         old = self._of(site)
         name, C = old.site.name, old.n_components
-        m, delta = (
-            real_values(m, f"Component masks of {name}", C, letter="C="),
-            real_values(delta, f"Delta masks of {name}"),
-        )
+        m = real_values(m, f"Component masks of {name}", C, letter="C=")
+        delta = real_values(delta, f"Delta masks of {name}")
         if isinstance(m, Tensor):
             m = m.expand(1) if m.ndim == 0 else m
             of_m, of_delta = list(m.shape), list(delta.shape) if isinstance(delta, Tensor) else []
