@@ -88,7 +88,7 @@ def test_components_by_pattern():
 # --- settings ---------------------------------------------------------------------------------------------------------
 ALL_LOSSES = (
     Faithfulness(3.0, relative=False, rows=7),
-    ImportanceMinimality(2.0, "smooth_l0", 2.5, 0.3, 0.9, 0.2, 0.1, 0.6, 0.5, 4096),
+    ImportanceMinimality(None, "smooth_l0", 2.5, 0.3, 0.9, 0.2, 0.1, 0.6, 0.5, 4096, 2e-3, 0.9),
     StochasticReconstruction(0.3, "layerwise", "kept", 3, "binomial"),
     ImportanceMaskedReconstruction(0.1, "subset"),
     UnmaskedReconstruction(0.2),

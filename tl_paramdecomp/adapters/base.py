@@ -4,7 +4,7 @@ import contextlib
 import functools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -191,10 +191,12 @@ class ModelAdapter(ModelWeights, ABC):
         attention_mask: RowMask = None,
         keep_blocks: bool = False,
         to_hidden: bool = False,
+        until: int | None = None,
     ) -> Captured:
         """Output and site inputs of the model as it stands; UnsupportedSiteError where a site is called more than once.
 
-        With `keep_blocks` also what each of `blocks` returned, for `resumed`; `to_hidden` ends the pass as `hidden` does.
+        With `keep_blocks` also what each of `blocks` returned, for `resumed`; `to_hidden` ends the pass as `hidden` does, `until`
+        before a block as `stream_before` does, whose result is the output then.
         """
         inputs: dict[str, Tensor] = {}
 
@@ -207,6 +209,8 @@ class ModelAdapter(ModelWeights, ABC):
             return call.y
 
         run = self.hidden if to_hidden else self.forward
+        if until is not None:
+            run = functools.partial(self.stream_before, until)
         self.check_readable(tokens, attention_mask)
         fns = {name: functools.partial(keep, name) for name in names}
         with self.intercept(fns), shortcuts.kept_outputs(self.blocks if keep_blocks else ()) as blocks:
@@ -232,6 +236,20 @@ class ModelAdapter(ModelWeights, ABC):
         """Index in `blocks` of the block that holds a site; None for embeddings, the unembedding and plain modules."""
         return self._blocks_of_sites.get(behind(name)) if self.blocks else None
 
+    def first_block(self, names: Iterable[str]) -> int:
+        """The block at which passes may begin that change these sites alone; 0 where they must begin at the beginning."""
+        blocks = self.blocks
+        if not blocks:
+            return 0
+        after = [len(blocks) if behind(name) == shortcuts.UNEMBEDDING else self.block_of(name) or 0 for name in names]
+        return min(after, default=0)
+
+    def block_after(self, names: Iterable[str]) -> int | None:
+        """The block before which passes may end that need these sites alone; None where they must go on to the end."""
+        blocks = [self.block_of(name) for name in names]
+        last = max((block for block in blocks if block is not None), default=len(self.blocks))
+        return None if None in blocks or last + 1 >= len(self.blocks) else last + 1
+
     @functools.cached_property
     def _blocks_of_sites(self) -> dict[str, int]:
         holders = {id(module): i for i, block in reversed([*enumerate(self.blocks)]) for module in block.modules()}
@@ -246,6 +264,12 @@ class ModelAdapter(ModelWeights, ABC):
         the same attention mask; `len(outputs)` leaves all of them out. SettingError where there is no such block.
         """
         return shortcuts.skipped(self.blocks, outputs, block)
+
+    def stream_before(self, block: int, tokens: Rows, attention_mask: RowMask = None) -> Any:
+        """What the block before one of `blocks` returned, from a forward pass that ends there; for `resumed`, where it may
+        stand for every block before that one."""
+        self.check_readable(tokens, attention_mask)
+        return shortcuts.run_until_block(self, block, functools.partial(self.forward, tokens, attention_mask))
 
     def hidden(self, tokens: Rows, attention_mask: RowMask = None) -> Float[Tensor, "batch pos d_model"]:
         """The vectors that the unembedding receives, from a forward pass that ends there: no logits are made.

@@ -44,7 +44,7 @@ LOGIT_CAPS = ("final_logit_softcapping", "output_logits_soft_cap", "logits_soft_
 AfterUnembedding = Callable[[Tensor], Tensor]  # what a host does to x W_U + b before it calls it logits
 
 
-class ReachedUnembedding(Exception):  # noqa: N818 - ends a pass, tells of no error
+class ReachedEnd(Exception):  # noqa: N818 - ends a pass, tells of no error
     """The pass has come as far as its caller wants."""
 
 
@@ -90,7 +90,8 @@ def skipped(blocks: Sequence[nn.Module], outputs: Sequence[Any], first: int) -> 
 
 
 def find_blocks_to_skip(adapter: "ModelAdapter", blocks: Sequence[nn.Module]) -> bool:
-    """Whether passes that begin at a later block are the model's own: tried out at every block.
+    """Whether passes that begin at a later block are the model's own: tried out at every block, with what the last block that
+    is left out returned in place of all of them.
 
     They are not where blocks share more than the residual stream (keys and values of an earlier layer, say), where a
     block is called twice in a pass, or where dropout makes every pass another.
@@ -102,12 +103,28 @@ def find_blocks_to_skip(adapter: "ModelAdapter", blocks: Sequence[nn.Module]) ->
                 full = adapter.forward(tokens)
             adapter.forward(tokens.roll(1, 1))  # what a block leaves behind for others is of other rows now
             for first in range(1, len(blocks) + 1):
-                with skipped(blocks, outputs, first):
+                with skipped(blocks, [outputs[first - 1]] * len(blocks), first):
                     if not same(adapter.forward(tokens), full):
                         return False
     except Exception:  # whatever the host trips over when a block is left out
         return False
     return True
+
+
+def _end(*args: Any, **kwargs: Any) -> None:
+    raise ReachedEnd
+
+
+def run_until_block(adapter: "ModelAdapter", block: int, run: Callable[[], Any]) -> Any:
+    """What the block before a block returns in a pass that ends there, as `kept_outputs` keeps it."""
+    before, ends = adapter.blocks[block - 1 : block], adapter.blocks[block : block + 1]
+    with contextlib.ExitStack() as stack:
+        outputs = stack.enter_context(kept_outputs(before))
+        for module in ends:  # none after the last block: the pass runs to its end
+            stack.enter_context(shadowed_method(module, "forward", _end))
+        stack.enter_context(contextlib.suppress(ReachedEnd))
+        run()
+    return outputs[0]
 
 
 # --- the unembedding -------------------------------------------------------------------------------------------------
@@ -123,9 +140,9 @@ def run_until_unembedding(adapter: "ModelAdapter", run: Callable[[], Any]) -> Te
 
     def stop(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         reached[:] = [first_argument(args, kwargs)]
-        raise ReachedUnembedding
+        raise ReachedEnd
 
-    with shadowed_method(module, "forward", stop), contextlib.suppress(ReachedUnembedding):
+    with shadowed_method(module, "forward", stop), contextlib.suppress(ReachedEnd):
         run()
     if not reached:
         raise UnsupportedModelError(f"The forward pass gave logits without calling {type(module).__name__}.")

@@ -35,6 +35,10 @@ class BatchSource(ABC):
     def batch(self, step: int) -> Batch:
         """The batch of a step, of all processes together; steps are asked for in order."""
 
+    def comes_again(self, steps: int) -> bool:
+        """Whether so many steps are known to take some rows more than once."""
+        return False
+
     def one_pass(self) -> Iterator[Batch]:
         """Batches of the data read once, from the beginning; the last may be smaller; DataError where it has no end."""
         raise DataError(f"Data that is a {self.info['form']} has no end; give rows, or batches of them.")
@@ -95,6 +99,9 @@ class RowSource(BatchSource):
 
     def batch(self, step: int) -> Batch:
         return self._picked(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def comes_again(self, steps: int) -> bool:
+        return steps * self.batch_size > len(self.rows)
 
     def one_pass(self) -> Iterator[Batch]:
         for begin in range(0, self.n_rows, self.batch_size):

@@ -29,6 +29,7 @@ from tl_paramdecomp.methods.from_factors import describe
 from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Progress, TrainingStep
 from tl_paramdecomp.methods.spd import SPD
 from tl_paramdecomp.methods.starts import Factors
+from tl_paramdecomp.methods.survey import note_zero_mask, second_moments
 from tl_paramdecomp.settings import Count, Positive
 from tl_paramdecomp.sites import WeightSite
 
@@ -80,11 +81,18 @@ class ExactBasis(Method[Decomposition]):
             wide = torch.promote_types(weight.dtype, torch.float32)
             V, U = self.factors(site, weight.double(), moments.get(name), generator)
             factors[name] = V.to(wide), U.to(wide)
-        return describe(adapter, factors, None if self.training is None else self.training.importance, generator)
+        made = describe(adapter, factors, None if self.training is None else self.training.importance, generator)
+        if self.training is not None:
+            note_zero_mask(made, adapter, batches, self.training.measure)
+        return made
 
     @property
     def start_needs_data(self) -> bool:
         return bool(self.moment_batches)
+
+    @property
+    def room_for_prefixes(self) -> int:
+        return 0 if self.training is None else self.training.room_for_prefixes
 
     @property
     def sized_by_weights(self) -> bool:
@@ -164,24 +172,3 @@ class RandomBasis(ExactBasis):
 
     def factors(self, site: WeightSite, weight: Matrix, moments: Tensor | None, generator: torch.Generator) -> Factors:
         return starts.random_factors(weight, generator)
-
-
-def second_moments(
-    adapter: ModelAdapter, sites: Mapping[str, WeightSite], batches: Callable[[int], Batch], n: int, progress: Progress
-) -> dict[str, Float[Tensor, "..."]]:
-    """Sums of x x^T over the scored positions of n batches, by site; of an embedding, how often each row is read."""
-    sums: dict[str, Tensor] = {}
-    for i in progress("inputs", n):
-        batch = batches(i).to(adapter.device)
-        with torch.no_grad():
-            inputs = adapter.capture(batch.tokens, list(sites), batch.attention_mask).inputs
-        scored = None if batch.attention_mask is None else batch.attention_mask.bool()
-        for name, x in inputs.items():
-            if sites[name].kind == "embedding":
-                rows = x.expand(batch.tokens.shape).flatten() if scored is None else x.expand(scored.shape)[scored]
-                found = torch.bincount(rows, minlength=sites[name].d_in).double()
-            else:
-                rows = (x.flatten(0, -2) if scored is None else x[scored]).double()
-                found = rows.T @ rows
-            sums[name] = sums[name] + found if name in sums else found
-    return sums

@@ -11,8 +11,8 @@ Of several microbatches only one at a time holds its clean pass.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,8 @@ class LossBatch:
     """Tensors that outlive the step."""
     progress: float
     """Share of the run that is over, in [0, 1]."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Of the decomposition."""
     processes: ProcessGroup = ALONE
     """Among which the rows of the batch are divided."""
     term: int = 0
@@ -51,7 +53,7 @@ class LossBatch:
     @classmethod
     def of(cls, step: LossStep) -> "LossBatch":
         """Rows that are a whole batch, or share nothing with the others."""
-        return cls([lambda term: step], tuple(step.importances), step.memory, step.progress)
+        return cls([lambda term: step], tuple(step.importances), step.memory, step.progress, step.decomposition.info)
 
     @property
     def divided(self) -> bool:
@@ -76,12 +78,17 @@ class LossBatch:
 class Loss(Kind, ABC):
     """One term of a training objective, or the same quantity as a metric: a frozen dataclass with a `coefficient`."""
 
-    coefficient: NotNegative
-    """Weight of the term in the objective."""
+    coefficient: NotNegative | None
+    """Weight of the term in the objective; None where `weight` works it out."""
     name: str
     """Name in logs."""
     of_rows: ClassVar[bool] = True
     """Whether it is a mean over rows; otherwise it is of the weights, whatever the rows."""
+
+    def weight(self, batch: "LossBatch") -> float:
+        """Weight of the term in the objective at this step, after `prepare`."""
+        assert self.coefficient is not None
+        return self.coefficient
 
     def goes_over_rows(self, key: str) -> bool:
         """Whether what it remembers under a key has an entry for each row of the batch."""
@@ -130,22 +137,25 @@ class Objective:
 
     def take(
         self, run: TrainingStep, batch: Batch, losses: tuple[Loss, ...]
-    ) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-        """All terms on one batch, and L0 when asked; gradients are added to the parameters'.
+    ) -> tuple[dict[str, Tensor], dict[str, float], Callable[[], Tensor]]:
+        """All terms on one batch, their weights, and L0 when asked; gradients are added to the parameters'.
 
         The loss functions run under autocast where it is asked for, gradients are taken outside it, as torch wants.
         """
         microbatches = run.microbatches(batch)
         several = len(microbatches) > 1
         makers = [self._maker(run, microbatch, losses, several) for microbatch in microbatches]
-        rows = LossBatch(makers, tuple(run.decomposition), run.memory, run.progress, run.processes)
+        made = run.decomposition
+        rows = LossBatch(makers, tuple(made), run.memory, run.progress, made.info, run.processes)
         values = {loss.name: torch.zeros((), device=run.adapter.device) for loss in losses}
+        weights: dict[str, float] = {}
         shared: dict[int, Any] = {}
 
         def prepare(term: int) -> None:
             rows.term = term
             with torch.no_grad(), self._autocast(run):
                 shared[term] = losses[term].prepare(rows)
+            weights[losses[term].name] = losses[term].weight(rows)
 
         for term in range(len(losses)) if several else ():
             prepare(term)
@@ -156,7 +166,8 @@ class Objective:
                     prepare(term)
                 if loss.of_rows or step.place.leads:
                     step.random = microbatch.random(term)
-                    values[loss.name] = values[loss.name] + self._value(run, loss, step, shared[term])
+                    value = self._value(run, loss, step, shared[term], weights[loss.name])
+                    values[loss.name] = values[loss.name] + value
             step.join()
             count = functools.cache(functools.partial(_l0, step))
             if several:
@@ -169,9 +180,9 @@ class Objective:
             own = torch.stack([weight * count() for weight, count in active]).sum()
             return run.processes.total({"": own})[""]
 
-        return run.processes.total(values), l0
+        return run.processes.total(values), weights, l0
 
-    def _value(self, run: TrainingStep, loss: Loss, step: LossStep, shared: Any) -> Tensor:
+    def _value(self, run: TrainingStep, loss: Loss, step: LossStep, shared: Any, coefficient: float) -> Tensor:
         """What a microbatch adds to a loss of the batch, part by part; gradients are added to the parameters'."""
         place, value = step.place, torch.zeros((), device=run.adapter.device)
         share, weight = (place.share, place.weight) if loss.of_rows else (1.0, 1.0 / place.n_processes)
@@ -182,7 +193,7 @@ class Objective:
             if part is None:
                 return value
             if part.requires_grad:
-                (loss.coefficient * share * step.scale * part).backward()
+                (coefficient * share * step.scale * part).backward()
             value = value + weight * part.detach().to(value.device)
             del part
 
@@ -200,7 +211,7 @@ class Objective:
                     run.adapter, run.decomposition, *microbatch.batch, microbatch.random(0), run.progress, self.measure,
                     run.memory, self.kl_chunk,
                     keep_blocks=any(getattr(loss, "sites", None) == "layerwise" for loss in losses),
-                    place=microbatch.place, scale=scale_of(run),
+                    place=microbatch.place, scale=scale_of(run), prefixes=run.prefixes,
                 ).cut()  # fmt: skip
 
         make = clean if several else functools.cache(clean)

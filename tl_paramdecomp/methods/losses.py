@@ -6,7 +6,7 @@ sites and components without dividing by their number.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,13 +17,20 @@ from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import wide
 from tl_paramdecomp.methods.loss import Loss, LossBatch
+from tl_paramdecomp.methods.reconstruction import stochastic_masks
 from tl_paramdecomp.methods.step import LossStep
-from tl_paramdecomp.settings import Count, NotNegative, Positive
+from tl_paramdecomp.methods.survey import ZERO_MASK
+from tl_paramdecomp.settings import Count, NotNegative, Positive, Share
 
 EPSILON = 1e-12
 """Added to importances before a power is taken."""
 PART = 1_000_000
 """Entries of weights whose gradients may wait for each other."""
+SHARE = 1.3e-3
+"""Of a site's part of Z that a component costs by default."""
+STEER_EVERY, STEER_MEMORY, STEER_RATE, STEER_REACH = 5, 0.8, 0.25, 6.0
+"""Steps between two looks at what stochastic masks cost; how much of the earlier looks counts; how far the coefficient's
+logarithm moves at most each time, and away from where it began."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,14 @@ class _SquaredRest(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ImportanceMinimality(Loss):
-    """Mean over positions of the sum over sites and components of a penalty of g."""
+    """Mean over positions of the sum over sites and components of a penalty of g.
 
-    coefficient: NotNegative = 1e-3
+    What a component may cost differs between layers as what they do differs: `coefficient=None` makes it a share of Z, the
+    distance that removing all of the sites makes, which `decompose` measures on its first batches (`info["zero_mask"]`).
+    """
+
+    coefficient: NotNegative | None = 1e-3
+    """Nats (or mean square) per component of importance 1; None: share * Z / number of sites."""
     penalty: Literal["power", "smooth_l0"] = "power"
     """`power`: g^p, with p going from `p_start` to `p_end`. `smooth_l0`: g^2 / (g^2 + gamma^2), scaled to be 1 at g = 1, with
     gamma going from `gamma_start` to `gamma_end`."""
@@ -117,6 +129,11 @@ class ImportanceMinimality(Loss):
     """beta of the frequency term: adds beta * mean_c * log2(1 + sum_c), which splits components that do two rare jobs."""
     frequency_reference: Count | None = None
     """Positions that the sum in the frequency term stands for; None: those of the batch."""
+    share: Positive = SHARE
+    """What a component of importance 1 costs, as a share of its site's part of Z; where `coefficient` is None."""
+    keep: Share | None = None
+    """Fidelity to settle at, between 0 and 1: the coefficient is steered so that the distance under stochastic masks, of all
+    sites at once, becomes (1 - keep) Z. None: it stays."""
     name: str = "importance_minimality"
 
     def __post_init__(self) -> None:
@@ -124,6 +141,11 @@ class ImportanceMinimality(Loss):
         if not 0.0 <= self.begin <= self.end <= 1.0:
             raise SettingError(
                 f"begin and end are shares of the run, 0 <= begin <= end <= 1; given {self.begin}, {self.end}."
+            )
+        if self.keep is not None and not (0.0 < self.keep < 1.0 and self.coefficient is None):
+            raise SettingError(
+                f"keep is the share of Z that stochastic masks leave standing, above 0 and below 1, in place of a coefficient; "
+                f"given keep={self.keep:g}, coefficient={self.coefficient}."
             )
 
     def sharpness(self, progress: float) -> float:
@@ -136,8 +158,50 @@ class ImportanceMinimality(Loss):
         share = (progress - self.begin) / (self.end - self.begin)
         return start + (end - start) * share
 
+    def weight(self, batch: LossBatch) -> float:
+        """The coefficient; SettingError where it follows from Z and that was not measured."""
+        if self.coefficient is not None:
+            return self.coefficient
+        return (
+            self.share
+            * zero_distance(batch)
+            / len(batch.sites)
+            * math.exp(float(batch.memory.get(self._key("factor"), 0.0)))
+        )
+
+    def sparser(self, factor: float) -> "ImportanceMinimality":
+        """The same, pressing so many times as hard; of what is to be kept, so many times as much may go."""
+        if self.keep is not None:
+            return replace(self, keep=1.0 - factor * (1.0 - self.keep))
+        if self.coefficient is not None:
+            return replace(self, coefficient=factor * self.coefficient)
+        return replace(self, share=factor * self.share)
+
+    def _key(self, what: str) -> str:
+        return f"{self.name}/{what}"
+
+    def _steer(self, batch: LossBatch, keep: float) -> None:
+        """Move the coefficient a little where what stochastic masks cost is not what it should be; every few steps."""
+        done = int(batch.memory.get(self._key("steps"), 0))
+        batch.memory[self._key("steps")] = torch.tensor(done + 1)
+        if done % STEER_EVERY:
+            return
+
+        def cost(step: LossStep) -> dict[str, Tensor]:
+            return {"": step.place.weight * step.divergence.of(step.run_masked(stochastic_masks(step)))}
+
+        seen = float(batch.total(cost)[""]) / zero_distance(batch)
+        usual = STEER_MEMORY * float(batch.memory.get(self._key("lost"), seen)) + (1.0 - STEER_MEMORY) * seen
+        batch.memory[self._key("lost")] = torch.tensor(usual, dtype=torch.float64)
+        off = max(-1.0, min(1.0, math.log(max(usual, 1e-9) / (1.0 - keep))))
+        factor = float(batch.memory.get(self._key("factor"), 0.0)) - STEER_RATE * off
+        factor = max(-STEER_REACH, min(STEER_REACH, factor))
+        batch.memory[self._key("factor")] = torch.tensor(factor, dtype=torch.float64)
+
     def prepare(self, batch: LossBatch) -> dict[str, Tensor]:
         """How much each component is used in the whole batch, which the frequency term asks for; by site."""
+        if self.keep is not None:
+            self._steer(batch, self.keep)
         if not (self.frequency and batch.divided):
             return {}
         sharpness = self.sharpness(batch.progress)
@@ -158,6 +222,16 @@ class ImportanceMinimality(Loss):
             return (g + EPSILON).log().mul_(sharpness).exp_().sum(0)
         square, gamma = g.square(), sharpness * sharpness
         return (square / (square + gamma)).mul_(1.0 + gamma).sum(0)
+
+
+def zero_distance(batch: LossBatch) -> float:
+    """Z of the batch's sites; SettingError where nobody measured it."""
+    if ZERO_MASK not in batch.info:
+        raise SettingError(
+            "The coefficient of ImportanceMinimality follows from Z, the zero-mask distance of the sites, which decompose "
+            "measures on its data and this decomposition does not have. Give ImportanceMinimality a coefficient."
+        )
+    return float(batch.info[ZERO_MASK]["distance"])
 
 
 def _scored(step: LossStep, name: str) -> Float[Tensor, "n C"]:

@@ -14,6 +14,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.files import Saved
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
+from tl_paramdecomp.methods.prefixes import Prefixes
 from tl_paramdecomp.methods.random_streams import RandomNumbers, RandomStreams, as_streams
 from tl_paramdecomp.parallel import ALONE, WHOLE, Place, ProcessGroup, Window, windows
 from tl_paramdecomp.settings import Kind
@@ -63,6 +64,8 @@ class TrainingStep:
     """Micro-batches into which each process divides its rows."""
     number: int = 0
     """Steps done before."""
+    prefixes: Prefixes | None = None
+    """Remembers what stands before the first decomposed block, where rows come again."""
 
     def microbatches(self, batch: Batch, together: int = 1) -> list[Microbatch]:
         """This process's microbatches, on the model's device; the batch itself where it is not divided.
@@ -131,6 +134,11 @@ class Method(Kind, ABC, Generic[Made]):
     def start_needs_data(self) -> bool:
         """Whether what it starts from depends on the rows of the run."""
         return False
+
+    @property
+    def room_for_prefixes(self) -> int:
+        """Bytes that may be taken to remember rows' streams before the first decomposed block; 0: it makes no use of them."""
+        return 0
 
     @property
     def sized_by_weights(self) -> bool:

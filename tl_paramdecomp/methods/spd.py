@@ -17,13 +17,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.outputs import need_logits
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.adversary import AdversarialReconstruction, PersistentAdversarialReconstruction
 from tl_paramdecomp.methods.from_factors import describe, resolved_ties
 from tl_paramdecomp.methods.loss import Loss, Objective, unscale
@@ -32,6 +33,7 @@ from tl_paramdecomp.methods.method import LossReport, Method, ParameterGroup, Pr
 from tl_paramdecomp.methods.reconstruction import StochasticReconstruction
 from tl_paramdecomp.methods.starts import Start, by_site, initial_factors, warm_up
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, Measure
+from tl_paramdecomp.methods.survey import note_zero_mask, second_moments
 from tl_paramdecomp.settings import Count, NotNegative, Positive, Whole, fit
 from tl_paramdecomp.sites import WeightSite
 
@@ -81,6 +83,9 @@ class SPD(Method[Decomposition]):
     """Positions whose logits may exist at once, where memory is short; None: all of a batch."""
     autocast: Literal["bfloat16"] | None = None
     """Number type of the forward passes; the components stay as they are."""
+    prefix_memory: NotNegative = 1.0
+    """GB that may be taken to remember, row by row, what the target gives before the first decomposed block, where the rows of
+    a run come again; 0: it is computed anew each time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +93,8 @@ class SPD(Method[Decomposition]):
             raise SettingError("SPD needs at least one loss.")
         for losses in (self.losses, self.background_losses):
             for loss in losses:
-                fit(loss.coefficient, NotNegative, f"The coefficient of {loss.name}")
+                if loss.coefficient is not None:
+                    fit(loss.coefficient, NotNegative, f"The coefficient of {loss.name}")
             names = [loss.name for loss in losses]
             if len(set(names)) < len(names):
                 raise SettingError(
@@ -149,21 +155,19 @@ class SPD(Method[Decomposition]):
 
     def pressed(self, coefficient: float) -> "SPD":
         """The same method with another coefficient of importance minimality."""
-        return self._with_minimality(lambda _: coefficient)
+        return self._with_minimality(lambda loss: replace(loss, coefficient=coefficient, keep=None))
 
     def sparser(self, factor: float) -> "SPD":
-        """The same method with importance minimality weighed so many times as much."""
-        return self._with_minimality(lambda coefficient: factor * coefficient)
+        """The same method, pressed so many times as hard by importance minimality."""
+        return self._with_minimality(lambda loss: loss.sparser(factor))
 
-    def _with_minimality(self, change: Callable[[float], float]) -> "SPD":
-        def changed(loss: Loss) -> Loss:
-            is_minimality = isinstance(loss, ImportanceMinimality)
-            return replace(loss, coefficient=change(loss.coefficient)) if is_minimality else loss
+    def _with_minimality(self, change: Callable[[ImportanceMinimality], Loss]) -> "SPD":
+        def changed(losses: tuple[Loss, ...]) -> tuple[Loss, ...]:
+            return tuple(change(loss) if isinstance(loss, ImportanceMinimality) else loss for loss in losses)
 
         if not any(isinstance(loss, ImportanceMinimality) for loss in self.losses):
             raise SettingError("None of the losses is ImportanceMinimality, so nothing presses towards few components.")
-        background = tuple(map(changed, self.background_losses))
-        return replace(self, losses=tuple(map(changed, self.losses)), background_losses=background)
+        return replace(self, losses=changed(self.losses), background_losses=changed(self.background_losses))
 
     def wider(self, factor: float, sites: Mapping[str, WeightSite]) -> "SPD":
         """The same method with so many times as many components at each site."""
@@ -185,19 +189,34 @@ class SPD(Method[Decomposition]):
     ) -> Decomposition:
         counts = self.counts(sites)
         ties = resolved_ties(adapter, sites, self.tied, counts=counts)
+        moments: Mapping[str, Tensor] = {}
+        if self.start_needs_data:
+            if batches is None:
+                raise DataError("start='whitened' looks at the inputs of the sites; give data, or use start='svd'.")
+            moments = second_moments(adapter, sites, batches, None, progress)
         factors = {
-            name: initial_factors(site, adapter.weight(name), counts[name], self.start, generator)
+            name: initial_factors(site, adapter.weight(name), counts[name], self.start, generator, moments.get(name))
             for name, site in sites.items()
             if name not in ties
         }
         made = describe(adapter, factors, self.importance, generator, ties)
+        note_zero_mask(made, adapter, batches, self.measure)
         warm_up(adapter, made, self.warm_up_steps, self.warm_up_lr, self.warm_up_weight_decay, progress)
         return made
+
+    @property
+    def start_needs_data(self) -> bool:
+        return self.start == "whitened"
+
+    @property
+    def room_for_prefixes(self) -> int:
+        return int(self.prefix_memory * 1e9)
 
     def counts(self, sites: Mapping[str, WeightSite]) -> dict[str, int]:
         """C of each site; errors as `by_site`."""
         if not isinstance(self.n_components, Mapping):
-            return {name: self.n_components or _default_count(site) for name, site in sites.items()}
+            count = _rank if self.start == "whitened" else _default_count
+            return {name: self.n_components or count(site) for name, site in sites.items()}
         return by_site(self.n_components, sites, "n_components")
 
     def parameter_groups(self, decomposition: Decomposition) -> list[ParameterGroup]:
@@ -222,20 +241,24 @@ class SPD(Method[Decomposition]):
                 "as SPD.targeted() has them, or neither."
             )
         objective = Objective(self.measure, self.kl_chunk, self.autocast is not None)
-        terms, l0 = objective.take(step, step.batch, self.losses)
-        weights = {loss.name: loss.coefficient for loss in self.losses}
+        terms, weights, l0 = objective.take(step, step.batch, self.losses)
         if step.background is not None:
             # a persistent adversary has sources of its own on each stream
             own = {
                 key.removeprefix("background/"): t for key, t in step.memory.items() if key.startswith("background/")
             }
-            others, _ = objective.take(replace(step, memory=own), step.background, self.background_losses)
+            others, own_weights, _ = objective.take(replace(step, memory=own), step.background, self.background_losses)
             step.memory |= {f"background/{key}": t for key, t in own.items()}
             terms |= {f"background_{name}": value for name, value in others.items()}
-            weights |= {f"background_{loss.name}": loss.coefficient for loss in self.background_losses}
+            weights |= {f"background_{name}": weight for name, weight in own_weights.items()}
         unscale(step)
         total = torch.stack([weights[name] * value.float() for name, value in terms.items()]).sum()
-        return LossReport(total, terms, lambda: {"l0": l0()})
+        worked_out = {
+            f"{loss.name}_coefficient": torch.tensor(weights[loss.name])
+            for loss in self.losses
+            if loss.coefficient is None
+        }
+        return LossReport(total, terms, lambda: {"l0": l0(), **worked_out})
 
     def goes_over_rows(self, key: str) -> bool:
         losses = self.background_losses if key.startswith("background/") else self.losses
@@ -257,6 +280,10 @@ class VPD(SPD):
         ImportanceMinimality(1.5e-3, frequency=0.1),
     )
     importance: ImportanceConfig = field(default_factory=lambda: ImportanceConfig("global_transformer"))
+
+
+def _rank(site: WeightSite) -> int:
+    return min(site.d_in, site.d_out)
 
 
 def _default_count(site: WeightSite) -> int:

@@ -19,17 +19,22 @@ from tl_paramdecomp.errors import NoMatchingSiteError, SettingError
 from tl_paramdecomp.methods.method import Progress
 from tl_paramdecomp.sites import WeightSite
 
-Start = Literal["auto", "neurons", "svd", "random", "random_fan_out"]
+Start = Literal["auto", "neurons", "svd", "whitened", "random", "random_fan_out"]
 
 
 def initial_factors(
-    site: WeightSite, weight: Float[Tensor, "d_in d_out"], n_components: int, start: Start, generator: torch.Generator
+    site: WeightSite,
+    weight: Float[Tensor, "d_in d_out"],
+    n_components: int,
+    start: Start,
+    generator: torch.Generator,
+    moments: Float[Tensor, "..."] | None = None,
 ) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
     """V and U to start from, with C = n_components.
 
     `neurons`: one component per neuron (column or row of W on its larger side), with |V_c| = |U_c|; V U = W; SettingError
     where C is too small. `svd`: singular directions; V U = W from the rank on. Spare components read at random and write
-    nothing. `random`: standard normal over sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out),
+    nothing. `whitened`: the same behind the data's own scale, by `moments` of the site's inputs. `random`: standard normal over sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out),
     as the published code has it. `auto`: neurons for MLP matrices where C allows it, else svd.
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -42,8 +47,8 @@ def initial_factors(
                 f"C is {n_components}. Raise n_components or use start='svd'."
             )
         V, U = neuron_factors(wide)
-    elif start == "svd":
-        V, U = svd_factors(wide)
+    elif start in ("svd", "whitened"):
+        V, U = svd_factors(wide) if moments is None else whitened_factors(wide.double(), moments)
         V, U = V[:, :n_components], U[:n_components]
     else:
         fan = site.d_out if start == "random_fan_out" else site.d_in

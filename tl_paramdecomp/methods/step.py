@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,6 +17,7 @@ from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.importance import CleanPass, Importance, ImportanceSource
 from tl_paramdecomp.components.masked_output import InterpolatedMask, masked_output
 from tl_paramdecomp.methods.divergence import KL, ChunkedKL, Divergence, MeanSquare, at_scored
+from tl_paramdecomp.methods.prefixes import Prefixes
 from tl_paramdecomp.methods.random_streams import AnyGenerator, RandomStreams, as_streams
 from tl_paramdecomp.parallel import WHOLE, Place
 from tl_paramdecomp.sites import SiteCall
@@ -68,8 +69,9 @@ class LossStep:
     """Share of the run that is over, in [0, 1]."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that outlive the step."""
-    blocks: Sequence[object] = ()
-    """What each block of the target returned, where passes may begin at a later one."""
+    blocks: Sequence[Any] = ()
+    """What each block of the target returned, where passes may begin at a later one; the last before the first site stands for
+    all before it."""
     place: Place = WHOLE
     """Where these rows stand, where they are not the whole batch."""
     scale: float = 1.0
@@ -93,14 +95,16 @@ class LossStep:
         source: ImportanceSource | None = None,
         place: Place = WHOLE,
         scale: float = 1.0,
+        prefixes: Prefixes | None = None,
     ) -> "LossStep":
         """A batch with the target's output and the importances of a clean forward pass; arguments as the fields, and:
 
         Args:
             measure: How outputs are compared.
             kl_chunk: Positions whose logits may exist at once; None: all.
-            keep_blocks: Let passes that mask later sites alone begin at their block.
+            keep_blocks: Let passes that mask later sites alone begin at their block; all begin at the first site's.
             source: Of importances, taken instead of the decomposition's own function.
+            prefixes: Remembers what stands before the first site's block, row by row.
 
         Raises:
             UnsupportedModelError: KL is asked of a model that gives no logits.
@@ -111,8 +115,18 @@ class LossStep:
         # passes may end before the unembedding where it is none of the sites, and its host adds nothing after
         unembeds = any(name.startswith("unembed.W_U") for name in decomposition)
         in_chunks = kl_chunk is not None and measure == "kl" and not unembeds and adapter.splits_at_unembedding
-        with torch.no_grad():
-            clean = adapter.capture(tokens, list(decomposition), attention_mask, keep_blocks, to_hidden=in_chunks)
+        first = (
+            0 if adapter.interceptions else adapter.first_block(decomposition)
+        )  # all of the others' sites must be reached
+        with torch.no_grad(), contextlib.ExitStack() as begins:
+            known = prefixes.before(adapter, first, tokens, attention_mask) if prefixes is not None and first else None
+            blocks = [known] * first
+            if known is not None:
+                begins.enter_context(adapter.resumed([known] * len(adapter.blocks), first))
+            keep = keep_blocks or (first > 0 and known is None)
+            clean = adapter.capture(tokens, list(decomposition), attention_mask, keep, to_hidden=in_chunks)
+        if keep:
+            blocks = [*clean.blocks[first - 1 : first] * first, *(clean.blocks[first:] if keep_blocks else ())]
         divergence: Divergence
         if in_chunks and kl_chunk is not None:
             divergence = ChunkedKL(clean.output, scored, adapter.unembed, kl_chunk)
@@ -125,7 +139,7 @@ class LossStep:
         importances = source.importances(decomposition, seen)
         return cls(
             adapter, decomposition, tokens, attention_mask, clean.inputs, importances, divergence, as_streams(generator),
-            progress, {} if memory is None else memory, clean.blocks, place, scale,
+            progress, {} if memory is None else memory, blocks, place, scale,
         )  # fmt: skip
 
     @property
@@ -159,9 +173,11 @@ class LossStep:
 
     def _resumed(self, masks: SiteMasks) -> contextlib.AbstractContextManager[None]:
         """Nothing before the first masked site's block needs to be computed again."""
-        blocks = [self.adapter.block_of(name) for name in masks] if self.blocks else []
-        first = min((b for b in blocks if b is not None), default=0)
-        return contextlib.nullcontext() if first == 0 or None in blocks else self.adapter.resumed(self.blocks, first)
+        first = min(self.adapter.first_block(masks), len(self.blocks))
+        if not first:
+            return contextlib.nullcontext()
+        unknown = [None] * (len(self.adapter.blocks) - len(self.blocks))
+        return self.adapter.resumed([*self.blocks, *unknown], first)
 
     def cut(self) -> "LossStep":
         """The same step with importances as leaves, so that each loss's gradient can be taken by itself."""

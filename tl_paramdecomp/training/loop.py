@@ -16,6 +16,7 @@ from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.data.sources import BatchSource
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.method import LossReport, Method, TrainingStep
+from tl_paramdecomp.methods.prefixes import Prefixes
 from tl_paramdecomp.methods.random_streams import RandomNumbers
 from tl_paramdecomp.parallel import ProcessGroup
 from tl_paramdecomp.training import watch
@@ -48,6 +49,7 @@ class Run:
     shown: Shown = field(init=False)
     state: TrainingState = field(init=False)
     gradients: Callable[[TrainingStep], LossReport] = field(init=False)
+    prefixes: Prefixes | None = None
     finite: FiniteGuard = field(init=False)
     watch: CollapseWatch = field(init=False)
 
@@ -72,6 +74,8 @@ class Run:
         self.finite = FiniteGuard(config.on_nonfinite, config.max_skips)
         components = counts and sum(counts.values())
         self.watch = CollapseWatch(self.state.groups, components, self.settings["method"], self.steps)
+        if self.method.room_for_prefixes and source.comes_again(self.steps):
+            self.prefixes = Prefixes(self.method.room_for_prefixes)
         if begun is not None:
             restore(begun, self.state)
             self.finite.restore(begun.values["guards"])
@@ -116,7 +120,7 @@ class Run:
         share = done / max(1, self.steps - 1)
         now = TrainingStep(
             self.adapter, state.decomposition, batch, state.numbers, share, state.memory, other,
-            self.processes, config.accumulate, done,
+            self.processes, config.accumulate, done, self.prefixes,
         )  # fmt: skip
         report = self.gradients(now)
         norms = optimise(state.groups, state.optimiser, method.learning_rate_factor(done, self.steps))
