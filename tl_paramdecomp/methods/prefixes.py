@@ -50,10 +50,11 @@ class Prefixes:
             if key not in self._rows:
                 mask = None if attention_mask is None else attention_mask[i : i + 1]
                 output = adapter.stream_before(block, tokens[i : i + 1], mask)
-                size = _bytes_of(output)
-                if size is None:
+                tensors = tensors_of(output)
+                if tensors is None or any(t.ndim == 0 or len(t) != 1 for t in tensors):
                     return None
                 found[key] = output
+                size = sum(t.nbytes for t in tensors)
                 if self.used + size <= self.room:
                     self._rows[key] = output
                     self.used += size
@@ -62,14 +63,14 @@ class Prefixes:
         return _joined([found[key] for key in keys])
 
 
-def _bytes_of(output: Any) -> int | None:
-    """Size of one row's output; None where it holds a tensor that is not of that row."""
+def tensors_of(output: Any) -> list[Tensor] | None:
+    """The tensors in what a block returned; None where it holds what cannot be looked through."""
     if isinstance(output, Tensor):
-        return output.numel() * output.element_size() if output.ndim and len(output) == 1 else None
-    if isinstance(output, Sequence) and not isinstance(output, str):
-        sizes = [_bytes_of(part) for part in output]
-        return None if None in sizes else sum(size for size in sizes if size is not None)
-    return None if isinstance(output, Mapping) else 0
+        return [output]
+    if isinstance(output, tuple | list):
+        parts = [tensors_of(part) for part in output]
+        return None if None in parts else [tensor for part in parts for tensor in part or ()]
+    return None if isinstance(output, Mapping) else []
 
 
 def _joined(outputs: Sequence[Any]) -> Any:

@@ -40,6 +40,7 @@ from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
+from tl_paramdecomp.methods.prefixes import tensors_of
 from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
 from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import Count, NotNegative, Seed, Settings, Whole, fit
@@ -210,6 +211,7 @@ class _Run:
                 continue
             step = self._step(self.tokens[rows], mask)
             size += 2 * step.divergence.target.nbytes + sum(i.lower.nbytes for i in step.importances.values())
+            size += sum(t.nbytes for t in tensors_of(step.blocks[:1]) or ())  # which stands for all before the sites
             kept = [*kept, step] if size <= KEPT else []
             yield step
         self.kept = kept if size <= KEPT else None
