@@ -78,8 +78,8 @@ class LossBatch:
 class Loss(Kind, ABC):
     """One term of a training objective, or the same quantity as a metric: a frozen dataclass with a `coefficient`."""
 
-    coefficient: NotNegative | None
-    """Weight of the term in the objective; None where `weight` works it out."""
+    coefficient: NotNegative
+    """Weight of the term in the objective; one that works it out may have None."""
     name: str
     """Name in logs."""
     of_rows: ClassVar[bool] = True
@@ -87,7 +87,6 @@ class Loss(Kind, ABC):
 
     def weight(self, batch: "LossBatch") -> float:
         """Weight of the term in the objective at this step, after `prepare`."""
-        assert self.coefficient is not None
         return self.coefficient
 
     def goes_over_rows(self, key: str) -> bool:

@@ -108,7 +108,7 @@ class ImportanceMinimality(Loss):
     distance that removing all of the sites makes, which `decompose` measures on its first batches (`info["zero_mask"]`).
     """
 
-    coefficient: NotNegative | None = 1e-3
+    coefficient: NotNegative | None = 1e-3  # type: ignore[assignment]
     """Nats (or mean square) per component of importance 1; None: share * Z / number of sites."""
     penalty: Literal["power", "smooth_l0"] = "power"
     """`power`: g^p, with p going from `p_start` to `p_end`. `smooth_l0`: g^2 / (g^2 + gamma^2), scaled to be 1 at g = 1, with
