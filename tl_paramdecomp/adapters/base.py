@@ -195,8 +195,8 @@ class ModelAdapter(ModelWeights, ABC):
     ) -> Captured:
         """Output and site inputs of the model as it stands; UnsupportedSiteError where a site is called more than once.
 
-        With `keep_blocks` also what each of `blocks` returned, for `resumed`. `to_hidden` ends the pass as `hidden` does, `until`
-        a block as `stream_before` does, whose result is the output then.
+        With `keep_blocks` also what each of `blocks` returned, for `resumed`. `to_hidden` ends the pass as `hidden` does,
+        `until` a block as `stream_before` does, whose result is the output then.
         """
         inputs: dict[str, Tensor] = {}
 
