@@ -34,8 +34,9 @@ def initial_factors(
 
     `neurons`: one component per neuron (column or row of W on its larger side), with |V_c| = |U_c|; V U = W; SettingError
     where C is too small. `svd`: singular directions; V U = W from the rank on. Spare components read at random and write
-    nothing. `whitened`: the same behind the data's own scale, by `moments` of the site's inputs. `random`: standard normal over sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out),
-    as the published code has it. `auto`: neurons for MLP matrices where C allows it, else svd.
+    nothing. `whitened`: the same behind the data's own scale, by `moments` of the site's inputs. `random`: standard normal
+    over sqrt(fan), unrelated to W. `random_fan_out`: the same with V over sqrt(d_out), as the published code has it.
+    `auto`: neurons for MLP matrices where C allows it, else svd.
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if start == "auto":
