@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.evaluation.specificity import spearman
+from tl_paramdecomp.analysis.evaluation.measures import spearman
 
 SITES = ["blocks.1.attn.W_V", "blocks.2.mlp.W_out"]
 HOSTS = ["transformers", "transformer_bridge", "hooked_transformer", "nnsight"]

@@ -21,7 +21,7 @@ from tl_paramdecomp.analysis.circuits.values import (
     mask_sensitivities,
     stochastic_value,
 )
-from tl_paramdecomp.analysis.evaluation.specificity import auroc
+from tl_paramdecomp.analysis.evaluation.measures import auroc
 from tl_paramdecomp.analysis.tasks.metrics import AnswerProbability, LogitDifference
 from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.errors import ComponentIndexError, NormalisationError, SettingError

@@ -14,9 +14,8 @@ import tl_paramdecomp as tlpd
 from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.evaluation import evaluate as evaluation
-from tl_paramdecomp.analysis.evaluation.masked_runs import MaskKind, Sums, Target
+from tl_paramdecomp.analysis.evaluation.measures import MaskKind, Sums, Target, auroc, ranks, spearman, specificity
 from tl_paramdecomp.analysis.evaluation.oracle import estimated_effects
-from tl_paramdecomp.analysis.evaluation.specificity import auroc, ranks, spearman, specificity
 from tl_paramdecomp.analysis.next_tokens import masked_kl
 from tl_paramdecomp.components.importance import Importance
 from tl_paramdecomp.errors import DataError, DecompositionFileError, NoImportanceError, SettingError

@@ -1,7 +1,15 @@
-"""What measurements leave behind: plain values and arrays that are kept in files and read as tables."""
+"""What measurements leave behind: plain values and arrays that are kept in files and read as tables.
+
+A file is one JSON object with `format`, `record` (what it is of), the record's fields, each on a line of its own, and last the
+`checksum` of all bytes before it. Where there are arrays, `tensors` holds the sha256 and size of `NAME.safetensors` beside it;
+the two files are written as `files.write_pair` writes a decomposition's. Version 0.1.0 wrote the fields alone: no `format`, no
+checksum, arrays as lists; such files are read, not written.
+"""
 
 import dataclasses
 import io
+import json
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from tl_paramdecomp.analysis import record_files
-from tl_paramdecomp.components.disk import in_short, writing
+from tl_paramdecomp.components.disk import distinct, in_short, parse_json, read_text, replace_text, writing
+from tl_paramdecomp.components.files import Described, Pair, check_seal, read_pair, sealed, write_pair
 from tl_paramdecomp.errors import DecompositionFileError, MissingExtraError
 from tl_paramdecomp.settings import as_declared, from_plain
 
@@ -22,6 +30,10 @@ if TYPE_CHECKING:
 else:
     DataFrame = Table = Any
 
+FORMAT = 2
+LARGEST = 1 << 27
+"""Bytes of JSON that are written or read at most: 128 MiB."""
+HEADER = ("format", "record", "tensors", "checksum")
 Row = dict[str, Any]
 Kept = TypeVar("Kept", bound="Record")
 WITH_WITHOUT = "with - without"
@@ -69,19 +81,50 @@ class Record:
             kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
             tensors = {f"{name}:{key}": _as_tensor(a) for name in self.arrays for key, a in kept[name].items()}
             kept |= {name: list(kept[name]) for name in self.arrays}
-            record_files.save(path, self.what, kept, tensors if self.arrays else None, self._check_as_read)
+
+            def text_with(digest: str | None = None, size: int | None = None) -> str:
+                about = {} if digest is None else {"tensors": {"sha256": digest, "bytes": size}}
+                text = _as_text(path, {"format": FORMAT, "record": self.what, **kept, **about})
+                # {1: 0, "1": 0} gives JSON that would be refused
+                again = json.loads(text, object_pairs_hook=distinct)
+                try:  # before anything is put in place
+                    self._made(again, tensors if self.arrays else None)
+                except Exception as error:
+                    raise ValueError(f"it could not be read again ({in_short(error)})") from error
+                return text
+
+            if self.arrays:
+                pair = _pair(path)
+                _refuse_other_arrays(pair)
+                write_pair(pair, tensors, text_with)
+            else:
+                replace_text(path, text_with())
         return path
 
     @classmethod
-    def _check_as_read(cls, values: dict[str, Any], tensors: Mapping[str, Tensor] | None) -> None:
-        """See before it is written that it can be read again."""
+    def load(cls: type[Kept], path: str | Path) -> Kept:
+        """Read what `save` wrote, or what version 0.1.0 did, whose files have no checksum.
+
+        Raises:
+            DecompositionFileError: A file is missing, damaged, too large, or something else.
+        """
+        path, tensors = Path(path), None
+        values = _read(path, cls.what)
+        if cls.arrays and "format" in values:
+            values, mapped = read_pair(_pair(path), lambda: _described(path, _read(path, cls.what)))
+            # copies: what is read is the file itself as long as nobody writes to it
+            tensors = {name: tensor.clone() for name, tensor in mapped.items()}
         try:
-            cls._made(values, tensors)
-        except Exception as error:
-            raise ValueError(f"it could not be read again ({in_short(error)})") from error
+            return cls._made(values, tensors)
+        except Exception as error:  # a damaged file may go wrong anywhere
+            raise DecompositionFileError(
+                f"{path} holds no {cls.what} ({in_short(error)}); write one with save()."
+            ) from error
 
     @classmethod
     def _made(cls: type[Kept], values: dict[str, Any], tensors: Mapping[str, Tensor] | None) -> Kept:
+        """From all that a file holds."""
+        values = {key: value for key, value in values.items() if "format" not in values or key not in HEADER}
         missing = {f.name for f in dataclasses.fields(cls)} - values.keys()  # type: ignore[arg-type]
         if missing:  # also of those that have a default
             said = [cls.absent[name] for name in cls.absent if name in missing]
@@ -95,22 +138,6 @@ class Record:
         made = cls.from_json(values)
         made.check()
         return made
-
-    @classmethod
-    def load(cls: type[Kept], path: str | Path) -> Kept:
-        """Read what `save` wrote, or what version 0.1.0 did, whose files have no checksum.
-
-        Raises:
-            DecompositionFileError: A file is missing, damaged, too large, or something else.
-        """
-        path = Path(path)
-        values, tensors = record_files.load(path, cls.what, bool(cls.arrays))
-        try:
-            return cls._made(values, tensors)
-        except Exception as error:  # a damaged file may go wrong anywhere
-            raise DecompositionFileError(
-                f"{path} holds no {cls.what} ({in_short(error)}); write one with save()."
-            ) from error
 
     @classmethod
     def from_json(cls: type[Kept], kept: dict[str, Any]) -> Kept:
@@ -136,12 +163,6 @@ def old_frame(self: Any) -> DataFrame:
     """The same as `to_frame`, by its old name, which the next release takes away."""
     warnings.warn("frame() is called to_frame(); the old name goes next.", DeprecationWarning, stacklevel=2)
     return self.to_frame()
-
-
-def _as_tensor(array: Any) -> Tensor:
-    """With memory of its own, as safetensors wants it."""
-    made = array.detach() if isinstance(array, Tensor) else torch.tensor(array, dtype=torch.float64)
-    return made.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def plain_table(title: str, first: str, *columns: str, rows: Iterable[Sequence[str]] = ()) -> Table:
@@ -178,3 +199,77 @@ def shown(value: float | int | None, places: int = 4) -> str:
 def form(name: str, all_needed: bool = True, /, **keys: Any) -> Any:
     """The form of a row: values of these types under these keys, perhaps among others."""
     return TypedDict(name, keys, total=all_needed)  # type: ignore[misc]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+def _read(path: Path, what: str) -> dict[str, Any]:
+    """Fields and header, the checksum compared."""
+    text = read_text(path, LARGEST)
+    values = parse_json(path, text, finite=False)
+    if not isinstance(values, dict):
+        raise DecompositionFileError(f"{path} holds no {what} but {values!r:.40}; write one with save().")
+    if "format" not in values:
+        return values
+    if type(values["format"]) is not int or values["format"] != FORMAT:
+        raise DecompositionFileError(
+            f"{path} is of format {values['format']!r:.40}; this version reads records of format {FORMAT} and those of 0.1.0. "
+            "Install the version that wrote it."
+        )
+    check_seal(path, text)
+    if values.get("record") != what:
+        raise DecompositionFileError(
+            f"{path} holds no {what} but a record of {values.get('record')!r:.40}; open it with the class that wrote it."
+        )
+    return values
+
+
+def _described(path: Path, values: dict[str, Any]) -> Described:
+    described = values.get("tensors")
+    if not isinstance(described, dict) or type(described.get("bytes")) is not int:
+        raise DecompositionFileError(f"{path} does not say what arrays it has; it is damaged.")
+    return Described(values, described.get("sha256"), described["bytes"])
+
+
+def _pair(path: Path) -> Pair:
+    return Pair(path, path.with_name(f"{path.name.removesuffix('.json')}.safetensors"))
+
+
+def _refuse_other_arrays(pair: Pair) -> None:
+    """The user named one file; the other must not be somebody's."""
+    if not os.path.lexists(pair.tensors):
+        return
+    try:
+        text = read_text(pair.json, LARGEST, follow=False)
+        found = parse_json(pair.json, text, finite=False)
+        check_seal(pair.json, text)
+        is_ours = isinstance(found.get("tensors"), dict)
+    except (DecompositionFileError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise DecompositionFileError(
+            f"{pair.tensors} is where the arrays belong, and {pair.json.name} does not say that they are its own; choose "
+            "another name, or move that file away."
+        )
+
+
+def _as_text(path: Path, values: Mapping[str, Any]) -> str:
+    """An object with a line for each field, and its checksum."""
+    lines = [f" {json.dumps(key)}: {json.dumps(value, default=_plain)}" for key, value in values.items()]
+    text = sealed("{\n" + ",\n".join(lines))
+    if len(text) > LARGEST:
+        raise ValueError(
+            f"{path.name} would have {len(text)} bytes, and no more than {LARGEST} are read again; keep less"
+        )
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    raise TypeError(f"{value!r:.80} is nothing that JSON has")
+
+
+def _as_tensor(array: Any) -> Tensor:
+    """With memory of its own, as safetensors wants it."""
+    made = array.detach() if isinstance(array, Tensor) else torch.tensor(array, dtype=torch.float64)
+    return made.cpu().clone(memory_format=torch.contiguous_format)

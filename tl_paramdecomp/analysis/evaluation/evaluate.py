@@ -1,9 +1,9 @@
 """One evaluation for every decomposition, learned or not: faithfulness, behaviour under masks, sparsity, specificity.
 
 1. Weights: how far V U is from W at each site.
-2. The whole model under every kind of mask (`masked_runs`), against the model itself and the row's own next tokens.
+2. The whole model under every kind of mask (`measures`), against the model itself and the row's own next tokens.
 3. Sparsity of the importances.
-4. The adversary (`worst_case`): 1, 4, 20 and 40 steps, several restarts.
+4. The adversary (`climb`): 1, 4, 20 and 40 steps, several restarts.
 5. Specificity: does importance predict what ablating a component does?
 6. Each matrix masked by itself.
 7. Controls: importances dealt out anew, and an untrained decomposition where one is given.
@@ -15,6 +15,7 @@ Read L0 with the rounded and the adversarial KL first. Stochastic masks keep hal
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -29,11 +30,17 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.limits import Limits
-from tl_paramdecomp.adapters.outputs import need_logits
-from tl_paramdecomp.analysis.evaluation.masked_runs import KINDS, SITE_KINDS, MaskKind, Sums, Target, masks_of
+from tl_paramdecomp.analysis.evaluation.measures import (
+    KINDS,
+    SITE_KINDS,
+    MaskKind,
+    Sums,
+    Target,
+    climb,
+    masks_of,
+    specificity,
+)
 from tl_paramdecomp.analysis.evaluation.result import Evaluation, headline_steps
-from tl_paramdecomp.analysis.evaluation.specificity import specificity
-from tl_paramdecomp.analysis.evaluation.worst_case import climb
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance, ImportanceSource
 from tl_paramdecomp.components.masked_output import InterpolatedMask
@@ -41,7 +48,7 @@ from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
 from tl_paramdecomp.methods.prefixes import tensors_of
-from tl_paramdecomp.methods.step import KL_NEEDS, MSE_INSTEAD, LossStep, Measure, measure_of
+from tl_paramdecomp.methods.step import LossStep, Measure, measure_of
 from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import Count, NotNegative, Seed, Settings, Whole, fit
 from tl_paramdecomp.sites import check_rows
@@ -124,6 +131,8 @@ def evaluate(
                 "the k components per position that the model's gradients call for."
             )
     adapter = checked_adapter(model, decomposition)
+    if untrained is not None:
+        checked_adapter(model, untrained)
     Limits.of(adapter).refuse(tokens, "The data", attention_mask)
     warn_of_other_start(decomposition, tokens, attention_mask)
     protocol = protocol or EvaluationConfig()
@@ -136,21 +145,16 @@ def evaluate(
         raise DataError(
             f"KL is of next tokens, and the data is {tokens.dtype}; use measure='mse', of outputs as they are."
         )
-    if measure == "kl":
-        need_logits(adapter, KL_NEEDS, MSE_INSTEAD)
-    every = [decomposition]
-    if untrained is not None:
-        checked_adapter(model, untrained)
-        every.append(untrained)
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for module in (adapter, *every):
+        for module in (adapter, decomposition, *([] if untrained is None else [untrained])):
             stack.enter_context(frozen(module))
-        run = _Run(adapter, decomposition, tokens, attention_mask, importances, protocol, seconds, measure)
+        tokens = tokens.to(adapter.device)
+        mask = None if attention_mask is None else attention_mask.to(adapter.device)
+        run = _Run(adapter, decomposition, tokens, mask, importances, protocol, seconds, measure)
         parts = run.parts(untrained)
         total = 2 * run.n_batches + sum(part.cost for part in parts)
-        run.bar = stack.enter_context(
-            tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")
-        )
+        bar = tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")
+        run.bar = stack.enter_context(bar)
         return run.all(parts)
 
 
@@ -167,68 +171,58 @@ class _Part(NamedTuple):
     """Whether it belongs to the headline."""
 
 
+@dataclass(eq=False)
 class _Run:
     """One evaluation under way."""
 
+    adapter: ModelAdapter
+    dec: Decomposition
+    tokens: Tensor
+    mask: Tensor | None
+    oracle: ImportanceSource | None
+    protocol: EvaluationConfig
+    seconds: float | None
+    measure: Measure
+    bar: Any = None
+    """Counts passes over batches."""
     ends: tuple[float, float] | None = None
     """Cross-entropy of the model, and with everything removed; None where outputs are no logits."""
-    bar: "tqdm[Any]"
+    kept: list[LossStep] | None = None
 
-    def __init__(
-        self, adapter: ModelAdapter, decomposition: Decomposition, tokens: Tensor, attention_mask: Tensor | None,
-        oracle: ImportanceSource | None, protocol: EvaluationConfig, seconds: float | None, measure: Measure,
-    ) -> None:  # fmt: skip
-        self.measure: Measure = measure
-        self.adapter, self.dec, self.oracle = adapter, decomposition, oracle
-        self.device = adapter.device
-        self.tokens = tokens.to(self.device)
-        self.mask = None if attention_mask is None else attention_mask.to(self.device)
-        self.protocol, self.seconds, self.begun = protocol, seconds, time.perf_counter()
-        self.left_out: list[str] = []
-        self.kept: list[LossStep] | None = None
-        generator = self.generator(0)
+    def __post_init__(self) -> None:
+        self.begun, self.left_out = time.perf_counter(), []
+        generator, device = self.generator(0), self.adapter.device
         self.dealt = {
-            name: torch.randperm(c.n_components, generator=generator, device=self.device)
-            for name, c in decomposition.items()
+            name: torch.randperm(c.n_components, generator=generator, device=device) for name, c in self.dec.items()
         }
 
     def generator(self, number: int) -> torch.Generator:
         """Random numbers of one draw."""
-        return torch.Generator(device=self.device).manual_seed(self.protocol.seed + number)
+        return torch.Generator(device=self.adapter.device).manual_seed(self.protocol.seed + number)
 
     # --- the data ---------------------------------------------------------------------------------------------------
     def batches(self) -> Iterator[LossStep]:
         """The rows, some at a time, with the target's output and importances."""
-        if self.kept is not None:
-            yield from self.kept
-            return
-        kept: list[LossStep] = []
-        size = 0
-        for first in range(0, len(self.tokens), self.protocol.rows_at_once):
-            rows = slice(first, first + self.protocol.rows_at_once)
-            mask = None if self.mask is None else self.mask[rows]
-            if mask is not None and not mask.any():
-                continue
-            step = self._step(self.tokens[rows], mask)
+        size, kept, steps = 0, [], self._steps() if self.kept is None else self.kept
+        for step in steps:
             size += 2 * step.divergence.target.nbytes + sum(i.lower.nbytes for i in step.importances.values())
             size += sum(t.nbytes for t in tensors_of(step.blocks[:1]) or ())  # which stands for all before the sites
             kept = [*kept, step] if size <= KEPT else []
+            self.bar.update()
             yield step
         self.kept = kept if size <= KEPT else None
 
-    def _step(self, tokens: Tensor, mask: Tensor | None) -> LossStep:
-        step = LossStep.of(
-            self.adapter, self.dec, tokens, mask, torch.Generator(), measure=self.measure, source=self.oracle
-        )
-        # what is kept between passes holds what they need, and no more
-        alone = {name: Importance(i.lower, i.lower) for name, i in step.importances.items()}
-        return dataclasses.replace(step, inputs={}, importances=alone)
-
-    def weighted(self) -> Iterator[tuple[LossStep, int]]:
-        """Batches with their numbers of scored outputs."""
-        for step in self.batches():
-            self.bar.update()
-            yield step, len(step.divergence.target)
+    def _steps(self) -> Iterator[LossStep]:
+        size = self.protocol.rows_at_once
+        masks = itertools.repeat(None) if self.mask is None else self.mask.split(size)
+        for tokens, mask in zip(self.tokens.split(size), masks):
+            if mask is None or mask.any():
+                step = LossStep.of(
+                    self.adapter, self.dec, tokens, mask, torch.Generator(), measure=self.measure, source=self.oracle
+                )
+                # what is kept between passes holds what they need, and no more
+                alone = {name: Importance(i.lower, i.lower) for name, i in step.importances.items()}
+                yield dataclasses.replace(step, inputs={}, importances=alone)
 
     @property
     def n_batches(self) -> int:
@@ -298,7 +292,7 @@ class _Run:
             found.append(_Part("adversary", f"adversary of {s} steps", run, climbs(s), s == head))
         ablated = min(P.ablated, sum(c.n_components for c in self.dec.values()))
         if ablated:
-            found.append(_Part("specificity", "specificity", self.specificity, ablated))
+            found.append(_Part("specificity", "specificity", self.specificity, ablated + 1))  # and a look at the rows
         found += [row(kind, name) for name in self.dec for kind in SITE_KINDS if P.by_site]
         if untrained is not None:
             cost = 2 * n + (0 if head is None else climbs(head))
@@ -308,7 +302,7 @@ class _Run:
     def sums(self, kind: MaskKind | None, site: str | None = None, sample: int = 0) -> Sums:
         """Totals of the model under a kind of mask (None: of the model itself), at all sites or one."""
         generator, total = self.generator(sample), Sums()
-        for step, _ in self.weighted():
+        for step in self.batches():
             target = Target.of(step)
             if kind is None:
                 output = target[0]
@@ -347,14 +341,14 @@ class _Run:
     def sparsity(self) -> list[dict[str, Any]]:
         """What importances say of each site."""
         positions, over, active, mean = 0, {}, {}, {}
-        for step, _ in self.weighted():
+        for step in self.batches():
             for i, (name, importance) in enumerate(step.importances.items()):
                 g = _by_position(step, importance.lower)
                 positions += 0 if i else len(g)
                 for sums, values in ((over, g > 0.0), (active, g > ACTIVE), (mean, g)):
                     sums[name] = sums.get(name, 0.0) + values.double().sum(0)
         rows = []
-        edges = torch.tensor(DENSITIES[1:], dtype=torch.float64, device=self.device)
+        edges = torch.tensor(DENSITIES[1:], dtype=torch.float64, device=self.adapter.device)
         for name, components in self.dec.items():
             W = self.adapter.weight(name).detach().double()
             error = (W - components.V.double() @ components.U.double()).norm() / W.norm()
@@ -384,7 +378,7 @@ class _Run:
             if restart and not self.has_time(rest, (restarts - restart) * cost):
                 break
             self.bar.set_postfix_str(f"adversary of {steps} steps, restart {restart + 1}")
-            found.append(climb(self.weighted, steps, self.generator(7919 * restart)))
+            found.append(climb(self.batches, steps, self.generator(7919 * restart)))
         worst = [c.worst for c in found]
         return {
             "steps": steps,
@@ -431,8 +425,7 @@ class _Run:
 
     def control(self, untrained: Decomposition) -> dict[str, Any]:
         """The headline of another decomposition of the same model, under the same protocol."""
-        other = _Run(self.adapter, untrained, self.tokens, self.mask, self.oracle, self.protocol, None, self.measure)
-        other.bar = self.bar
+        other = dataclasses.replace(self, dec=untrained, seconds=None, ends=None, kept=None)
         rounded = other.sums(ROUNDED)
         l0 = sum(row["l0"] for row in other.sparsity())
         found = {"l0": l0, "rounded": rounded.mean(self.measure)}

@@ -1,4 +1,4 @@
-"""How the model runs under each kind of mask: sums over positions, so that parts of a batch add up to the whole.
+"""What `evaluate` measures: figures under each kind of mask, the worst masks, and whether importance predicts effects.
 
 With g the importances of a clean pass, a kind says which m in [0, 1] stands for each component:
 
@@ -6,18 +6,25 @@ With g the importances of a clean pass, a kind says which m in [0, 1] stands for
     importance   g                      rounded  [g > threshold]     stochastic   g + (1 - g) r
     permuted     [g' > threshold], g' the importances of the site's components dealt out anew: a control
 
-and each is run with the delta component absent, kept, or (stochastic, as in training) masked by a uniform number.
+and each is run with the delta component absent, kept, or (stochastic, as in training) masked by a uniform number. Sums over
+positions let parts of a batch add up to the whole.
+
+The adversary has one source for each component, shared by all rows and positions of all batches: masks are m = g + (1 - g) s,
+the delta mask is a source of its own. Sources start at random and climb the KL over the whole data by sign steps; a source
+shared by everything can only find faults that are systematic. The worst sources that were seen are what counts, so that a
+climb never ends below its start.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_paramdecomp.components.masked_output import InterpolatedMask
+from tl_paramdecomp.methods.adversary import ascended, source_masks
 from tl_paramdecomp.methods.divergence import KL, kl, mean_square
 from tl_paramdecomp.methods.step import LossStep, Measure, SiteMasks
 
@@ -140,3 +147,97 @@ def masks_of(
             a = torch.rand(g.shape[:-1], generator=generator, device=g.device, dtype=g.dtype)
         masks[name] = InterpolatedMask(g, q, a)
     return masks
+
+
+# --- the adversary ----------------------------------------------------------------------------------------------------
+class Climb(NamedTuple):
+    """One restart."""
+
+    start: float
+    """KL under the random sources it began from, nats per token."""
+    worst: float
+    """The largest KL it met."""
+
+
+def climb(batches: Callable[[], Iterable[LossStep]], steps: int, generator: torch.Generator) -> Climb:
+    """Projected gradient ascent from random sources over batches that are given anew for each step; a step of 2 / steps, at
+    most 1, lets sources cross [0, 1] and back.
+    """
+    size = min(1.0, 2.0 / steps)
+    sources: dict[str, Tensor] = {}
+    for name, g in ((name, i.lower) for name, i in next(iter(batches())).importances.items()):
+        sources[name] = torch.rand(g.shape[-1] + 1, generator=generator, device=g.device, dtype=g.dtype)
+    values = []
+    for i in range(steps + 1):
+        kl, gradients = _value_and_gradient(batches(), sources, wanted=i < steps)
+        values.append(kl)
+        sources = {name: ascended(sources[name], gradient, size) for name, gradient in gradients.items()}
+    return Climb(values[0], max(values))
+
+
+def _value_and_gradient(
+    batches: Iterable[LossStep], sources: dict[str, Tensor], wanted: bool
+) -> tuple[float, dict[str, Tensor]]:
+    """KL over all scored positions, and its gradient with respect to the sources where that is wanted."""
+    total, count = 0.0, 0
+    leaves = {name: s.detach().requires_grad_(wanted) for name, s in sources.items()}
+    gradients: dict[str, Tensor] = {}
+    for step in batches:
+        positions = len(step.divergence.target)
+        with torch.set_grad_enabled(wanted):
+            kl = step.divergence.of(step.run_masked(source_masks(step, leaves, detached=True))) * positions
+        if wanted and kl.requires_grad:  # nothing that is compared may come after the sites
+            found = torch.autograd.grad(kl, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        total, count = total + kl.item(), count + positions
+    return total / count, gradients
+
+
+# --- specificity ------------------------------------------------------------------------------------------------------
+class Specificity(NamedTuple):
+    """Importance against measured effect, over pairs of a component and a position."""
+
+    auroc: float | None
+    """Chance that a pair with an effect has the higher importance than one without; None where there are not both."""
+    spearman: float | None
+    """Rank correlation; None where one side is constant."""
+    important: float | None
+    """Mean KL of ablating a component where its importance is above 0.5, nats."""
+    unimportant: float | None
+    """The same where it is below 0.01."""
+    pairs: int
+
+
+def specificity(
+    importance: Float[Tensor, " pairs"], effect: Float[Tensor, " pairs"], threshold: float = 1e-3
+) -> Specificity:
+    """Figures of pairs; an effect, in nats, counts as one from the threshold on."""
+    g, e = importance.double().flatten(), effect.double().flatten()
+    return Specificity(auroc(g, e >= threshold), spearman(g, e), _mean(e[g > 0.5]), _mean(e[g < 0.01]), len(g))
+
+
+def auroc(score: Float[Tensor, " n"], label: Bool[Tensor, " n"]) -> float | None:
+    """Area under the ROC curve; ties count half (Mann-Whitney)."""
+    yes, no = int(label.sum()), int((~label).sum())
+    if not yes or not no:
+        return None
+    return ((ranks(score)[label].sum() - yes * (yes + 1) / 2) / (yes * no)).item()
+
+
+def spearman(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float | None:
+    """Correlation of ranks, ties at their mean rank."""
+    x, y = (ranks(t) - (len(t) + 1) / 2 for t in (a, b))
+    scale = (x.square().sum() * y.square().sum()).sqrt()
+    return (x @ y / scale).item() if scale > 0 else None
+
+
+def ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Ranks from 1 on; equal values share the mean of theirs."""
+    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[group]
+
+
+def _mean(values: Float[Tensor, " n"]) -> float | None:
+    return values.mean().item() if len(values) else None

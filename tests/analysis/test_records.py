@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis import record_files
+from tl_paramdecomp.analysis import records
 from tl_paramdecomp.analysis.records import Record
 from tl_paramdecomp.analysis.tasks.task import Task, load_task
 from tl_paramdecomp.errors import DecompositionFileError, DiskSpaceError, TLParamDecompError
@@ -237,7 +237,7 @@ def test_arrays_that_are_missing_or_of_another_record(tmp_path: Path, what: str)
 
 def test_a_file_larger_than_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = RECORDS["evaluation"].save(tmp_path / "r.json").read_bytes()
-    monkeypatch.setattr(record_files, "LARGEST", 100)
+    monkeypatch.setattr(records, "LARGEST", 100)
     with pytest.raises(DecompositionFileError, match="no more than 100 are read"):
         RECORDS["evaluation"].save(tmp_path / "r.json")
     assert contents(tmp_path) == {"r.json": old}
