@@ -45,12 +45,7 @@ def site_acts(
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     head: int | None = None,
 ) -> Float[Tensor, "batch ... C"]:
-    """Component activations of one site, as `ActPatches.from_acts` takes them: by head, where a head's part of what the site
-    reads is patched.
-
-    Raises:
-        NoMatchingSiteError: There is no such site.
-    """
+    """Component activations of one site, as `ActPatches.from_acts` takes them: by head where a head's part of x is patched."""
     name = resolve_name(decomposition.sites, site)
     components = decomposition[name]
     with torch.no_grad():

@@ -81,12 +81,7 @@ def next_token_kl(before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"
 
 
 def greedy_continuation(model: Any, tokens: Int[Tensor, "1 pos"], n: int) -> list[int]:
-    """The likeliest next tokens one after the other, of the model as it stands, by the host's own `generate`, which ends
-    at the end of a text.
-
-    Raises:
-        SettingError: Less than one token, or more than the model's context has room for.
-    """
+    """The likeliest next tokens, of the model as it stands, by the host's own `generate`, which ends with a text."""
     adapter = adapt(model)
     room, length = context_of(adapter.root), tokens.shape[1]
     if n < 1 or (room is not None and length + n > room):

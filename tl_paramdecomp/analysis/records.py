@@ -179,11 +179,7 @@ def plain_table(title: str, first: str, *columns: str, rows: Iterable[Sequence[s
 
 
 def frame_of(rows: Any, columns: Sequence[str] | None = None) -> DataFrame:
-    """Rows as a pandas frame.
-
-    Raises:
-        MissingExtraError: pandas is not installed.
-    """
+    """Rows as a pandas frame."""
     try:
         import pandas
     except ImportError as error:

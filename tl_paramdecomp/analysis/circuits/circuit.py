@@ -30,7 +30,6 @@ from tl_paramdecomp.analysis.circuits.values import (
     capped_mean,
     mask_gradients,
     mask_sensitivities,
-    random_value,
     stochastic_value,
 )
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
@@ -302,15 +301,15 @@ def _measured(
         metrics = {
             "ablated": runs.mean(inside),
             "stochastic": stochastic_value(runs, inside, generator),
-            "random": random_value(runs, inside, generator),
+            "random": stochastic_value(runs, inside, generator, coins=True),
             f"adversarial, {STEPS} steps": adversarial_value(runs, inside, generator, STEPS, sign),
         }
 
-        def shuffled(units: Tensor) -> Tensor:
-            return units[torch.randperm(len(units), generator=generator, device=inside.device)]
+        def shuffled(n: int) -> Tensor:
+            return torch.randperm(n, generator=generator, device=inside.device)
 
-        shuffles = [shuffled(torch.arange(n, device=inside.device)) for _ in range(RANDOM)]
-        halves, apart = [shuffled(chosen) for _ in range(4)], []
+        shuffles = [shuffled(n) for _ in range(RANDOM)]
+        halves, apart = [chosen[shuffled(len(chosen))] for _ in range(4)], []
         for half in halves:
             removed = members(half[: max(1, len(half) // 2)], n)
             apart.append(abs(f(runs.mean(inside - removed)) - f(runs.mean(1.0 - removed))))
@@ -336,9 +335,7 @@ def _measured(
 
 def _area(curve: Sequence[Sequence[float]], of: Callable[[float], float]) -> float | None:
     """Trapezoids over the shares of units, linear axis."""
-    if not curve:
-        return None
-    return sum((b[0] - a[0]) * (of(a[1]) + of(b[1])) / 2.0 for a, b in itertools.pairwise(curve))
+    return sum((b[0] - a[0]) * (of(a[1]) + of(b[1])) / 2.0 for a, b in itertools.pairwise(curve)) if curve else None
 
 
 def _by_group(runs: TaskRuns, inside: Float[Tensor, " n"]) -> dict[str, float]:

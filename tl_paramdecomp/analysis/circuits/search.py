@@ -16,36 +16,32 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.analysis.circuits.values import TaskRuns
-from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.adversary import ascended
 from tl_paramdecomp.methods.divergence import kl
+from tl_paramdecomp.settings import Count, NotNegative, Positive, Settings, Whole
 
 Good = Callable[[Float[Tensor, " n"]], bool]
 """Whether a circuit, given as 1 inside and 0 outside, is good enough."""
 
 
 @dataclass(frozen=True)
-class LearnedMasks:
+class LearnedMasks(Settings):
     """How masks are learned: minimise KL(model || masked) at the answers, with every mask costing what it lets through.
 
     g = sigmoid(theta) is a unit's importance; half of each step's loss is under m = g + (1 - g) r with r uniform, half under
     the r that an adversary climbs to, shared by all prompts.
     """
 
-    steps: int = 300
+    steps: Count = 300
     """Of Adam."""
-    penalty: float = 0.5
+    penalty: NotNegative = 0.5
     """Weight of the mean of g^p over units, beside a KL in nats."""
-    p: float = 0.5
+    p: Positive = 0.5
     """Exponent of the penalty on masks."""
-    lr: float = 0.05
+    lr: Positive = 0.05
     """Learning rate of the masks."""
-    adversary_steps: int = 2
+    adversary_steps: Whole = 2
     """Sign steps of 1 / adversary_steps, from a random start; 0: no adversary."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.penalty < 0 or self.p <= 0 or self.lr <= 0 or self.adversary_steps < 0:
-            raise SettingError(f"Learned masks need steps, p and lr above 0 and the others at least 0; given {self}.")
 
     def scores(self, runs: TaskRuns, generator: torch.Generator, progress: bool = False) -> Float[Tensor, " n"]:
         """g of every unit after training."""
@@ -69,8 +65,7 @@ class LearnedMasks:
 
     @staticmethod
     def _kl(runs: TaskRuns, target: Float[Tensor, "prompts vocab"], keep: Tensor) -> Float[Tensor, ""]:
-        log_q = torch.log_softmax(runs.logits(keep).float(), -1)
-        return kl(target, log_q).mean()
+        return kl(target, torch.log_softmax(runs.logits(keep).float(), -1)).mean()
 
     def _adversary(self, runs: TaskRuns, target: Tensor, g: Tensor, generator: torch.Generator) -> Float[Tensor, " n"]:
         source = torch.rand(len(g), generator=generator, device=g.device)
@@ -82,10 +77,7 @@ class LearnedMasks:
 
 
 def shortest_good(order: Int[Tensor, " n"], good: Good) -> int:
-    """Length of the shortest good beginning of an order, by doubling and bisection; n where none is.
-
-    Goodness need not grow with length: what is found is good, and what is one shorter on the path of the bisection is not.
-    """
+    """Length of the shortest good beginning of an order that doubling and bisection find; n where none is."""
     n, low, high = len(order), 0, 1
     while high < n and not good(members(order[:high], n)):
         low, high = high, min(n, 2 * high)
@@ -99,10 +91,7 @@ def shortest_good(order: Int[Tensor, " n"], good: Good) -> int:
 
 
 def pruned(order: Int[Tensor, " k"], n: int, good: Good, progress: bool = False) -> Int[Tensor, " some"]:
-    """What is left of a circuit, given strongest first, when all that it can do without is removed, weakest first.
-
-    Parts of an eighth of it are tried, then ever smaller ones, down to single units or a 128th of it.
-    """
+    """What is left of a circuit, given strongest first, without what it can do without: parts of an eighth, then smaller."""
     kept, part, smallest = order.tolist(), max(1, len(order) // 8), max(1, len(order) // 128)
     bar = tqdm(desc="pruning", disable=not progress)
     while True:

@@ -109,39 +109,29 @@ def baseline_of(
 
 
 def capped_mean(runs: TaskRuns, keep: Float[Tensor, " n"], best: Float[Tensor, " prompts"], sign: float) -> float:
-    """The metric's mean over prompts, none of them counting for more than the model itself makes of it;
-    `sign` is -1 where a smaller metric is better.
-    """
+    """Mean over prompts, none counting for more than the model makes of it; `sign` -1 where smaller is better."""
     with torch.no_grad():
         return (sign * torch.minimum(sign * runs.values(keep), sign * best)).mean().item()
 
 
 # --- masks outside of a circuit --------------------------------------------------------------------------------------
-def stochastic_value(runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, draws: int = 4) -> float:
-    """Outside masks uniform in [0, 1], drawn anew for every unit, prompt and position; mean over draws."""
-    shape = (*runs.task.clean.shape, len(runs.units))
-    found = []
+def stochastic_value(
+    runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, draws: int = 4, coins: bool = False
+) -> float:
+    """Outside masks uniform in [0, 1], drawn anew for every unit, prompt and position; or outside units kept or ablated by the
+    toss of a coin, the same for all prompts; mean over draws.
+    """
+    shape, found = (len(inside),) if coins else (*runs.task.clean.shape, len(inside)), []
     for _ in range(draws):
         r = torch.rand(shape, generator=generator, device=inside.device, dtype=inside.dtype)
-        found.append(runs.mean(inside + (1.0 - inside) * r))
-    return sum(found) / draws
-
-
-def random_value(runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, draws: int = 4) -> float:
-    """Outside units kept or ablated by the toss of a coin, the same for all prompts; mean over draws."""
-    found = []
-    for _ in range(draws):
-        r = torch.rand(len(inside), generator=generator, device=inside.device) < 0.5
-        found.append(runs.mean(torch.maximum(inside, r.to(inside))))
+        found.append(runs.mean(inside + (1.0 - inside) * ((r < 0.5).to(r) if coins else r)))
     return sum(found) / draws
 
 
 def adversarial_value(
     runs: TaskRuns, inside: Float[Tensor, " n"], generator: torch.Generator, steps: int = 20, sign: float = 1.0
 ) -> float:
-    """The worst mean that masks in [0, 1] outside the circuit can do, shared by all prompts and positions: sign descent in
-    steps of 2 / `steps` from random masks, the worst value met; `sign` is -1 where a smaller metric is better.
-    """
+    """The worst mean under masks outside that all prompts and positions share: sign descent, the worst value met."""
     source = torch.rand(len(inside), generator=generator, device=inside.device, dtype=inside.dtype)
     worst = float("inf")
     for i in range(steps + 1):
@@ -156,12 +146,7 @@ def adversarial_value(
 
 
 def mask_gradients(runs: TaskRuns, steps: int = 8) -> Float[Tensor, " n"]:
-    """Each unit's share of the metric between everything ablated and the model: integrated gradients over one mask that all
-    units share, by the midpoint rule. They sum to m(model) - m(none) as steps grow: positive where the metric is higher with
-    the unit than without it.
-
-    After Sundararajan et al. 2017 (arXiv 1703.01365, section 3), with masks in place of inputs.
-    """
+    """Integrated gradients (arXiv 1703.01365) over one mask that all units share; they sum to m(model) - m(none)."""
     total = torch.zeros(len(runs.units), device=runs.adapter.device)
     for i in range(steps):
         keep = torch.full_like(total, (i + 0.5) / steps).requires_grad_(True)
@@ -174,12 +159,7 @@ def mask_gradients(runs: TaskRuns, steps: int = 8) -> Float[Tensor, " n"]:
 def mask_sensitivities(
     runs: TaskRuns, generator: torch.Generator, draws: int = 8, low: float = 0.5
 ) -> Float[Tensor, " n"]:
-    """How much a prompt's metric depends on each unit: |gradient| with respect to its mask, mean over prompts and over masks
-    of all units drawn uniformly between `low` and 1, prompt by prompt.
-
-    Signs are left out: a unit that hurts one prompt and helps another is needed for both, and near the model, where masks are
-    not far from 1, first-order effects still say what belongs together.
-    """
+    """|gradient| of each prompt's metric by each unit's mask, mean over prompts and over masks drawn from [low, 1]."""
     total = torch.zeros(len(runs.units), device=runs.adapter.device)
     shape = (len(runs.task.clean), len(total))
     for _ in range(draws):

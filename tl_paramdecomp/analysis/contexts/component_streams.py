@@ -1,6 +1,6 @@
-"""Chosen components on many token rows, batch by batch: activations, causal importances, and logits where asked for."""
+"""Chosen components on many token rows, batch by batch, and tokens in words."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -67,54 +67,29 @@ def own_of(results: Iterable[Own], site: str, component: int) -> Own:
     raise ComponentIndexError(f"Component {component} of {site!r} was not looked at; choose it by components=.")
 
 
-def token_rows(
-    adapter: ModelAdapter, decomposition: Decomposition, data: Any, attention_mask: Any, rows_at_once: int
-) -> Iterator[Batch]:
-    """Batches of token rows.
-
-    Args:
-        adapter: Who reads them.
-        decomposition: Made on rows that begin alike.
-        data: In any form that `decompose` takes.
-        attention_mask: Of one tensor of rows.
-        rows_at_once: Rows of a batch, where the data is one tensor.
-
-    Raises:
-        SettingError: A mask is given beside an iterable of batches, or `rows_at_once` is below 1.
-        DataError: The data is of no such form, or holds no rows or no tokens.
-        ShapeError, DtypeError: As `check_rows`.
-    """
-    empty = True
-    for batch in batches_of(data, rows_at_once, attention_mask, model=adapter, decomposition=decomposition):
-        check_rows(*batch)
-        if batch.tokens.is_floating_point():
-            raise DataError(f"Token rows hold whole numbers; given {batch.tokens.dtype} {list(batch.tokens.shape)}.")
-        if batch.tokens.numel():
-            if empty:
-                warn_of_other_start(decomposition, *batch)
-            empty = False
-            yield batch
-    if empty:
-        raise DataError(
-            "There are no token rows: give a tensor [rows, pos] or batches of rows (an iterator is used up once)."
-        )
-
-
 def seen_batches(
     adapter: ModelAdapter,
     decomposition: Decomposition,
     chosen: Mapping[str, list[int]],
-    rows: Iterable[Batch],
+    data: Any,
+    attention_mask: Any,
+    rows_at_once: int,
     logits: bool = False,
 ) -> Iterator[SeenBatch]:
-    """Forward passes of the model as it stands, and what the chosen components do in them; without logits, passes end early."""
+    """What the chosen components do in passes of the model as it stands; without logits, passes end early."""
     importance = decomposition.importance
     names = list(decomposition) if importance is not None and importance.config.is_global else list(chosen)
     ends_early = not logits and UNEMBEDDING not in names and not adapter.interceptions and adapter.splits_at_unembedding
     first = 0
-    for tokens, mask in rows:
-        tokens = tokens.to(adapter.device)
-        mask = None if mask is None else mask.to(adapter.device)
+    for tokens, mask in batches_of(data, rows_at_once, attention_mask, model=adapter, decomposition=decomposition):
+        check_rows(tokens, mask)
+        if tokens.is_floating_point():
+            raise DataError(f"Token rows hold whole numbers; given {tokens.dtype} {list(tokens.shape)}.")
+        if not tokens.numel():
+            continue
+        if not first:
+            warn_of_other_start(decomposition, tokens, mask)
+        tokens, mask = Batch(tokens, mask).to(adapter.device)
         with torch.no_grad():
             captured = adapter.capture(tokens, names, mask, to_hidden=ends_early)
             inputs = {name: captured.inputs[name] for name in names}
@@ -132,3 +107,41 @@ def seen_batches(
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         yield SeenBatch(first, tokens, real, acts, None if found is None else g, captured.output if logits else None)
         first += len(tokens)
+    if not first:
+        raise DataError(
+            "There are no token rows: give a tensor [rows, pos] or batches of rows (an iterator is used up once)."
+        )
+
+
+# --- tokens as people read them -----------------------------------------------------------------------------------------
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer that is given, or the one that the host holds; None where there is none."""
+    return tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+
+
+def token_text(tokenizer: Any, token: int) -> str | None:
+    """Text of one token, the space in front of it included; None without a tokenizer, or where it has no such token."""
+    if tokenizer is None:
+        return None
+    try:
+        text = tokenizer.decode([token])
+        piece = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else None
+    except Exception:  # vocabularies of models are often padded beyond the tokenizer's
+        return None
+    if isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" "):
+        return f" {text}"  # SentencePiece drops the space of a text's first token
+    return text
+
+
+def shown(token: int, text: str | None) -> str:
+    """One token for a table: its text in quotes, or its number."""
+    return f"#{token}" if text is None else repr(text)
+
+
+def shown_context(tokens: Sequence[int], texts: Sequence[str | None], place: int) -> str:
+    """Neighbouring tokens in one line, the one at a place in [brackets]."""
+    named = [f"#{t}" if s is None else s.replace("\n", "\\n") for t, s in zip(tokens, texts)]
+    spaced = any(text is not None and text.startswith(" ") for text in texts)
+    glue = "" if spaced else " "
+    named[place] = f"[{named[place]}]"
+    return glue.join(named)

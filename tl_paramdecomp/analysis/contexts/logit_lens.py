@@ -12,7 +12,6 @@ the host does to its logits afterwards (a factor, a cap). After nostalgebraist, 
 weights instead of activations Dar et al. 2023, arXiv 2209.02535.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,14 +21,14 @@ from torch import Tensor, nn
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.shortcuts import PROBE_SHAPE, UNEMBEDDING, probe_tokens
-from tl_paramdecomp.analysis.contexts.token_text import shown, token_text, tokenizer_of
-from tl_paramdecomp.analysis.effects.site_writes import EMBEDDINGS
+from tl_paramdecomp.analysis.contexts.component_streams import shown, token_text, tokenizer_of
+from tl_paramdecomp.analysis.effects.site_writes import EMBEDDINGS, SiteWrites
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import ComponentIndexError, SettingError, UnsupportedModelError, UnsupportedSiteError
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import SiteCall, SiteFn, resolve_name
+from tl_paramdecomp.sites import resolve_name
 
 FINAL_NORM = "ln_final.w"
 WRITERS = ("W_O", "W_out")
@@ -143,11 +142,7 @@ class FinalNorm(NamedTuple):
 
 
 def final_norm(adapter: ModelAdapter) -> FinalNorm:
-    """The last normalisation.
-
-    One without a gain is known by what reaches the unembedding on a few tokens: rows of root mean square 1, and of mean 0 for
-    LayerNorm.
-    """
+    """The last normalisation; one without a gain is known by what reaches the unembedding on a few tokens."""
     if FINAL_NORM in adapter.norms.wirings:
         wiring = adapter.norms.wirings[FINAL_NORM]
         return FinalNorm("LayerNorm" if wiring.centred else "RMSNorm", adapter.gain(FINAL_NORM) + wiring.offset)
@@ -166,10 +161,7 @@ def final_norm(adapter: ModelAdapter) -> FinalNorm:
 
 # --- does the write reach the residual stream as it is? -----------------------------------------------------------------
 def check_writes_residual(adapter: ModelAdapter, site: str) -> None:
-    """See that what a site writes is added to the residual stream, up to a factor.
-
-    By its name first; then, where the host's blocks are known, by adding to what it writes on a few tokens.
-    """
+    """See that a site's write is added to the residual stream, up to a factor: by name, then on a few tokens."""
     if site not in EMBEDDINGS and site.rpartition(".")[2] not in WRITERS:
         raise UnsupportedSiteError(
             f"{site} does not write into the residual stream; the logit lens is for W_O, W_out and embeddings."
@@ -201,23 +193,15 @@ def _both_runs(
     adapter: ModelAdapter, site: str, others: list[str], block: nn.Module, before: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """A block's input or output in a clean pass and in one with something added to what a site writes; and that."""
-    tokens, clean = probe_tokens(adapter), {}
-
-    def keep(name: str, call: SiteCall) -> Tensor:
-        clean[name] = call.y.detach().clone()
-        return call.y
-
-    def give(name: str, change: Tensor | float, call: SiteCall) -> Tensor:
-        return clean[name] + change  # a tensor of its own: hosts may write into what they are given
-
+    tokens, names = probe_tokens(adapter), (site, *others)
     with torch.no_grad(), adapter.undisturbed():
-        with adapter.intercept({name: functools.partial(keep, name) for name in (site, *others)}):
+        writes = SiteWrites(len(tokens))
+        with adapter.intercept(writes.fns(names, "read")):
             first = _at_block(adapter, tokens, block, before)
-        y = clean[site]
+        y = writes.y[site]
         drawn = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         change = (drawn.to(y) * y.abs().max().clamp(min=1e-3)).expand(*PROBE_SHAPE, -1)
-        fns: dict[str, SiteFn] = {name: functools.partial(give, name, 0.0) for name in others}
-        with adapter.intercept(fns | {site: functools.partial(give, site, change)}):
+        with adapter.intercept(SiteWrites(len(tokens)).fns(names, "pinned", writes.y | {site: y + change})):
             second = _at_block(adapter, tokens, block, before)
     return first, second, change
 

@@ -19,9 +19,10 @@ from tl_paramdecomp.analysis.contexts.component_streams import (
     chosen_components,
     own_of,
     seen_batches,
-    token_rows,
+    shown,
+    token_text,
+    tokenizer_of,
 )
-from tl_paramdecomp.analysis.contexts.token_text import shown, token_text, tokenizer_of
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike
@@ -165,8 +166,7 @@ def token_statistics(
     tallies = {kind: _Tally(len(names)) for kind in KINDS}
     fired, positions, thresholds = torch.zeros(len(names), dtype=torch.long), 0, [threshold] * len(names)
     kept: list[tuple[Tensor, dict[str, Tensor]]] = []
-    rows = token_rows(adapter, decomposition, data, attention_mask, rows_at_once)
-    for batch in seen_batches(adapter, decomposition, chosen, rows, logits=predictions > 0):
+    for batch in seen_batches(adapter, decomposition, chosen, data, attention_mask, rows_at_once, predictions > 0):
         tokens, values = _tokens(batch, predictions), _values(batch, active)
         positions += len(values)
         if active == "activation":

@@ -18,9 +18,10 @@ from tl_paramdecomp.analysis.contexts.component_streams import (
     chosen_components,
     own_of,
     seen_batches,
-    token_rows,
+    shown_context,
+    token_text,
+    tokenizer_of,
 )
-from tl_paramdecomp.analysis.contexts.token_text import shown_context, token_text, tokenizer_of
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike
@@ -164,8 +165,7 @@ def top_contexts(
     adapter, chosen = checked_adapter(model, decomposition), chosen_components(decomposition, components)
     best: dict[tuple[str, int], list[tuple[_Order, Context]]] = {(name, c): [] for name in chosen for c in chosen[name]}
     positions, told = 0, tokenizer_of(model, tokenizer)
-    rows = token_rows(adapter, decomposition, data, attention_mask, rows_at_once)
-    for batch in seen_batches(adapter, decomposition, chosen, rows):
+    for batch in seen_batches(adapter, decomposition, chosen, data, attention_mask, rows_at_once):
         positions += int(batch.real.sum())
         here = replace(batch, tokens=batch.tokens.cpu(), real=batch.real.cpu())
         for name, indices in chosen.items():
@@ -187,8 +187,7 @@ def top_contexts(
 
 
 def _largest_places(batch: SeenBatch, name: str, by: By, sign: Sign, n: int, distinct_rows: bool) -> list[list[tuple]]:
-    """For each chosen component of a site, its n largest places in a batch, largest first: what is compared first, row,
-    position, activation, importance."""
+    """For each chosen component its n largest places: what is compared first, row, position, activation, importance."""
     h = batch.acts[name].movedim(-1, 0)  # [k, batch, pos]
     g = None if batch.importances is None else batch.importances[name].movedim(-1, 0)
     signed = {"both": torch.ones_like(h, dtype=torch.bool), "positive": h > 0, "negative": h < 0}[sign]

@@ -34,6 +34,7 @@ from tl_paramdecomp.analysis.effects.single_runs import Runs, SitePatches
 from tl_paramdecomp.analysis.effects.site_writes import (
     EMBEDDINGS,
     Prompts,
+    Role,
     SiteWrites,
     along_writes,
     chosen_columns,
@@ -160,48 +161,38 @@ class _Run:
     def __post_init__(self) -> None:
         self.embeddings = [name for name in EMBEDDINGS if name in self.adapter.wirings and name not in self.sites]
 
-    # --- passes -----------------------------------------------------------------------------------------------------
-    def read(self, rows: Tensor, embeddings: bool = True) -> tuple[SiteWrites, Float[Tensor, " batch"]]:
-        """Reads and writes over rows, and the metric, without gradients."""
-        writes = SiteWrites(len(rows))
-        fns = writes.fns([*self.sites, *(self.embeddings if embeddings else ())], "read")
-        with torch.no_grad(), self.adapter.intercept(fns):
-            found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
-        return writes.check_positions(), found
-
-    def opened(self, rows: Tensor) -> tuple[SiteWrites, Float[Tensor, " batch"], dict[str, Tensor]]:
-        """The same with the derivative of the metric by what every site writes."""
-        writes = SiteWrites(len(rows))
-        return (writes, *self._measured(writes, writes.fns([*self.sites, *self.embeddings], "open"), rows))
-
-    def _measured(self, writes: SiteWrites, fns: Mapping[str, Any], rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        root = self.adapter.root
-        with (
-            torch.enable_grad(),
-            opened_norms(root, hold=True) if self.frozen_norms else contextlib.nullcontext(),
-            attention_softmaxes(root, hold=True) if self.frozen_patterns else contextlib.nullcontext(),
-            self.adapter.intercept(fns),
-        ):
+    def passed(
+        self, rows: Tensor, role: Role, given: Mapping[str, Tensor] | None = None
+    ) -> tuple[SiteWrites, Float[Tensor, " batch"], dict[str, Tensor]]:
+        """Reads and writes (or those given) over rows, the metric, and unless only read its derivative by each write."""
+        given, writes, root, opened = given or {}, SiteWrites(len(rows)), self.adapter.root, role != "read"
+        fns = writes.fns([name for name in (*self.sites, *self.embeddings) if name not in given], role)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(opened))
+            if opened and self.frozen_norms:
+                stack.enter_context(opened_norms(root, hold=True))
+            if opened and self.frozen_patterns:
+                stack.enter_context(attention_softmaxes(root, hold=True))
+            stack.enter_context(self.adapter.intercept(fns | writes.fns(given, "pinned", given)))
             found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
         writes.check_positions()
+        if not opened:
+            return writes, found, {}
         if not found.requires_grad:
             raise SettingError(
                 f"The metric {self.prompts.metric} has no gradient (a rank or a comparison has none); use method='ablation'."
             )
-        return found.detach(), writes.gradients(found.sum(), writes.leaves)
+        return writes, found.detach(), writes.gradients(found.sum())
 
     # --- methods ----------------------------------------------------------------------------------------------------
     def by_gradient(self) -> Attribution:
         """Activation times gradient, or attribution patching."""
-        prompts, corrupt, m_corrupt = self.prompts, None, None
-        if prompts.corrupt is not None and self.direction == "denoising":
-            clean, m_clean = self.read(prompts.clean)
-            corrupt, m_corrupt, gradients = self.opened(prompts.corrupt)
-        else:
-            if prompts.corrupt is not None:
-                corrupt, m_corrupt = self.read(prompts.corrupt)
-            clean, m_clean, gradients = self.opened(prompts.clean)
-        return self._along(clean, corrupt, gradients, "gradient", (m_clean, m_corrupt))
+        prompts, corrupt, m_corrupt, gradients = self.prompts, None, None, {}
+        denoising = self.direction == "denoising"
+        if prompts.corrupt is not None:
+            corrupt, m_corrupt, gradients = self.passed(prompts.corrupt, "open" if denoising else "read")
+        clean, m_clean, own = self.passed(prompts.clean, "read" if denoising else "open")
+        return self._along(clean, corrupt, gradients if denoising else own, "gradient", (m_clean, m_corrupt))
 
     def along_path(self, steps: int, path: Path) -> Attribution:
         """Gradients averaged between the corrupt and the clean run."""
@@ -211,34 +202,29 @@ class _Run:
                 f"{type(self.adapter.model).__name__} has no site embed.W_E from which a path could start; "
                 "use method='gradient'."
             )
-        clean, m_clean = self.read(self.prompts.clean)
-        corrupt, m_corrupt = self.read(self.prompts.corrupt)
+        clean, m_clean, _ = self.passed(self.prompts.clean, "read")
+        corrupt, m_corrupt, _ = self.passed(self.prompts.corrupt, "read")
         pinned = ["embed.W_E"] if path == "embeddings" else list(clean.y)
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         mean: dict[str, Tensor] = {}
         for alpha, weight in zip((nodes + 1.0) / 2.0, weights / 2.0, strict=True):
             given = {name: torch.lerp(corrupt.y[name], clean.y[name], float(alpha)) for name in pinned}
-            writes = SiteWrites(len(self.prompts.clean))
-            fns = writes.fns([name for name in clean.y if name not in pinned], "open")
-            fns |= writes.fns(pinned, "pinned", given)
-            _, gradients = self._measured(writes, fns, self.prompts.clean)
-            for name, gradient in gradients.items():
+            for name, gradient in self.passed(self.prompts.clean, "open", given)[2].items():
                 mean[name] = mean[name].add_(gradient, alpha=weight) if name in mean else gradient * weight
         return self._along(clean, corrupt, mean, "integrated", (m_clean, m_corrupt), steps, path)
 
     def by_ablation(self, rows_at_once: int, progress: bool) -> Attribution:
         """Every component at every position on its own."""
-        prompts, corrupt, m_corrupt = self.prompts, None, None
-        clean, m_clean = self.read(prompts.clean, embeddings=False)
-        base, reference, rows, plain = clean, None, prompts.clean, m_clean
+        prompts, corrupt, m_corrupt, self.embeddings = self.prompts, None, None, []
+        clean, m_clean, _ = self.passed(prompts.clean, "read")
+        base, reference, rows, plain, sign = clean, None, prompts.clean, m_clean, 1.0
         if prompts.corrupt is not None:
-            corrupt, m_corrupt = self.read(prompts.corrupt, embeddings=False)
+            corrupt, m_corrupt, _ = self.passed(prompts.corrupt, "read")
             reference = corrupt
             if self.direction == "denoising":
-                base, reference, rows, plain = corrupt, clean, prompts.corrupt, m_corrupt
+                base, reference, rows, plain, sign = corrupt, clean, prompts.corrupt, m_corrupt, -1.0
         patches = {name: self._patches(name, base, reference) for name in self.sites}
         wanted = {name: own.changing() for name, own in patches.items()}
-        sign = -1.0 if self.direction == "denoising" else 1.0
         found = {name: own.change.new_zeros((*own.shape, len(rows))) for name, own in patches.items()}
         with torch.no_grad(), tqdm(desc="ablations", disable=not progress, leave=False) as bar:
             bar.total = sum(map(len, wanted.values()))
@@ -259,12 +245,9 @@ class _Run:
     def _patches(self, name: str, base: SiteWrites, reference: SiteWrites | None) -> SitePatches:
         """What takes the place of the activations of one site, at the columns that are asked for and are no padding."""
         components = self.sites[name]
-        change, rest = -base.acts(name, components), -base.delta_write(name, components)
-        if reference is not None:
-            change = change + reference.acts(name, components)
-            rest = rest + reference.delta_write(name, components)
+        change, rest = _change(name, components, base, reference)
         wanted = torch.zeros(change.shape[:2], dtype=change.dtype, device=change.device)
-        wanted[:, self.columns] = 1.0
+        wanted[:, self.columns] = -1.0
         if self.prompts.real is not None:
             wanted *= self.prompts.real
         change, rest = change * wanted.unsqueeze(-1), rest * wanted.unsqueeze(-1).to(rest.dtype)
@@ -278,10 +261,7 @@ class _Run:
         values, delta, bias, embeddings = {}, {}, {}, {}
         for name, components in self.sites.items():
             gradient = gradients[name]
-            h, rest = clean.acts(name, components), clean.delta_write(name, components)
-            if corrupt is not None:
-                h = h - corrupt.acts(name, components)
-                rest = rest - corrupt.delta_write(name, components)
+            h, rest = _change(name, components, clean, corrupt)
             values[name] = self._placed(along_writes(components, h, gradient))
             delta[name] = self._placed(dotted(rest, gradient))
             own = clean.bias[name]
@@ -313,3 +293,11 @@ class _Run:
             steps=steps, path=path, values=values, delta=delta, frozen_norms=self.frozen_norms,
             frozen_patterns=self.frozen_patterns, bias=bias, embeddings=embeddings,
         )  # fmt: skip
+
+
+def _change(name: str, components: Components, one: SiteWrites, other: SiteWrites | None) -> tuple[Tensor, Tensor]:
+    """Activations, and what the delta component writes, in one pass minus another, or minus none."""
+    h, rest = one.acts(name, components), one.delta_write(name, components)
+    if other is None:
+        return h, rest
+    return h - other.acts(name, components), rest - other.delta_write(name, components)

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_paramdecomp.analysis.effects.site_writes import SiteWrites
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
@@ -124,15 +123,12 @@ def per_head(
     site = resolve_name(decomposition.sites, site)
     components = decomposition[site]
     heads, side = heads_of(components.site)
-    adapter, seen = checked_adapter(model, decomposition, tokens, attention_mask), SiteWrites(len(tokens))
-    with torch.no_grad(), adapter.intercept(seen.fns([site], "read")):
-        adapter.forward(tokens, attention_mask)
+    adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     with torch.no_grad():
-        acts = seen.acts(site, components)
-        reads, writes = None, None
+        x = adapter.capture(tokens, [site], attention_mask).inputs[site]
+        acts, reads, writes = components.acts(x), None, None
         if side == "in":
-            reads = components.head_acts(seen.x[site])
+            reads = components.head_acts(x)
         else:
             writes = acts[:, :, None, :, None] * components.U.unflatten(1, (heads, -1)).transpose(0, 1)
-        shares = head_shares(components).T
-    return PerHead(site, side, acts, reads, writes, shares)
+        return PerHead(site, side, acts, reads, writes, head_shares(components).T)

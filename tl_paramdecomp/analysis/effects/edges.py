@@ -71,7 +71,7 @@ def edges_into(
         UnsupportedModelError: A normalisation's denominator cannot be held.
         TargetMismatchError, DeviceError, ShapeError, DtypeError: As `attribute`.
     """
-    prompts = prompts_of(tokens, _no_metric, None, attention_mask)
+    prompts = prompts_of(tokens, lambda logits: logits.flatten(1)[:, 0], None, attention_mask)  # any metric
     adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     components = _components(decomposition, sites)
     site, component, position = _node(components, target, tokens.shape[1])
@@ -81,10 +81,6 @@ def edges_into(
 
 def _components(decomposition: Decomposition, sites: SitePattern | None) -> dict[str, Components]:
     return {name: decomposition[name] for name in chosen_sites(decomposition, sites)}
-
-
-def _no_metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-    return logits.flatten(1)[:, 0]
 
 
 def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple[str, int, int]:

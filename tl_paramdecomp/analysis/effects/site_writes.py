@@ -85,12 +85,9 @@ class SiteWrites:
         self.leaves[name] = leaf
         return leaf.clone()  # hosts may write into what they are given
 
-    def gradients(self, total: Float[Tensor, ""], names: Iterable[str], retain: bool = False) -> dict[str, Tensor]:
+    def gradients(self, total: Float[Tensor, ""], retain: bool = False) -> dict[str, Tensor]:
         """Derivative of one number by what each site writes; zeros where nothing leads from there to it."""
-        names = list(names)
-        leaves = [self.leaves[name] for name in names]
-        found = derivatives(total, leaves, retain)
-        return dict(zip(names, found, strict=True))
+        return dict(zip(self.leaves, derivatives(total, list(self.leaves.values()), retain)))
 
 
 def derivatives(total: Float[Tensor, ""], leaves: list[Tensor], retain: bool = False) -> list[Tensor]:
@@ -178,9 +175,7 @@ class Prompts:
 def prompts_of(
     tokens: Any, metric: Any, corrupt: Any = None, attention_mask: Any = None, *, numbers: bool = False
 ) -> Prompts:
-    """Rows and measure from what a user gives: token rows (or, with `numbers`, any) and a metric of their logits; or a task,
-    anything with `clean`, `corrupt`, `attention_mask` and `at_answer`, and a metric of its answers' logits and itself.
-    """
+    """Rows and measure from token rows (with `numbers`, any) and a metric of logits; or from a task and one of its answers."""
     name, task = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__, None
     if hasattr(tokens, "clean"):
         if attention_mask is not None or (corrupt is not None and corrupt is not tokens.corrupt):

@@ -125,10 +125,7 @@ class Sweep(Record):
         return frame_of([[getattr(row, c) for c in columns] for row in self.rows()], columns)
 
     def tables(self, top: int = 10) -> list[Table]:
-        title, effect = (
-            f"Largest effects on {self.metric} ({self.direction}, value {self.value})",
-            f"effect\n{WITH_WITHOUT}",
-        )
+        title = f"Largest effects on {self.metric} ({self.direction}, value {self.value})"
         rows = [
             [row.site, *(str(getattr(row, axis)) for axis in self.granularity), f"{row.effect:+.4f}"]
             for row in self.top(top)
@@ -138,7 +135,7 @@ class Sweep(Record):
             values = self.effect(site)
             figures = (values.sum(), values.max(), values.min())
             sites.add_row(site, str(values.numel()), *(f"{float(figure):+.4f}" for figure in figures))
-        return [plain_table(title, "site", *self.granularity, effect, rows=rows), sites]
+        return [plain_table(title, "site", *self.granularity, f"effect\n{WITH_WITHOUT}", rows=rows), sites]
 
     def footnotes(self) -> list[str]:
         runs = f"clean {self.clean:.4f}" + ("" if self.corrupt is None else f", corrupt {self.corrupt:.4f}")
@@ -199,8 +196,6 @@ def sweep(
         NoMatchingSiteError, PositionIndexError: No such site or position.
         TargetMismatchError, DeviceError, PatchConflictError: As `patched_acts`.
     """
-    if hasattr(prompts, "clean") and (corrupt is not None or attention_mask is not None):
-        raise SettingError("A task has its own corrupt prompts and attention mask; leave corrupt= and mask out.")
     runs = prompts_of(prompts, metric, corrupt, attention_mask, numbers=True)
     put, seed = _checked_value(value, direction, runs, rows_at_once), fit(seed, Seed, "seed")
     adapter = checked_adapter(model, decomposition, runs.clean, runs.attention_mask)
@@ -209,7 +204,7 @@ def sweep(
     denoising = direction == "denoising"
     base, source = (runs.corrupt, runs.clean) if denoising else (runs.clean, runs.corrupt)
     assert base is not None
-    each = positions == "each" if isinstance(positions, str) else False
+    each = isinstance(positions, str) and positions == "each"
     if each and base.is_floating_point():
         raise ShapeError(f"These inputs {list(base.shape)} have no position axis; leave positions out.")
     where = None if each else parse_positions(positions)
@@ -218,36 +213,27 @@ def sweep(
         values.given_mean(decomposition[name])
     claims = {name: Claim(decomposition[name], additive=True) for name in chosen}
     with torch.no_grad(), claimed(adapter.core, claims):
-
-        def runner(tokens: Tensor, resumes: bool) -> Runs:
-            last = None if runs.task is None else runs.task.last
-            return Runs(adapter, tokens, runs.attention_mask, rows_at_once, runs.score, last, resumes)
-
-        run, others = runner(base, True), None
-        before = run.plain()
-        ends = [None if rows is None else before if rows is base else runner(rows, False).plain()
-                for rows in (runs.clean, runs.corrupt)]  # fmt: skip
-        if put in ("corrupt", "clean") and source is not None:
-            others = Runs(adapter, source, runs.attention_mask, rows_at_once)
-        found: dict[str, Tensor] = {}
+        told = (runs.attention_mask, rows_at_once, runs.score, None if runs.task is None else runs.task.last)
+        run, reads = Runs(adapter, base, *told), put in ("corrupt", "clean")
+        others = None if source is None else Runs(adapter, source, *told, resumes=reads)
+        ends = [before := run.plain(), None if others is None else others.plain()]
+        found, columns = {}, range(base.shape[1]) if each else None
         with tqdm(desc="sweep", disable=not progress, unit="patch") as bar:
             for block, names in run.by_block(chosen).items():
                 x = run.inputs(names, block)
-                other = {} if others is None else others.inputs(names, block)
+                other = others.inputs(names, block) if others and reads else {}
                 patches = {}
                 for name in names:
                     change = values.change(decomposition[name], x[name], other.get(name))
-                    patches[name] = SitePatches(
-                        decomposition[name], change, range(base.shape[1]) if each else None, by_head
-                    )
+                    patches[name] = SitePatches(decomposition[name], change, columns, by_head)
                     found[name] = torch.zeros(len(patches[name]), dtype=torch.float64)
                 bar.total = (bar.total or 0) + sum(map(len, patches.values()))
                 for name, some, scores in run.patched(patches, block):
                     found[name][some] = (scores - before).mean(1).cpu()
                     bar.update(len(some))
                 found |= {name: found[name].view(patches[name].shape) for name in names}
-    clean, corrupted = (None if values is None else float(values.mean()) for values in ends)
-    assert clean is not None
+    metrics = [None if scores is None else float(scores.mean()) for scores in (reversed(ends) if denoising else ends)]
+    assert metrics[0] is not None
     return Sweep(
         sign="with minus without",
         direction=direction,
@@ -256,8 +242,8 @@ def sweep(
         granularity=[*(["position"] if each else []), *(["head"] if by_head else []), "component"],
         positions="each" if each else "everywhere" if where is None else repr(positions),
         prompts=len(base),
-        clean=clean,
-        corrupt=corrupted,
+        clean=metrics[0],
+        corrupt=metrics[1],
         effects={name: (found[name] if denoising else 0.0 - found[name]).tolist() for name in chosen},
     )
 

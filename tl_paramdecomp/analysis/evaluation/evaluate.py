@@ -44,6 +44,7 @@ from tl_paramdecomp.analysis.evaluation.result import Evaluation, headline_steps
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.importance import Importance, ImportanceSource
 from tl_paramdecomp.components.masked_output import InterpolatedMask
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
@@ -148,9 +149,8 @@ def evaluate(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for module in (adapter, decomposition, *([] if untrained is None else [untrained])):
             stack.enter_context(frozen(module))
-        tokens = tokens.to(adapter.device)
-        mask = None if attention_mask is None else attention_mask.to(adapter.device)
-        run = _Run(adapter, decomposition, tokens, mask, importances, protocol, seconds, measure)
+        batch = Batch(tokens, attention_mask).to(adapter.device)
+        run = _Run(adapter, decomposition, *batch, importances, protocol, seconds, measure)
         parts = run.parts(untrained)
         total = 2 * run.n_batches + sum(part.cost for part in parts)
         bar = tqdm(total=total, desc="evaluate", disable=not progress, leave=False, unit="pass")

@@ -17,9 +17,9 @@ from tl_paramdecomp.analysis.activations import at_real, causal_importances
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike, component_indices
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import NoMatchingSiteError, SettingError, ShapeError
-from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import check_rows, resolve_name
+from tl_paramdecomp.sites import resolve_name
 
 Which = Mapping[str, Bool[Tensor, "_"]]
 """Components that take part, by site: [C], each site its own C."""
@@ -47,15 +47,12 @@ def active_components(
     rows_at_once: int = 8,
 ) -> dict[str, Bool[Tensor, "_"]]:
     """Components with importance above the threshold at one position at least; all, where there is no importance function."""
-    check_rows(tokens, attention_mask)
-    checked_adapter(model, decomposition, tokens, attention_mask)
     if decomposition.importance is None:
         return {name: c.V.new_ones(c.n_components, dtype=torch.bool) for name, c in decomposition.items()}
     found: dict[str, Tensor] = {}
     for first in range(0, len(tokens), rows_at_once):
-        rows = slice(first, first + rows_at_once)
-        mask = None if attention_mask is None else attention_mask[rows]
-        for name, g in causal_importances(model, decomposition, tokens[rows], mask).items():
+        rows, mask = Batch(tokens, attention_mask).rows(slice(first, first + rows_at_once))
+        for name, g in causal_importances(model, decomposition, rows, mask).items():
             active = (at_real(g, mask) > threshold).any(0)
             found[name] = found[name] | active if name in found else active
     return found
@@ -92,9 +89,7 @@ def split_share(
     small: Decomposition, large: Decomposition, of_small: Which | None = None, of_large: Which | None = None,
     cosine: float = 0.5,
 ) -> float | None:  # fmt: skip
-    """Share of one decomposition's components that more than one of another's matches: 0 where a larger capacity changes
-    nothing.
-    """
+    """Share of one decomposition's components that more than one of another's, of larger capacity, matches."""
     split = count = 0
     for V, U in _sites(small, large, of_small, of_large):
         split += int(((V * U).gt(cosine).sum(1) > 1).sum())

@@ -160,9 +160,7 @@ class Climb(NamedTuple):
 
 
 def climb(batches: Callable[[], Iterable[LossStep]], steps: int, generator: torch.Generator) -> Climb:
-    """Projected gradient ascent from random sources over batches that are given anew for each step; a step of 2 / steps, at
-    most 1, lets sources cross [0, 1] and back.
-    """
+    """Projected gradient ascent from random sources, in steps of 2 / steps, at most 1, over batches given anew each time."""
     size = min(1.0, 2.0 / steps)
     sources: dict[str, Tensor] = {}
     for name, g in ((name, i.lower) for name, i in next(iter(batches())).importances.items()):

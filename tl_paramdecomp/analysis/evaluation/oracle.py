@@ -81,7 +81,7 @@ def estimated_effects(
             if attention_mask is not None and chosen.ndim > 1:  # a classifier's outputs have no positions
                 chosen = chosen * attention_mask
             total = chosen.sum()
-        gradients = writes.gradients(total, names, retain=i + 1 < samples)
+        gradients = writes.gradients(total, retain=i + 1 < samples)
         for name in names:
             change = along_writes(decomposition[name], acts[name], gradients[name])
             found[name] = found[name] + change.square_().mul_((0.5 if measure == "kl" else 1.0) / samples)

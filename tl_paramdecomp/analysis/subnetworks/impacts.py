@@ -29,6 +29,7 @@ from tl_paramdecomp.components.subnetworks import (
     Subnetworks,
     pairwise_gains,
 )
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.l3d import L3D, reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients, output_gradient
@@ -69,8 +70,7 @@ def impacts(
     if method.divergence == "kl":
         need_logits(adapter, KL_NEEDS, "decompose it with L3D(divergence='mse')")
     generator = torch.Generator(device=adapter.device).manual_seed(seed)
-    tokens = tokens.to(adapter.device)
-    attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
+    tokens, attention_mask = Batch(tokens, attention_mask).to(adapter.device)
     with torch.no_grad(), frozen(adapter):
         output = adapter.forward(tokens, attention_mask)
         shape = output.shape[:-1]
@@ -114,8 +114,7 @@ def output_derivative(
     """
     check_rows(tokens, attention_mask)
     adapter = checked_adapter(model, decomposition, tokens, attention_mask)
-    tokens = tokens.to(adapter.device)
-    attention_mask = None if attention_mask is None else attention_mask.to(adapter.device)
+    tokens, attention_mask = Batch(tokens, attention_mask).to(adapter.device)
     with torch.no_grad(), frozen(adapter):
         return _derivative(adapter, decomposition.decoder, decomposition.index(k), tokens, attention_mask)
 
@@ -201,8 +200,8 @@ def evaluate_subnetworks(
     groups: list[Gradients] = []
     with torch.no_grad(), frozen(adapter):
         for rows in even_parts(len(tokens), rows_at_once):
-            mask = None if attention_mask is None else attention_mask[rows].to(adapter.device)
-            run = GradientPass(adapter, list(decomposition.decoder), tokens[rows].to(adapter.device), mask)
+            batch = Batch(tokens, attention_mask).rows(rows).to(adapter.device)
+            run = GradientPass(adapter, list(decomposition.decoder), *batch)
             places = run.places(method.positions, generator)
             groups += all_gradients(run, places, method.reference, method.divergence, generator)
         by_batch = reconstruction(decomposition, groups, method.active, method.backend)
@@ -228,10 +227,7 @@ def even_parts(n: int, most: int) -> list[slice]:
 
 
 def truncated_svd_error(groups: Sequence[Gradients], decomposition: SubnetworkDecomposition) -> float:
-    """Share of the gradients' squared norms outside the span of their K leading singular directions.
-
-    From the inner products of all pairs of gradients, which x and g give without forming any of them.
-    """
+    """Share of the gradients' squares outside their K leading singular directions, from inner products of all pairs."""
     gram = torch.zeros((), dtype=torch.float64)
     for name, part in decomposition.decoder.items():
         gradients: list[Any] = [group[name] for group in groups]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.analysis.subnetworks.impacts import impacts, method_of, output_derivative, scored_of
 from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
+from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.divergence import kl, log_probabilities, mean_square
 from tl_paramdecomp.methods.sample_gradients import SampleDivergence
@@ -49,17 +50,15 @@ def top_samples(
         distinct_rows: One position of each row.
     """
     values = found[..., k]
-    if values.ndim == 1:
-        order = values.topk(min(n, len(values))).indices.tolist()
-        tops = [TopSample(row, None, float(values[row])) for row in order]
-    elif distinct_rows:
-        best = values.max(1)
-        order = best.values.topk(min(n, len(values))).indices.tolist()
-        tops = [TopSample(row, int(best.indices[row]), float(best.values[row])) for row in order]
-    else:
-        order = values.flatten().topk(min(n, values.numel())).indices.tolist()
-        places = [divmod(place, values.shape[1]) for place in order]
-        tops = [TopSample(row, position, float(values[row, position])) for row, position in places]
+    positions = None
+    if values.ndim > 1 and distinct_rows:
+        values, positions = values.max(1)
+    order = values.flatten().topk(min(n, values.numel())).indices.tolist()
+    tops = []
+    for place in order:
+        row, position = (place, None) if values.ndim == 1 else divmod(place, values.shape[1])
+        position = position if positions is None else int(positions[row])
+        tops.append(TopSample(row, position, float(values.flatten()[place])))
     return [top for top in tops if top.impact > 0]
 
 
@@ -185,15 +184,14 @@ def _changes(
     parts = []
     with frozen(adapter):
         for start in range(0, len(tokens), rows_at_once):
-            own = slice(start, start + rows_at_once)
-            rows = tokens[own].to(adapter.device)
-            mask = None if attention_mask is None else attention_mask[own].to(adapter.device)
-            before, changes = adapter.forward(rows, mask), []
+            rows = slice(start, start + rows_at_once)
+            batch = Batch(tokens, attention_mask).rows(rows).to(adapter.device)
+            before, changes = adapter.forward(*batch), []
             for k in chosen:
                 both = []
                 for sign in (1.0, -1.0):
                     with perturbed(adapter.model, decomposition, {k: sign * delta}):
-                        both.append(_divergence(before, adapter.forward(rows, mask), divergence))
+                        both.append(_divergence(before, adapter.forward(*batch), divergence))
                 changes.append(torch.stack(both).mean(0))
             parts.append(torch.stack(changes))
     return torch.cat(parts, 1)

@@ -13,9 +13,10 @@ Python docstrings in a 4-layer attention-only transformer" (LessWrong, 2023); Ma
 subject-verb agreement. Words and templates are the package's own.
 """
 
+import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tl_paramdecomp.analysis.tasks import words
@@ -53,9 +54,6 @@ class Row(NamedTuple):
     wrong: tuple[int, ...]
     text: str
     group: str
-
-
-Draw = Callable[[random.Random], Instance]
 
 
 def make_task(
@@ -98,7 +96,7 @@ def make_task(
         TokenizerTaskError: The task cannot be written with this tokenizer; the message names the words. Or the prompts are
             longer than the model's context.
     """
-    if name not in _DRAWS and name != "induction":
+    if name not in _WRITTEN and name != "induction":
         raise SettingError(f"Unknown task {name!r}; the tasks are {', '.join(TASKS)}.")
     if split not in grammar.SPLITS:
         raise SettingError(f"Unknown split {split!r}; the splits are {', '.join(grammar.SPLITS)}.")
@@ -132,23 +130,18 @@ def make_task(
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 def _written_rows(name: str, writer: RowTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
-    draw = _DRAWS[name](writer)
     rows = []
+    instances = _WRITTEN[name](writer, rng)
     while len(rows) < n:
-        for _ in range(DRAWS):
-            instance = draw(rng)
-            if split_of(name, *instance.key) != split:
-                continue
-            row = _tokenised(writer, instance)
-            if row is not None:
-                rows.append(row)
-                break
-        else:
+        drawn = (i for i in itertools.islice(instances, DRAWS) if split_of(name, *i.key) == split)
+        row = next(filter(None, (_tokenised(writer, instance) for instance in drawn)), None)
+        if row is None:
             raise TokenizerTaskError(
                 f"Task {name!r} cannot be written with this tokenizer for the split {split!r}: of {DRAWS} drawn prompts none "
                 "belongs to it and has a counterpart of as many tokens and answers of one. The tokenizer splits too many of "
                 "the words; take another split or task."
             )
+        rows.append(row)
     return rows
 
 
@@ -227,11 +220,7 @@ def _micro_gpt2_group(name: str, text: list[str], answers: tuple[int, ...], clea
 
 # --- words that a tokenizer has -----------------------------------------------------------------------------------------
 def _single(writer: RowTokenizer, task: str, what: str, candidates: Iterable[Any], need: int) -> tuple[Any, ...]:
-    """The words, or pairs of words, that are one token each behind a space.
-
-    Raises:
-        TokenizerTaskError: Fewer than needed.
-    """
+    """The words, or pairs of words, that are one token each behind a space; at least as many as needed."""
     parts = {c: (c,) if isinstance(c, str) else c for c in candidates}
     split = [w for w in dict.fromkeys(sum(parts.values(), ())) if writer.next_token("the", f" {w}") is None]
     found = tuple(c for c, some in parts.items() if not set(some) & set(split))
@@ -244,11 +233,7 @@ def _single(writer: RowTokenizer, task: str, what: str, candidates: Iterable[Any
 
 
 def _writable(writer: RowTokenizer, task: str, what: str, candidates: Iterable[str]) -> tuple[str, ...]:
-    """The words or templates of which the tokenizer can write every part, in as many tokens as it takes.
-
-    Raises:
-        TokenizerTaskError: There is none.
-    """
+    """The words or templates of which the tokenizer can write every part, in as many tokens as it takes."""
     candidates = tuple(candidates)
     found = [text for text in candidates if writer.can_write(" " + re.sub(r"\{\w+\}", "the", text))]
     if not found:
@@ -270,18 +255,17 @@ def _filled(template: str, rng: random.Random, **slots: Sequence[str]) -> str:
 
 
 # --- the tasks ----------------------------------------------------------------------------------------------------------
-def _ioi(writer: RowTokenizer) -> Draw:
+def _ioi(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     names = _single(writer, "ioi", "names", words.NAMES, 8)
     slots = _slots(writer, "ioi", place=words.PLACES, object=words.OBJECTS)
     templates = _writable(writer, "ioi", "templates", words.IOI_TEMPLATES)
-
-    def draw(rng: random.Random) -> Instance:
+    while True:
         template = rng.choice(templates)
         frame = _filled(template, rng, **slots)
         first, second, *others = rng.sample(names, 5)
         order = rng.choice(("ABBA", "BABA"))
         subject, indirect = (second, first) if order == "ABBA" else (first, second)
-        return Instance(
+        yield Instance(
             tuple(sorted((first, second))),
             frame.format(A=first, B=second, S=subject),
             frame.format(A=others[0], B=others[1], S=others[2]),
@@ -290,10 +274,8 @@ def _ioi(writer: RowTokenizer) -> Draw:
             f"{order}: {template}",
         )
 
-    return draw
 
-
-def _pronoun(writer: RowTokenizer) -> Draw:
+def _pronoun(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     names = {
         pronoun: _single(writer, "pronoun", f"names of {pronoun}", some, 4)
         for pronoun, some in (("she", words.FEMALE_NAMES), ("he", words.MALE_NAMES))
@@ -301,16 +283,13 @@ def _pronoun(writer: RowTokenizer) -> Draw:
     _single(writer, "pronoun", "pronouns", names, 2)
     slots = _slots(writer, "pronoun", adj=words.ADJECTIVES, job=words.JOBS, place=words.PLACES)
     templates = _writable(writer, "pronoun", "templates", words.PRONOUN_TEMPLATES)
-
-    def draw(rng: random.Random) -> Instance:
+    while True:
         template = rng.choice(templates)
         right, wrong = rng.sample(("he", "she"), 2)
         name, other = rng.choice(names[right]), rng.choice(names[wrong])
         frame = _filled(template, rng, **slots)
         clean, corrupt = frame.format(N=name), frame.format(N=other)
-        return Instance((name, frame), clean, corrupt, (f" {right}",), (f" {wrong}",), template)
-
-    return draw
+        yield Instance((name, frame), clean, corrupt, (f" {right}",), (f" {wrong}",), template)
 
 
 class _Years(NamedTuple):
@@ -346,13 +325,12 @@ def _years(writer: RowTokenizer) -> _Years:
     )
 
 
-def _greater_than(writer: RowTokenizer) -> Draw:
+def _greater_than(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     years = _years(writer)
     events = _writable(writer, "greater_than", "words", words.EVENTS)
     templates = _writable(writer, "greater_than", "templates", words.GREATER_THAN_TEMPLATES)
     centuries = tuple(years.first)
-
-    def draw(rng: random.Random) -> Instance:
+    while True:
         template, event, century = rng.choice(templates), rng.choice(events), rng.choice(centuries)
         year = rng.choice(years.first[century])
         clean, corrupt = (
@@ -360,24 +338,21 @@ def _greater_than(writer: RowTokenizer) -> Draw:
             for digits in (year, "01")
         )
         later = int(year) + 1
-        return Instance((event, century, year), clean, corrupt, years.ids[later:], years.ids[:later], template)
-
-    return draw
+        yield Instance((event, century, year), clean, corrupt, years.ids[later:], years.ids[:later], template)
 
 
-def _docstring(writer: RowTokenizer) -> Draw:
+def _docstring(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     arguments = _single(writer, "docstring", "names of arguments", words.ARGUMENTS, 14)
     slots = _slots(writer, "docstring", function=words.FUNCTIONS, w=words.DESCRIPTIONS, t=words.THINGS)
     templates = _writable(writer, "docstring", "templates", words.DOCSTRING_TEMPLATES)
-
-    def draw(rng: random.Random) -> Instance:
+    while True:
         number = rng.randrange(len(templates))
         frame = _filled(templates[number], rng, **slots)
         signature, text = frame.split("\n", 1)
         drawn = rng.sample(arguments, 10)
         own, others = (dict(zip("abcde", some)) for some in (drawn[:5], drawn[5:]))
         described = text.format(**own)
-        return Instance(
+        yield Instance(
             tuple(own[letter] for letter in "bcd"),
             f"{signature.format(**own)}\n{described}",
             f"{signature.format(**others)}\n{described}",
@@ -386,34 +361,30 @@ def _docstring(writer: RowTokenizer) -> Draw:
             f"docstring {number + 1}",
         )
 
-    return draw
 
-
-def _agreement(writer: RowTokenizer) -> Draw:
+def _agreement(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     people, things = words.PEOPLE_PAIRS, words.THING_PAIRS
     nouns = _single(writer, "agreement", "nouns in both numbers", [*people, *things], 8)
     verbs = _single(writer, "agreement", "verbs in both numbers", words.VERB_PAIRS, 1)
     templates = _writable(writer, "agreement", "templates", words.AGREEMENT_TEMPLATES)
     between = _slots(writer, "agreement", thing=sum(things, ()), person=sum(people, ()))
-
-    def draw(rng: random.Random) -> Instance:
+    while True:
         template, noun = rng.choice(templates), rng.choice(nouns)
         others = {slot: [word for word in some if word not in noun] for slot, some in between.items()}
         frame = _filled(template, rng, **others)
         number = rng.randrange(2)
         clean, corrupt = frame.format(noun=noun[number]), frame.format(noun=noun[1 - number])
         right, wrong = (tuple(f" {pair[of]}" for pair in verbs) for of in (number, 1 - number))
-        return Instance((noun[0], frame), clean, corrupt, right, wrong, f"{('singular', 'plural')[number]}: {template}")
-
-    return draw
+        yield Instance((noun[0], frame), clean, corrupt, right, wrong, f"{('singular', 'plural')[number]}: {template}")
 
 
-_DRAWS: dict[str, Callable[[RowTokenizer], Draw]] = {
+_WRITTEN = {
     "ioi": _ioi,
     "pronoun": _pronoun,
     "greater_than": _greater_than,
     "docstring": _docstring,
     "agreement": _agreement,
 }
+"""Endless prompts of each task."""
 TASKS = ("ioi", "pronoun", "greater_than", "induction", "docstring", "agreement")
 """The standard tasks by name."""

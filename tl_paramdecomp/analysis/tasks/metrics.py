@@ -36,6 +36,15 @@ class _Metric:
     higher_is_better: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
+    def contrasts(self, task: Task) -> tuple[tuple[int, ...], ...]:
+        """Wrong tokens of each prompt."""
+        if not task.wrong:
+            raise TaskError(
+                f"The {self.name} contrasts answers with wrong tokens, and task {task.name!r} has none; use "
+                "AnswerProbability or AnswerLoss, or give wrong tokens."
+            )
+        return task.wrong
+
 
 @dataclass(frozen=True)
 class LogitDifference(_Metric):
@@ -49,7 +58,7 @@ class LogitDifference(_Metric):
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         logits = _wide(logits, task)
-        return _mean_at(logits, task.answers) - _mean_at(logits, _contrasts(self, task))
+        return _mean_at(logits, task.answers) - _mean_at(logits, self.contrasts(task))
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class ProbabilityDifference(_Metric):
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         logits = _wide(logits, task)
-        right, wrong = (_log_probability(logits, of).exp() for of in (task.answers, _contrasts(self, task)))
+        right, wrong = (_log_probability(logits, of).exp() for of in (task.answers, self.contrasts(task)))
         return right - wrong
 
 
@@ -125,8 +134,7 @@ class KLToClean(_Metric):
                 "prompts take metric.select(rows) along with task.select(rows)."
             )
         logits = _wide(logits, task)
-        log_p = torch.log_softmax(self.clean_logits.detach().to(logits), -1)
-        log_q = torch.log_softmax(logits, -1)
+        log_p, log_q = (torch.log_softmax(of, -1) for of in (self.clean_logits.detach().to(logits), logits))
         terms = log_p.exp() * (log_p - log_q)
         return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1)  # what cannot come next costs nothing
 
@@ -176,7 +184,7 @@ class TokenLoss(_Metric):
         if logits.shape[1] != self.tokens.shape[1] or len(self.tokens) not in (1, len(logits)):
             raise ShapeError(f"TokenLoss holds rows {list(self.tokens.shape)}; given logits {list(logits.shape)}.")
         targets = self.tokens[:, 1:, None].to(logits.device, torch.long).expand(len(logits), -1, -1)
-        losses = -torch.log_softmax(_at_least_float32(logits[:, :-1]), -1).gather(-1, targets).squeeze(-1)
+        losses = -torch.log_softmax(_float32(logits[:, :-1]), -1).gather(-1, targets).squeeze(-1)
         return losses.masked_fill(~self.counts.to(logits.device), 0.0)
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
@@ -193,12 +201,6 @@ def default_metric(task: Task) -> LogitDifference | ProbabilityDifference | Answ
         return AnswerProbability()
     sizes = {(len(answers), len(wrong)) for answers, wrong in zip(task.answers, task.wrong)}
     return ProbabilityDifference() if task.name == "greater_than" or len(sizes) > 1 else LogitDifference()
-
-
-def metric_of_rows(metric: TaskMetric, rows: Any) -> TaskMetric:
-    """A metric for `task.select(rows)`: itself, unless it holds something for each prompt (then its own `select`)."""
-    select = getattr(metric, "select", None)
-    return metric if select is None else select(rows)
 
 
 def score(
@@ -219,27 +221,20 @@ def score(
         TaskError: The task has no corrupt prompts, or the metric needs wrong tokens and there are none.
     """
     metric = default_metric(task) if metric is None else metric
-    values = []
-    for rows, logits in _in_batches(model, task, batch_size, corrupt):
-        values.append(metric_of_rows(metric, rows)(logits, task.select(rows)))
-    return torch.cat(values)
+    # one that holds something for each prompt selects it
+    select = getattr(metric, "select", lambda rows: metric)
+    return torch.cat([select(rows)(out, some) for rows, some, out in _in_batches(model, task, batch_size, corrupt)])
 
 
 def answer_logits(model: Any, task: Task, *, batch_size: int = 64, corrupt: bool = False) -> Float[Tensor, "n vocab"]:
     """Logits at the answering positions, of the model as it stands; arguments and errors as `score`'s."""
-    return torch.cat([logits for _, logits in _in_batches(model, task, batch_size, corrupt)])
+    return torch.cat([logits for *_, logits in _in_batches(model, task, batch_size, corrupt)])
 
 
 def mean_scores(
     model: Any, task: Task, unpatched: Float[Tensor, "n vocab"] | None = None
 ) -> tuple[dict[str, float], Float[Tensor, "n vocab"]]:
-    """Means over prompts of the task's metrics, of the model as it stands, by name; and the logits that they are of.
-
-    Args:
-        model: On any host.
-        task: On the model's device.
-        unpatched: Logits of the model itself, to give the KL from them.
-    """
+    """Means over prompts of the task's metrics by name (with the KL from `unpatched` logits [n, vocab]); and the logits."""
     logits, metric = answer_logits(model, task, batch_size=len(task)), default_metric(task)
     found = {metric.name: metric(logits, task), AnswerProbability.name: AnswerProbability()(logits, task)}
     found["accuracy: answer likeliest"] = (AnswerRank()(logits, task) == 0).double()
@@ -266,18 +261,15 @@ def normalised_faithfulness(value: Value, full: float, none: float, tolerance: f
     """
     distance, size = abs(full - none), max(abs(full), abs(none))
     if not math.isfinite(distance) or distance <= max(1e-6, tolerance * size):
+        shown = f"{value.numel()} values" if isinstance(value, Tensor) else f"{value:.6g}"
         raise NormalisationError(
             f"The metric is {full:.6g} for the full model and {none:.6g} for none of it: too close to put "
-            f"{_shown(value)} between them. Report the raw numbers, or take prompts or a metric on which the two differ."
+            f"{shown} between them. Report the raw numbers, or take prompts or a metric on which the two differ."
         )
     return (value - none) / (full - none)
 
 
 # --- logits at answers ------------------------------------------------------------------------------------------------
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _wide(logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, "n vocab"]:
     """Logits in float32 at least, seen to be the task's."""
     if logits.ndim != 2 or len(logits) != len(task):
@@ -291,16 +283,11 @@ def _wide(logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, "n voca
             f"Task {task.name!r} names token {largest}, and the model has {logits.shape[1]}: it was made with another "
             "tokenizer."
         )
-    return _at_least_float32(logits)
+    return _float32(logits)
 
 
-def _contrasts(metric: LogitDifference | ProbabilityDifference, task: Task) -> tuple[tuple[int, ...], ...]:
-    if not task.wrong:
-        raise TaskError(
-            f"The {metric.name} contrasts answers with wrong tokens, and task {task.name!r} has none; use AnswerProbability "
-            "or AnswerLoss, or give wrong tokens."
-        )
-    return task.wrong
+def _float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _at(
@@ -327,7 +314,7 @@ def _log_probability(logits: Float[Tensor, "n vocab"], ids: Sequence[tuple[int, 
 # --- running ----------------------------------------------------------------------------------------------------------
 def _in_batches(
     model: Any, task: Task, batch_size: int, corrupt: bool
-) -> Iterator[tuple[slice, Float[Tensor, "some vocab"]]]:
+) -> Iterator[tuple[slice, Task, Float[Tensor, "some vocab"]]]:
     if batch_size < 1:
         raise SettingError(f"batch_size must be at least 1; given {batch_size}.")
     if corrupt and task.corrupt is None:
@@ -343,7 +330,7 @@ def _in_batches(
         with torch.no_grad():
             out = some.at_answer((adapter.forward if whole else adapter.hidden)(tokens, some.attention_mask))
             out = out if whole else adapter.unembed(out)
-        yield rows, out
+        yield rows, some, out
 
 
 def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
@@ -358,7 +345,3 @@ def _unembedding_is_patched(adapter: ModelAdapter) -> bool:
     around = {".".join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
     parts = (part for path in around for part in find_module(adapter.root, path).modules())
     return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-
-
-def _shown(value: float | Tensor) -> str:
-    return f"{value:.6g}" if isinstance(value, float | int) else f"{value.numel()} values"

@@ -22,20 +22,7 @@ SHOWN = 2
 def task_named(
     name: str, model: Any, n: int, seed: int = 0, split: str | None = None, decomposition: Any = None
 ) -> tuple[Task, str]:
-    """A task by name or file, on the model's device, and in words where its prompts come from.
-
-    Args:
-        name: Of a task, or of a file of JSON lines.
-        model: On any host, with its tokenizer where it has one.
-        n: Prompts; of a file the first.
-        seed: Which prompts; not of a file.
-        split: train, validation, or test (None); not of a file.
-        decomposition: Prompts begin as the rows did that it was made on.
-
-    Raises:
-        SettingError: No such task, fewer than one prompt, or a split of a file.
-        TaskError, DecompositionFileError: As `load_task`.
-    """
+    """A task by name, or by its file of JSON lines, on the model's device; and in words where its prompts come from."""
     device = adapt(model).device
     if n < 1:
         raise SettingError(f"--prompts is at least 1; given {n}.")
@@ -50,13 +37,7 @@ def task_named(
 def search_and_test(
     name: str, model: Any, n: int, seed: int, decomposition: Any = None
 ) -> tuple[Task, Task, tuple[str, str]]:
-    """Prompts to search on and others to measure on, and both in words: validation and test split, or a file's lines by
-    turns.
-
-    Raises:
-        SettingError: A file of a single prompt.
-        As `task_named`.
-    """
+    """Prompts to search on and others to measure on, and both in words: validation and test, or a file's lines by turns."""
     if not is_file(name):
         (found, _), (held_out, _) = (
             task_named(name, model, n, seed, split, decomposition) for split in ("validation", "test")
@@ -84,13 +65,7 @@ def prompt_task(
     corrupt: str | None = None,
     decomposition: Any = None,
 ) -> Task:
-    """One prompt as a task, on the model's device; without an answer, the model's likeliest next token is it.
-
-    Raises:
-        DataError: There is no tokenizer, or it cannot read the prompt.
-        TaskError: Prompt and corrupt prompt differ in their number of tokens, or answers contradict the wrong ones.
-        TokenizerTaskError: An answer is not one token.
-    """
+    """One prompt as a task on the model's device; without an answer, the model's likeliest next token is it."""
     writer, device = prompt_tokenizer(model, decomposition=decomposition), adapt(model).device
     tokens = _row(writer, prompt)
     if answers:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_paramdecomp.components.disk import parse_json, read_text, replace_text
 from tl_paramdecomp.data.batch import SMALL_INTEGERS
@@ -59,8 +60,8 @@ class Task:
     """Template of each prompt, to give results as a spread over them."""
 
     def __post_init__(self) -> None:
-        _check_rows_of(self.name, self.clean, self.corrupt, self.attention_mask)
-        _check_answers_of(self)
+        _check_prompts(self.name, self.clean, self.corrupt, self.attention_mask)
+        self._check_answers()
         for what, listed in (("texts", self.texts), ("groups", self.groups)):
             if len(listed) not in (0, len(self)):
                 raise TaskError(
@@ -112,18 +113,38 @@ class Task:
         if corrupt is not None:
             _check_lengths(name, clean, corrupt)
             others, _ = _padded(name, corrupt, pad_token)
-        _check_rows_of(name, rows, others, mask)
-        some = None if wrong is None else tuple(_ids(name, "wrong tokens", of) for of in wrong)
+        _check_prompts(name, rows, others, mask)
+        some = tuple(_ids(name, "wrong tokens", of) for of in wrong or ())
         return cls(
             name=name,
             clean=rows,
             corrupt=others,
             attention_mask=mask,
             answers=tuple(_ids(name, "answers", of) for of in answers),
-            wrong=() if some is None or not any(some) else some,
+            wrong=some if any(some) else (),
             texts=tuple(texts),
             groups=tuple(groups),
         )
+
+    def _check_answers(self) -> None:
+        if len(self.answers) != len(self) or len(self.wrong) not in (0, len(self)):
+            raise TaskError(
+                f"Task {self.name!r} has {len(self)} prompts, {len(self.answers)} sets of answers and {len(self.wrong)} of "
+                "wrong tokens; give one set for each prompt (wrong ones may be left out for all)."
+            )
+        for i, (answers, wrong) in enumerate(zip(self.answers, self.wrong or ((),) * len(self))):
+            both = answers + wrong
+            if not answers:
+                problem = "has no answer"
+            elif self.wrong and not wrong:
+                problem = "has no wrong tokens, and others have; give all some or none"
+            elif min(both) < 0:
+                problem = f"names {min(both)}, and {min(both)} is no token id"
+            elif len(set(both)) != len(both):
+                problem = f"names a token twice among its answers {[*answers][:8]} and wrong tokens {[*wrong][:8]}"
+            else:
+                continue
+            raise TaskError(f"Prompt {i} of task {self.name!r} {problem}.")
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -188,16 +209,11 @@ class Task:
             DecompositionFileError: It cannot be written there, or is larger than is read again.
             DiskSpaceError: There is no room.
         """
-        path, lengths = Path(path), (self.last + 1).tolist()
-        lines = []
-        for i, length in enumerate(lengths):
-            line: dict[str, Any] = {"task": self.name, "clean": self.clean[i, :length].tolist()}
-            if self.corrupt is not None:
-                line["corrupt"] = self.corrupt[i, :length].tolist()
-            line["answer"] = list(self.answers[i])
-            for field, of in (("wrong", self.wrong), ("text", self.texts), ("group", self.groups)):
-                if of:
-                    line[field] = list(of[i]) if field == "wrong" else of[i]
+        path, lines, others = Path(path), [], {"wrong": self.wrong, "text": self.texts, "group": self.groups}
+        for i, length in enumerate((self.last + 1).tolist()):
+            line = {"task": self.name, "clean": self.clean[i, :length].tolist()}
+            line |= {} if self.corrupt is None else {"corrupt": self.corrupt[i, :length].tolist()}
+            line |= {"answer": self.answers[i]} | {field: of[i] for field, of in others.items() if of}
             lines.append(json.dumps(line, ensure_ascii=False))
         text = _sealed("\n".join(lines) + "\n")
         if len(text.encode("utf-8", errors="replace")) > LARGEST:
@@ -255,21 +271,21 @@ def load_task(
         raise TaskError(
             f"{path} holds lines of several tasks ({', '.join(sorted(map(str, named)))}); load_task(name=...)."
         )
-    clean = [_prompt(writer, where, line["clean"]) for where, line in lines]
     texts = [line.get("text", line["clean"]) for _, line in lines]
+    clean, corrupt, answers, wrong = (
+        [read(writer, where, line, field) for where, line in lines] if field in fields else None
+        for read, field in ((_prompt, "clean"), (_prompt, "corrupt"), (_next_tokens, "answer"), (_next_tokens, "wrong"))
+    )
     return Task.from_tokens(
         name or (str(named.pop()) if named else path.stem),
-        clean,
-        [_next_tokens(writer, where, line, "answer") for where, line in lines],
-        [_next_tokens(writer, where, line, "wrong") for where, line in lines] if "wrong" in fields else None,
-        [_prompt(writer, where, line["corrupt"]) for where, line in lines] if "corrupt" in fields else None,
+        *(clean, answers or (), wrong, corrupt),
         texts=[str(text) for text in texts] if all(isinstance(text, str) for text in texts) else (),
         groups=[str(line["group"]) for _, line in lines] if "group" in fields else (),
     )
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-def _check_rows_of(name: str, clean: Any, corrupt: Any, mask: Any) -> None:
+# --- prompts and answers as they are given ------------------------------------------------------------------------------
+def _check_prompts(name: str, clean: Any, corrupt: Any, mask: Any) -> None:
     check_rows(clean, mask)
     for what, rows in (("clean", clean), ("corrupt", corrupt)):
         if rows is None:
@@ -291,29 +307,6 @@ def _check_rows_of(name: str, clean: Any, corrupt: Any, mask: Any) -> None:
             f"Task {name!r}: prompts are padded on the right, so that a row of the attention mask is ones and then "
             "zeros. Give rows of different lengths to Task.from_tokens, which pads them."
         )
-
-
-def _check_answers_of(task: Task) -> None:
-    if len(task.answers) != len(task) or len(task.wrong) not in (0, len(task)):
-        raise TaskError(
-            f"Task {task.name!r} has {len(task)} prompts, {len(task.answers)} sets of answers and {len(task.wrong)} of wrong "
-            "tokens; give one set for each prompt (wrong ones may be left out for all)."
-        )
-    for i, answers in enumerate(task.answers):
-        wrong = task.wrong[i] if task.wrong else ()
-        if not answers:
-            raise TaskError(f"Prompt {i} of task {task.name!r} has no answer.")
-        if task.wrong and not wrong:
-            raise TaskError(
-                f"Prompt {i} of task {task.name!r} has no wrong tokens, and others have; give all some or none."
-            )
-        if min(answers + wrong) < 0:
-            raise TaskError(f"Prompt {i} of task {task.name!r}: {min(answers + wrong)} is no token id.")
-        if len(set(answers + wrong)) != len(answers + wrong):
-            raise TaskError(
-                f"Prompt {i} of task {task.name!r} names a token twice among its answers {list(answers)[:8]} and wrong tokens "
-                f"{list(wrong)[:8]}."
-            )
 
 
 def _check_lengths(name: str, clean: Any, corrupt: Any) -> None:
@@ -342,11 +335,9 @@ def _padded(name: str, rows: Any, pad_token: int) -> tuple[Shaped[Tensor, "..."]
     if any(row.is_floating_point() or row.dtype == torch.bool for row in made):
         raise DtypeError(f"Task {name!r}: prompts are token ids (integers).")
     made = [row.long() for row in made]
-    padded = torch.nn.utils.rnn.pad_sequence(made, batch_first=True, padding_value=pad_token)
-    lengths = torch.tensor([len(row) for row in made], device=padded.device)
-    if bool((lengths == padded.shape[1]).all()):
-        return padded, None
-    return padded, (torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]).long()
+    padded = pad_sequence(made, batch_first=True, padding_value=pad_token)
+    mask = pad_sequence([torch.ones_like(row) for row in made], batch_first=True)
+    return padded, None if bool(mask.all()) else mask
 
 
 def _ids(name: str, what: str, given: Any) -> tuple[int, ...]:
@@ -406,7 +397,8 @@ def _unsealed(path: Path, text: str) -> str:
     return body if mark else text
 
 
-def _prompt(writer: RowTokenizer | None, where: str, given: Any) -> tuple[int, ...]:
+def _prompt(writer: RowTokenizer | None, where: str, line: dict[str, Any], field: str) -> tuple[int, ...]:
+    given = line[field]
     if isinstance(given, str):
         if writer is None:
             raise TaskError(f"{where} holds text; give load_task a tokenizer or a model that has one.")
@@ -425,15 +417,13 @@ def _next_tokens(writer: RowTokenizer | None, where: str, line: dict[str, Any], 
             continue
         if not isinstance(one, str) or not isinstance(line["clean"], str):
             raise TaskError(f"{where}: {field!r} is a text behind a text, or a token id, or a list; given {given!r}.")
-        if writer is None:
-            raise TaskError(f"{where} holds text; give load_task a tokenizer or a model that has one.")
-        token = writer.next_token(line["clean"], one)
-        if token is None:
-            added = writer.added(line["clean"], one)
+        assert writer is not None  # it has read the prompt
+        added = writer.added(line["clean"], one)
+        if added is None or len(added) != 1:
             found = "changes the prompt's last token" if added is None else f"adds {len(added)} tokens"
             raise TokenizerTaskError(
                 f"{where}: {field} {one!r} {found}, and must add one. It is taken as it stands behind the prompt: begin it "
                 f"with a space (' John') where the tokenizer's words have one, or choose a word of one token."
             )
-        tokens.append(token)
+        tokens += added
     return tuple(tokens)
