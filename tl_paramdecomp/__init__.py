@@ -24,11 +24,9 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.analysis.contexts.token_statistics import TokenStatistics, token_statistics
     from tl_paramdecomp.analysis.contexts.top_contexts import TopContexts, top_contexts
     from tl_paramdecomp.analysis.effects.attention_scores import AttentionScores, attention_scores
-    from tl_paramdecomp.analysis.effects.attribution import attribute
-    from tl_paramdecomp.analysis.effects.attributions import Attribution
+    from tl_paramdecomp.analysis.effects.attribution import Attribution, attribute
     from tl_paramdecomp.analysis.effects.component_heads import ComponentHeads, PerHead, component_heads, per_head
-    from tl_paramdecomp.analysis.effects.direct_effects import IncomingEdges
-    from tl_paramdecomp.analysis.effects.edges import Graph, dataset_graph, edges_into, prompt_graph
+    from tl_paramdecomp.analysis.effects.edges import Graph, IncomingEdges, dataset_graph, edges_into, prompt_graph
     from tl_paramdecomp.analysis.effects.sweep import Sweep, sweep
     from tl_paramdecomp.analysis.evaluation.comparison import Comparison
     from tl_paramdecomp.analysis.evaluation.controls import shuffled_weights

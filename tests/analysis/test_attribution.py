@@ -12,8 +12,7 @@ from torch import Tensor
 import tl_paramdecomp as tlpd
 from tests.support.slow_ablations import ablation_effects
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.effects.attribution import attribute
-from tl_paramdecomp.analysis.effects.attributions import Attribution
+from tl_paramdecomp.analysis.effects.attribution import Attribution, attribute
 from tl_paramdecomp.errors import (
     DecompositionFileError,
     NoMatchingSiteError,

@@ -2,13 +2,27 @@
 
 A node is (site, component, position). The edge u -> v is what u's write adds to v's activation directly, that is with what all
 other decomposed sites write held fixed: h_u (U_u . dh_v/dy_u), across positions too. It is v's activation (or the metric) with
-u minus without u, to first order, so that a positive edge raises its target. `direct_effects` says what is held and what is
-differentiated on the way.
+u minus without u, to first order, so that a positive edge raises its target.
+
+Every decomposed site (or those that are chosen) is pinned: a leaf takes the place of what it writes, so that no effect
+passes through another one of them. What lies between two sites is differentiated: the residual stream, attention from key to
+query positions where its queries, keys and values are not pinned on the way, nonlinearities, and weights that are not
+decomposed. With `frozen_norms` the denominators of LayerNorm and RMSNorm are constants, with `frozen_patterns` attention
+patterns are.
+
+With a the number that is explained, y_s = b_s + h_s U_s + delta_s the writes and g_s = da/dy_s:
+
+    a = sum over sites and positions of (h_s U_s + delta_s + b_s) . g_s + embeddings + biases + remainder
+
+where embeddings and biases are those of tables, weights and normalisations that are not decomposed. The remainder is 0 where a
+is an affine function of the writes: everything between is linear, or frozen. Each part is a with the component (its write, a
+bias, an embedding) minus a without it, the others held: exactly so in that case, to first order otherwise.
 
 After Ge, Zhu, Shu, Wang, He, Qiu 2024 (arXiv 2405.13868) and Marks et al. 2024 (arXiv 2403.19647, section 3), with parameter
 components in the place of dictionary features.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, SupportsIndex
@@ -18,13 +32,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.adapters.outputs import need_answers
+from tl_paramdecomp.adapters import ModelAdapter
+from tl_paramdecomp.adapters.attention import attention_softmaxes
+from tl_paramdecomp.adapters.norm_scales import NormCall, opened_norms
 from tl_paramdecomp.analysis.activations import component_acts
-from tl_paramdecomp.analysis.effects.attribution import attribute
-from tl_paramdecomp.analysis.effects.attributions import held
-from tl_paramdecomp.analysis.effects.direct_effects import DirectPass, IncomingEdges
-from tl_paramdecomp.analysis.effects.site_writes import Prompts, chosen_sites, prompts_of
+from tl_paramdecomp.analysis.effects.attribution import attribute, held
+from tl_paramdecomp.analysis.effects.site_writes import (
+    EMBEDDINGS,
+    Prompts,
+    SiteWrites,
+    along_writes,
+    chosen_sites,
+    derivatives,
+    dotted,
+    prompts_of,
+)
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, Record, Row, Table, form, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
@@ -40,6 +62,116 @@ SHOWN = 20
 """Edges in a printed table."""
 
 
+# --- direct effects -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class IncomingEdges:
+    """What a number in a forward pass is made of, one number for each row."""
+
+    target: str
+    """Site, component and position."""
+    value: Float[Tensor, " batch"]
+    """The number itself: a component's activation at one position, or the metric."""
+    values: dict[str, Float[Tensor, "batch pos _C"]]
+    """By decomposed site, the edge from each component at each position: h_c (U_c . g), the number with its write minus
+    without it."""
+    delta: dict[str, Float[Tensor, "batch pos"]]
+    """By decomposed site, the edge from its delta component."""
+    bias: dict[str, Float[Tensor, " batch"]]
+    """By site or normalisation, the edge from its bias at all positions together."""
+    embeddings: dict[str, Float[Tensor, "batch pos"]]
+    """The edge from each embedding table that is not decomposed."""
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """Sum of all edges."""
+        kinds = (self.values, self.bias, self.delta, self.embeddings)
+        parts = [part.reshape(len(part), -1).sum(1) for kind in kinds for part in kind.values()]
+        return torch.stack([part.to(self.value.dtype) for part in parts]).sum(0)
+
+    def sums(self) -> dict[str, float]:
+        """Sums of all edges of each kind, over rows too."""
+        names = ("values", "delta", "bias", "embeddings")
+        return {name: float(sum(float(part.sum()) for part in getattr(self, name).values())) for name in names}
+
+    @property
+    def remainder(self) -> Float[Tensor, " batch"]:
+        """What of the number the edges do not explain: 0 where everything between is linear or frozen."""
+        return self.value - self.total
+
+
+@dataclass(eq=False)
+class DirectPass:
+    """One forward pass with every decomposed site pinned, from which any number of targets can be explained."""
+
+    components: Mapping[str, Components]
+    """Of the pinned sites."""
+    writes: SiteWrites
+    norms: dict[str, list[NormCall]]
+    metric: Float[Tensor, " batch"]
+    """In the graph."""
+    acts: dict[str, Float[Tensor, "batch pos _C"]]
+    rest: dict[str, Float[Tensor, "batch pos d_out"]]
+    """What delta components write."""
+
+    @classmethod
+    def of(
+        cls,
+        adapter: ModelAdapter,
+        components: Mapping[str, Components],
+        prompts: Prompts,
+        frozen_norms: bool = True,
+        frozen_patterns: bool = False,
+    ) -> "DirectPass":
+        """Run it over the clean rows, with these components' sites pinned."""
+        writes = SiteWrites(len(prompts.clean))
+        others = [
+            n for n in adapter.wirings if n not in components and (n in EMBEDDINGS or adapter.bias(n) is not None)
+        ]
+        fns = writes.fns(components, "pinned") | writes.fns(others, "open")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            norms = stack.enter_context(opened_norms(adapter.root, frozen_norms))
+            if frozen_patterns:
+                stack.enter_context(attention_softmaxes(adapter.root, hold=True))
+            stack.enter_context(adapter.intercept(fns))
+            metric = prompts.measure(adapter.forward(prompts.clean, prompts.attention_mask))
+        acts = {name: writes.acts(name, own) for name, own in components.items()}
+        rest = {name: writes.delta_write(name, own) for name, own in components.items()}
+        return cls(components, writes.check_positions(), dict(norms), metric, acts, rest)
+
+    def into(self, node: tuple[str, int, int] | None) -> IncomingEdges:
+        """Edges into a component's activation at one position, or into the metric."""
+        target, value = METRIC, self.metric
+        if node is not None:
+            site, component, position = node
+            target, components = f"{site}[{component}] at {position}", self.components[site]
+            if components.site.kind == "embedding":
+                value = self.acts[site][:, position, component]
+            else:
+                x = self.writes.x[site][:, position].to(components.V.dtype)
+                value = x @ components.V.detach()[:, component]
+        names = list(self.writes.leaves)
+        norms = [(name, call) for name, calls in self.norms.items() for call in calls if call.bias is not None]
+        leaves = [self.writes.leaves[n] for n in names] + [call.leaf for _, call in norms]
+        found = derivatives(value.sum(), leaves, retain=True)
+        values, delta, bias, embeddings = {}, {}, {}, {}
+        for name, gradient in zip(names, found):
+            own = self.writes.bias[name]
+            if own is not None:
+                bias[name] = dotted(own, gradient).sum(1)
+            if name in self.components:
+                values[name] = along_writes(self.components[name], self.acts[name], gradient)
+                delta[name] = dotted(self.rest[name], gradient)
+            elif name in EMBEDDINGS:
+                embeddings[name] = dotted(self.writes.y[name], gradient)
+        for (name, call), gradient in zip(norms, found[len(names) :]):
+            assert call.bias is not None
+            part = dotted(call.bias, gradient).flatten(1).sum(1)
+            bias[f"norm {name}"] = bias[f"norm {name}"] + part if f"norm {name}" in bias else part
+        return IncomingEdges(target, value.detach(), values, delta, bias, embeddings)
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------------
 def edges_into(
     model: Any,
     decomposition: Decomposition,
@@ -71,16 +203,11 @@ def edges_into(
         UnsupportedModelError: A normalisation's denominator cannot be held.
         TargetMismatchError, DeviceError, ShapeError, DtypeError: As `attribute`.
     """
-    prompts = prompts_of(tokens, lambda logits: logits.flatten(1)[:, 0], None, attention_mask)  # any metric
+    prompts = prompts_of(model, tokens, lambda logits: logits.flatten(1)[:, 0], None, attention_mask)  # any metric
     adapter = checked_adapter(model, decomposition, tokens, attention_mask)
-    components = _components(decomposition, sites)
-    site, component, position = _node(components, target, tokens.shape[1])
-    run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
-    return run.into_component(site, component, position)
-
-
-def _components(decomposition: Decomposition, sites: SitePattern | None) -> dict[str, Components]:
-    return {name: decomposition[name] for name in chosen_sites(decomposition, sites)}
+    components = chosen_sites(decomposition, sites)
+    node = _node(components, target, tokens.shape[1])
+    return DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns).into(node)
 
 
 def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple[str, int, int]:
@@ -195,11 +322,10 @@ def prompt_graph(
         SettingError: More than one row, or fewer than one node.
         UnsupportedModelError, TargetMismatchError, DeviceError, ShapeError, DtypeError: As `edges_into` and `attribute`.
     """
-    prompts = prompts_of(tokens, metric, None, attention_mask)
-    need_answers(adapt(model), tokens, metric)
+    prompts = prompts_of(model, tokens, metric, None, attention_mask)
     if len(prompts.clean) != 1:
         raise SettingError(f"A prompt's graph is of one row; given {len(prompts.clean)}. See dataset_graph for many.")
-    components, mask = _components(decomposition, sites), prompts.attention_mask
+    components, mask = chosen_sites(decomposition, sites), prompts.attention_mask
     found = attribute(model, decomposition, prompts.clean, prompts.measure, sites=list(components), attention_mask=mask)
     chosen: list[tuple[str, int, int]]
     if isinstance(nodes, int):
@@ -212,9 +338,8 @@ def prompt_graph(
     run = DirectPass.of(checked_adapter(model, decomposition), components, prompts, frozen_norms, frozen_patterns)
     listed = [_node_row((s, c, p), run.acts[s][0, p, c], found.values[s][0, p, c]) for s, c, p in chosen]
     edges, explained = [], []
-    targets: list[int | str] = [*range(len(chosen)), METRIC]
-    for target in targets:
-        incoming = run.into_metric() if isinstance(target, str) else run.into_component(*chosen[target])
+    for target, node in [*enumerate(chosen), (METRIC, None)]:
+        incoming = run.into(node)
         values = [float(incoming.values[site][0, p, c]) for site, c, p in chosen]
         edges += [{"source": i, "target": target, "value": value} for i, value in enumerate(values) if value != 0.0]
         whole, nodes_sum = incoming.sums(), sum(values)
@@ -267,10 +392,9 @@ def dataset_graph(
     """
     if batch_size < 1:
         raise SettingError(f"batch_size is at least 1; given {batch_size}.")
-    whole = prompts_of(tokens, metric, None, attention_mask)
-    need_answers(adapt(model), tokens, metric)
+    whole = prompts_of(model, tokens, metric, None, attention_mask)
     batches = [whole.select(rows) for rows in torch.arange(len(whole.clean)).split(batch_size)]
-    components, adapter = _components(decomposition, sites), checked_adapter(model, decomposition)
+    components, adapter = chosen_sites(decomposition, sites), checked_adapter(model, decomposition)
     strengths, activations = _summed_strengths(model, decomposition, components, batches)
     chosen = _chosen(components, strengths, nodes)
     n, rows, device, length = len(chosen), len(whole.clean), whole.clean.device, whole.clean.shape[1]
@@ -281,10 +405,10 @@ def dataset_graph(
             run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
             real = torch.ones(prompts.clean.shape, device=device) if prompts.real is None else prompts.real.double()
             counted += float(real.sum())
-            into_metric += _absolute(run.into_metric(), chosen, real).sum(0)
+            into_metric += _absolute(run.into(None), chosen, real).sum(0)
             for target, node in enumerate(chosen):
                 for position in range(length):
-                    incoming = _absolute(run.into_component(*node, position), chosen, real)
+                    incoming = _absolute(run.into((*node, position)), chosen, real)
                     between[:, target] += (incoming * real[:, position, None]).sum(0)
                     bar.update(1)
     listed = [_node_row((s, c, None), activations[s][c] / counted, strengths[s][c] / rows) for s, c in chosen]

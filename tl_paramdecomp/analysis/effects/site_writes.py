@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tl_paramdecomp.adapters import adapt
+from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.positions import PositionsLike, parse_positions
@@ -113,9 +115,10 @@ def dotted(write: Tensor, gradient: Float[Tensor, "batch pos d_out"]) -> Float[T
         return (write.detach().to(wide) * gradient.to(wide)).sum(-1)
 
 
-def chosen_sites(decomposition: Decomposition, sites: SitePattern | None) -> list[str]:
-    """Decomposed sites that a pattern selects; all of them for None."""
-    return list(decomposition) if sites is None else list(select_sites(decomposition.sites, sites))
+def chosen_sites(decomposition: Decomposition, sites: SitePattern | None) -> dict[str, Components]:
+    """Decomposed sites that a pattern selects, and their components; all of them for None."""
+    names = decomposition if sites is None else select_sites(decomposition.sites, sites)
+    return {name: decomposition[name] for name in names}
 
 
 def chosen_columns(positions: PositionsLike, rows: Shaped[Tensor, "batch pos"], what: str) -> list[int]:
@@ -152,7 +155,8 @@ class Prompts:
         if len(rows) == len(self.clean):
             return self
         if self.task is not None:
-            return prompts_of(self.task.select(rows.tolist()), self.of)
+            task = self.task.select(rows.tolist())
+            return replace(self, clean=task.clean, corrupt=task.corrupt, attention_mask=task.attention_mask, task=task)
         corrupt, mask = (None if of is None else of[rows] for of in (self.corrupt, self.attention_mask))
         return replace(self, clean=self.clean[rows], corrupt=corrupt, attention_mask=mask)
 
@@ -173,7 +177,7 @@ class Prompts:
 
 
 def prompts_of(
-    tokens: Any, metric: Any, corrupt: Any = None, attention_mask: Any = None, *, numbers: bool = False
+    model: Any, tokens: Any, metric: Any, corrupt: Any = None, attention_mask: Any = None, *, numbers: bool = False
 ) -> Prompts:
     """Rows and measure from token rows (with `numbers`, any) and a metric of logits; or from a task and one of its answers."""
     name, task = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__, None
@@ -192,4 +196,5 @@ def prompts_of(
                 f"Corrupt rows are aligned with the clean ones token by token; given {list(corrupt.shape)} beside "
                 f"{list(tokens.shape)}."
             )
+    need_answers(adapt(model), task, metric)
     return Prompts(tokens, corrupt, attention_mask, metric, str(name), task)

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.effects.single_runs import Runs, SitePatches
 from tl_paramdecomp.analysis.effects.site_writes import Prompts, prompts_of
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, DataFrame, Record, Table, frame_of, plain_table
@@ -196,10 +195,9 @@ def sweep(
         NoMatchingSiteError, PositionIndexError: No such site or position.
         TargetMismatchError, DeviceError, PatchConflictError: As `patched_acts`.
     """
-    runs = prompts_of(prompts, metric, corrupt, attention_mask, numbers=True)
+    runs = prompts_of(model, prompts, metric, corrupt, attention_mask, numbers=True)
     put, seed = _checked_value(value, direction, runs, rows_at_once), fit(seed, Seed, "seed")
     adapter = checked_adapter(model, decomposition, runs.clean, runs.attention_mask)
-    need_answers(adapter, prompts, metric)
     chosen = _chosen_sites(decomposition, sites, by_head)
     denoising = direction == "denoising"
     base, source = (runs.corrupt, runs.clean) if denoising else (runs.clean, runs.corrupt)

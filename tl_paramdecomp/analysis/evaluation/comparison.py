@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tl_paramdecomp.analysis.evaluation.result import distance_name
 from tl_paramdecomp.analysis.records import DataFrame, Record, Row, Table, form, frame_of, old_frame, plain_table, shown
@@ -142,10 +142,8 @@ def area(curve: Sequence[tuple[float, float]], low: float, high: float) -> float
     ends = [(place, height(curve, place)) for place in (low, high)]
     assert ends[0][1] is not None and ends[1][1] is not None
     within = [ends[0], *((x, y) for x, y in curve if low < x < high), ends[1]]
-    total = sum(
-        (math.log(x2) - math.log(x)) * (y + y2) / 2  # type: ignore[operator]
-        for (x, y), (x2, y2) in itertools.pairwise(within)
-    )
+    pairs: Any = itertools.pairwise(within)
+    total = sum((math.log(x2) - math.log(x)) * (y + y2) / 2 for (x, y), (x2, y2) in pairs)
     return total / (math.log(high) - math.log(low))
 
 
@@ -194,21 +192,12 @@ def _points(found: Comparison) -> Table:
 
 
 def _stability(found: Comparison) -> Table:
-    return plain_table(
-        "Matched cosines between seeds, of active components",
-        *("method, sparsity", "V", "U", "rank one", "untrained: V", "U", "rank one"),
-        rows=[
-            [
-                f"{row['method']}, {row['sparsity']:g}",
-                *(
-                    shown(row[side].get(k), 3)
-                    for side in ("trained", "untrained")
-                    for k in ("read", "write", "rank_one")
-                ),
-            ]
-            for row in found.stability
-        ],
-    )
+    columns = ("method, sparsity", "V", "U", "rank one", "untrained: V", "U", "rank one")
+    table = plain_table("Matched cosines between seeds, of active components", *columns)
+    for row in found.stability:
+        cosines = [row[side].get(of) for side in ("trained", "untrained") for of in ("read", "write", "rank_one")]
+        table.add_row(f"{row['method']}, {row['sparsity']:g}", *(shown(cosine, 3) for cosine in cosines))
+    return table
 
 
 def _splitting(found: Comparison) -> Table:

@@ -189,16 +189,8 @@ def _specificity(found: Evaluation) -> Table:
 
 
 def _sites(found: Evaluation) -> Table:
-    columns = (
-        "rel. error",
-        "L0",
-        "rank",
-        "active params",
-        "alive",
-        "of",
-        f"rounded {distance_name(found.measure)}, alone",
-    )
-    table = plain_table("Matrices", "site", *columns)
+    columns = ("rel. error", "L0", "rank", "active params", "alive", "of")
+    table = plain_table("Matrices", "site", *columns, f"rounded {distance_name(found.measure)}, alone")
     alone = {row["site"]: row[found.measure] for row in found.masks if row["masks"] == "rounded 0.1"}
 
     def add(name: str, error: str, row: Row, last: str) -> None:

@@ -158,9 +158,8 @@ def causal_selectivity(
     if len(tokens) <= top:
         raise DataError(f"Top samples are compared with others: give more than {top} rows; given {len(tokens)}.")
     adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)
-    chosen = [
-        decomposition.index(k) for k in (range(decomposition.n_subnetworks) if subnetworks is None else subnetworks)
-    ]
+    every = range(decomposition.n_subnetworks)
+    chosen = [decomposition.index(k) for k in (every if subnetworks is None else subnetworks)]
     if found is None:
         found = impacts(model, decomposition, tokens, attention_mask=attention_mask, seed=seed)
     changes = _changes(adapter, decomposition, chosen, delta, tokens, attention_mask, rows_at_once, method.divergence)
@@ -191,13 +190,11 @@ def _changes(
                 both = []
                 for sign in (1.0, -1.0):
                     with perturbed(adapter.model, decomposition, {k: sign * delta}):
-                        both.append(_divergence(before, adapter.forward(*batch), divergence))
+                        after = adapter.forward(*batch)
+                        if divergence == "kl":
+                            both.append(kl(log_probabilities(before), log_probabilities(after)).clamp(min=0.0))
+                        else:
+                            both.append(mean_square(before, after))
                 changes.append(torch.stack(both).mean(0))
             parts.append(torch.stack(changes))
     return torch.cat(parts, 1)
-
-
-def _divergence(before: Tensor, after: Tensor, divergence: SampleDivergence) -> Float[Tensor, "rows *pos"]:
-    if divergence != "kl":
-        return mean_square(before, after)
-    return kl(log_probabilities(before), log_probabilities(after)).clamp(min=0.0)
