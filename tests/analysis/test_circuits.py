@@ -12,13 +12,14 @@ from tests.support.models import gpt2
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.analysis.circuits.circuit import Circuit, evaluate_circuit, find_circuit
 from tl_paramdecomp.analysis.circuits.search import LearnedMasks, members, pruned, shortest_good
-from tl_paramdecomp.analysis.circuits.units import component_units, neuron_and_head_units
-from tl_paramdecomp.analysis.circuits.values import (
+from tl_paramdecomp.analysis.circuits.units import (
     TaskRuns,
     adversarial_value,
     baseline_of,
+    component_units,
     mask_gradients,
     mask_sensitivities,
+    neuron_and_head_units,
     stochastic_value,
 )
 from tl_paramdecomp.analysis.evaluation.measures import auroc

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import tl_paramdecomp as tlpd
-from tl_paramdecomp.analysis.circuits.units import component_units
-from tl_paramdecomp.analysis.circuits.values import TaskRuns, mask_gradients
+from tl_paramdecomp.analysis.circuits.units import TaskRuns, component_units, mask_gradients
 from tl_paramdecomp.analysis.effects.sweep import Sweep
 from tl_paramdecomp.analysis.evaluation.measures import spearman
 from tl_paramdecomp.errors import DecompositionFileError

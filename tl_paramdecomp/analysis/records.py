@@ -52,6 +52,11 @@ class Record:
     width: ClassVar[int] = 110
     """Columns that its tables are printed in."""
 
+    def __init_subclass__(cls, **told: Any) -> None:
+        """With these of the class: `class Sweep(Record, what="sweep", arrays=("effects",))`."""
+        for name, value in told.items():
+            setattr(cls, name, value)
+
     @abstractmethod
     def tables(self) -> list[Table]:
         """Tables for a terminal, by rich."""

@@ -11,7 +11,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +49,8 @@ DiskRow = form("DiskRow", checkpoint=int, kept=int, result=int, total=int)
 
 
 @dataclass(frozen=True)
-class Estimate(Record):
+class Estimate(Record, what="estimate"):
     """What a run needs, in bytes and seconds."""
-
-    what: ClassVar[str] = "estimate"
 
     run: Annotated[Row, RunRow]
     """Method, importance function, steps, rows and their shape, device."""

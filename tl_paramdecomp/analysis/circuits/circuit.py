@@ -13,7 +13,7 @@ complement, and each unit's own part. Measures: Wang et al. 2022 (arXiv 2211.005
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.analysis.circuits.search import LearnedMasks, members, pruned, shortest_good
-from tl_paramdecomp.analysis.circuits.units import Units, component_units
-from tl_paramdecomp.analysis.circuits.values import (
+from tl_paramdecomp.analysis.circuits.units import (
     TaskRuns,
+    Units,
     Value,
     adversarial_value,
     baseline_of,
     capped_mean,
+    component_units,
     mask_gradients,
     mask_sensitivities,
     stochastic_value,
@@ -52,10 +53,8 @@ SINGLE = 64
 
 
 @dataclass(frozen=True)
-class Circuit(Record):
+class Circuit(Record, what="circuit"):
     """A circuit and its measures on one task; f is normalised faithfulness."""
-
-    what: ClassVar[str] = "circuit"
 
     task: str
     """Its name."""
@@ -167,7 +166,6 @@ def find_circuit(
 
     Args:
         decomposition: Made from its weights; factors stay as they are.
-        task: Prompts to search on.
         metric: Of the answers' logits; None: the task's own.
         method: What orders units: `gradients` (absolute values, under random masks between one half and 1), `integrated`
             (signed, over one mask that all share; they sum to the metric's difference), or `masks` (learned against an
@@ -178,7 +176,6 @@ def find_circuit(
             itself makes of it: one that overshoots does not make up for one that fails.
         stochastic: f that it must reach with all others masked at random; None: whatever it is.
         value: What ablated components' activations become.
-        delta: The delta component's mask.
         prune: Remove what is not needed, one unit after the other.
         held_out: Prompts to measure on; None: the same.
         seed: Of masks and random circuits.

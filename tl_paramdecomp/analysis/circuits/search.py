@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_paramdecomp.analysis.circuits.values import TaskRuns
+from tl_paramdecomp.analysis.circuits.units import TaskRuns
 from tl_paramdecomp.methods.adversary import ascended
 from tl_paramdecomp.methods.divergence import kl
 from tl_paramdecomp.settings import Count, NotNegative, Positive, Settings, Whole

@@ -13,7 +13,7 @@ weights instead of activations Dar et al. 2023, arXiv 2209.02535.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -47,10 +47,8 @@ class LensToken:
 
 
 @dataclass(frozen=True)
-class LogitLens(Record):
+class LogitLens(Record, what="logit lens"):
     """The tokens that a component's write promotes and demotes most, straight at the unembedding."""
-
-    what: ClassVar[str] = "logit lens"
 
     site: str
     """Its name."""

@@ -7,7 +7,7 @@ Pointwise mutual information of a token and of being active is log p(token | act
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -67,10 +67,8 @@ class ComponentTokens:
 
 
 @dataclass(frozen=True)
-class TokenStatistics(Record):
+class TokenStatistics(Record, what="token statistics"):
     """Tokens that go with components."""
-
-    what: ClassVar[str] = "token statistics"
 
     active_by: str
     """`importance`, or `activation`."""

@@ -7,7 +7,7 @@ activation, then to the earlier row and position.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -66,10 +66,8 @@ class ComponentContexts:
 
 
 @dataclass(frozen=True)
-class TopContexts(Record):
+class TopContexts(Record, what="top contexts"):
     """Top activating contexts of components."""
-
-    what: ClassVar[str] = "top contexts"
 
     by: str
     """What is largest: `activation` or `importance`."""
@@ -141,8 +139,7 @@ def top_contexts(
         by: Compare by `activation` or by `importance`.
         sign: Only places whose activation has this sign.
         distinct_rows: Only the largest position of each row.
-        before: Tokens in front of the position that are kept.
-        after: Tokens behind it.
+        before, after: Tokens in front of the position and behind it that are kept.
         attention_mask: Of one tensor of rows: 1 where a position counts.
         rows_at_once: Rows in one forward pass, where `data` is one tensor.
         tokenizer: For the tokens' text; None: the host's own, where it holds one.

@@ -118,10 +118,8 @@ def attention_scores(
 
     Args:
         decomposition: Of this model, with W_Q or W_K of the layer; a site that it lacks is all delta component.
-        layer: Block.
         head: Query head.
-        queries: Query positions; None for all.
-        keys: Key positions; None for all.
+        queries, keys: Positions; None for all.
         attention_mask: 1 where a position counts.
 
     Raises:

@@ -17,7 +17,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -76,11 +76,8 @@ class Effect(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution(Record):
+class Attribution(Record, what="attribution", arrays=("values", "delta", "bias", "embeddings")):
     """Effects on a metric. Positive values speak for a component: the metric is higher with it than without."""
-
-    what: ClassVar[str] = "attribution"
-    arrays: ClassVar[tuple[str, ...]] = ("values", "delta", "bias", "embeddings")
 
     method: str
     """`gradient`, `integrated` or `ablation`."""
@@ -125,9 +122,7 @@ class Attribution(Record):
         """The n effects of largest absolute value, largest first.
 
         Args:
-            n: How many at most.
             row: Of one row; None: of the mean over all rows.
-            delta: Delta components as well.
 
         Raises:
             SettingError: There is no such row.
@@ -284,8 +279,6 @@ def attribute(
         frozen_norms: Take gradients with the denominators of LayerNorm and RMSNorm held; not for `ablation`.
         frozen_patterns: Take gradients with attention patterns held; not for `ablation`.
         attention_mask: 1 where a position counts; attributions at the others are 0.
-        rows_at_once: Rows of one batch of `ablation`.
-        progress: Show a progress bar, for `ablation`.
 
     Raises:
         SettingError: No such method, direction or path; `integrated` without corrupt rows, `denoising` without them; steps

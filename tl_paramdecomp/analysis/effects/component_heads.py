@@ -4,7 +4,7 @@ Parts are what is there with the component minus without it, in one head: they s
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,10 +19,8 @@ from tl_paramdecomp.sites import WeightSite, check_rows, resolve_name
 
 
 @dataclass(frozen=True)
-class ComponentHeads(Record):
+class ComponentHeads(Record, what="shares of heads"):
     """Each component's squared norm, divided among the heads of its site."""
-
-    what: ClassVar[str] = "shares of heads"
 
     site: str
     """Its name."""
@@ -52,10 +50,6 @@ def component_heads(decomposition: Decomposition, site: str) -> ComponentHeads:
 
     For W_Q, W_K and W_V heads divide what is written, U_c; for W_O what is read, V_c. Activations head by head on given
     tokens are those of `per_head`.
-
-    Args:
-        decomposition: Of any model.
-        site: Name or alias of a W_Q, W_K, W_V or W_O.
 
     Raises:
         HeadIndexError: The site does not divide into heads.

@@ -25,7 +25,7 @@ components in the place of dictionary features.
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, SupportsIndex
+from typing import Annotated, Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -229,10 +229,8 @@ ExplainedRow = form("ExplainedRow", target=int | Literal["metric"], **dict.fromk
 
 
 @dataclass(frozen=True)
-class Graph(Record):
+class Graph(Record, what="graph of components"):
     """Nodes, and edges between them and into the metric."""
-
-    what: ClassVar[str] = "graph of components"
 
     metric: str
     """Its name."""

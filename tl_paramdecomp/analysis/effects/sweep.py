@@ -51,11 +51,9 @@ class SweepEffect(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sweep(Record):
+class Sweep(Record, what="sweep", arrays=("effects",)):
     """Effects of every component by itself: the metric with it minus the metric without it. Positive values speak for it."""
 
-    what: ClassVar[str] = "sweep"
-    arrays: ClassVar[tuple[str, ...]] = ("effects",)
     absent: ClassVar[Mapping[str, str]] = {
         "sign": "it does not say which way its effects are counted, and in sweeps of before, noising effects have the other "
         "sign; sweep again"
@@ -184,8 +182,6 @@ def sweep(
         positions: Where each patch holds: as in `ActPatches.set`, or `each`: a patch for every position by itself.
         by_head: A patch for every head by itself: what it writes (W_Q, W_K, W_V), or reads (W_O).
         means: For `mean`: of `activation_means`.
-        rows_at_once: Rows in one forward pass.
-        seed: Of `resample`.
 
     Raises:
         SettingError: A value, direction or number of rows that makes no sense.
@@ -195,6 +191,8 @@ def sweep(
         NoMatchingSiteError, PositionIndexError: No such site or position.
         TargetMismatchError, DeviceError, PatchConflictError: As `patched_acts`.
     """
+    if hasattr(prompts, "clean") and (corrupt is not None or attention_mask is not None):
+        raise SettingError("A task has its own corrupt prompts and attention mask; leave corrupt= and mask out.")
     runs = prompts_of(model, prompts, metric, corrupt, attention_mask, numbers=True)
     put, seed = _checked_value(value, direction, runs, rows_at_once), fit(seed, Seed, "seed")
     adapter = checked_adapter(model, decomposition, runs.clean, runs.attention_mask)

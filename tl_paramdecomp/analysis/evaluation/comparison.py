@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from tl_paramdecomp.analysis.evaluation.result import distance_name
 from tl_paramdecomp.analysis.records import DataFrame, Record, Row, Table, form, frame_of, old_frame, plain_table, shown
@@ -37,11 +37,8 @@ SplittingRow = form(
 
 
 @dataclass(frozen=True)
-class Comparison(Record):
+class Comparison(Record, what="comparison", width=120):
     """Runs of several methods at several sparsities and seeds, all under one protocol; KL in nats per token."""
-
-    what: ClassVar[str] = "comparison"
-    width: ClassVar[int] = 120
 
     protocol: Annotated[Row, Settled]
     """What was fixed before the first run: sites, budget, seeds, sparsities, data, adversary."""
@@ -79,8 +76,6 @@ class Comparison(Record):
 
         Args:
             share: L0 as a share of the summed ranks, or active parameters as a share of all.
-            metric: Which KL.
-            axis: What sparsity means.
         """
         place = share * (self.ranks if axis == "l0" else self.parameters)
         found = {

@@ -23,9 +23,6 @@ def shuffled_weights(model: Any, seed: int = 0) -> Iterator[Any]:
     transposed stays that. The same shuffle on every host of one model. Decompositions made within are of the shuffled model.
     The parameters are swapped, not written to: afterwards the same objects are back.
 
-    Args:
-        seed: Of the shuffle.
-
     Raises:
         PatchConflictError: The model is patched at present.
     """

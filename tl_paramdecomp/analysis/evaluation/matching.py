@@ -7,7 +7,7 @@ components of the largest one is MMCS ("Stochastic Parameter Decomposition", and
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -107,10 +107,8 @@ def _sites(a: Decomposition, b: Decomposition, of_a: Which | None, of_b: Which |
 
 
 @dataclass(frozen=True)
-class NearestComponents(Record):
+class NearestComponents(Record, what="nearest components"):
     """For components of one decomposition, those of another that resemble them most, most alike first."""
-
-    what: ClassVar[str] = "nearest components"
 
     site: str
     """Its name."""
@@ -150,9 +148,6 @@ def nearest_components(
     without norm has cosine 0 with all.
 
     Args:
-        dec_a: Whose components are looked at.
-        dec_b: Where they are looked for.
-        site: Name or alias.
         components: Which of `dec_a`'s; None: all.
         n: How many of `dec_b`'s for each.
 

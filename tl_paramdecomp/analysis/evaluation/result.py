@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from tl_paramdecomp.analysis.records import DataFrame, Record, Row, Table, form, frame_of, old_frame, plain_table, shown
 
@@ -28,13 +28,11 @@ ControlRow = form("ControlRow", False, l0=float, rounded=float, adversarial=floa
 
 
 @dataclass(frozen=True)
-class Evaluation(Record):
+class Evaluation(Record, what="evaluation"):
     """Figures of one decomposition on held-out rows; KL in nats per token, summed over the vocabulary.
 
     Where the model gives no logits, figures are the mean square of outputs under `mse` instead of `kl`.
     """
-
-    what: ClassVar[str] = "evaluation"
 
     protocol: Row
     """Everything that was set."""

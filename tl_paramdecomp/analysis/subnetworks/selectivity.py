@@ -45,8 +45,6 @@ def top_samples(
 
     Args:
         found: From `impacts`.
-        k: The subnetwork.
-        n: How many at most.
         distinct_rows: One position of each row.
     """
     values = found[..., k]
@@ -144,8 +142,6 @@ def causal_selectivity(
         subnetworks: Which; None: all.
         found: Their `impacts` on these rows; None: worked out here, with `seed`.
         attention_mask: 1 where a position counts.
-        rows_at_once: Rows in one forward pass.
-        seed: Of the references.
 
     Raises:
         DataError: Not more rows than top samples.

@@ -82,8 +82,6 @@ def make_task(
         name: "ioi", "pronoun", "greater_than", "induction", "docstring" or "agreement"; the first four for micro-gpt2.
         tokenizer_or_model: A transformers tokenizer, a model on any host that holds one as `model.tokenizer`, "micro-gpt2"
             or that model on any host; for induction also a model without a tokenizer, or the size of a vocabulary.
-        n: The number of prompts.
-        seed: Selects the prompts.
         split: "train", "validation" or "test".
         prepend_bos: Whether the beginning-of-sequence token stands in front. None: as in the rows that the decomposition was
             made on; else always for micro-gpt2, as `cfg.default_prepend_bos` of a HookedTransformer or TransformerBridge says,

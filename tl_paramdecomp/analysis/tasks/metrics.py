@@ -35,6 +35,12 @@ class _Metric:
     name: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
+    """Of a model without logits it would read hidden states as if they were."""
+
+    def __init_subclass__(cls, name: str, **told: bool) -> None:
+        for key, value in {"name": name, **told}.items():
+            setattr(cls, key, value)
 
     def contrasts(self, task: Task) -> tuple[tuple[int, ...], ...]:
         """Wrong tokens of each prompt."""
@@ -47,14 +53,12 @@ class _Metric:
 
 
 @dataclass(frozen=True)
-class LogitDifference(_Metric):
+class LogitDifference(_Metric, name="logit difference"):
     """Mean logit of the answers minus mean logit of the wrong tokens: no logsumexp, linear in the logits.
 
     Raises:
         TaskError: The task has no wrong tokens.
     """
-
-    name: ClassVar[str] = "logit difference"
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         logits = _wide(logits, task)
@@ -62,24 +66,20 @@ class LogitDifference(_Metric):
 
 
 @dataclass(frozen=True)
-class AnswerProbability(_Metric):
+class AnswerProbability(_Metric, name="answer probability"):
     """Probability that the next token is one of the answers: a sum over them."""
-
-    name: ClassVar[str] = "answer probability"
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         return _log_probability(_wide(logits, task), task.answers).exp()
 
 
 @dataclass(frozen=True)
-class ProbabilityDifference(_Metric):
+class ProbabilityDifference(_Metric, name="probability difference"):
     """Probability of the answers minus probability of the wrong tokens, each summed: greater-than's own metric.
 
     Raises:
         TaskError: The task has no wrong tokens.
     """
-
-    name: ClassVar[str] = "probability difference"
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         logits = _wide(logits, task)
@@ -88,12 +88,8 @@ class ProbabilityDifference(_Metric):
 
 
 @dataclass(frozen=True)
-class AnswerRank(_Metric):
+class AnswerRank(_Metric, name="answer rank", higher_is_better=False, differentiable=False):
     """How many tokens have a larger logit than the best answer: 0 where an answer is first. Not differentiable."""
-
-    name: ClassVar[str] = "answer rank"
-    higher_is_better: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = False
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         logits = _wide(logits, task).detach()
@@ -103,18 +99,15 @@ class AnswerRank(_Metric):
 
 
 @dataclass(frozen=True)
-class AnswerLoss(_Metric):
+class AnswerLoss(_Metric, name="answer loss", higher_is_better=False):
     """Minus the log of the answers' summed probability, in nats."""
-
-    name: ClassVar[str] = "answer loss"
-    higher_is_better: ClassVar[bool] = False
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         return -_log_probability(_wide(logits, task), task.answers)
 
 
 @dataclass(frozen=True, eq=False)
-class KLToClean(_Metric):
+class KLToClean(_Metric, name="KL to clean", higher_is_better=False):
     """KL(clean || run) of the next token, summed over the vocabulary, in nats.
 
     Attributes:
@@ -123,9 +116,6 @@ class KLToClean(_Metric):
     """
 
     clean_logits: Float[Tensor, "n vocab"]
-
-    name: ClassVar[str] = "KL to clean"
-    higher_is_better: ClassVar[bool] = False
 
     def __call__(self, logits: Float[Tensor, "n vocab"], task: Task) -> Float[Tensor, " n"]:
         if logits.shape != self.clean_logits.shape:
@@ -144,7 +134,7 @@ class KLToClean(_Metric):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenLoss(_Metric):
+class TokenLoss(_Metric, name="token loss", reads_logits=True, higher_is_better=False):
     """Cross entropy of next tokens for plain rows, in nats: from logits [batch, pos, vocab] to a mean per row.
 
     Attributes:
@@ -158,11 +148,6 @@ class TokenLoss(_Metric):
 
     tokens: Int[Tensor, "rows pos"]
     attention_mask: Int[Tensor, "rows pos"] | None = None
-
-    name: ClassVar[str] = "token loss"
-    reads_logits: ClassVar[bool] = True
-    """Of a model without logits it would read hidden states as if they were."""
-    higher_is_better: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_rows(self.tokens, self.attention_mask)
@@ -211,7 +196,6 @@ def score(
     Only the answering positions are unembedded, where the host allows that; the numbers are those of a full pass.
 
     Args:
-        task: Its prompts.
         metric: None: `default_metric(task)`.
         batch_size: Prompts in one pass.
         corrupt: Run the corrupt prompts; answers and wrong tokens stay those of the clean ones.

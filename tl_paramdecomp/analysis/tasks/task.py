@@ -85,7 +85,6 @@ class Task:
         """A task from token ids.
 
         Args:
-            name: Its name in results.
             clean: Prompts: a tensor [n, pos], or a list of rows (lists or tensors) that may differ in length.
             answers: Right next tokens of each prompt: a token, or several.
             wrong: Tokens to contrast them with, likewise; None: none.
@@ -241,7 +240,6 @@ def load_task(
     `Task.save` wrote ends with its checksum; take that line away to edit the file.
 
     Args:
-        path: The file.
         tokenizer_or_model: What tokenises: a tokenizer, a model that holds one, or "micro-gpt2". None where the file holds
             token ids alone.
         name: The task's name; None: the file's "task", or the file's own name.
