@@ -15,7 +15,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.adversary import ascended
 from tl_paramdecomp.patching.target import frozen
+from tl_paramdecomp.settings import fit
 from tl_paramdecomp.sites import SiteCall, SiteFn
 
 Granularity = Literal["components", "neurons and heads"]
@@ -186,9 +187,7 @@ def baseline_of(
     adapter: ModelAdapter, decomposition: Decomposition, task: Any, value: Value
 ) -> dict[str, Float[Tensor, "*rows C"]] | None:
     """Activations that ablated components take."""
-    if value not in get_args(Value):
-        raise SettingError(f"value is one of {', '.join(get_args(Value))}; given {value!r}.")
-    if value == "zero":
+    if fit(value, Value, "value") == "zero":
         return None
     tokens = task.clean if value == "mean" else task.corrupt
     if tokens is None:

@@ -7,7 +7,7 @@ Pointwise mutual information of a token and of being active is log p(token | act
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,7 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike
 from tl_paramdecomp.errors import NoImportanceError, SettingError
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, Share, Whole, fit
 
 Active = Literal["importance", "activation"]
 RankBy = Literal["pmi", "count"]
@@ -156,7 +157,15 @@ def token_statistics(
     active = active or ("activation" if decomposition.importance is None else "importance")
     adapter = checked_adapter(model, decomposition)
     predictions = int(adapter.gives_logits) if predictions is None else predictions
-    _check(decomposition, active, rank_by, n, min_count, predictions, quantile)
+    for value, kind, place in (
+        (active, Active, "active"), (rank_by, RankBy, "rank_by"), (n, Count, "n"), (min_count, Count, "min_count"),
+        (predictions, Whole, "predictions"), (quantile, Share, "quantile"),
+    ):  # fmt: skip
+        fit(value, kind, place)
+    if quantile == 1:
+        raise SettingError("The quantile is below 1, so that a component is active somewhere; given 1.")
+    if active == "importance" and decomposition.importance is None:
+        raise NoImportanceError("This decomposition has no causal-importance function; use active='activation'.")
     if predictions:
         need_logits(adapter, "Predicted tokens need", "give predictions=0")
     chosen = chosen_components(decomposition, components)
@@ -181,22 +190,6 @@ def token_statistics(
         ranked = {kind: tallies[kind].ranked(i, n, rank_by, min_count, told) for kind in KINDS}
         found.append(ComponentTokens(name, c, thresholds[i], int(fired[i]), **ranked))
     return TokenStatistics(active, rank_by, positions, found)
-
-
-def _check(
-    decomposition: Decomposition, active: str, rank_by: str, n: int, min_count: int, predictions: int, quantile: float
-) -> None:
-    if active not in get_args(Active) or rank_by not in get_args(RankBy):
-        raise SettingError(
-            f"active is 'importance' or 'activation', rank_by 'pmi' or 'count'; given {active!r} and {rank_by!r}."
-        )
-    if n < 1 or min_count < 1 or predictions < 0 or not 0 <= quantile < 1:
-        raise SettingError(
-            "n and min_count are at least 1, predictions not negative, and the quantile in [0, 1); given "
-            f"n={n}, min_count={min_count}, predictions={predictions}, quantile={quantile}."
-        )
-    if active == "importance" and decomposition.importance is None:
-        raise NoImportanceError("This decomposition has no causal-importance function; use active='activation'.")
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

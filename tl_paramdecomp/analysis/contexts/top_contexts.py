@@ -7,7 +7,7 @@ activation, then to the earlier row and position.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,8 +25,9 @@ from tl_paramdecomp.analysis.contexts.component_streams import (
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.indices import ComponentsLike
-from tl_paramdecomp.errors import NoImportanceError, SettingError
+from tl_paramdecomp.errors import NoImportanceError
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, Whole, fit
 
 By = Literal["activation", "importance"]
 Sign = Literal["both", "positive", "negative"]
@@ -151,12 +152,8 @@ def top_contexts(
         DataError, ShapeError, DtypeError: The data is not token rows, or empty.
         TargetMismatchError, DeviceError: As `component_acts`.
     """
-    if by not in get_args(By) or sign not in get_args(Sign):
-        raise SettingError(
-            f"by is 'activation' or 'importance', and sign 'both', 'positive' or 'negative'; given {by!r} and {sign!r}."
-        )
-    if n < 1 or before < 0 or after < 0:
-        raise SettingError(f"n is at least 1, before and after are not negative; given {n}, {before} and {after}.")
+    fit(by, By, "by"), fit(sign, Sign, "sign")
+    n, before, after = fit(n, Count, "n"), fit(before, Whole, "before"), fit(after, Whole, "after")
     if by == "importance" and decomposition.importance is None:
         raise NoImportanceError("This decomposition has no causal-importance function; take contexts by='activation'.")
     adapter, chosen = checked_adapter(model, decomposition), chosen_components(decomposition, components)

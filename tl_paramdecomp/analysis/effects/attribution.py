@@ -17,7 +17,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.positions import PositionsLike
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.settings import from_plain
+from tl_paramdecomp.settings import Count, fit, from_plain
 from tl_paramdecomp.sites import SitePattern
 
 Method = Literal["gradient", "integrated", "ablation"]
@@ -289,7 +289,16 @@ def attribute(
         TargetMismatchError, DeviceError: As `patched`.
     """
     prompts = prompts_of(model, tokens, metric, corrupt, attention_mask)
-    _check(method, direction, path, steps, rows_at_once, prompts)
+    for value, kind, place in (
+        (method, Method, "method"), (direction, Literal["noising", "denoising"], "direction"), (path, Path, "path"),
+        (steps, Count, "steps"), (rows_at_once, Count, "rows_at_once"),
+    ):  # fmt: skip
+        fit(value, kind, place)
+    if prompts.corrupt is None and (method == "integrated" or direction == "denoising"):
+        raise SettingError(
+            "Integrated gradients run from a corrupt prompt to the clean one, and denoising restores clean activations in the "
+            "run over a corrupt prompt; give corrupt=."
+        )
     if method == "ablation" and (frozen_norms or frozen_patterns):
         raise SettingError("Ablations run the model as it is; frozen_norms and frozen_patterns are for gradients.")
     adapter = checked_adapter(model, decomposition, prompts.clean, prompts.attention_mask)
@@ -305,22 +314,6 @@ def attribute(
     if method == "integrated":
         return run.along_path(steps, path)
     return run.by_ablation(rows_at_once, progress)
-
-
-def _check(method: Any, direction: Any, path: Any, steps: int, rows_at_once: int, prompts: Prompts) -> None:
-    for what, given, known in (
-        ("method", method, get_args(Method)),
-        ("direction", direction, ("noising", "denoising")),
-        ("path", path, get_args(Path)),
-    ):
-        if given not in known:
-            raise SettingError(f"Attribution {what} {given!r} is none of {', '.join(known)}.")
-    if steps < 1 or rows_at_once < 1:
-        raise SettingError(f"steps and rows_at_once are at least 1; given {steps} and {rows_at_once}.")
-    if prompts.corrupt is None and method == "integrated":
-        raise SettingError("Integrated gradients run from a corrupt prompt to the clean one; give corrupt=.")
-    if prompts.corrupt is None and direction == "denoising":
-        raise SettingError("Denoising restores clean activations in the run over a corrupt prompt; give corrupt=.")
 
 
 @dataclass(eq=False)

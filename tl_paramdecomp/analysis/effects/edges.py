@@ -53,6 +53,7 @@ from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import PositionIndexError, SettingError
 from tl_paramdecomp.patching.target import checked_adapter
+from tl_paramdecomp.settings import Count, fit
 from tl_paramdecomp.sites import SitePattern, resolve_name
 
 Node = tuple[str, SupportsIndex, SupportsIndex]
@@ -388,8 +389,7 @@ def dataset_graph(
         SettingError: Fewer than one node, or a batch size below 1.
         UnsupportedModelError, TargetMismatchError, DeviceError, ShapeError, DtypeError: As `edges_into` and `attribute`.
     """
-    if batch_size < 1:
-        raise SettingError(f"batch_size is at least 1; given {batch_size}.")
+    fit(batch_size, Count, "batch_size")
     whole = prompts_of(model, tokens, metric, None, attention_mask)
     batches = [whole.select(rows) for rows in torch.arange(len(whole.clean)).split(batch_size)]
     components, adapter = chosen_sites(decomposition, sites), checked_adapter(model, decomposition)

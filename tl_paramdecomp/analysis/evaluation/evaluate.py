@@ -49,6 +49,7 @@ from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
 from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
 from tl_paramdecomp.methods.prefixes import tensors_of
+from tl_paramdecomp.errors import DataError, NoImportanceError
 from tl_paramdecomp.methods.step import LossStep, Measure, measure_of
 from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import Count, NotNegative, Seed, Settings, Whole, fit
@@ -138,8 +139,7 @@ def evaluate(
     warn_of_other_start(decomposition, tokens, attention_mask)
     protocol = protocol or EvaluationConfig()
     seconds = None if seconds is None or seconds == math.inf else fit(seconds, NotNegative, "seconds")
-    if measure not in (None, "kl", "mse"):
-        raise SettingError(f"measure must be 'kl' or 'mse'; given {measure!r}.")
+    measure = fit(measure, Measure | None, "measure")
     numbers = tokens.is_floating_point()
     measure = measure or ("mse" if numbers else measure_of(adapter))
     if measure == "kl" and numbers:

@@ -37,6 +37,7 @@ from tl_paramdecomp.methods.step import KL_NEEDS
 from tl_paramdecomp.patching.subnetworks import moved_part
 from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import TYPE, Count, Seed, Whole, fit, from_settings, kinds_of
+from tl_paramdecomp.settings import TYPE, Count, Seed, fit, from_settings, kinds_of
 from tl_paramdecomp.sites import check_rows
 
 
@@ -63,9 +64,7 @@ def impacts(
         TargetMismatchError, DeviceError, ShapeError: As `patched`.
     """
     check_rows(tokens, attention_mask)
-    references, seed = fit(references, Whole, "references"), fit(seed, Seed, "seed")
-    if references < 1:
-        raise SettingError(f"Impacts need at least one reference; given {references}.")
+    references, seed = fit(references, Count, "references"), fit(seed, Seed, "seed")
     adapter, method = checked_adapter(model, decomposition, tokens, attention_mask), method_of(decomposition)
     if method.divergence == "kl":
         need_logits(adapter, KL_NEEDS, "decompose it with L3D(divergence='mse')")

@@ -20,7 +20,8 @@ from tl_paramdecomp.adapters.outputs import need_answers
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
 from tl_paramdecomp.adapters.wiring import find_module
 from tl_paramdecomp.analysis.tasks.task import Task
-from tl_paramdecomp.errors import NormalisationError, SettingError, ShapeError, TaskError
+from tl_paramdecomp.errors import NormalisationError, ShapeError, TaskError
+from tl_paramdecomp.settings import Count, fit
 from tl_paramdecomp.sites import check_rows
 
 TaskMetric = Callable[[Float[Tensor, "n vocab"], Task], Float[Tensor, " n"]]
@@ -299,8 +300,7 @@ def _log_probability(logits: Float[Tensor, "n vocab"], ids: Sequence[tuple[int, 
 def _in_batches(
     model: Any, task: Task, batch_size: int, corrupt: bool
 ) -> Iterator[tuple[slice, Task, Float[Tensor, "some vocab"]]]:
-    if batch_size < 1:
-        raise SettingError(f"batch_size must be at least 1; given {batch_size}.")
+    fit(batch_size, Count, "batch_size")
     if corrupt and task.corrupt is None:
         raise TaskError(f"Task {task.name!r} has no corrupt prompts to score.")
     adapter = adapt(model)
