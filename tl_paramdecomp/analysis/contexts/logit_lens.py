@@ -13,7 +13,7 @@ weights instead of activations Dar et al. 2023, arXiv 2209.02535.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -131,19 +131,11 @@ def lens_logits(
     return direction @ weight.to(direction), f"Values are W_U^T {formula}: {words}"
 
 
-class FinalNorm(NamedTuple):
-    """What stands between the residual stream and the unembedding."""
-
-    kind: FormulaKind
-    gain: Float[Tensor, " d_model"] | None
-    """What it multiplies by; None for 1."""
-
-
-def final_norm(adapter: ModelAdapter) -> FinalNorm:
-    """The last normalisation; one without a gain is known by what reaches the unembedding on a few tokens."""
+def final_norm(adapter: ModelAdapter) -> tuple[FormulaKind, Float[Tensor, " d_model"] | None]:
+    """The last normalisation and its gain; one without a gain is known by what reaches the unembedding on a few tokens."""
     if FINAL_NORM in adapter.norms.wirings:
         wiring = adapter.norms.wirings[FINAL_NORM]
-        return FinalNorm("LayerNorm" if wiring.centred else "RMSNorm", adapter.gain(FINAL_NORM) + wiring.offset)
+        return "LayerNorm" if wiring.centred else "RMSNorm", adapter.gain(FINAL_NORM) + wiring.offset
     if FINAL_NORM in adapter.norms.refused:
         raise UnsupportedModelError(
             f"The last normalisation of {type(adapter.root).__name__} has a gain that cannot be read: "
@@ -153,8 +145,8 @@ def final_norm(adapter: ModelAdapter) -> FinalNorm:
         rows = adapter.hidden(probe_tokens(adapter)).float()
     means, sizes = rows.mean(-1).abs().max(), rows.pow(2).mean(-1).sqrt()
     if bool((sizes < 0.5).any() or (sizes > 1.01).any()):
-        return FinalNorm("none", None)
-    return FinalNorm("LayerNorm" if means < 1e-2 else "RMSNorm", None)
+        return "none", None
+    return "LayerNorm" if means < 1e-2 else "RMSNorm", None
 
 
 # --- does the write reach the residual stream as it is? -----------------------------------------------------------------
@@ -167,16 +159,22 @@ def check_writes_residual(adapter: ModelAdapter, site: str) -> None:
     blocks = adapter.block_modules()
     if not blocks:
         return
-    others: list[str] = []
-    if site in EMBEDDINGS:
-        block, before = blocks[0], True
-    else:
-        block, before = blocks[int(site.split(".")[1])], False
-        others = [f"{site.split('.attn.')[0]}.mlp.W_out"] if ".attn." in site else []
-        if any(other not in adapter.wirings for other in others):
-            return  # an MLP that cannot be held, such as a mixture of experts
-    clean, moved, change = _both_runs(adapter, site, others, block, before)
-    if change is None or clean is None or moved is None or clean.shape[-1] != change.shape[-1]:
+    before = site in EMBEDDINGS
+    block = blocks[0] if before else blocks[int(site.split(".")[1])]
+    others = [f"{site.split('.attn.')[0]}.mlp.W_out"] if ".attn." in site else []
+    if any(other not in adapter.wirings for other in others):
+        return  # an MLP that cannot be held, such as a mixture of experts
+    tokens, names = probe_tokens(adapter), (site, *others)
+    with torch.no_grad(), adapter.undisturbed():
+        writes = SiteWrites(len(tokens))
+        with adapter.intercept(writes.fns(names, "read")):
+            clean = _at_block(adapter, tokens, block, before)
+        y = writes.y[site]
+        drawn = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        change = (drawn.to(y) * y.abs().max().clamp(min=1e-3)).expand(*PROBE_SHAPE, -1)
+        with adapter.intercept(SiteWrites(len(tokens)).fns(names, "pinned", writes.y | {site: y + change})):
+            moved = _at_block(adapter, tokens, block, before)
+    if clean is None or moved is None or clean.shape[-1] != change.shape[-1]:
         return
     found = (moved - clean).reshape(-1, change.shape[-1]).double()
     cosine = nn.functional.cosine_similarity(found, change.reshape(-1, change.shape[-1]).double(), dim=-1)
@@ -185,23 +183,6 @@ def check_writes_residual(adapter: ModelAdapter, site: str) -> None:
             f"What {site} writes is normalised, or otherwise changed, before it is added to the residual stream; its "
             "components do not write there as they are."
         )
-
-
-def _both_runs(
-    adapter: ModelAdapter, site: str, others: list[str], block: nn.Module, before: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A block's input or output in a clean pass and in one with something added to what a site writes; and that."""
-    tokens, names = probe_tokens(adapter), (site, *others)
-    with torch.no_grad(), adapter.undisturbed():
-        writes = SiteWrites(len(tokens))
-        with adapter.intercept(writes.fns(names, "read")):
-            first = _at_block(adapter, tokens, block, before)
-        y = writes.y[site]
-        drawn = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        change = (drawn.to(y) * y.abs().max().clamp(min=1e-3)).expand(*PROBE_SHAPE, -1)
-        with adapter.intercept(SiteWrites(len(tokens)).fns(names, "pinned", writes.y | {site: y + change})):
-            second = _at_block(adapter, tokens, block, before)
-    return first, second, change
 
 
 def _at_block(adapter: ModelAdapter, tokens: Tensor, block: nn.Module, before: bool) -> Tensor | None:

@@ -92,15 +92,11 @@ class AttentionScores:
         if query not in self.queries or key not in self.keys:
             raise SettingError(f"Scores are of queries {self.queries} and keys {self.keys}; given {query} and {key}.")
         table = self.pairs[row, self.queries.index(query), self.keys.index(key)]
-        found = []
+        found, (query_terms, key_terms) = [], ([*range(n - 2), DELTA, BIAS] for n in table.shape)
         for place in table.abs().flatten().topk(min(n, table.numel())).indices.tolist():
             q, k = divmod(place, table.shape[1])
-            found.append(ScorePair(_term(q, table.shape[0]), _term(k, table.shape[1]), float(table[q, k])))
+            found.append(ScorePair(query_terms[q], key_terms[k], float(table[q, k])))
         return found
-
-
-def _term(place: int, terms: int) -> int | str:
-    return {terms - 2: DELTA, terms - 1: BIAS}.get(place, place)
 
 
 def attention_scores(

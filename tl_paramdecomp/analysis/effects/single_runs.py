@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.shortcuts import UNEMBEDDING
@@ -201,12 +202,8 @@ def _add(writes: Tensor, start: int, rows: int, call: SiteCall) -> Tensor:
 
 def copied(output: Any, copies: int) -> Any:
     """What a block returned, for copies of its rows one after the other."""
-    if copies == 1:
-        return output
-    if isinstance(output, Tensor):
-        return output.repeat(copies, *(1,) * (output.ndim - 1)) if output.ndim else output
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(copied(part, copies) for part in output))
-    if isinstance(output, tuple | list):
-        return type(output)(copied(part, copies) for part in output)
-    return output
+
+    def repeated(part: Any) -> Any:
+        return part.repeat(copies, *(1,) * (part.ndim - 1)) if isinstance(part, Tensor) and part.ndim else part
+
+    return output if copies == 1 else tree_map(repeated, output)
