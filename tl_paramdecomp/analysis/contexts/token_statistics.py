@@ -5,7 +5,7 @@ Pointwise mutual information of a token and of being active is log p(token | act
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -171,20 +171,23 @@ def token_statistics(
     chosen = chosen_components(decomposition, components)
     names = [(name, c) for name in chosen for c in chosen[name]]
     tallies = {kind: _Tally(len(names)) for kind in KINDS}
-    fired, positions, thresholds = torch.zeros(len(names), dtype=torch.long), 0, [threshold] * len(names)
-    kept: list[tuple[Tensor, dict[str, Tensor]]] = []
-    for batch in seen_batches(adapter, decomposition, chosen, data, attention_mask, rows_at_once, predictions > 0):
-        tokens, values = _tokens(batch, predictions), _values(batch, active)
+    fired, positions, least = torch.zeros(len(names), dtype=torch.long), 0, torch.empty(0)
+    batches = seen_batches(adapter, decomposition, chosen, data, attention_mask, rows_at_once, predictions > 0)
+    seen: Iterable[Any] = ((_values(batch, active), _tokens(batch, predictions)) for batch in batches)
+    if active == "activation":
+        seen = list(seen)
+        together = torch.cat([values for values, _ in seen])
+        # the smallest of the ceil((1 - quantile) seen) largest values of each component
+        below = min(math.floor(quantile * len(together) + 1e-9), len(together) - 1)
+        least = together.kthvalue(below + 1, dim=0).values
+    for values, tokens in seen:
         positions += len(values)
-        if active == "activation":
-            kept.append((values, tokens))
-            continue
-        fired += _add(tallies, values > threshold, tokens)
-    if kept:
-        least = _quantiles(torch.cat([values for values, _ in kept]), quantile)
-        thresholds = least.tolist()
-        for values, tokens in kept:
-            fired += _add(tallies, (values >= least) & (values > 0), tokens)
+        fires = values > threshold if active == "importance" else (values >= least) & (values > 0)
+        fired += fires.sum(0)
+        for kind, tally in tallies.items():
+            for column in tokens[kind].T:
+                tally.add(fires[column >= 0], column[column >= 0])
+    thresholds = [threshold] * len(names) if active == "importance" else least.tolist()
     told, found = tokenizer_of(model, tokenizer), []
     for i, (name, c) in enumerate(names):
         ranked = {kind: tallies[kind].ranked(i, n, rank_by, min_count, told) for kind in KINDS}
@@ -212,20 +215,6 @@ def _tokens(batch: SeenBatch, predictions: int) -> dict[str, Int[Tensor, "seen _
         predicted = batch.logits[real].topk(min(predictions, batch.logits.shape[-1]), dim=-1).indices
     found = {"input": batch.tokens[real].unsqueeze(1), "following": after[real].unsqueeze(1), "predicted": predicted}
     return {kind: tokens.cpu() for kind, tokens in found.items()}
-
-
-def _add(tallies: "dict[str, _Tally]", active: Bool[Tensor, "seen k"], tokens: dict[str, Tensor]) -> Int[Tensor, " k"]:
-    """Count the tokens of each kind; the number of positions where each component is active."""
-    for kind, tally in tallies.items():
-        for column in tokens[kind].T:
-            tally.add(active[column >= 0], column[column >= 0])
-    return active.sum(0)
-
-
-def _quantiles(values: Float[Tensor, "seen k"], quantile: float) -> Float[Tensor, " k"]:
-    """The smallest of the ceil((1 - quantile) seen) largest values of each component."""
-    below = min(math.floor(quantile * len(values) + 1e-9), len(values) - 1)
-    return values.kthvalue(below + 1, dim=0).values
 
 
 class _Tally:

@@ -188,25 +188,23 @@ def _largest_places(batch: SeenBatch, name: str, by: By, sign: Sign, n: int, dis
     allowed = (signed & batch.real).flatten(1)
     second = h.abs().flatten(1).masked_fill(~allowed, -math.inf)
     first = second if g is None or by == "activation" else g.flatten(1).masked_fill(~allowed, -math.inf)
+    width = batch.tokens.shape[1]
     if distinct_rows:
-        width = batch.tokens.shape[1]
         per_row = [key.unflatten(1, (-1, width)) for key in (first, second)]
         places = _sorted(*per_row)[..., 0] + torch.arange(len(batch.tokens), device=h.device) * width
         chosen = _sorted(first.gather(1, places), second.gather(1, places))[:, :n]
         places = places.gather(1, chosen)
     else:
         places = _sorted(first, second)[:, :n]
-    columns = [first, h.flatten(1)] + ([] if g is None else [g.flatten(1)])
-    primaries, acts, *rest = (values.gather(1, places).tolist() for values in columns)
-    importances = rest[0] if rest else [[None] * places.shape[1]] * len(acts)
-    width = batch.tokens.shape[1]
+    columns = (first, h.flatten(1), first if g is None else g.flatten(1))
+    gathered = (values.gather(1, places).tolist() for values in columns)
     return [
         [
-            (primary, batch.first + flat // width, flat % width, value, importance)
-            for flat, value, importance, primary in zip(*component)
+            (primary, batch.first + flat // width, flat % width, value, None if g is None else importance)
+            for flat, primary, value, importance in zip(*component)
             if primary > -math.inf
         ]
-        for component in zip(places.tolist(), acts, importances, primaries)
+        for component in zip(places.tolist(), *gathered)
     ]
 
 

@@ -105,25 +105,15 @@ def make_task(
     if writer.is_micro_gpt2:
         rows = _micro_gpt2_rows(name, writer, n, seed, split)
     else:
-        rng = random.Random(f"tasks/{name}/{split}/{seed}")
-        if name == "induction":
-            rows = _induction_rows(writer, n, rng, split)
-        else:
-            rows = _written_rows(name, writer, n, rng, split)
+        make = _induction_rows if name == "induction" else _written_rows
+        rows = make(name, writer, n, random.Random(f"tasks/{name}/{split}/{seed}"), split)
     longest = max(len(row.clean) for row in rows)
     if writer.n_ctx is not None and longest > writer.n_ctx:
         raise TokenizerTaskError(
             f"The prompts of task {name!r} take up to {longest} tokens, and the model reads {writer.n_ctx}."
         )
-    return Task.from_tokens(
-        name,
-        [row.clean for row in rows],
-        [row.answers for row in rows],
-        None if name == "induction" else [row.wrong for row in rows],
-        [row.corrupt for row in rows],
-        texts=[row.text for row in rows],
-        groups=[row.group for row in rows],
-    )
+    clean, corrupt, answers, wrong, texts, groups = zip(*rows)
+    return Task.from_tokens(name, clean, answers, wrong, corrupt, texts=texts, groups=groups)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -157,13 +147,13 @@ def _tokenised(writer: RowTokenizer, instance: Instance) -> Row | None:
     return Row(clean, corrupt, answers, wrong, instance.clean, instance.group)  # type: ignore[arg-type]
 
 
-def _induction_rows(writer: RowTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
+def _induction_rows(name: str, writer: RowTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
     ids = writer.plain_ids()
     room = PERIOD if writer.n_ctx is None else (writer.n_ctx - len(writer.start) + 1) // 2
     period = min(PERIOD, len(ids) // 2, room)
     if period < 2:
         raise TokenizerTaskError(
-            f"Task 'induction' repeats at least 2 of at least 4 tokens; here are {len(ids)} that are not special, and the "
+            f"Task {name!r} repeats at least 2 of at least 4 tokens; here are {len(ids)} that are not special, and the "
             f"context is {writer.n_ctx}."
         )
     rows = []
@@ -171,12 +161,10 @@ def _induction_rows(writer: RowTokenizer, n: int, rng: random.Random, split: str
         for _ in range(DRAWS):
             drawn = tuple(rng.sample(ids, 2 * period))
             copy, other = drawn[:period], drawn[period:]
-            if split_of("induction", *map(str, copy)) == split:
+            if split_of(name, *map(str, copy)) == split:
                 break
         else:
-            raise TokenizerTaskError(
-                f"{len(ids)} tokens have too few orders for the split {split!r} of task 'induction'."
-            )
+            raise TokenizerTaskError(f"{len(ids)} tokens have too few orders for the split {split!r} of task {name!r}.")
         clean, corrupt = (writer.start + first + copy[:-1] for first in (copy, other))
         rows.append(Row(clean, corrupt, (copy[-1],), (), writer.decode(clean), f"period {period}"))
     return rows
