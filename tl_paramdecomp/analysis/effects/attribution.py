@@ -303,17 +303,23 @@ def attribute(
         raise SettingError("Ablations run the model as it is; frozen_norms and frozen_patterns are for gradients.")
     adapter = checked_adapter(model, decomposition, prompts.clean, prompts.attention_mask)
     own = chosen_sites(decomposition, sites)
+    tables = [n for n in EMBEDDINGS if method != "ablation" and n in adapter.wirings and n not in own]
     columns = chosen_columns(positions, prompts.clean, "attribution")
     if prompts.corrupt is None:
         towards: Direction = "removal"
     else:
         towards = "corrupt to clean" if method == "integrated" else direction
-    run = _Run(adapter, own, prompts, towards, columns, by_position, frozen_norms, frozen_patterns)
-    if method == "gradient":
-        return run.by_gradient()
-    if method == "integrated":
-        return run.along_path(steps, path)
-    return run.by_ablation(rows_at_once, progress)
+    run = _Run(adapter, own, tables, prompts, towards, columns, by_position, frozen_norms, frozen_patterns)
+    return run.attributed(method, steps, path, rows_at_once, progress)
+
+
+class _Pass(NamedTuple):
+    """One pass over rows."""
+
+    writes: SiteWrites
+    metric: Float[Tensor, " batch"]
+    gradients: dict[str, Tensor]
+    """Of the metric by each write; empty where they are only read."""
 
 
 @dataclass(eq=False)
@@ -322,6 +328,8 @@ class _Run:
 
     adapter: ModelAdapter
     sites: dict[str, Components]
+    embeddings: list[str]
+    """Tables that are attributed as a whole."""
     prompts: Prompts
     direction: Direction
     columns: list[int]
@@ -329,13 +337,8 @@ class _Run:
     frozen_norms: bool
     frozen_patterns: bool
 
-    def __post_init__(self) -> None:
-        self.embeddings = [name for name in EMBEDDINGS if name in self.adapter.wirings and name not in self.sites]
-
-    def passed(
-        self, rows: Tensor, role: Role, given: Mapping[str, Tensor] | None = None
-    ) -> tuple[SiteWrites, Float[Tensor, " batch"], dict[str, Tensor]]:
-        """Reads and writes (or those given) over rows, the metric, and unless only read its derivative by each write."""
+    def passed(self, rows: Tensor, role: Role, given: Mapping[str, Tensor] | None = None) -> _Pass:
+        """Every site in its role over rows; what some write may be given."""
         given, writes, root, opened = given or {}, SiteWrites(len(rows)), self.adapter.root, role != "read"
         fns = writes.fns([name for name in (*self.sites, *self.embeddings) if name not in given], role)
         with contextlib.ExitStack() as stack:
@@ -348,52 +351,60 @@ class _Run:
             found = self.prompts.measure(self.adapter.forward(rows, self.prompts.attention_mask))
         writes.check_positions()
         if not opened:
-            return writes, found, {}
+            return _Pass(writes, found, {})
         if not found.requires_grad:
             raise SettingError(
                 f"The metric {self.prompts.metric} has no gradient (a rank or a comparison has none); use method='ablation'."
             )
-        return writes, found.detach(), writes.gradients(found.sum())
+        return _Pass(writes, found.detach(), writes.gradients(found.sum()))
 
-    # --- methods ----------------------------------------------------------------------------------------------------
-    def by_gradient(self) -> Attribution:
-        """Activation times gradient, or attribution patching."""
-        prompts, corrupt, m_corrupt, gradients = self.prompts, None, None, {}
-        denoising = self.direction == "denoising"
-        if prompts.corrupt is not None:
-            corrupt, m_corrupt, gradients = self.passed(prompts.corrupt, "open" if denoising else "read")
-        clean, m_clean, own = self.passed(prompts.clean, "read" if denoising else "open")
-        return self._along(clean, corrupt, gradients if denoising else own, "gradient", (m_clean, m_corrupt))
+    def attributed(self, method: Method, steps: int, path: Path, rows_at_once: int, progress: bool) -> Attribution:
+        """All of it, by any method."""
+        prompts, denoising, role = (
+            self.prompts,
+            self.direction == "denoising",
+            "open" if method == "gradient" else "read",
+        )
+        corrupt = None if prompts.corrupt is None else self.passed(prompts.corrupt, role if denoising else "read")
+        clean = self.passed(prompts.clean, "read" if denoising else role)
+        of_clean = clean.metric.double().tolist()
+        if not all(map(math.isfinite, of_clean)):
+            raise SettingError(f"The metric {prompts.metric} is not finite on these rows: {of_clean[:4]}.")
+        if method == "ablation":
+            parts = self.by_ablation(clean, corrupt, rows_at_once, progress)
+        elif method == "integrated" and corrupt is not None:
+            parts = self.along(clean, corrupt, self.path_gradients(clean, corrupt, steps, path))
+        else:
+            parts = self.along(clean, corrupt, (corrupt if denoising and corrupt is not None else clean).gradients)
+        on_path = method == "integrated"
+        return Attribution(
+            method=method, metric=prompts.metric, direction=self.direction, positions=list(self.columns),
+            by_position=self.by_position, clean=of_clean, corrupt=None if corrupt is None else corrupt.metric.double().tolist(),
+            steps=steps if on_path else None, path=path if on_path else None, frozen_norms=self.frozen_norms,
+            frozen_patterns=self.frozen_patterns, **parts,
+        )  # fmt: skip
 
-    def along_path(self, steps: int, path: Path) -> Attribution:
+    def path_gradients(self, clean: _Pass, corrupt: _Pass, steps: int, path: Path) -> dict[str, Tensor]:
         """Gradients averaged between the corrupt and the clean run."""
-        assert self.prompts.corrupt is not None
         if "embed.W_E" not in self.adapter.wirings:
             raise UnsupportedModelError(
                 f"{type(self.adapter.model).__name__} has no site embed.W_E from which a path could start; "
                 "use method='gradient'."
             )
-        clean, m_clean, _ = self.passed(self.prompts.clean, "read")
-        corrupt, m_corrupt, _ = self.passed(self.prompts.corrupt, "read")
-        pinned = ["embed.W_E"] if path == "embeddings" else list(clean.y)
+        pinned = ["embed.W_E"] if path == "embeddings" else list(clean.writes.y)
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         mean: dict[str, Tensor] = {}
         for alpha, weight in zip((nodes + 1.0) / 2.0, weights / 2.0, strict=True):
-            given = {name: torch.lerp(corrupt.y[name], clean.y[name], float(alpha)) for name in pinned}
-            for name, gradient in self.passed(self.prompts.clean, "open", given)[2].items():
+            given = {name: torch.lerp(corrupt.writes.y[name], clean.writes.y[name], float(alpha)) for name in pinned}
+            for name, gradient in self.passed(self.prompts.clean, "open", given).gradients.items():
                 mean[name] = mean[name].add_(gradient, alpha=weight) if name in mean else gradient * weight
-        return self._along(clean, corrupt, mean, "integrated", (m_clean, m_corrupt), steps, path)
+        return mean
 
-    def by_ablation(self, rows_at_once: int, progress: bool) -> Attribution:
+    def by_ablation(self, clean: _Pass, corrupt: _Pass | None, rows_at_once: int, progress: bool) -> dict[str, Any]:
         """Every component at every position on its own."""
-        prompts, corrupt, m_corrupt, self.embeddings = self.prompts, None, None, []
-        clean, m_clean, _ = self.passed(prompts.clean, "read")
-        base, reference, rows, plain, sign = clean, None, prompts.clean, m_clean, 1.0
-        if prompts.corrupt is not None:
-            corrupt, m_corrupt, _ = self.passed(prompts.corrupt, "read")
-            reference = corrupt
-            if self.direction == "denoising":
-                base, reference, rows, plain, sign = corrupt, clean, prompts.corrupt, m_corrupt, -1.0
+        prompts, base, reference, rows, sign = self.prompts, clean, corrupt, self.prompts.clean, 1.0
+        if self.direction == "denoising" and corrupt is not None and prompts.corrupt is not None:
+            base, reference, rows, sign = corrupt, clean, prompts.corrupt, -1.0
         patches = {name: self._patches(name, base, reference) for name in self.sites}
         wanted = {name: own.changing() for name, own in patches.items()}
         found = {name: own.change.new_zeros((*own.shape, len(rows))) for name, own in patches.items()}
@@ -402,7 +413,7 @@ class _Run:
             run = Runs(self.adapter, rows, prompts.attention_mask, rows_at_once, prompts.measure)
             for block, names in run.by_block(patches).items():
                 for name, some, scores in run.patched({name: patches[name] for name in names}, block, wanted):
-                    effects = sign * (plain - scores)
+                    effects = sign * (base.metric - scores)
                     found[name].view(-1, len(rows))[some] = effects.to(found[name])
                     bar.update(len(some))
         values, delta = {}, {}
@@ -411,9 +422,9 @@ class _Run:
             if self.by_position and prompts.real is not None:  # rounding, at most: nothing is changed at padding
                 effects = effects * prompts.real[:, self.columns].unsqueeze(-1)
             values[name], delta[name] = effects[..., :-1], effects[..., -1]
-        return self._result(values, delta, {}, {}, "ablation", (m_clean, m_corrupt))
+        return {"values": values, "delta": delta, "bias": {}, "embeddings": {}}
 
-    def _patches(self, name: str, base: SiteWrites, reference: SiteWrites | None) -> SitePatches:
+    def _patches(self, name: str, base: _Pass, reference: _Pass | None) -> SitePatches:
         """What takes the place of the activations of one site, at the columns that are asked for and are no padding."""
         components = self.sites[name]
         change, rest = _change(name, components, base, reference)
@@ -424,10 +435,7 @@ class _Run:
         change, rest = change * wanted.unsqueeze(-1), rest * wanted.unsqueeze(-1).to(rest.dtype)
         return SitePatches(components, change, self.columns if self.by_position else None, rest=rest)
 
-    # --- results ----------------------------------------------------------------------------------------------------
-    def _along(
-        self, clean: SiteWrites, corrupt: SiteWrites | None, gradients: Mapping[str, Tensor], *told: Any
-    ) -> Attribution:
+    def along(self, clean: _Pass, corrupt: _Pass | None, gradients: Mapping[str, Tensor]) -> dict[str, Any]:
         """Changes of what everything writes, along gradients."""
         values, delta, bias, embeddings = {}, {}, {}, {}
         for name, components in self.sites.items():
@@ -435,13 +443,13 @@ class _Run:
             h, rest = _change(name, components, clean, corrupt)
             values[name] = self._placed(along_writes(components, h, gradient))
             delta[name] = self._placed(dotted(rest, gradient))
-            own = clean.bias[name]
+            own = clean.writes.bias[name]
             if own is not None and corrupt is None:
                 bias[name] = self._placed(dotted(own, gradient))
         for name in self.embeddings:
-            write = clean.y[name] if corrupt is None else clean.y[name] - corrupt.y[name]
+            write = clean.writes.y[name] if corrupt is None else clean.writes.y[name] - corrupt.writes.y[name]
             embeddings[name] = self._placed(dotted(write, gradients[name]))
-        return self._result(values, delta, bias, embeddings, *told)
+        return {"values": values, "delta": delta, "bias": bias, "embeddings": embeddings}
 
     def _placed(self, found: Float[Tensor, "batch pos *C"]) -> Float[Tensor, "batch columns *C"]:
         """Values at the columns that are asked for, 0 at padding; one column where positions are summed."""
@@ -451,24 +459,10 @@ class _Run:
         found = found[:, self.columns]
         return found if self.by_position else found.sum(1, keepdim=True)
 
-    def _result(
-        self, values: dict[str, Tensor], delta: dict[str, Tensor], bias: dict[str, Tensor], embeddings: dict[str, Tensor],
-        method: Method, metrics: tuple[Tensor, Tensor | None], steps: int | None = None, path: Path | None = None,
-    ) -> Attribution:  # fmt: skip
-        metric, of_clean = self.prompts.metric, metrics[0].double().tolist()
-        if not all(map(math.isfinite, of_clean)):
-            raise SettingError(f"The metric {metric} is not finite on these rows: {of_clean[:4]}.")
-        return Attribution(
-            method=method, metric=metric, direction=self.direction, positions=list(self.columns),
-            by_position=self.by_position, clean=of_clean, corrupt=None if metrics[1] is None else metrics[1].double().tolist(),
-            steps=steps, path=path, values=values, delta=delta, frozen_norms=self.frozen_norms,
-            frozen_patterns=self.frozen_patterns, bias=bias, embeddings=embeddings,
-        )  # fmt: skip
 
-
-def _change(name: str, components: Components, one: SiteWrites, other: SiteWrites | None) -> tuple[Tensor, Tensor]:
+def _change(name: str, components: Components, one: _Pass, other: _Pass | None) -> tuple[Tensor, Tensor]:
     """Activations, and what the delta component writes, in one pass minus another, or minus none."""
-    h, rest = one.acts(name, components), one.delta_write(name, components)
+    h, rest = one.writes.acts(name, components), one.writes.delta_write(name, components)
     if other is None:
         return h, rest
-    return h - other.acts(name, components), rest - other.delta_write(name, components)
+    return h - other.writes.acts(name, components), rest - other.writes.delta_write(name, components)
