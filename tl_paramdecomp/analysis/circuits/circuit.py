@@ -33,14 +33,13 @@ from tl_paramdecomp.analysis.circuits.units import (
     mask_sensitivities,
     stochastic_value,
 )
+from tl_paramdecomp.analysis.contexts.component_streams import chosen_components
 from tl_paramdecomp.analysis.records import Record, Table, plain_table
 from tl_paramdecomp.analysis.tasks.metrics import TaskMetric, default_metric, normalised_faithfulness
 from tl_paramdecomp.analysis.tasks.task import Task
 from tl_paramdecomp.components.decomposition import Decomposition
-from tl_paramdecomp.components.indices import component_indices
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.patching.target import checked_adapter
-from tl_paramdecomp.sites import resolve_name
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all units at which MIB measures circuits."""
@@ -232,19 +231,12 @@ def evaluate_circuit(
         NormalisationError, TargetMismatchError, DeviceError: As `find_circuit`.
     """
     runs = _runs(model, decomposition, task, metric, units, value, delta)
-    chosen: set[int] = set()
-    inside: dict[str, set[int]] = {}
-    for site, given in components.items():
-        name = resolve_name(decomposition.sites, site)
-        indices = component_indices(given, decomposition[name].n_components, name)
-        inside[name] = set(indices)
-        chosen |= set(runs.units.owner[name][indices].tolist())
-    if not chosen:
-        raise SettingError("A circuit needs one component at least.")
-    whole = runs.units.members(torch.tensor(sorted(chosen)))
-    if any(set(whole[name]) - inside.get(name, set()) for name in whole):
+    inside = chosen_components(decomposition, components)
+    chosen = sorted({unit for name, own in inside.items() for unit in runs.units.owner[name][own].tolist()})
+    whole = runs.units.members(torch.tensor(chosen))
+    if any(set(whole[name]) - set(inside.get(name, ())) for name in whole):
         raise SettingError(f"Some {runs.units.granularity} are inside in part only; give all components of each.")
-    return _measured(runs, torch.tensor(sorted(chosen), device=runs.adapter.device), None, "given", value, seed)
+    return _measured(runs, torch.tensor(chosen, device=runs.adapter.device), None, "given", value, seed)
 
 
 def _runs(

@@ -52,7 +52,7 @@ def chosen_components(
         found[name] = list(dict.fromkeys([*found.get(name, []), *indices]))
     found = {name: indices for name, indices in found.items() if indices}
     if not found:
-        raise SettingError("No component is chosen; name some by site, or pass None for all of them.")
+        raise SettingError("Choose one component at least: name some by site.")
     return found
 
 

@@ -171,7 +171,7 @@ def token_statistics(
     chosen = chosen_components(decomposition, components)
     names = [(name, c) for name in chosen for c in chosen[name]]
     tallies = {kind: _Tally(len(names)) for kind in KINDS}
-    fired, positions, least = torch.zeros(len(names), dtype=torch.long), 0, torch.empty(0)
+    fired, positions, least = torch.zeros(len(names), dtype=torch.long), 0, None
     batches = seen_batches(adapter, decomposition, chosen, data, attention_mask, rows_at_once, predictions > 0)
     seen: Iterable[Any] = ((_values(batch, active), _tokens(batch, predictions)) for batch in batches)
     if active == "activation":
@@ -182,12 +182,12 @@ def token_statistics(
         least = together.kthvalue(below + 1, dim=0).values
     for values, tokens in seen:
         positions += len(values)
-        fires = values > threshold if active == "importance" else (values >= least) & (values > 0)
+        fires = values > threshold if least is None else (values >= least) & (values > 0)
         fired += fires.sum(0)
         for kind, tally in tallies.items():
             for column in tokens[kind].T:
                 tally.add(fires[column >= 0], column[column >= 0])
-    thresholds = [threshold] * len(names) if active == "importance" else least.tolist()
+    thresholds = [threshold] * len(names) if least is None else least.tolist()
     told, found = tokenizer_of(model, tokenizer), []
     for i, (name, c) in enumerate(names):
         ranked = {kind: tallies[kind].ranked(i, n, rank_by, min_count, told) for kind in KINDS}

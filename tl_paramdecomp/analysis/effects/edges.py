@@ -59,6 +59,7 @@ from tl_paramdecomp.sites import SitePattern, resolve_name
 Node = tuple[str, SupportsIndex, SupportsIndex]
 """Site, component, position."""
 METRIC = "metric"
+NODE = ("site", "component", "position", "activation", "attribution")
 SHOWN = 20
 """Edges in a printed table."""
 
@@ -335,7 +336,8 @@ def prompt_graph(
         _check_count(len(chosen))
     chosen = sorted(set(chosen), key=lambda n: (list(components).index(n[0]), n[2], n[1]))
     run = DirectPass.of(checked_adapter(model, decomposition), components, prompts, frozen_norms, frozen_patterns)
-    listed = [_node_row((s, c, p), run.acts[s][0, p, c], found.values[s][0, p, c]) for s, c, p in chosen]
+    figures = [(float(run.acts[s][0, p, c]), float(found.values[s][0, p, c])) for s, c, p in chosen]
+    listed = [dict(zip(NODE, (*node, *own))) for node, own in zip(chosen, figures)]
     edges, explained = [], []
     for target, node in [*enumerate(chosen), (METRIC, None)]:
         incoming = run.into(node)
@@ -346,11 +348,6 @@ def prompt_graph(
         value, remainder = float(incoming.value), float(incoming.remainder)
         explained.append({"target": target, "value": value, **rest, **whole, "remainder": remainder})
     return Graph(prompts.metric, "prompt", listed, edges, explained, frozen_norms, frozen_patterns, 1)
-
-
-def _node_row(node: tuple[str, int, int | None], activation: Any, attribution: Any) -> Row:
-    row = dict(zip(("site", "component", "position"), node))
-    return {**row, "activation": float(activation), "attribution": float(attribution)}
 
 
 def _check_count(nodes: int) -> None:
@@ -409,7 +406,8 @@ def dataset_graph(
                     incoming = _absolute(run.into((*node, position)), chosen, real)
                     between[:, target] += (incoming * real[:, position, None]).sum(0)
                     bar.update(1)
-    listed = [_node_row((s, c, None), activations[s][c] / counted, strengths[s][c] / rows) for s, c in chosen]
+    figures = [(float(activations[s][c] / counted), float(strengths[s][c] / rows)) for s, c in chosen]
+    listed = [dict(zip(NODE, (*node, None, *own))) for node, own in zip(chosen, figures)]
     means = (between / counted).tolist()
     edges = [{"source": i, "target": j, "value": means[i][j]} for i in range(n) for j in range(n) if means[i][j]]
     edges += [{"source": i, "target": METRIC, "value": v} for i, v in enumerate((into_metric / rows).tolist()) if v]

@@ -180,13 +180,13 @@ class Task:
         everything = torch.arange(len(self))
         try:
             index = everything[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()].reshape(-1)
+            if not len(index):
+                raise IndexError("no prompt is left")
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
             raise TaskError(
                 f"Task {self.name!r} has {len(self)} prompts; {rows!r} selects none of them ({error})."
             ) from error
         places = index.tolist()
-        if not places:
-            raise TaskError(f"{rows!r} selects no prompt of task {self.name!r}, which has {len(self)}.")
         index = index.to(self.clean.device)
         kept: dict[str, Any] = {f: None if getattr(self, f) is None else getattr(self, f)[index] for f in TENSORS}
         if kept["attention_mask"] is not None and bool(kept["attention_mask"].bool().all()):
