@@ -34,13 +34,16 @@ if _TYPE_CHECKING or "_opening" in globals():  # `__getattr__` runs this file a 
     from tl_paramdecomp.analysis.evaluation.matching import NearestComponents, nearest_components
     from tl_paramdecomp.analysis.evaluation.oracle import Oracle
     from tl_paramdecomp.analysis.evaluation.result import Evaluation
-    from tl_paramdecomp.analysis.subnetworks.impacts import (
+    from tl_paramdecomp.analysis.subnetworks import (
+        Selectivity,
         SubnetworkEvaluation,
+        causal_selectivity,
         evaluate_subnetworks,
         impacts,
         output_derivative,
+        top_logits,
+        top_samples,
     )
-    from tl_paramdecomp.analysis.subnetworks.selectivity import Selectivity, causal_selectivity, top_logits, top_samples
     from tl_paramdecomp.analysis.tasks.makers import make_task
     from tl_paramdecomp.analysis.tasks.metrics import (
         AnswerLoss,

@@ -7,7 +7,7 @@ import tl_paramdecomp as tlpd
 from tests.support.models import gpt2, logits
 from tests.support.norms import normed
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks, impacts, output_derivative
+from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks, impacts, output_derivative
 from tl_paramdecomp.methods.l3d import reconstruction
 from tl_paramdecomp.methods.sample_gradients import GradientPass, all_gradients
 from tl_paramdecomp.patching.subnetworks import perturbed

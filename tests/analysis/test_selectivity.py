@@ -7,8 +7,7 @@ import tl_paramdecomp as tlpd
 from examples.directions import random_directions, singular_directions
 from tests.support.models import gpt2, logits, plain
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.subnetworks.impacts import impacts
-from tl_paramdecomp.analysis.subnetworks.selectivity import causal_selectivity, top_logits, top_samples
+from tl_paramdecomp.analysis.subnetworks import causal_selectivity, impacts, top_logits, top_samples
 from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.patching.subnetworks import perturbed
 

@@ -6,8 +6,8 @@ import torch
 import tl_paramdecomp as tlpd
 from tests.support.models import build, gpt2, llama, logits, plain
 from tl_paramdecomp.adapters import adapt
-from tl_paramdecomp.analysis.subnetworks import impacts as subnetworks
-from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks, impacts, output_derivative
+from tl_paramdecomp.analysis import subnetworks
+from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks, impacts, output_derivative
 from tl_paramdecomp.components.subnetworks import SampleGradient
 from tl_paramdecomp.errors import (
     ComponentIndexError,

@@ -14,7 +14,7 @@ from typing import Any
 
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.adapters.fingerprint import differs
-from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks
+from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks
 from tl_paramdecomp.cli.models import open_model
 from tl_paramdecomp.cli.options import console, print_record
 from tl_paramdecomp.cli.rows import Rows, open_rows

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tl_paramdecomp.adapters import site_weight
-from tl_paramdecomp.analysis.subnetworks.impacts import evaluate_subnetworks, impacts
+from tl_paramdecomp.analysis.subnetworks import evaluate_subnetworks, impacts
 from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
 from tl_paramdecomp.patching.subnetworks import perturbed
 

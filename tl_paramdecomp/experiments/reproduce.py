@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp import toy_models as toys
 from tl_paramdecomp.analysis.activations import sparsity
-from tl_paramdecomp.analysis.subnetworks.impacts import impacts
+from tl_paramdecomp.analysis.subnetworks import impacts
 from tl_paramdecomp.components.disk import read_json, replace_text
 from tl_paramdecomp.components.subnetworks import SubnetworkDecomposition
 from tl_paramdecomp.errors import CollapseWarning, MissingExtraError, SettingError

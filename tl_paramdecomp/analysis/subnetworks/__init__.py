@@ -1,1 +1,0 @@
-"""What L3D's subnetworks do."""
