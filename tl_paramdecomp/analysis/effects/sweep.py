@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_paramdecomp.analysis.effects.single_runs import Runs, SitePatches
-from tl_paramdecomp.analysis.effects.site_writes import Prompts, prompts_of
+from tl_paramdecomp.analysis.effects.site_writes import Prompts, chosen_sites, prompts_of
 from tl_paramdecomp.analysis.records import WITH_WITHOUT, DataFrame, Record, Table, frame_of, plain_table
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.components.factors import Components
@@ -28,7 +28,7 @@ from tl_paramdecomp.errors import DataError, HeadIndexError, NoMatchingSiteError
 from tl_paramdecomp.patching.act_patches import derangement
 from tl_paramdecomp.patching.target import Claim, checked_adapter, claimed
 from tl_paramdecomp.settings import Count, Seed, fit, from_plain
-from tl_paramdecomp.sites import SitePattern, Span, select_sites
+from tl_paramdecomp.sites import SitePattern, Span
 
 Direction = Literal["noising", "denoising"]
 Sign = Literal["with minus without"]
@@ -123,16 +123,14 @@ class Sweep(Record, what="sweep", arrays=("effects",)):
 
     def tables(self, top: int = 10) -> list[Table]:
         title = f"Largest effects on {self.metric} ({self.direction}, value {self.value})"
-        rows = [
-            [row.site, *(str(getattr(row, axis)) for axis in self.granularity), f"{row.effect:+.4f}"]
-            for row in self.top(top)
-        ]
+        axes = self.granularity
+        rows = [[r.site, *(str(getattr(r, axis)) for axis in axes), f"{r.effect:+.4f}"] for r in self.top(top)]
         sites = plain_table("By site", "site", "patches", "sum", "largest", "smallest")
         for site in self.effects:
             values = self.effect(site)
             figures = (values.sum(), values.max(), values.min())
             sites.add_row(site, str(values.numel()), *(f"{float(figure):+.4f}" for figure in figures))
-        return [plain_table(title, "site", *self.granularity, f"effect\n{WITH_WITHOUT}", rows=rows), sites]
+        return [plain_table(title, "site", *axes, f"effect\n{WITH_WITHOUT}", rows=rows), sites]
 
     def footnotes(self) -> list[str]:
         runs = f"clean {self.clean:.4f}" + ("" if self.corrupt is None else f", corrupt {self.corrupt:.4f}")
@@ -222,26 +220,19 @@ def sweep(
                 for name in names:
                     change = values.change(decomposition[name], x[name], other.get(name))
                     patches[name] = SitePatches(decomposition[name], change, columns, by_head)
-                    found[name] = torch.zeros(len(patches[name]), dtype=torch.float64)
+                    found[name] = torch.zeros(patches[name].shape, dtype=torch.float64)
                 bar.total = (bar.total or 0) + sum(map(len, patches.values()))
                 for name, some, scores in run.patched(patches, block):
-                    found[name][some] = (scores - before).mean(1).cpu()
+                    found[name].view(-1)[some] = (scores - before).mean(1).cpu()
                     bar.update(len(some))
-                found |= {name: found[name].view(patches[name].shape) for name in names}
     metrics = [None if scores is None else float(scores.mean()) for scores in (reversed(ends) if denoising else ends)]
     assert metrics[0] is not None
+    axes = [*(["position"] if each else []), *(["head"] if by_head else []), "component"]
     return Sweep(
-        sign="with minus without",
-        direction=direction,
-        value=put if isinstance(put, str) else f"{put:g}",
-        metric=runs.metric,
-        granularity=[*(["position"] if each else []), *(["head"] if by_head else []), "component"],
-        positions="each" if each else "everywhere" if where is None else repr(positions),
-        prompts=len(base),
-        clean=metrics[0],
-        corrupt=metrics[1],
-        effects={name: (found[name] if denoising else 0.0 - found[name]).tolist() for name in chosen},
-    )
+        "with minus without", direction, put if isinstance(put, str) else f"{put:g}", runs.metric, axes,
+        "each" if each else "everywhere" if where is None else repr(positions), len(base), metrics[0], metrics[1],
+        {name: (found[name] if denoising else 0.0 - found[name]).tolist() for name in chosen},
+    )  # fmt: skip
 
 
 # --- what is put in --------------------------------------------------------------------------------------------------
@@ -316,7 +307,7 @@ def _checked_value(value: SweepValue | None, direction: str, runs: Prompts, rows
 
 
 def _chosen_sites(decomposition: Decomposition, pattern: SitePattern | None, by_head: bool) -> Sequence[str]:
-    names = list(decomposition if pattern is None else select_sites(decomposition.sites, pattern))
+    names = list(chosen_sites(decomposition, pattern))
     if not by_head:
         return names
     whole = [name for name in names if decomposition.sites[name].n_heads is None]
