@@ -152,7 +152,7 @@ def top_contexts(
         DataError, ShapeError, DtypeError: The data is not token rows, or empty.
         TargetMismatchError, DeviceError: As `component_acts`.
     """
-    fit(by, By, "by"), fit(sign, Sign, "sign")
+    by, sign = fit(by, By, "by"), fit(sign, Sign, "sign")
     n, before, after = fit(n, Count, "n"), fit(before, Whole, "before"), fit(after, Whole, "after")
     if by == "importance" and decomposition.importance is None:
         raise NoImportanceError("This decomposition has no causal-importance function; take contexts by='activation'.")

@@ -59,7 +59,7 @@ from tl_paramdecomp.sites import SitePattern, resolve_name
 Node = tuple[str, SupportsIndex, SupportsIndex]
 """Site, component, position."""
 METRIC = "metric"
-NODE = ("site", "component", "position", "activation", "attribution")
+NODE: tuple[str, ...] = ("site", "component", "position", "activation", "attribution")
 SHOWN = 20
 """Edges in a printed table."""
 

@@ -291,7 +291,8 @@ class _Values:
 # --- checks ----------------------------------------------------------------------------------------------------------
 def _checked_value(value: SweepValue | None, direction: str, runs: Prompts, rows_at_once: int) -> str | float:
     """What is put in, by name or as a number."""
-    fit(direction, Direction, "direction"), fit(rows_at_once, Count, "rows_at_once")
+    fit(direction, Direction, "direction")
+    fit(rows_at_once, Count, "rows_at_once")
     if not len(runs.clean):
         raise DataError("A sweep needs at least one prompt.")
     put = ("corrupt" if direction == "denoising" else "zero") if value is None else value
