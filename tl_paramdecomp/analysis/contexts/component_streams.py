@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,13 +56,10 @@ def chosen_components(
     return found
 
 
-Own = TypeVar("Own")
-
-
-def own_of(results: Iterable[Own], site: str, component: int) -> Own:
+def own_of(results: Iterable[Any], site: str, component: int) -> Any:
     """What belongs to one component, among results that name their site and component."""
     for own in results:
-        if (own.site, own.component) == (site, component):  # type: ignore[attr-defined]
+        if (own.site, own.component) == (site, component):
             return own
     raise ComponentIndexError(f"Component {component} of {site!r} was not looked at; choose it by components=.")
 
