@@ -126,15 +126,13 @@ def evaluate(
     check_rows(tokens, attention_mask)
     if not len(tokens) or (attention_mask is not None and not attention_mask.any()):
         raise DataError("There are no rows to evaluate on, or the attention mask leaves no position of them.")
-    for dec in (decomposition, untrained):
-        if dec is not None and not dec.gives_importances and importances is None:
-            raise NoImportanceError(
-                "This decomposition has no importance function; give importances=tl_paramdecomp.Oracle(k=...), which keeps "
-                "the k components per position that the model's gradients call for."
-            )
-    adapter = checked_adapter(model, decomposition)
-    if untrained is not None:
-        checked_adapter(model, untrained)
+    every = [dec for dec in (decomposition, untrained) if dec is not None]
+    if importances is None and not all(dec.gives_importances for dec in every):
+        raise NoImportanceError(
+            "This decomposition has no importance function; give importances=tl_paramdecomp.Oracle(k=...), which keeps "
+            "the k components per position that the model's gradients call for."
+        )
+    adapter, *_ = (checked_adapter(model, dec) for dec in every)
     Limits.of(adapter).refuse(tokens, "The data", attention_mask)
     warn_of_other_start(decomposition, tokens, attention_mask)
     protocol = protocol or EvaluationConfig()
@@ -147,7 +145,7 @@ def evaluate(
             f"KL is of next tokens, and the data is {tokens.dtype}; use measure='mse', of outputs as they are."
         )
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for module in (adapter, decomposition, *([] if untrained is None else [untrained])):
+        for module in (adapter, *every):
             stack.enter_context(frozen(module))
         batch = Batch(tokens, attention_mask).to(adapter.device)
         run = _Run(adapter, decomposition, *batch, importances, protocol, seconds, measure)
