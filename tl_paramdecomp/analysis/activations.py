@@ -33,8 +33,8 @@ def component_acts(
         TargetMismatchError, DeviceError: The model is not the decomposition's target, or is elsewhere.
     """
     with torch.no_grad():
-        inputs = _inputs(model, decomposition, tokens, attention_mask)
-        return {name: decomposition[name].acts(x) for name, x in inputs.items()}
+        found = _inputs(model, decomposition, tokens, attention_mask)
+        return {name: decomposition[name].acts(x) for name, x in found.items()}
 
 
 def site_acts(

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.adapters.attention import attention_softmaxes
-from tl_paramdecomp.adapters.norm_scales import NormCall, opened_norms
+from tl_paramdecomp.adapters.norm_scales import opened_norms
 from tl_paramdecomp.analysis.activations import component_acts
 from tl_paramdecomp.analysis.effects.attribution import attribute, held
 from tl_paramdecomp.analysis.effects.site_writes import (
@@ -101,45 +101,27 @@ class IncomingEdges:
         return self.value - self.total
 
 
-@dataclass(eq=False)
 class DirectPass:
     """One forward pass with every decomposed site pinned, from which any number of targets can be explained."""
 
-    components: Mapping[str, Components]
-    """Of the pinned sites."""
-    writes: SiteWrites
-    norms: dict[str, list[NormCall]]
-    metric: Float[Tensor, " batch"]
-    """In the graph."""
-    acts: dict[str, Float[Tensor, "batch pos _C"]]
-    rest: dict[str, Float[Tensor, "batch pos d_out"]]
-    """What delta components write."""
-
-    @classmethod
-    def of(
-        cls,
-        adapter: ModelAdapter,
-        components: Mapping[str, Components],
-        prompts: Prompts,
-        frozen_norms: bool = True,
-        frozen_patterns: bool = False,
-    ) -> "DirectPass":
-        """Run it over the clean rows, with these components' sites pinned."""
+    def __init__(
+        self, adapter: ModelAdapter, components: Mapping[str, Components], prompts: Prompts, norms: bool, patterns: bool
+    ) -> None:
+        """Over the clean rows, with these components' sites pinned; norms or patterns may be frozen."""
         writes = SiteWrites(len(prompts.clean))
         others = [
             n for n in adapter.wirings if n not in components and (n in EMBEDDINGS or adapter.bias(n) is not None)
         ]
-        fns = writes.fns(components, "pinned") | writes.fns(others, "open")
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            norms = stack.enter_context(opened_norms(adapter.root, frozen_norms))
-            if frozen_patterns:
+            seen = stack.enter_context(opened_norms(adapter.root, norms))
+            if patterns:
                 stack.enter_context(attention_softmaxes(adapter.root, hold=True))
-            stack.enter_context(adapter.intercept(fns))
-            metric = prompts.measure(adapter.forward(prompts.clean, prompts.attention_mask))
-        acts = {name: writes.acts(name, own) for name, own in components.items()}
-        rest = {name: writes.delta_write(name, own) for name, own in components.items()}
-        return cls(components, writes.check_positions(), dict(norms), metric, acts, rest)
+            stack.enter_context(adapter.intercept(writes.fns(components, "pinned") | writes.fns(others, "open")))
+            self.metric = prompts.measure(adapter.forward(prompts.clean, prompts.attention_mask))
+        self.components, self.writes, self.norms = components, writes.check_positions(), dict(seen)
+        self.acts = {name: writes.acts(name, own) for name, own in components.items()}
+        self.rest = {name: writes.delta_write(name, own) for name, own in components.items()}
 
     def into(self, node: tuple[str, int, int] | None) -> IncomingEdges:
         """Edges into a component's activation at one position, or into the metric."""
@@ -209,7 +191,7 @@ def edges_into(
     adapter = checked_adapter(model, decomposition, tokens, attention_mask)
     components = chosen_sites(decomposition, sites)
     node = _node(components, target, tokens.shape[1])
-    return DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns).into(node)
+    return DirectPass(adapter, components, prompts, frozen_norms, frozen_patterns).into(node)
 
 
 def _node(components: Mapping[str, Components], node: Any, length: int) -> tuple[str, int, int]:
@@ -335,7 +317,7 @@ def prompt_graph(
         chosen = [_node(components, node, prompts.clean.shape[1]) for node in nodes]
         _check_count(len(chosen))
     chosen = sorted(set(chosen), key=lambda n: (list(components).index(n[0]), n[2], n[1]))
-    run = DirectPass.of(checked_adapter(model, decomposition), components, prompts, frozen_norms, frozen_patterns)
+    run = DirectPass(checked_adapter(model, decomposition), components, prompts, frozen_norms, frozen_patterns)
     figures = [(float(run.acts[s][0, p, c]), float(found.values[s][0, p, c])) for s, c, p in chosen]
     listed = [dict(zip(NODE, (*node, *own))) for node, own in zip(chosen, figures)]
     edges, explained = [], []
@@ -397,7 +379,7 @@ def dataset_graph(
     into_metric, counted = torch.zeros(n, dtype=torch.float64, device=device), 0.0
     with tqdm(total=len(batches) * length * n, desc="edges", disable=not progress, leave=False) as bar:
         for prompts in batches:
-            run = DirectPass.of(adapter, components, prompts, frozen_norms, frozen_patterns)
+            run = DirectPass(adapter, components, prompts, frozen_norms, frozen_patterns)
             real = torch.ones(prompts.clean.shape, device=device) if prompts.real is None else prompts.real.double()
             counted += float(real.sum())
             into_metric += _absolute(run.into(None), chosen, real).sum(0)

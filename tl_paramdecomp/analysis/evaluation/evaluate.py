@@ -377,14 +377,14 @@ class _Run:
                 break
             self.bar.set_postfix_str(f"adversary of {steps} steps, restart {restart + 1}")
             found.append(climb(self.batches, steps, self.generator(7919 * restart)))
-        worst = [c.worst for c in found]
+        worst = list(map(max, found))
         return {
             "steps": steps,
             "restarts": len(found),
             self.measure: statistics.median(worst),
             f"{self.measure}_worst": max(worst),
             f"{self.measure}_all": worst,
-            "start": statistics.median(c.start for c in found),
+            "start": statistics.median(values[0] for values in found),
         }
 
     def specificity(self) -> dict[str, Any]:

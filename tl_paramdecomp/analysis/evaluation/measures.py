@@ -150,17 +150,9 @@ def masks_of(
 
 
 # --- the adversary ----------------------------------------------------------------------------------------------------
-class Climb(NamedTuple):
-    """One restart."""
-
-    start: float
-    """KL under the random sources it began from, nats per token."""
-    worst: float
-    """The largest KL it met."""
-
-
-def climb(batches: Callable[[], Iterable[LossStep]], steps: int, generator: torch.Generator) -> Climb:
-    """Projected gradient ascent from random sources, in steps of 2 / steps, at most 1, over batches given anew each time."""
+def climb(batches: Callable[[], Iterable[LossStep]], steps: int, generator: torch.Generator) -> list[float]:
+    """KL under random sources and after each step of projected gradient ascent, over batches given anew each time."""
+    # steps of 2 / steps let sources cross [0, 1] and back
     size = min(1.0, 2.0 / steps)
     sources: dict[str, Tensor] = {}
     for name, g in ((name, i.lower) for name, i in next(iter(batches())).importances.items()):
@@ -170,7 +162,7 @@ def climb(batches: Callable[[], Iterable[LossStep]], steps: int, generator: torc
         kl, gradients = _value_and_gradient(batches(), sources, wanted=i < steps)
         values.append(kl)
         sources = {name: ascended(sources[name], gradient, size) for name, gradient in gradients.items()}
-    return Climb(values[0], max(values))
+    return values
 
 
 def _value_and_gradient(

@@ -276,18 +276,8 @@ def _pronoun(writer: RowTokenizer, rng: random.Random, templates: Words, slots: 
         yield Instance((name, frame), clean, corrupt, (f" {right}",), (f" {wrong}",), template)
 
 
-class _Years(NamedTuple):
-    """How a tokenizer writes years as a century's token and that of two digits."""
-
-    between: str
-    """What stands between the two: nothing, or a space."""
-    ids: tuple[int, ...]
-    """Tokens of the digits 00 to 99."""
-    first: dict[str, tuple[str, ...]]
-    """By century, the first years from 02 to 98 that it writes so."""
-
-
-def _years(writer: RowTokenizer) -> _Years:
+def _years(writer: RowTokenizer) -> tuple[str, tuple[int, ...], dict[str, Words]]:
+    """What stands between a century's token and that of two digits, those of 00 to 99, and first years by century."""
     missing: tuple[str, ...] = words.YEARS
     for between in ("", " "):
         ids: dict[str, int] = {}
@@ -301,7 +291,7 @@ def _years(writer: RowTokenizer) -> _Years:
         missing = tuple(year for year in words.YEARS if year not in ids)
         usable = {c: tuple(y for y in years if "02" <= y <= "98") for c, years in split.items() if "01" in years}
         if not missing and any(usable.values()):
-            return _Years(between, tuple(ids[y] for y in words.YEARS), {c: y for c, y in usable.items() if y})
+            return between, tuple(ids[y] for y in words.YEARS), {c: y for c, y in usable.items() if y}
     raise TokenizerTaskError(
         "Task 'greater_than' cannot be written with this tokenizer: it needs years as two tokens, of the century and of two "
         f"digits (' 17' and '41', or ' 17' and ' 41'), and this one does not write {named_words(missing, 6)} of any century "
@@ -310,17 +300,16 @@ def _years(writer: RowTokenizer) -> _Years:
 
 
 def _greater_than(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slots) -> Iterator[Instance]:
-    years = _years(writer)
-    centuries = tuple(years.first)
+    between, ids, first_years = _years(writer)
+    centuries = tuple(first_years)
     while True:
         template, event, century = rng.choice(templates), rng.choice(slots["event"]), rng.choice(centuries)
-        year = rng.choice(years.first[century])
+        year = rng.choice(first_years[century])
         clean, corrupt = (
-            template.format(event=event, first=f"{century}{years.between}{digits}", C=century)
-            for digits in (year, "01")
+            template.format(event=event, first=f"{century}{between}{digits}", C=century) for digits in (year, "01")
         )
         later = int(year) + 1
-        yield Instance((event, century, year), clean, corrupt, years.ids[later:], years.ids[:later], template)
+        yield Instance((event, century, year), clean, corrupt, ids[later:], ids[:later], template)
 
 
 def _docstring(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slots) -> Iterator[Instance]:
