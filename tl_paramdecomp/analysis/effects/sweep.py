@@ -202,9 +202,9 @@ def sweep(
     if each and base.is_floating_point():
         raise ShapeError(f"These inputs {list(base.shape)} have no position axis; leave positions out.")
     where = None if each else parse_positions(positions)
-    values = _Values(put, base, runs.attention_mask, where, by_head, means, seed)
-    for name in chosen if put == "mean" and means is not None else ():
-        values.given_mean(decomposition[name])
+    given: dict[str, Tensor] = {}
+    if put == "mean" and means is not None:
+        given = {name: _given_mean(decomposition[name], means, base.shape[1], by_head) for name in chosen}
     claims = {name: Claim(decomposition[name], additive=True) for name in chosen}
     with torch.no_grad(), claimed(adapter.core, claims):
         told = (runs.attention_mask, rows_at_once, runs.score, None if runs.task is None else runs.task.last)
@@ -218,7 +218,8 @@ def sweep(
                 other = others.inputs(names, block) if others and reads else {}
                 patches = {}
                 for name in names:
-                    change = values.change(decomposition[name], x[name], other.get(name))
+                    own = (decomposition[name], put, x[name], other.get(name), given.get(name))
+                    change = _change(*own, runs.attention_mask, where, by_head, seed)
                     patches[name] = SitePatches(decomposition[name], change, columns, by_head)
                     found[name] = torch.zeros(patches[name].shape, dtype=torch.float64)
                 bar.total = (bar.total or 0) + sum(map(len, patches.values()))
@@ -236,56 +237,43 @@ def sweep(
 
 
 # --- what is put in --------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
-class _Values:
-    """The difference that patching a site's components makes to their activations."""
+def _change(
+    components: Components, put: str | float, x: Tensor, other: Tensor | None, mean: Tensor | None,
+    attention_mask: Tensor | None, positions: Positions | None, by_head: bool, seed: int,
+) -> Float[Tensor, "n ..."]:  # fmt: skip
+    """a' - h of one site, from what it reads in the run that is patched and in the run that values come from."""
+    site = components.site
+    parts = by_head and site.head_side == "in"
+    read = components.head_acts if parts else components.acts
+    h = read(x).detach()
+    rows = h.shape[: -2 if parts else -1]
+    if mean is not None:
+        new = mean.to(h)
+    elif other is not None:
+        new = read(other).detach()
+    elif put == "resample":
+        new = h[derangement(len(h), seed).to(h.device)]
+    elif put == "mean":
+        weight = h.new_ones(rows) if attention_mask is None else attention_mask.to(h)
+        weight = weight.view(*rows, *(1,) * (h.ndim - len(rows)))
+        new = (h * weight).sum(tuple(range(len(rows)))) / weight.sum()
+    else:
+        new = torch.full_like(h, 0.0 if put == "zero" else float(put))
+    if positions is None:
+        return new - h
+    columns = positions.columns(rows, Span(0, rows[-1]), site.name).to(h)
+    return (new - h) * columns.view(*columns.shape, *(1,) * (h.ndim - len(rows)))
 
-    put: str | float
-    tokens: Tensor
-    attention_mask: Tensor | None
-    positions: Positions | None
-    by_head: bool
-    means: Mapping[str, Tensor] | None
-    seed: int
 
-    def change(self, components: Components, x: Tensor, other: Tensor | None) -> Tensor:
-        """a' - h of one site, from what it reads in the run that is patched and in the run that values come from."""
-        site = components.site
-        parts = self.by_head and site.head_side == "in"
-        read = components.head_acts if parts else components.acts
-        h = read(x).detach()
-        rows = h.shape[: -2 if parts else -1]
-        if self.put == "mean" and self.means is not None:
-            new = self.given_mean(components).to(h)
-        elif other is not None:
-            new = read(other).detach()
-        elif self.put == "resample":
-            new = h[derangement(len(h), self.seed).to(h.device)]
-        elif self.put == "mean":
-            weight = h.new_ones(rows) if self.attention_mask is None else self.attention_mask.to(h)
-            weight = weight.view(*rows, *(1,) * (h.ndim - len(rows)))
-            new = (h * weight).sum(tuple(range(len(rows)))) / weight.sum()
-        else:
-            new = torch.full_like(h, 0.0 if self.put == "zero" else float(self.put))
-        if self.positions is None:
-            return new - h
-        columns = self.positions.columns(rows, Span(0, rows[-1]), site.name).to(h)
-        return (new - h) * columns.view(*columns.shape, *(1,) * (h.ndim - len(rows)))
-
-    def given_mean(self, components: Components) -> Tensor:
-        """Of one site."""
-        assert self.means is not None
-        name, C = components.site.name, components.n_components
-        if self.by_head and components.site.head_side == "in":
-            raise SettingError(f"Means of whole activations say nothing of the parts that heads of {name} read.")
-        if name not in self.means:
-            raise NoMatchingSiteError(f"There is no mean of {name} among those of {', '.join(self.means)}.")
-        mean = self.means[name]
-        if mean.shape not in ((C,), (self.tokens.shape[1], C)):
-            raise ShapeError(
-                f"Means of {name} are [C={C}] or [pos={self.tokens.shape[1]}, C={C}]; given {list(mean.shape)}."
-            )
-        return mean
+def _given_mean(components: Components, means: Mapping[str, Tensor], length: int, by_head: bool) -> Tensor:
+    name, C = components.site.name, components.n_components
+    if by_head and components.site.head_side == "in":
+        raise SettingError(f"Means of whole activations say nothing of the parts that heads of {name} read.")
+    if name not in means:
+        raise NoMatchingSiteError(f"There is no mean of {name} among those of {', '.join(means)}.")
+    if means[name].shape not in ((C,), (length, C)):
+        raise ShapeError(f"Means of {name} are [C={C}] or [pos={length}, C={C}]; given {list(means[name].shape)}.")
+    return means[name]
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
