@@ -16,7 +16,7 @@ subject-verb agreement. Words and templates are the package's own.
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tl_paramdecomp.analysis.tasks import words
@@ -31,11 +31,6 @@ DRAWS = 3000
 """Draws for one prompt before it is said that there is none."""
 PERIOD = 20
 """Tokens that induction repeats, where the vocabulary and the model's context have room for them."""
-
-
-Words = tuple[str, ...]
-Slots = dict[str, Words]
-"""Words that may fill a template's slots."""
 
 
 class Instance(NamedTuple):
@@ -123,10 +118,8 @@ def make_task(
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 def _written_rows(name: str, writer: RowTokenizer, n: int, rng: random.Random, split: str) -> list[Row]:
-    make, templates, words_of = _WRITTEN[name]
-    templates = _writable(writer, name, "templates", templates)
-    slots = {slot: _writable(writer, name, "words", some) for slot, some in words_of.items()}
-    rows, instances = [], make(writer, rng, templates, slots)
+    rows = []
+    instances = _WRITTEN[name](writer, rng)
     while len(rows) < n:
         drawn = (i for i in itertools.islice(instances, DRAWS) if split_of(name, *i.key) == split)
         row = next(filter(None, (_tokenised(writer, instance) for instance in drawn)), None)
@@ -237,14 +230,21 @@ def _writable(writer: RowTokenizer, task: str, what: str, candidates: Iterable[s
     return tuple(found)
 
 
+def _slots(writer: RowTokenizer, task: str, **words_of: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Words that the tokenizer can write, by the slot of a template that they fill."""
+    return {slot: _writable(writer, task, "words", some) for slot, some in words_of.items()}
+
+
 def _filled(template: str, rng: random.Random, **slots: Sequence[str]) -> str:
     """A template with a word drawn for each of these slots; the others stay."""
     return re.sub(r"\{(\w+)\}", lambda slot: rng.choice(slots[slot[1]]) if slot[1] in slots else slot[0], template)
 
 
 # --- the tasks ----------------------------------------------------------------------------------------------------------
-def _ioi(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slots) -> Iterator[Instance]:
+def _ioi(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     names = _single(writer, "ioi", "names", words.NAMES, 8)
+    slots = _slots(writer, "ioi", place=words.PLACES, object=words.OBJECTS)
+    templates = _writable(writer, "ioi", "templates", words.IOI_TEMPLATES)
     while True:
         template = rng.choice(templates)
         frame = _filled(template, rng, **slots)
@@ -261,12 +261,14 @@ def _ioi(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slot
         )
 
 
-def _pronoun(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slots) -> Iterator[Instance]:
+def _pronoun(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     names = {
         pronoun: _single(writer, "pronoun", f"names of {pronoun}", some, 4)
         for pronoun, some in (("she", words.FEMALE_NAMES), ("he", words.MALE_NAMES))
     }
     _single(writer, "pronoun", "pronouns", names, 2)
+    slots = _slots(writer, "pronoun", adj=words.ADJECTIVES, job=words.JOBS, place=words.PLACES)
+    templates = _writable(writer, "pronoun", "templates", words.PRONOUN_TEMPLATES)
     while True:
         template = rng.choice(templates)
         right, wrong = rng.sample(("he", "she"), 2)
@@ -276,7 +278,7 @@ def _pronoun(writer: RowTokenizer, rng: random.Random, templates: Words, slots: 
         yield Instance((name, frame), clean, corrupt, (f" {right}",), (f" {wrong}",), template)
 
 
-def _years(writer: RowTokenizer) -> tuple[str, tuple[int, ...], dict[str, Words]]:
+def _years(writer: RowTokenizer) -> tuple[str, tuple[int, ...], dict[str, tuple[str, ...]]]:
     """What stands between a century's token and that of two digits, those of 00 to 99, and first years by century."""
     missing: tuple[str, ...] = words.YEARS
     for between in ("", " "):
@@ -299,11 +301,13 @@ def _years(writer: RowTokenizer) -> tuple[str, tuple[int, ...], dict[str, Words]
     )
 
 
-def _greater_than(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slots) -> Iterator[Instance]:
+def _greater_than(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     between, ids, first_years = _years(writer)
+    events = _writable(writer, "greater_than", "words", words.EVENTS)
+    templates = _writable(writer, "greater_than", "templates", words.GREATER_THAN_TEMPLATES)
     centuries = tuple(first_years)
     while True:
-        template, event, century = rng.choice(templates), rng.choice(slots["event"]), rng.choice(centuries)
+        template, event, century = rng.choice(templates), rng.choice(events), rng.choice(centuries)
         year = rng.choice(first_years[century])
         clean, corrupt = (
             template.format(event=event, first=f"{century}{between}{digits}", C=century) for digits in (year, "01")
@@ -312,8 +316,10 @@ def _greater_than(writer: RowTokenizer, rng: random.Random, templates: Words, sl
         yield Instance((event, century, year), clean, corrupt, ids[later:], ids[:later], template)
 
 
-def _docstring(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slots) -> Iterator[Instance]:
+def _docstring(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     arguments = _single(writer, "docstring", "names of arguments", words.ARGUMENTS, 14)
+    slots = _slots(writer, "docstring", function=words.FUNCTIONS, w=words.DESCRIPTIONS, t=words.THINGS)
+    templates = _writable(writer, "docstring", "templates", words.DOCSTRING_TEMPLATES)
     while True:
         number = rng.randrange(len(templates))
         frame = _filled(templates[number], rng, **slots)
@@ -331,13 +337,15 @@ def _docstring(writer: RowTokenizer, rng: random.Random, templates: Words, slots
         )
 
 
-def _agreement(writer: RowTokenizer, rng: random.Random, templates: Words, slots: Slots) -> Iterator[Instance]:
+def _agreement(writer: RowTokenizer, rng: random.Random) -> Iterator[Instance]:
     people, things = words.PEOPLE_PAIRS, words.THING_PAIRS
     nouns = _single(writer, "agreement", "nouns in both numbers", [*people, *things], 8)
     verbs = _single(writer, "agreement", "verbs in both numbers", words.VERB_PAIRS, 1)
+    templates = _writable(writer, "agreement", "templates", words.AGREEMENT_TEMPLATES)
+    between = _slots(writer, "agreement", thing=sum(things, ()), person=sum(people, ()))
     while True:
         template, noun = rng.choice(templates), rng.choice(nouns)
-        others = {slot: [word for word in some if word not in noun] for slot, some in slots.items()}
+        others = {slot: [word for word in some if word not in noun] for slot, some in between.items()}
         frame = _filled(template, rng, **others)
         number = rng.randrange(2)
         clean, corrupt = frame.format(noun=noun[number]), frame.format(noun=noun[1 - number])
@@ -345,19 +353,13 @@ def _agreement(writer: RowTokenizer, rng: random.Random, templates: Words, slots
         yield Instance((noun[0], frame), clean, corrupt, right, wrong, f"{('singular', 'plural')[number]}: {template}")
 
 
-_WRITTEN: dict[str, tuple[Callable[..., Iterator[Instance]], Words, Slots]] = {
-    "ioi": (_ioi, words.IOI_TEMPLATES, {"place": words.PLACES, "object": words.OBJECTS}),
-    "pronoun": (_pronoun, words.PRONOUN_TEMPLATES, {"adj": words.ADJECTIVES, "job": words.JOBS, "place": words.PLACES}),
-    "greater_than": (_greater_than, words.GREATER_THAN_TEMPLATES, {"event": words.EVENTS}),
-    "docstring": (
-        _docstring, words.DOCSTRING_TEMPLATES,
-        {"function": words.FUNCTIONS, "w": words.DESCRIPTIONS, "t": words.THINGS},
-    ),
-    "agreement": (
-        _agreement, words.AGREEMENT_TEMPLATES,
-        {"thing": sum(words.THING_PAIRS, ()), "person": sum(words.PEOPLE_PAIRS, ())},
-    ),
-}  # fmt: skip
-"""What draws each task's prompts without end, its templates, and the words that fill their slots."""
+_WRITTEN = {
+    "ioi": _ioi,
+    "pronoun": _pronoun,
+    "greater_than": _greater_than,
+    "docstring": _docstring,
+    "agreement": _agreement,
+}
+"""Endless prompts of each task."""
 TASKS = ("ioi", "pronoun", "greater_than", "induction", "docstring", "agreement")
 """The standard tasks by name."""
