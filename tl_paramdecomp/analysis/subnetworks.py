@@ -39,7 +39,7 @@ from tl_paramdecomp.methods.sample_gradients import GradientPass, SampleDivergen
 from tl_paramdecomp.methods.step import KL_NEEDS
 from tl_paramdecomp.patching.subnetworks import moved_part, perturbed
 from tl_paramdecomp.patching.target import checked_adapter, frozen
-from tl_paramdecomp.settings import TYPE, Count, Positive, Seed, Whole, fit, from_settings, kinds_of
+from tl_paramdecomp.settings import TYPE, Count, Positive, Seed, fit, from_settings, kinds_of
 from tl_paramdecomp.sites import check_rows
 
 TINY = 1e-12

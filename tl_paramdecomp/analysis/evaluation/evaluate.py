@@ -47,9 +47,8 @@ from tl_paramdecomp.components.masked_output import InterpolatedMask
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.data.rows import rows_to_measure
 from tl_paramdecomp.data.tokenizer import warn_of_other_start
-from tl_paramdecomp.errors import DataError, NoImportanceError, SettingError
-from tl_paramdecomp.methods.prefixes import tensors_of
 from tl_paramdecomp.errors import DataError, NoImportanceError
+from tl_paramdecomp.methods.prefixes import tensors_of
 from tl_paramdecomp.methods.step import LossStep, Measure, measure_of
 from tl_paramdecomp.patching.target import checked_adapter, frozen
 from tl_paramdecomp.settings import Count, NotNegative, Seed, Settings, Whole, fit
