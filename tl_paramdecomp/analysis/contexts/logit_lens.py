@@ -13,7 +13,7 @@ weights instead of activations Dar et al. 2023, arXiv 2209.02535.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -131,11 +131,19 @@ def lens_logits(
     return direction @ weight.to(direction), f"Values are W_U^T {formula}: {words}"
 
 
-def final_norm(adapter: ModelAdapter) -> tuple[FormulaKind, Float[Tensor, " d_model"] | None]:
-    """The last normalisation and its gain; one without a gain is known by what reaches the unembedding on a few tokens."""
+class FinalNorm(NamedTuple):
+    """What stands between the residual stream and the unembedding."""
+
+    kind: FormulaKind
+    gain: Float[Tensor, " d_model"] | None
+    """What it multiplies by; None for 1."""
+
+
+def final_norm(adapter: ModelAdapter) -> FinalNorm:
+    """The last normalisation; one without a gain is known by what reaches the unembedding on a few tokens."""
     if FINAL_NORM in adapter.norms.wirings:
         wiring = adapter.norms.wirings[FINAL_NORM]
-        return "LayerNorm" if wiring.centred else "RMSNorm", adapter.gain(FINAL_NORM) + wiring.offset
+        return FinalNorm("LayerNorm" if wiring.centred else "RMSNorm", adapter.gain(FINAL_NORM) + wiring.offset)
     if FINAL_NORM in adapter.norms.refused:
         raise UnsupportedModelError(
             f"The last normalisation of {type(adapter.root).__name__} has a gain that cannot be read: "
@@ -145,8 +153,8 @@ def final_norm(adapter: ModelAdapter) -> tuple[FormulaKind, Float[Tensor, " d_mo
         rows = adapter.hidden(probe_tokens(adapter)).float()
     means, sizes = rows.mean(-1).abs().max(), rows.pow(2).mean(-1).sqrt()
     if bool((sizes < 0.5).any() or (sizes > 1.01).any()):
-        return "none", None
-    return "LayerNorm" if means < 1e-2 else "RMSNorm", None
+        return FinalNorm("none", None)
+    return FinalNorm("LayerNorm" if means < 1e-2 else "RMSNorm", None)
 
 
 # --- does the write reach the residual stream as it is? -----------------------------------------------------------------
@@ -167,7 +175,7 @@ def check_writes_residual(adapter: ModelAdapter, site: str) -> None:
     tokens, names = probe_tokens(adapter), (site, *others)
     with torch.no_grad(), adapter.undisturbed():
         writes = SiteWrites(len(tokens))
-        with adapter.intercept(writes.fns(names, "read")):
+        with adapter.intercept(writes.fns(names, "open")):  # hosts may write into what they are given, not into y
             clean = _at_block(adapter, tokens, block, before)
         y = writes.y[site]
         drawn = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
