@@ -7,6 +7,7 @@ import torch
 
 import tl_paramdecomp as tlpd
 from tests.support.models import VOCAB, gpt2
+from tests.support.zoo import tiny
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.components.importance import ImportanceConfig
 from tl_paramdecomp.errors import SettingError, UnsupportedModelError
@@ -153,3 +154,14 @@ def test_patterns_do_not_change_where_no_earlier_site_does():
     step = step_of(model, ["blocks.1.attn.W_V", "blocks.1.attn.W_O", "blocks.1.mlp.*"])
     assert AttentionPatternReconstruction()(step).abs() < 1e-15
     assert StochasticReconstruction()(step) > 1e-4
+
+
+def test_outputs_are_kept_from_hosts_that_write_into_them():
+    model, kept = tiny("FalconForCausalLM/bias"), {}
+    step = step_of(model, "blocks.*.mlp.*")
+    with torch.no_grad():
+        step.run_masked(importance_masks_of(step), kept)
+    for name, (x, y) in kept.items():
+        c, g = step.decomposition[name], step.importances[name].lower
+        bias = 0.0 if adapt(model).bias(name) is None else adapt(model).bias(name)
+        torch.testing.assert_close(y, (g * (x @ c.V)) @ c.U + bias, rtol=1e-4, atol=1e-5)

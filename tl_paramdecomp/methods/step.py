@@ -211,4 +211,5 @@ def _masked_call(
     y = components(masked_output, mask, call.x, call.y, call.bias)
     if kept is not None:
         kept[name] = SiteValues(call.x, y)
+        return y.clone()  # hosts may write into what they are given
     return y

@@ -78,14 +78,14 @@ class SiteWrites:
         self.y[name] = y.detach().expand(self.batch, *y.shape[1:])
         self.bias[name] = call.bias
         if role == "read":
-            return y
+            return y.clone()  # hosts may write into what they are given
         if role == "open":
             leaf = torch.zeros_like(self.y[name], memory_format=torch.contiguous_format).requires_grad_(True)
             self.leaves[name] = leaf
             return y + leaf
         leaf = self.y[name].clone().requires_grad_(True)
         self.leaves[name] = leaf
-        return leaf.clone()  # hosts may write into what they are given
+        return leaf.clone()
 
     def gradients(self, total: Float[Tensor, ""], retain: bool = False) -> dict[str, Tensor]:
         """Derivative of one number by what each site writes; zeros where nothing leads from there to it."""
