@@ -1,6 +1,38 @@
-"""Every error that the package raises on purpose, and its warnings.
+"""Every error the package raises on purpose.
 
-Each error says what was given, what was expected and what to try, and leaves the model and the files as they were.
+    TLParamDecompError
+    ├── UnsupportedModelError (ValueError)      this model, or this part of it, cannot be decomposed exactly
+    │   └── UnsupportedSiteError                one weight of an otherwise supported model
+    ├── NoMatchingSiteError (ValueError)        a pattern or name that matches no weight site
+    ├── TargetMismatchError (ValueError)        the model's weights are not those the decomposition was made from
+    ├── ShapeError (ValueError)                 a tensor of the wrong shape
+    ├── DtypeError (TypeError)                  a tensor of the wrong number type
+    ├── DeviceError (ValueError)                components and model on different devices
+    ├── ComponentIndexError (IndexError)        no such component
+    ├── PositionIndexError (IndexError)         no such position in this row
+    ├── HeadIndexError (IndexError)             no such head, or a site that has none
+    ├── MaskNotConstantError (ValueError)       a mask that differs over batch or position where one weight must serve all
+    ├── PatchConflictError (RuntimeError)       two patches of one site that have no common meaning
+    ├── SiteNotFiredError (RuntimeError)        a patched site that the forward pass never reached
+    ├── NoImportanceError (ValueError)          a decomposition without a causal-importance function
+    ├── SettingError (ValueError)               a hyperparameter or an argument that makes no sense
+    ├── DataError (ValueError)                  training or evaluation data that cannot be used
+    ├── TaskError (ValueError)                  prompts, answers or a metric that make no task together
+    │   └── TokenizerTaskError                  a task that cannot be written with this tokenizer
+    ├── NormalisationError (ArithmeticError)    a division by a difference close to zero
+    ├── DecompositionFileError (OSError)        a missing, broken or foreign file
+    │   └── DiskSpaceError                      a file that the disk has no room for
+    ├── RunInUseError (OSError)                 a run's directory that another process is writing to
+    ├── MissingExtraError (ImportError)         an optional library that this needs is not installed
+    ├── PeerLostError (RuntimeError)            another process of the run died or does not answer
+    └── DivergedError (ArithmeticError)         a loss, gradient or parameter that is no longer a number
+
+Each says what was given, what was expected and what to try, and leaves the model and the files as they were.
+
+The package's warnings:
+
+    CollapseWarning (UserWarning)               a training run that has gone where nothing more is learned, or is about to
+    RowStartWarning (UserWarning)               rows that begin otherwise than those a decomposition was made on
 """
 
 

@@ -92,7 +92,7 @@ SiteFn: TypeAlias = Callable[[SiteCall], Tensor]
 
 SitePattern: TypeAlias = str | Iterable[str] | Callable[[WeightSite], bool]
 """A glob, several globs, or a predicate over sites."""
-AnySite = TypeVar("AnySite", WeightSite, NormSite)
+AnySite = TypeVar("AnySite", bound=WeightSite | NormSite)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Fingerprint:
 
 # --- sites by name ----------------------------------------------------------------------------------------------------
 def select_sites(
-    sites: Mapping[str, WeightSite], pattern: SitePattern, refused: Mapping[str, str] | None = None
-) -> dict[str, WeightSite]:
+    sites: Mapping[str, AnySite], pattern: SitePattern, refused: Mapping[str, str] | None = None
+) -> dict[str, AnySite]:
     """Sites that a pattern selects, in the order of `sites`.
 
     Args:

@@ -101,7 +101,7 @@ def test_what_cannot_be_moved_is_refused():
         pass
     with pytest.raises(ShapeError, match="one number"), perturbed(model, made, {0: torch.ones(1)}):
         pass
-    with pytest.raises(SettingError, match="at least one"):
+    with pytest.raises(SettingError, match="at least 1"):
         impacts(model, made, tokens(), references=0)
 
 

@@ -362,4 +362,4 @@ def test_as_a_user_runs_it(saved):
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["prompts"] == 2 and "sweep" in shown.stderr
     refused = command("circuit", "micro-gpt2", saved, "--task", "ioi", "--prompts", 2, "--value", "median")
-    assert refused.returncode == 1 and "value is one of zero" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 1 and "expected one of 'zero'" in refused.stderr and "Traceback" not in refused.stderr

@@ -11,9 +11,9 @@ from tests.support.models import VOCAB, gpt2, llama, plain
 from tl_paramdecomp.adapters import adapt
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import DataError, SettingError
-from tl_paramdecomp.methods.loss import LossBatch
+from tl_paramdecomp.methods.loss import ZERO_MASK, LossBatch
 from tl_paramdecomp.methods.losses import STEER_EVERY, ImportanceMinimality
-from tl_paramdecomp.methods.survey import ZERO_MASK, second_moments, zero_mask_distance
+from tl_paramdecomp.methods.survey import second_moments, zero_mask_distance
 
 
 def rows_of(n=4, length=6, seed=1):
@@ -41,16 +41,36 @@ def test_z_is_the_distance_from_a_model_whose_weights_are_zero():
     assert found["positions"] == 1024 and found["distance"] == pytest.approx(expected, rel=1e-9)
 
 
+def following_z(**settings):
+    losses = tuple(
+        ImportanceMinimality(None, **settings) if loss.name == "importance_minimality" else loss
+        for loss in tlpd.SPD().losses
+    )
+    return tlpd.SPD(losses=losses)
+
+
 def test_z_is_kept_with_what_is_trained_and_agrees_with_the_evaluation():
     model, rows = llama(), rows_of(64, 16)
-    made = tlpd.decompose(model, "blocks.1.mlp.*", tlpd.SPD(), rows, steps=1, batch_size=64, progress=False)
+    made = tlpd.decompose(model, "blocks.1.mlp.*", following_z(), rows, steps=1, batch_size=64, progress=False)
     z = made.info[ZERO_MASK]
     assert z["measure"] == "kl" and z["positions"] == 1024
     found = tlpd.evaluate(model, made, rows, rows=64, progress=False)
     zero = [row["kl"] for row in found.masks if row["masks"] == "zero" and row["delta"] == "absent"]
     assert z["distance"] == pytest.approx(zero[0], rel=1e-4)  # the first is of the whole model
-    basis = tlpd.decompose(model, "blocks.1.mlp.*", tlpd.SVD(), rows, steps=1, batch_size=64, progress=False)
+    method = tlpd.SVD(training=following_z())
+    basis = tlpd.decompose(model, "blocks.1.mlp.*", method, rows, steps=1, batch_size=64, progress=False)
     assert basis.info[ZERO_MASK] == z
+
+
+def test_rows_are_not_made_for_a_z_that_nothing_needs():
+    model, made = llama(), []
+
+    def rows(step):
+        made.append(step)
+        return rows_of(4, 6, seed=step)
+
+    dec = tlpd.decompose(model, "blocks.1.mlp.*", tlpd.SPD(), rows, steps=2, progress=False)
+    assert made == [0, 1] and ZERO_MASK not in dec.info
 
 
 def test_sites_that_change_nothing_are_named():
@@ -58,7 +78,7 @@ def test_sites_that_change_nothing_are_named():
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight.zero_()
     with pytest.raises(SettingError, match=r"blocks.1.mlp.W_out changes no output .*nothing to explain"):
-        tlpd.decompose(model, "blocks.1.mlp.W_out", tlpd.SPD(), rows_of(), steps=1, batch_size=4, progress=False)
+        tlpd.decompose(model, "blocks.1.mlp.W_out", following_z(), rows_of(), steps=1, batch_size=4, progress=False)
 
 
 @pytest.mark.parametrize("pattern", ["blocks.0.mlp.*", ["embed.W_E", "blocks.0.attn.W_Q"], "*"])
@@ -130,11 +150,7 @@ def test_the_coefficient_is_steered_towards_what_is_to_be_kept(monkeypatch, lost
 
 def test_steering_settles_where_it_should_and_goes_on_to_the_bit(tmp_path):
     model, rows = llama(), rows_of(64, 16)
-    losses = tuple(
-        ImportanceMinimality(None, keep=0.8) if loss.name == "importance_minimality" else loss
-        for loss in tlpd.SPD().losses
-    )
-    method, settings = tlpd.SPD(losses=losses), {"steps": 120, "batch_size": 16, "progress": False, "log_every": 1}
+    method, settings = following_z(keep=0.8), {"steps": 120, "batch_size": 16, "progress": False, "log_every": 1}
 
     def stop(info):
         return tlpd.STOP if info.step == 60 else None

@@ -83,7 +83,7 @@ class ExactBasis(Method[Decomposition]):
             factors[name] = V.to(wide), U.to(wide)
         made = describe(adapter, factors, None if self.training is None else self.training.importance, generator)
         if self.training is not None:
-            note_zero_mask(made, adapter, batches, self.training.measure)
+            note_zero_mask(made, adapter, batches, self.training.measure, self.training.losses)
         return made
 
     @property

@@ -25,6 +25,8 @@ from tl_paramdecomp.methods.step import LossStep, Measure
 from tl_paramdecomp.parallel import ALONE, ProcessGroup
 from tl_paramdecomp.settings import Kind, NotNegative
 
+ZERO_MASK = "zero_mask"
+"""Under which a decomposition's `info` holds Z, the measure it is of, and the positions it was taken over; see `survey`."""
 ACTIVE = 0.1
 """Importance above which a component counts as active in L0."""
 FLOAT16_SCALE = 256.0

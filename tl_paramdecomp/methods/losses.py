@@ -16,10 +16,9 @@ from torch import Tensor
 from tl_paramdecomp.components.factors import Components
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import wide
-from tl_paramdecomp.methods.loss import Loss, LossBatch
+from tl_paramdecomp.methods.loss import ZERO_MASK, Loss, LossBatch
 from tl_paramdecomp.methods.reconstruction import stochastic_masks
 from tl_paramdecomp.methods.step import LossStep
-from tl_paramdecomp.methods.survey import ZERO_MASK
 from tl_paramdecomp.settings import Count, NotNegative, Positive, Share
 
 EPSILON = 1e-12
@@ -105,7 +104,7 @@ class ImportanceMinimality(Loss):
     """Mean over positions of the sum over sites and components of a penalty of g.
 
     What a component may cost differs between layers as what they do differs: `coefficient=None` makes it a share of Z, the
-    distance that removing all of the sites makes, which `decompose` measures on its first batches (`info["zero_mask"]`).
+    distance that removing all of the sites makes, which `decompose` then measures on its first batches (`info["zero_mask"]`).
     """
 
     coefficient: NotNegative | None = 1e-3  # type: ignore[assignment]

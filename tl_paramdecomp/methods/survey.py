@@ -5,7 +5,7 @@
 2. Second moments of the inputs of each site, for starts that follow the data's own scale.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -16,21 +16,29 @@ from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.data.batch import Batch
 from tl_paramdecomp.errors import SettingError
 from tl_paramdecomp.methods.divergence import KL, MeanSquare
+from tl_paramdecomp.methods.loss import ZERO_MASK, Loss
 from tl_paramdecomp.methods.method import Progress
 from tl_paramdecomp.methods.step import Measure
 from tl_paramdecomp.sites import SiteCall, WeightSite
 
-ZERO_MASK = "zero_mask"
-"""Under which a decomposition's `info` holds Z, the measure it is of, and the positions it was taken over."""
 ZERO_POSITIONS, MOMENT_POSITIONS = 1024, 16384
 """Positions over which Z and second moments are taken, at least, where so many batches are enough."""
 MOST_BATCHES = 64
 
 
 def note_zero_mask(
-    made: Decomposition, adapter: ModelAdapter, batches: Callable[[int], Batch] | None, measure: Measure
+    made: Decomposition,
+    adapter: ModelAdapter,
+    batches: Callable[[int], Batch] | None,
+    measure: Measure,
+    losses: Iterable[Loss],
 ) -> None:
-    """Write Z into a new decomposition's `info`, where there are rows; errors as `zero_mask_distance`."""
+    """Write Z into a new decomposition's `info`, where a loss's weight follows from it; errors as `zero_mask_distance`.
+
+    It is not measured for nothing: rows that a function makes may be made once only.
+    """
+    if all(loss.coefficient is not None for loss in losses):
+        return
     if batches is not None and adapter.device.type != "meta":  # of an outline nothing is measured
         made.info[ZERO_MASK] = zero_mask_distance(adapter, made.sites, batches, measure)
 

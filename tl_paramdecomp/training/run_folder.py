@@ -26,6 +26,7 @@ from tl_paramdecomp.components.disk import failure, open_regular, read_json, rep
 from tl_paramdecomp.components.files import refuse_other_things
 from tl_paramdecomp.errors import DecompositionFileError, RunInUseError, SettingError
 from tl_paramdecomp.methods.from_factors import versions
+from tl_paramdecomp.settings import from_settings, to_settings
 from tl_paramdecomp.training.callbacks import JsonLines
 from tl_paramdecomp.training.checkpoint import Checkpoint, Checkpoints
 
@@ -87,7 +88,7 @@ class RunFolder:
         found = self.checkpoints.newest() if resume else None
         if found is None and resume is True:
             raise SettingError(f"resume=True, but {self.path} holds no checkpoint; use resume='auto' to begin anew.")
-        known = self.settings if found is None else found.values["settings"]
+        known = self.settings if found is None else _with_newer_fields(found.values["settings"])
         differing = [key for key, value in self.settings.items() if known.get(key) != value]
         if differing:
             raise SettingError(
@@ -174,3 +175,11 @@ def _holder(path: Path) -> str:
             return f"process {known['pid']} on {known['host']}, since {known['since']}"
         time.sleep(0.02)  # it has the lock and is about to say who it is
     return "another process"
+
+
+def _with_newer_fields(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's settings as they would be written now: fields of the method that it did not know have their defaults."""
+    try:
+        return {**settings, "method": to_settings(from_settings(settings["method"]))}
+    except (KeyError, SettingError):  # a user's own method, or one that is gone: compared as it stands
+        return settings
