@@ -128,7 +128,7 @@ def select_sites(
     """
     if not callable(pattern):
         return _matching(sites, pattern, _NoMatch(sites, refused))
-    chosen = {name: site for name, site in sites.items() if pattern(site)}
+    chosen = {name: site for name, site in sites.items() if pattern(site)}  # type: ignore[arg-type]
     if not chosen:
         raise NoMatchingSiteError(
             f"The predicate {pattern!r} is true of none of the {len(sites)} weight sites. {_examples(sites)}"
