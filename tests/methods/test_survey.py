@@ -54,7 +54,8 @@ def test_z_is_kept_with_what_is_trained_and_agrees_with_the_evaluation():
     made = tlpd.decompose(model, "blocks.1.mlp.*", following_z(), rows, steps=1, batch_size=64, progress=False)
     z = made.info[ZERO_MASK]
     assert z["measure"] == "kl" and z["positions"] == 1024
-    found = tlpd.evaluate(model, made, rows, rows=64, progress=False)
+    short = tlpd.EvaluationConfig(ladder=(1,), restarts=1, ablated=0, by_site=False, samples=1)
+    found = tlpd.evaluate(model, made, rows, rows=64, protocol=short, progress=False)
     zero = [row["kl"] for row in found.masks if row["masks"] == "zero" and row["delta"] == "absent"]
     assert z["distance"] == pytest.approx(zero[0], rel=1e-4)  # the first is of the whole model
     method = tlpd.SVD(training=following_z())
@@ -150,10 +151,10 @@ def test_the_coefficient_is_steered_towards_what_is_to_be_kept(monkeypatch, lost
 
 def test_steering_settles_where_it_should_and_goes_on_to_the_bit(tmp_path):
     model, rows = llama(), rows_of(64, 16)
-    method, settings = following_z(keep=0.8), {"steps": 120, "batch_size": 16, "progress": False, "log_every": 1}
+    method, settings = following_z(keep=0.8), {"steps": 40, "batch_size": 8, "progress": False, "log_every": 1}
 
     def stop(info):
-        return tlpd.STOP if info.step == 60 else None
+        return tlpd.STOP if info.step == 20 else None
 
     made = tlpd.decompose(model, "blocks.1.mlp.*", method, rows, run_dir=tmp_path / "a", **settings)
     tlpd.decompose(model, "blocks.1.mlp.*", method, rows, run_dir=tmp_path / "b", callbacks=[stop], **settings)
@@ -162,7 +163,7 @@ def test_steering_settles_where_it_should_and_goes_on_to_the_bit(tmp_path):
         assert torch.equal(parameter, again.get_parameter(name)), name
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     coefficients = [line["importance_minimality_coefficient"] for line in lines]
-    assert len(set(coefficients)) > 10 and coefficients[0] == pytest.approx(
+    assert len(set(coefficients)) > 5 and coefficients[0] == pytest.approx(
         ImportanceMinimality(None).share * made.info[ZERO_MASK]["distance"] / 3, rel=0.3
     )
 
