@@ -1,5 +1,6 @@
 """What is measured of the target before training, against edited weights and whole passes."""
 
+import dataclasses
 import json
 import math
 
@@ -80,6 +81,22 @@ def test_sites_that_change_nothing_are_named():
         model.transformer.h[1].mlp.c_proj.weight.zero_()
     with pytest.raises(SettingError, match=r"blocks.1.mlp.W_out changes no output .*nothing to explain"):
         tlpd.decompose(model, "blocks.1.mlp.W_out", following_z(), rows_of(), steps=1, batch_size=4, progress=False)
+
+
+def test_rows_of_which_nothing_counts_are_named():
+    model = llama()
+    nothing = Batch(rows_of(), torch.zeros(4, 6, dtype=torch.int64))
+    with pytest.raises(DataError, match="No position of the first"):
+        zero_mask_distance(adapt(model), tlpd.find_sites(model, "blocks.1.mlp.*"), lambda i: nothing, "kl")
+
+
+def test_a_second_stream_alone_may_ask_for_z():
+    method, other = tlpd.SPD.targeted(n_components=3), ImportanceMinimality(None)
+    background = tuple(other if loss.name == other.name else loss for loss in method.background_losses)
+    changed = dataclasses.replace(method, background_losses=background)
+    settings = {"steps": 1, "batch_size": 4, "progress": False, "background": rows_of(8, seed=3)}
+    made = tlpd.decompose(llama(), "blocks.1.mlp.*", changed, rows_of(8), **settings)
+    assert made.info[ZERO_MASK]["distance"] > 0.0
 
 
 @pytest.mark.parametrize("pattern", ["blocks.0.mlp.*", ["embed.W_E", "blocks.0.attn.W_Q"], "*"])

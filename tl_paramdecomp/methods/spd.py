@@ -200,7 +200,7 @@ class SPD(Method[Decomposition]):
             if name not in ties
         }
         made = describe(adapter, factors, self.importance, generator, ties)
-        note_zero_mask(made, adapter, batches, self.measure, self.losses)
+        note_zero_mask(made, adapter, batches, self.measure, (*self.losses, *self.background_losses))
         warm_up(adapter, made, self.warm_up_steps, self.warm_up_lr, self.warm_up_weight_decay, progress)
         return made
 

@@ -115,9 +115,8 @@ class LossStep:
         # passes may end before the unembedding where it is none of the sites, and its host adds nothing after
         unembeds = any(name.startswith("unembed.W_U") for name in decomposition)
         in_chunks = kl_chunk is not None and measure == "kl" and not unembeds and adapter.splits_at_unembedding
-        first = (
-            0 if adapter.interceptions else adapter.first_block(decomposition)
-        )  # all of the others' sites must be reached
+        # where others intercept the model, their sites must be reached too
+        first = 0 if adapter.interceptions else adapter.first_block(decomposition)
         with torch.no_grad(), contextlib.ExitStack() as begins:
             known = prefixes.before(adapter, first, tokens, attention_mask) if prefixes is not None and first else None
             blocks = [known] * first

@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_paramdecomp.adapters import ModelAdapter
 from tl_paramdecomp.components.decomposition import Decomposition
 from tl_paramdecomp.data.batch import Batch
-from tl_paramdecomp.errors import SettingError
+from tl_paramdecomp.errors import DataError, SettingError
 from tl_paramdecomp.methods.divergence import KL, MeanSquare
 from tl_paramdecomp.methods.loss import ZERO_MASK, Loss
 from tl_paramdecomp.methods.method import Progress
@@ -59,6 +59,7 @@ def zero_mask_distance(
 
     Raises:
         SettingError: The outputs do not change: there is nothing to explain.
+        DataError: No position counts.
     """
     total, positions = 0.0, 0
     for batch in _first(batches, ZERO_POSITIONS):
@@ -71,6 +72,10 @@ def zero_mask_distance(
             with adapter.intercept(dict.fromkeys(sites, _removed)):
                 distance = target.of(adapter.forward(batch.tokens, batch.attention_mask)).item()
         total, positions = total + distance * len(target.target), positions + len(target.target)
+    if not positions:
+        raise DataError(
+            f"No position of the first {MOST_BATCHES} batches counts: their attention masks are 0. Give others."
+        )
     if not total > 0.0:
         raise SettingError(
             f"Removing {', '.join(sites)} changes no output on the first {positions} positions (Z = {total:g}): there is "
