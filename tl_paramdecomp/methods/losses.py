@@ -161,12 +161,8 @@ class ImportanceMinimality(Loss):
         """The coefficient; SettingError where it follows from Z and that was not measured."""
         if self.coefficient is not None:
             return self.coefficient
-        return (
-            self.share
-            * zero_distance(batch)
-            / len(batch.sites)
-            * math.exp(float(batch.memory.get(self._key("factor"), 0.0)))
-        )
+        factor = math.exp(float(batch.memory.get(self._key("factor"), 0.0)))
+        return factor * self.share * zero_distance(batch) / len(batch.sites)
 
     def sparser(self, factor: float) -> "ImportanceMinimality":
         """The same, pressing so many times as hard; of what is to be kept, so many times as much may go."""
